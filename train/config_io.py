@@ -1,0 +1,381 @@
+"""Frozen-dataclass configs: dotted overrides, JSON, differences and hashes.
+
+A config is a tree of frozen dataclasses. Its leaves are int, float, bool, str, Literal, tuples of these, and unions of
+these with None; a field may also hold a dataclass, a dataclass or None, or a tuple of dataclasses. The annotations are
+the schema: a value is parsed, written and read back by them alone. Standard library only, so that a command line
+starts fast. Anything a user can get wrong raises `ConfigError`, with the field, the value and the fix.
+"""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+C = TypeVar("C")
+
+EXAMPLES = {bool: "true", int: "4", float: "3e-4", str: "text"}
+BOOLS = {"true": True, "false": False}
+
+
+class ConfigError(ValueError):
+    """A config value, name or file that cannot be used; the message is one paragraph for the user."""
+
+
+class _Absent:
+    """Stands in `diff` for a field that one side does not have."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = _Absent()
+
+
+# ---- the schema: what an annotation says ----
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: (f, hints[f.name]) for f in dataclasses.fields(cls) if f.init}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    return next((m for m in _members(annotation) if dataclasses.is_dataclass(m)), None)
+
+
+def _element(annotation: Any) -> Any | None:
+    """The element annotation of `tuple[X, ...]` (alone or in a union), or None."""
+    for member in _members(annotation):
+        if typing.get_origin(member) is tuple:
+            args = typing.get_args(member)
+            if len(args) != 2 or args[1] is not Ellipsis:
+                raise TypeError(f"config annotation {member}: write tuple[X, ...]")
+            return args[0]
+    return None
+
+
+def _describe(annotation: Any) -> str:
+    """What a user may write for this annotation, with an example."""
+    words = []
+    for member in _members(annotation):
+        if member is types.NoneType:
+            words.append("none")
+        elif typing.get_origin(member) is Literal:
+            words.append("one of " + ", ".join(map(str, typing.get_args(member))))
+        elif (element := _element(member)) is not None:
+            words.append(f"a comma-separated list, () when empty, of {_describe(element)}")
+        elif member in EXAMPLES:
+            words.append(f"{member.__name__} like {EXAMPLES[member]}")
+        else:
+            raise TypeError(f"config annotation {member} is not supported")
+    return " or ".join(words)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _names(annotation: Any, value: Any, prefix: str) -> Iterator[str]:
+    """Every dotted name below `prefix` that an override may set."""
+    if prefix:
+        yield prefix
+    if cls := _dataclass_in(annotation):
+        for name, (_, hint) in _fields(cls).items():
+            yield from _names(hint, getattr(value, name, None), _join(prefix, name))
+    elif (element := _element(annotation)) is not None and isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from _names(element, item, _join(prefix, str(i)))
+
+
+def _suggestion(wrong: str, names: Sequence[str]) -> str | None:
+    """The name nearest to `wrong`, judged whole and by its last part (`top_k` finds `model.moe.top_k`)."""
+    last = wrong.rpartition(".")[2]
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, wrong, name).ratio()
+        tail = difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio()
+        return max(whole, 0.99 * tail)
+
+    best = max(names, key=likeness, default=None)
+    return best if best is not None and likeness(best) > 0.6 else None
+
+
+def _unknown(dotted: str, names: Sequence[str], here: Sequence[str]) -> ConfigError:
+    near = _suggestion(dotted, names)
+    hint = f"did you mean '{near}'?" if near else f"the fields here are {', '.join(here)}"
+    return ConfigError(f"unknown field '{dotted}'; {hint}")
+
+
+# ---- overrides ----
+
+
+def _parse_member(annotation: Any, text: str) -> Any:
+    """`text` as one non-union leaf annotation; ValueError when it is not one."""
+    if annotation is types.NoneType:
+        if text.lower() == "none":
+            return None
+    elif annotation is bool:
+        if text.lower() in BOOLS:
+            return BOOLS[text.lower()]
+    elif annotation is int:
+        return int(text)
+    elif annotation is float:
+        if math.isfinite(number := float(text)):
+            return number
+    elif annotation is str:
+        return text
+    elif typing.get_origin(annotation) is Literal:
+        for option in typing.get_args(annotation):
+            if str(option) == text:
+                return option
+    elif (element := _element(annotation)) is not None and not _dataclass_in(element):
+        body = text.strip()
+        if body.startswith("(") and body.endswith(")"):
+            body = body[1:-1]
+        items = [item.strip() for item in body.removesuffix(",").split(",")] if body else []
+        return tuple(_parse(element, item) for item in items)
+    raise ValueError(text)
+
+
+def _parse(annotation: Any, text: str) -> Any:
+    # None first, text last: in `str | tuple[str, ...] | None`, "none" is None and "a,b" is a tuple, but "a" stays text.
+    def rank(member: Any) -> int:
+        if member is types.NoneType:
+            return 0
+        if typing.get_origin(member) is tuple:
+            return 1 if "," in text or text == "()" else 3
+        return 2 if member is str else 1
+
+    for member in sorted(_members(annotation), key=rank):
+        try:
+            return _parse_member(member, text)
+        except ValueError:
+            continue
+    raise ValueError(text)
+
+
+def _default(cls: type, dotted: str) -> Any:
+    needed = [
+        name
+        for name, (f, _) in _fields(cls).items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise ConfigError(
+            f"{dotted} is not set and {cls.__name__} has no default for {', '.join(needed)}; "
+            f"start from an experiment that sets {dotted}"
+        )
+    return cls()
+
+
+def _refuse_whole(dotted: str, text: str, cls: type, first: str) -> ConfigError:
+    return ConfigError(
+        f"{dotted} = {text}: {cls.__name__} cannot be set whole; set one of its fields "
+        f"({', '.join(_fields(cls))}), like {_join(first, next(iter(_fields(cls))))}=…"
+    )
+
+
+def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: str, root: tuple[type, Any]) -> Any:
+    """`value` with the leaf at `path` replaced by `text`. `done` is the dotted name so far."""
+    cls, element = _dataclass_in(annotation), _element(annotation)
+    if not path:
+        if text.lower() == "none" and types.NoneType in _members(annotation):
+            return None
+        if cls:
+            raise _refuse_whole(done, text, cls, done)
+        if element is not None and (item_cls := _dataclass_in(element)):
+            if text == "()":
+                return ()
+            raise _refuse_whole(done, text, item_cls, f"{done}.0")
+        try:
+            return _parse(annotation, text)
+        except ValueError:
+            raise ConfigError(f"{done} = {text}: expected {_describe(annotation)}") from None
+
+    head, rest = path[0], path[1:]
+    dotted = _join(done, head)
+    if cls:
+        if value is None:
+            value = _default(cls, done)
+        if head not in _fields(cls):
+            raise _unknown(_join(done, ".".join(path)), list(_names(*root, "")), list(_fields(cls)))
+        new = _set(_fields(cls)[head][1], getattr(value, head), rest, text, dotted, root)
+        return dataclasses.replace(value, **{head: new})
+    if element is not None and isinstance(value, tuple):
+        item_cls = _dataclass_in(element)
+        # One past the end appends, so that a list of sources can grow from the command line.
+        growing = item_cls is not None and head == str(len(value))
+        if not growing and head not in map(str, range(len(value))):
+            raise ConfigError(f"unknown field '{dotted}': {done} has {len(value)} items, numbered from 0")
+        items = [*value, _default(item_cls, dotted)] if growing else list(value)
+        items[int(head)] = _set(element, items[int(head)], rest, text, dotted, root)
+        return tuple(items)
+    raise ConfigError(f"unknown field '{dotted}': {done} is a single value ({_describe(annotation)}), set {done}=…")
+
+
+def apply_overrides(config: C, overrides: Sequence[str]) -> C:
+    """`config` with each "dotted.name=value" applied in order, typed by the annotations.
+
+    true/false for bool; `none` for an optional field; `a,b,c` and `()` for tuples; `sources.0.path=…` for an element of
+    a tuple, one past its end appends a default one. A field of an optional dataclass that is None sets its default first.
+    Raises ConfigError for an unknown name (with the nearest valid one) or an ill-typed value.
+    """
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"override '{override}': write name=value, like model.num_layers=4")
+        config = _set(type(config), config, tuple(name.strip().split(".")), text.strip(), "", (type(config), config))
+    return config
+
+
+# ---- JSON ----
+
+
+def _encode(annotation: Any, value: Any, dotted: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {n: _encode(hint, getattr(value, n), _join(dotted, n)) for n, (_, hint) in _fields(type(value)).items()}
+    if isinstance(value, tuple):
+        element = _element(annotation)
+        return [_encode(element, item, _join(dotted, str(i))) for i, item in enumerate(value)]
+    if isinstance(value, int) and not isinstance(value, bool) and int not in _members(annotation):
+        # An int where a float is declared is equal to it and must hash the same.
+        value = float(value) if float in _members(annotation) else value
+    return _decode(annotation, value, dotted)
+
+
+def _decode(annotation: Any, data: Any, dotted: str) -> Any:
+    for member in _members(annotation):
+        if member is types.NoneType:
+            if data is None:
+                return None
+        elif dataclasses.is_dataclass(member):
+            if isinstance(data, dict):
+                return _decode_dataclass(member, data, dotted)
+        elif (element := _element(member)) is not None:
+            if isinstance(data, list):
+                return tuple(_decode(element, item, _join(dotted, str(i))) for i, item in enumerate(data))
+        elif typing.get_origin(member) is Literal:
+            if any(data == option and type(data) is type(option) for option in typing.get_args(member)):
+                return data
+        elif type(data) is member and (member is not float or math.isfinite(data)):
+            return data
+    if type(data) is int and float in _members(annotation):
+        return float(data)
+    if (cls := _dataclass_in(annotation)) or ((e := _element(annotation)) is not None and (cls := _dataclass_in(e))):
+        raise ConfigError(f"{dotted} = {data!r}: expected the fields of {cls.__name__}: {', '.join(_fields(cls))}")
+    raise ConfigError(f"{dotted} = {data!r}: expected {_describe(annotation)}")
+
+
+def _decode_dataclass(cls: type, data: dict[str, Any], dotted: str) -> Any:
+    for name in data:
+        if name not in _fields(cls):
+            here = [_join(dotted, n) for n in _fields(cls)]
+            raise _unknown(_join(dotted, name), here, list(_fields(cls)))
+    values = {n: _decode(hint, data[n], _join(dotted, n)) for n, (_, hint) in _fields(cls).items() if n in data}
+    for name, (f, _) in _fields(cls).items():
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{_join(dotted, name)} is missing and {cls.__name__} has no default for it; add it")
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON-ready dicts, lists and scalars; `from_dict` gives back an equal config, floats exact.
+
+    Raises ConfigError for a value that its annotation does not allow, NaN and infinity included.
+    """
+    return _encode(type(config), config, "")
+
+
+def from_dict(cls: type[C], data: dict[str, Any]) -> C:
+    """The inverse of `to_dict`. A missing key takes its default; an unknown key or ill-typed value is a ConfigError."""
+    return _decode(cls, data, "")
+
+
+def save_json(config: Any, path: str | os.PathLike) -> None:
+    """Write the config as indented JSON, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_json(cls: type[C], path: str | os.PathLike) -> C:
+    """Read what `save_json` wrote. ConfigError names the file when it is not JSON or does not fit `cls`."""
+    try:
+        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a config in JSON ({error}); restore the file or start a new run") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+# ---- looking at configs ----
+
+
+def _children(node: Any) -> dict[str, Any] | None:
+    if dataclasses.is_dataclass(node):
+        return {name: getattr(node, name) for name in _fields(type(node))}
+    if isinstance(node, dict):
+        return node
+    if isinstance(node, (tuple, list)) and node and all(_children(item) is not None for item in node):
+        return {str(i): item for i, item in enumerate(node)}
+    return None
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by dotted name. Takes a config or the dict of its JSON; tuples of leaves are one leaf."""
+    children = _children(config)
+    if children is None:
+        return {prefix: config}
+    return {dotted: leaf for n, child in children.items() for dotted, leaf in flatten(child, _join(prefix, n)).items()}
+
+
+def diff(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, value in a, value in b) of all that differs; `ABSENT` for a name that one side lacks.
+
+    Where one side holds a dataclass and the other none, the whole is one row.
+    """
+    children_a, children_b = _children(a), _children(b)
+    if children_a is None or children_b is None:
+        return [] if a == b else [(prefix, a, b)]
+    rows = []
+    for name in {**children_a, **children_b}:
+        rows += diff(children_a.get(name, ABSENT), children_b.get(name, ABSENT), _join(prefix, name))
+    return rows
+
+
+def config_hash(config: Any) -> str:
+    """16 hex digits of SHA-256 over the canonical JSON; equal configs hash equal on every machine."""
+    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def count_fields(cls: type) -> int:
+    """Number of settable leaves declared by `cls` and the dataclasses it refers to, each dataclass counted once."""
+    seen: set[type] = set()
+
+    def count(annotation: Any) -> int:
+        inner = _dataclass_in(annotation) or (_dataclass_in(e) if (e := _element(annotation)) is not None else None)
+        if inner is None:
+            return 1
+        if inner in seen:
+            return 0
+        seen.add(inner)
+        return sum(count(hint) for _, hint in _fields(inner).values())
+
+    return count(cls)
