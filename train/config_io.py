@@ -252,10 +252,7 @@ def _encode(annotation: Any, value: Any, dotted: str) -> Any:
     if isinstance(value, tuple):
         element = _element(annotation)
         return [_encode(element, item, _join(dotted, str(i))) for i, item in enumerate(value)]
-    if isinstance(value, int) and not isinstance(value, bool) and int not in _members(annotation):
-        # An int where a float is declared is equal to it and must hash the same.
-        value = float(value) if float in _members(annotation) else value
-    return _decode(annotation, value, dotted)
+    return _decode(annotation, value, dotted)  # checks the leaf, and makes an int a float where a float is declared
 
 
 def _decode(annotation: Any, data: Any, dotted: str) -> Any:

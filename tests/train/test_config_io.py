@@ -69,6 +69,12 @@ class Root:
     axes: str | tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Twice:
+    train: Source = Source()
+    evaluation: Source | None = None
+
+
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(st.characters(codec="utf-8", exclude_characters=","), max_size=12)
 moes = st.builds(Moe, st.integers(), st.integers(), st.sampled_from(["softmax", "sigmoid"]))
@@ -249,6 +255,7 @@ def test_diff_and_flatten_by_example():
 def test_fields_are_counted_once_per_dataclass():
     # Root 3, Model 7, Moe 3, Needy 1, Source 3.
     assert count_fields(Root) == 3 + 7 + 3 + 1 + 3
+    assert count_fields(Twice) == 3
 
 
 def test_import_is_light():
