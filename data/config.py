@@ -1,0 +1,122 @@
+"""What a run reads and how it is cut into batches: frozen dataclasses, checked once by `DataConfig.validate`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Pads, document ends, fill-in-the-middle marks, chat roles and the mask, before any piece that can come from text.
+SPECIAL_PIECES = (
+    "<pad>", "<end>", "<unk>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>",
+    "<system>", "<user>", "<assistant>", "<end_of_turn>", "<mask>",
+)  # fmt: skip
+# SentencePiece needs every special, the 256 bytes and the newline before it can learn a first merge.
+MIN_SENTENCEPIECE_VOCAB = len(SPECIAL_PIECES) + 256 + 1
+
+
+class DataError(ValueError):
+    """Wrong data or a wrong data config; the message names what, its value, and what to do."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One named corpus: a folder or a file of text or JSONL, or the interpreter's own standard library.
+
+    Globs are relative to `path`, `**` crosses folders; hidden files and folders are never read, and links to folders not
+    followed.
+    """
+
+    name: str = "stdlib"
+    path: str = "stdlib"  # 'stdlib': the running interpreter's standard library, without its tests
+    include: tuple[str, ...] = ("**/*.py",)  # for a folder; a path to one file is read whatever its name
+    exclude: tuple[str, ...] = ()
+    kind: Literal["text", "jsonl"] = "text"  # jsonl: one document per line
+    text_field: str = "text"  # the key of a JSONL record that holds the text
+    weight: float = 1.0  # multiplies this source's share of the mixture
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """SentencePiece BPE trained on the training split, or plain UTF-8 bytes."""
+
+    kind: Literal["sentencepiece", "byte"] = "sentencepiece"
+    vocab_size: int = 4096  # sentencepiece alone: specials and 256 bytes included
+    character_coverage: float = 0.9995  # characters rarer than this are spelled in bytes
+    train_bytes: int = 64_000_000  # at most so much text is used to train
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Sources, tokenizer, windows and batches."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    evaluation_sources: tuple[SourceConfig, ...] = ()  # wholly held out, and removed from training where they recur
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    sequence_length: int = 512  # predicted tokens per window: windows hold one more
+    batch_size: int = 16  # windows per global batch, over all hosts
+    packing: Literal["split", "best_fit"] = "split"
+    temperature: float = 1.0  # share of a source ~ weight * tokens^(1/temperature): 1 by size, large towards uniform
+    holdout_fraction: float = 0.05  # of the documents of every source
+    seed: int = 0  # of the order of windows
+    cache_dir: str = ""  # '': .cache/data under the working directory
+    prefetch: int = 4  # batches assembled ahead by a thread; 0: none
+
+    def validate(self) -> None:
+        """Raise DataError for the first field that cannot work."""
+        names = [source.name for source in self.sources + self.evaluation_sources]
+        if not self.sources:
+            raise DataError("data.sources is empty: name at least one SourceConfig")
+        if len(set(names)) < len(names):
+            raise DataError(
+                f"data.sources and data.evaluation_sources are named {names}: give every source its own name"
+            )
+        for source in self.sources + self.evaluation_sources:
+            _validate_source(source)
+        _validate_tokenizer(self.tokenizer)
+        length = self.sequence_length
+        if length < 2:
+            raise DataError(f"data.sequence_length = {length}: a window needs at least 2 tokens; set it to 2 or more")
+        if self.batch_size < 1:
+            raise DataError(f"data.batch_size = {self.batch_size}: set it to 1 or more")
+        if self.packing not in ("split", "best_fit"):
+            raise DataError(f"data.packing = {self.packing!r}: choose 'split' or 'best_fit'")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise DataError(f"data.temperature = {self.temperature}: set it above 0 (1: by size; 100: nearly uniform)")
+        if not 0 <= self.holdout_fraction < 1:
+            raise DataError(f"data.holdout_fraction = {self.holdout_fraction}: set it to 0 or more and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise DataError(f"data.seed = {self.seed}: set it between 0 and 2**32 - 1")
+        if self.prefetch < 0:
+            raise DataError(f"data.prefetch = {self.prefetch}: set it to 0 (no thread) or more")
+
+
+def _validate_source(source: SourceConfig) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
+        raise DataError(f"source.name = {source.name!r}: it names files; use letters, digits, '_' and '-'")
+    where = f"source {source.name!r}"
+    if not source.path:
+        raise DataError(f"{where}: path is empty; give a folder, a file, or 'stdlib'")
+    if not source.include:
+        raise DataError(f"{where}: include is empty; give a glob such as '**/*.txt'")
+    if source.kind not in ("text", "jsonl"):
+        raise DataError(f"{where}: kind = {source.kind!r}; choose 'text' or 'jsonl'")
+    if not (source.weight > 0 and math.isfinite(source.weight)):
+        raise DataError(f"{where}: weight = {source.weight}; set it above 0, or remove the source")
+
+
+def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+    if tokenizer.kind not in ("sentencepiece", "byte"):
+        raise DataError(f"data.tokenizer.kind = {tokenizer.kind!r}: choose 'sentencepiece' or 'byte'")
+    if tokenizer.kind == "sentencepiece" and tokenizer.vocab_size <= MIN_SENTENCEPIECE_VOCAB:
+        raise DataError(
+            f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: the specials and the 256 bytes alone take "
+            f"{MIN_SENTENCEPIECE_VOCAB}; set it higher, or data.tokenizer.kind to 'byte'"
+        )
+    if not 0 < tokenizer.character_coverage <= 1:
+        raise DataError(
+            f"data.tokenizer.character_coverage = {tokenizer.character_coverage}: set it above 0 and at most 1"
+        )
+    if tokenizer.train_bytes < 1:
+        raise DataError(f"data.tokenizer.train_bytes = {tokenizer.train_bytes}: set it to 1 or more")

@@ -1,0 +1,120 @@
+"""Documents to windows: which tokens share a window, and which of them are predicted.
+
+A document is `<end>` + content + `<end>`, a segment of its own; tokens attend and are predicted within their segment alone. So
+every token but the opening `<end>` of each document is predicted exactly once, by either packing.
+
+Letters: N windows, T predicted tokens per window (it holds T + 1), M tokens of a stream, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+
+def token_dtype(limit: int) -> np.dtype:
+    """The smaller of uint16 and int32 that holds values below `limit`."""
+    return np.dtype(np.uint16 if limit <= 2**16 else np.int32)
+
+
+def concatenate(documents: Iterable[np.ndarray], end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Join contents into one stream: (tokens `dtype` [M], starts int64 [D + 1]); document d is starts[d] to starts[d + 1]."""
+    mark = np.array([end], dtype)
+    framed = [np.concatenate([mark, content.astype(dtype), mark]) for content in documents]
+    starts = np.cumsum([0] + [len(document) for document in framed], dtype=np.int64)
+    return (np.concatenate(framed) if framed else np.empty(0, dtype)), starts
+
+
+def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of a stream from each offset: (tokens, segment_ids), both int32 [N, length].
+
+    Segments count from 1 in every window; past the stream's end both are 0.
+    """
+    index = offsets_N[:, None] + np.arange(length)
+    inside = index < len(stream_M)
+    index = np.minimum(index, len(stream_M) - 1)
+    document = np.searchsorted(starts, index, side="right").astype(np.int32)
+    return (
+        np.where(inside, stream_M[index], 0).astype(np.int32),
+        np.where(inside, document - document[:, :1] + 1, 0).astype(np.int32),
+    )
+
+
+def split_offsets(tokens: int, length: int, stride: int) -> np.ndarray:
+    """Starts int64 [N] of windows of T = length - 1 predicted tokens, so that together they predict all but the first token.
+
+    The first window predicts T tokens, every later one its last `stride`; the rest of it is context.
+    """
+    later = -(-max(0, tokens - length) // stride)
+    return np.arange(1 + later, dtype=np.int64) * stride
+
+
+def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
+    """Place whole documents, largest first, where the least room is left over: windows of (start, end) spans of the stream.
+
+    A document longer than a window is cut in pieces that overlap by one token. Best-fit packing: Ding et al. 2024,
+    arXiv:2404.10830, section 3.
+    """
+    pieces = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        pieces += [(first, min(first + length, end)) for first in range(start, end - 1, length - 1)]
+    pieces.sort(key=lambda piece: piece[0] - piece[1])  # stable: equal sizes stay in stream order
+    windows: list[list[tuple[int, int]]] = []
+    open_by_room: list[list[int]] = [[] for _ in range(length + 1)]
+    rooms = 0  # bit r is set when a window with room for exactly r tokens is open
+    for start, end in pieces:
+        size = end - start
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            window = open_by_room[room].pop()
+            rooms &= ~(not open_by_room[room] and 1 << room)
+        else:
+            room, window = length, len(windows)
+            windows.append([])
+        windows[window].append((start, end))
+        open_by_room[room - size].append(window)
+        rooms |= 1 << (room - size)
+    return windows
+
+
+def fill(stream_M: np.ndarray, windows: list[list[tuple[int, int]]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of `best_fit` as (tokens, segment_ids), both int32 [N, length]."""
+    tokens = np.zeros((len(windows), length), np.int32)
+    segment_ids = np.zeros((len(windows), length), np.int32)
+    for row, spans in enumerate(windows):
+        at = 0
+        for segment, (start, end) in enumerate(spans, 1):
+            tokens[row, at : at + end - start] = stream_M[start:end]
+            segment_ids[row, at : at + end - start] = segment
+            at += end - start
+    return tokens, segment_ids
+
+
+def packed_blocks(
+    stream_M: np.ndarray, starts: np.ndarray, length: int, packing: str, block: int = 4096
+) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """Pack a stream for training: (N, blocks of (tokens, segment_ids), each int32 [<= block, length])."""
+    if packing == "split":
+        offsets = split_offsets(len(stream_M), length, length - 1)
+        return len(offsets), (
+            cut(stream_M, starts, offsets[i : i + block], length) for i in range(0, len(offsets), block)
+        )
+    windows = best_fit(starts, length)
+    return len(windows), (fill(stream_M, windows[i : i + block], length) for i in range(0, len(windows), block))
+
+
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
+    """Position of each token within its segment in this window, int32 [..., L]; 0 for padding."""
+    index = np.broadcast_to(np.arange(segment_ids.shape[-1], dtype=np.int32), segment_ids.shape)
+    first = np.ones(segment_ids.shape, bool)
+    first[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    start = np.maximum.accumulate(np.where(first, index, 0), axis=-1)
+    return np.where(segment_ids > 0, index - start, 0).astype(np.int32)
+
+
+def target_weights(segment_ids: np.ndarray) -> np.ndarray:
+    """1 where token t + 1 is predicted from token t of the same segment, else 0: float32 [..., L - 1]."""
+    target = segment_ids[..., 1:]
+    return ((target > 0) & (target == segment_ids[..., :-1])).astype(np.float32)

@@ -1,0 +1,199 @@
+"""Batches: the endless training stream, a function of seed and step alone, and the held-out windows in their order.
+
+Letters: B windows of a batch (of this host), T predicted tokens; arrays of tokens hold T + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Self
+
+import grain
+import numpy as np
+
+from data.config import DataConfig, DataError
+from data.packing import cut, positions_of, split_offsets, target_weights
+from data.prepare import Prepared
+
+Batch = dict[str, np.ndarray]
+
+
+def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
+    """Share of each training source in the stream: weight * tokens^(1/temperature), normalized."""
+    weights = {source.name: source.weight for source in config.sources}
+    if set(prepared.train_names) != set(weights):
+        raise DataError(
+            f"data.sources names {sorted(weights)}, but the prepared data has {sorted(prepared.train_names)}"
+        )
+    log_tokens = {name: np.log(prepared.counts(name).train_tokens) / config.temperature for name in weights}
+    largest = max(log_tokens.values())  # powers of token counts overflow at low temperatures; shares do not
+    shares = {name: weight * np.exp(log_tokens[name] - largest) for name, weight in weights.items()}
+    return {name: float(share / sum(shares.values())) for name, share in shares.items()}
+
+
+class TrainBatches(Iterator[Batch]):
+    """This host's rows of the endless stream of global batches; see `train_batches`."""
+
+    def __init__(
+        self, prepared: Prepared, config: DataConfig, start_step: int, process_index: int, process_count: int
+    ) -> None:
+        config.validate()
+        if config.batch_size % process_count or not 0 <= process_index < process_count:
+            raise DataError(
+                f"data.batch_size = {config.batch_size} over {process_count} hosts (this one is {process_index}): the batch "
+                "must divide evenly and hosts count from 0; change data.batch_size"
+            )
+        if config.sequence_length != prepared.sequence_length:
+            raise DataError(
+                f"data.sequence_length = {config.sequence_length}, but the prepared windows have {prepared.sequence_length}: "
+                "prepare the data again with this config"
+            )
+        shares = mixture(prepared, config)
+        self._fixed = {
+            "identity": prepared.identity,
+            "mixture": shares,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "sequence_length": config.sequence_length,
+        }
+        self._names = tuple(shares)
+        self._arrays = [
+            (prepared.array(f"train.{name}.tokens"), prepared.array(f"train.{name}.segment_ids"))
+            for name in self._names
+        ]
+        self._order = grain.MapDataset.mix(
+            [self._source_order(i, config.seed) for i in range(len(self._names))], list(shares.values())
+        )
+        rows = config.batch_size // process_count
+        self._rows = range(process_index * rows, (process_index + 1) * rows)
+        self._batch_size, self._prefetch = config.batch_size, config.prefetch
+        self._start(start_step)
+
+    def _source_order(self, source: int, seed: int) -> grain.MapDataset:
+        """Endless (source, window): a fresh permutation of the windows in every epoch."""
+        # Seeded by name, so that a source keeps its order whatever stands beside it.
+        key = hashlib.sha256(f"{seed} {self._names[source]}".encode()).digest()
+        windows = grain.MapDataset.range(len(self._arrays[source][0])).shuffle(seed=int.from_bytes(key[:4], "little"))
+        return windows.repeat().map(lambda window: (source, window))
+
+    def _start(self, step: int) -> None:
+        self._step = step
+        batches = grain.MapDataset.range(step, sys.maxsize).map(self.batch_at)
+        # Grain's default of 16 threads and a buffer of 500 is an order slower than none on memory-mapped windows.
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if self._prefetch:
+            stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=self._prefetch)
+        self._iterator = iter(stream)
+        self._close = weakref.finalize(self, self._iterator.close)
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of any step, without moving the stream."""
+        chosen = [self._order[int(step) * self._batch_size + row] for row in self._rows]
+        tokens = np.stack([self._arrays[source][0][window] for source, window in chosen]).astype(np.int32)
+        segment_ids = np.stack([self._arrays[source][1][window] for source, window in chosen]).astype(np.int32)
+        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """JSON-able position: the step of the next batch, and what the stream depends on."""
+        return {"step": self._step, **self._fixed}
+
+    def set_state(self, state: dict) -> None:
+        """Go to the position of `get_state`. Raises DataError when the state is of another stream."""
+        for name, value in self._fixed.items():
+            if state.get(name) != value:
+                raise DataError(
+                    f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}: the stream would not "
+                    "continue; restore the data config, or start without the saved position"
+                )
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise DataError(f"the saved data position has step = {step!r}: it must be an integer from 0")
+        self.close()
+        self._start(step)
+
+    def close(self) -> None:
+        """Stop the prefetching thread; the stream is at its end until `set_state`."""
+        self._close()
+        self._iterator = iter(())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def train_batches(
+    prepared: Prepared, config: DataConfig, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> TrainBatches:
+    """Endless batches `tokens`, `segment_ids`, `positions`, each int32 [B, T + 1], of one host.
+
+    Global batch t is windows t * batch_size onwards of a mixture of sources, each reshuffled every epoch; host p of P
+    has its p-th contiguous slice of the rows. Segment 0 is padding. Close it, or use it in `with`, to stop its thread.
+    Raises DataError when the batch does not divide over the hosts or the config does not fit the prepared data.
+    """
+    return TrainBatches(prepared, config, start_step, process_index, process_count)
+
+
+def heldout_windows(
+    prepared: Prepared,
+    name: str,
+    *,
+    batch_size: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Batches of a source's held-out documents in order: `tokens`, `segment_ids`, `positions` int32 [B, T + 1], `weights` float32 [B, T].
+
+    Every token but each document's opening `<end>` has weight 1 exactly once, so that the scored tokens spell exactly the
+    held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last `stride`
+    targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly spread: count
+    their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as in training.
+    Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the hosts.
+    """
+    length = prepared.sequence_length + 1
+    stride = length - 1 if stride is None else stride
+    if not 1 <= stride < length:
+        raise DataError(f"stride = {stride}: a window predicts {length - 1} tokens; set it between 1 and {length - 1}")
+    if batch_size % process_count:
+        raise DataError(f"batch_size = {batch_size} does not divide over {process_count} hosts; change it")
+    if not prepared.counts(name).heldout_documents:
+        raise DataError(
+            f"source {name!r} holds nothing out: raise data.holdout_fraction, or use {prepared.heldout_names}"
+        )
+    return _heldout_batches(prepared, name, batch_size, stride, max_windows, process_index, process_count)
+
+
+def _heldout_batches(
+    prepared: Prepared,
+    name: str,
+    batch_size: int,
+    stride: int,
+    max_windows: int | None,
+    process_index: int,
+    process_count: int,
+) -> Iterator[Batch]:
+    length = prepared.sequence_length + 1
+    stream, starts = prepared.array(f"heldout.{name}.tokens"), prepared.array(f"heldout.{name}.starts")
+    offsets = split_offsets(len(stream), length, stride)
+    if max_windows is not None and max_windows < len(offsets):
+        offsets = offsets[np.arange(max_windows) * len(offsets) // max_windows]
+    rows = batch_size // process_count
+    for first in range(0, len(offsets), batch_size):
+        mine = offsets[first : first + batch_size][process_index * rows : (process_index + 1) * rows]
+        tokens, segment_ids = np.zeros((2, rows, length), np.int32)
+        if len(mine):
+            tokens[: len(mine)], segment_ids[: len(mine)] = cut(stream, starts, mine, length)
+        weights = target_weights(segment_ids)
+        weights[: len(mine), : length - 1 - stride] *= (mine == 0)[:, None]  # only the first window has no predecessor
+        yield {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids), "weights": weights}
