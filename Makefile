@@ -1,0 +1,41 @@
+# Two commands are enough: `make train` and `make test`. Everything else is a variation.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+# Eight simulated devices for tests; the command line of experiments uses the devices that are there.
+TEST_WORKERS ?= 2
+
+.PHONY: install train test test-all bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/.installed ## create .venv and install (make install EXTRAS=dev,tpu)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+train: install ## train, evaluate, sample and report the experiment `quickstart` (about 10 minutes on 2 CPU cores)
+	$(BIN)/python -m experiments train quickstart
+
+test: install ## lint, types and every test but the slow ones, on 8 simulated devices
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow"
+
+test-all: install ## the slow tests too
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS)
+
+lint: install ## format and lint
+	$(BIN)/ruff check --fix .
+
+bench: ## speed beside PyTorch, transformers: ratios in one run (installs the extra `bench`)
+	$(MAKE) install EXTRAS=dev,bench
+	$(BIN)/python -m experiments.bench
+
+clean: ## remove caches and the virtual environment, keep runs
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,223 @@
+"""What a network is: every choice a field with a published meaning. Frozen, JSON-serializable, no mesh, no code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # Zhang & Sennrich 2019; Ba et al. 2016
+    epsilon: float = 1e-6
+    bias: bool = False
+    unit_offset: bool = False  # the weight is stored as w and applied as (1 + w), as Gemma does
+    placement: Literal["pre", "post", "sandwich"] = "pre"  # x+f(n(x)); x+n(f(x)) (OLMo 2); x+n(f(n(x))) (Gemma 2)
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """Stretching RoPE beyond the trained length."""
+
+    kind: Literal["linear", "ntk", "dynamic_ntk", "yarn", "llama3"] = "linear"
+    factor: float = 1.0
+    original_length: int = 2048  # positions the unscaled model was trained on
+    beta_fast: float = 32.0  # yarn: rotations above which a frequency is left as it is
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully interpolated
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    kind: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
+    theta: float = 10_000.0  # RoPE base (Su et al. 2021)
+    local_theta: float | None = None  # RoPE base of the sliding-window layers (Gemma 3); None: theta
+    rotary_fraction: float = 1.0  # part of the head dimension that is rotated
+    interleaved: bool = False  # pairs (2i, 2i+1) instead of (i, i + half)
+    scaling: RopeScalingConfig | None = None
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    num_heads: int = 8
+    num_kv_heads: int = 8  # fewer: grouped-query attention (Ainslie et al. 2023); 1: multi-query
+    head_dim: int = 32
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3) or over the full width (OLMo 2), before RoPE
+    softcap: float | None = None  # cap * tanh(logits / cap), Gemma 2
+    query_scale: float | None = None  # multiplies q k^T; None: head_dim ** -0.5
+    sinks: bool = False  # a learned logit per head that takes probability and gives no value (gpt-oss)
+    mask: Literal["causal", "bidirectional", "prefix"] = "causal"  # prefix: bidirectional inside the prefix (Raffel 2020)
+    # Attention pattern by layer, repeated: 'global', 'sliding' (the last `window` positions) or 'block_sparse'.
+    layers: tuple[Literal["global", "sliding", "block_sparse"], ...] = ("global",)
+    window: int = 1024
+    block_size: int = 64  # block_sparse: positions a block
+    local_blocks: int = 4  # block_sparse: a query sees the last `local_blocks` blocks, its own included (Child 2019)
+    block_stride: int = 8  # block_sparse: and every `block_stride`-th block (its index % stride == stride - 1)
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    kind: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "reglu"] = "swiglu"  # Shazeer 2020; So et al. 2021
+    hidden_dim: int = 1024
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture of experts in place of the MLP (Shazeer et al. 2017); the experts take `mlp.kind`, without biases."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    hidden_dim: int = 256
+    renormalize: bool = True  # the k weights sum to one (Mixtral) or stay softmax values (OLMoE)
+    first_dense: int = 0  # layers before the first MoE layer
+    every: int = 1  # a MoE layer every so many layers, counted from `first_dense`
+    load_balance: float = 0.01  # coefficient; 1 at perfect balance (Fedus et al. 2021, eq. 4, over k choices)
+    balance_scope: Literal["batch", "sequence"] = "batch"  # tokens that are to be balanced together
+    z_loss: float = 0.001  # coefficient of mean logsumexp(router logits)^2 (Zoph et al. 2022, eq. 5)
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Standard deviations of the weights; norms start at one, biases and sinks at zero."""
+
+    scheme: Literal["fan_in", "normal"] = "fan_in"  # std = scale / sqrt(inputs), or std = scale
+    scale: float = 1.0
+    embedding_std: float = 0.02
+    residual: Literal["none", "depth", "zero"] = "depth"  # output projections: as is, / sqrt(2 L) (GPT-2), or zero
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 128
+    num_layers: int = 4
+    embed_dim: int = 256
+    max_length: int = 2048  # longest context, in positions
+    attention: AttentionConfig = AttentionConfig()
+    position: PositionConfig = PositionConfig()
+    norm: NormConfig = NormConfig()
+    mlp: MLPConfig = MLPConfig()
+    moe: MoEConfig | None = None
+    init: InitConfig = InitConfig()
+    tied_embeddings: bool = False
+    embedding_scale: float | None = None  # multiplies the embeddings; Gemma: sqrt(embed_dim)
+    final_softcap: float | None = None  # cap * tanh(logits / cap)
+    dropout: float = 0.0  # on the embeddings and on each residual branch
+    mup_base_dim: int | None = None  # muP (Yang et al. 2022): the width whose hyperparameters are carried over
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of computation; auto: bfloat16 but on CPU
+    # What the backward pass keeps: everything; nothing; matmul outputs; values named in `remat_names`; or those, offloaded.
+    remat: Literal["none", "full", "dots", "names", "offload"] = "none"
+    remat_names: tuple[Literal["attention_out", "mlp_out", "qkv", "mlp_hidden"], ...] = ("attention_out", "mlp_out")
+    scan_unroll: int = 1  # layers a step of the scan over layers; 0: all (faster on CPU, compiles longer)
+
+    def validate(self) -> None:
+        """Refuses what cannot be built. Raises ValueError that names field, value and fix."""
+        a, p, m = self.attention, self.position, self.moe
+        for name, value in (
+            ("num_layers", self.num_layers),
+            ("embed_dim", self.embed_dim),
+            ("max_length", self.max_length),
+            ("attention.num_heads", a.num_heads),
+            ("attention.num_kv_heads", a.num_kv_heads),
+            ("attention.head_dim", a.head_dim),
+            ("attention.window", a.window),
+            ("attention.block_size", a.block_size),
+            ("attention.local_blocks", a.local_blocks),
+            ("attention.block_stride", a.block_stride),
+            ("mlp.hidden_dim", self.mlp.hidden_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"model.{name} = {value}: must be at least 1")
+        if a.num_heads % a.num_kv_heads:
+            divisors = [str(d) for d in range(1, a.num_heads + 1) if a.num_heads % d == 0]
+            raise ValueError(
+                f"model.attention.num_kv_heads = {a.num_kv_heads}: must divide model.attention.num_heads = {a.num_heads}; "
+                f"set it to {', '.join(divisors)}"
+            )
+        if not a.layers:
+            raise ValueError("model.attention.layers = (): give at least one of global, sliding, block_sparse")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.dropout = {self.dropout}: a probability in [0, 1)")
+        if not 0.0 < p.rotary_fraction <= 1.0:
+            raise ValueError(f"model.position.rotary_fraction = {p.rotary_fraction}: a fraction in (0, 1]")
+        if p.kind == "rope" and rotary_dim(self) % 2:
+            raise ValueError(
+                f"model.position.rotary_fraction = {p.rotary_fraction}: rotates {rotary_dim(self)} of model.attention."
+                f"head_dim = {a.head_dim} dimensions, which must be an even number above 0"
+            )
+        if p.scaling is not None and p.kind != "rope":
+            raise ValueError(f"model.position.scaling: only RoPE is scaled, but model.position.kind = {p.kind!r}")
+        if p.kind == "sinusoidal" and self.embed_dim % 2:
+            raise ValueError(f"model.embed_dim = {self.embed_dim}: sinusoidal positions need an even number")
+        if self.scan_unroll < 0:
+            raise ValueError(f"model.scan_unroll = {self.scan_unroll}: 1 or more layers a step, or 0 for all")
+        if m is not None:
+            if m.num_experts < 1:
+                raise ValueError(f"model.moe.num_experts = {m.num_experts}: must be at least 1")
+            if not 1 <= m.top_k <= m.num_experts:
+                raise ValueError(
+                    f"model.moe.top_k = {m.top_k}: must be between 1 and model.moe.num_experts = {m.num_experts}"
+                )
+            if m.every < 1 or m.first_dense < 0 or m.hidden_dim < 1:
+                raise ValueError(
+                    f"model.moe: every = {m.every} and hidden_dim = {m.hidden_dim} must be at least 1, first_dense = "
+                    f"{m.first_dense} at least 0"
+                )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What distinguishes one layer from another."""
+
+    attention: str = "global"
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`repeats` repetitions of a run of layers; the repetitions are stacked and scanned."""
+
+    unit: tuple[LayerSpec, ...] = field(default_factory=tuple)
+    repeats: int = 1
+
+
+def rotary_dim(config: ModelConfig) -> int:
+    """Dimensions of a head that RoPE rotates."""
+    return int(config.attention.head_dim * config.position.rotary_fraction)
+
+
+def layer_specs(config: ModelConfig) -> list[LayerSpec]:
+    """The layers from first to last."""
+    pattern, moe = config.attention.layers, config.moe
+    return [
+        LayerSpec(
+            attention=pattern[i % len(pattern)],
+            moe=moe is not None and i >= moe.first_dense and (i - moe.first_dense) % moe.every == 0,
+        )
+        for i in range(config.num_layers)
+    ]
+
+
+def segments(config: ModelConfig) -> tuple[Segment, ...]:
+    """The layers as few scans: a prefix of single layers, one repeated unit, a remainder."""
+    specs = layer_specs(config)
+    best = tuple(Segment((spec,), 1) for spec in specs)
+    for start in range(len(specs)):
+        for period in range(1, len(specs) - start + 1):
+            unit = tuple(specs[start : start + period])
+            repeats = 1
+            while tuple(specs[start + repeats * period : start + (repeats + 1) * period]) == unit:
+                repeats += 1
+            rest = specs[start + repeats * period :]
+            plan = (
+                *(Segment((spec,), 1) for spec in specs[:start]),
+                Segment(unit, repeats),
+                *(Segment((spec,), 1) for spec in rest),
+            )
+            if sum(len(s.unit) for s in plan) < sum(len(s.unit) for s in best):
+                best = plan
+    return best

@@ -1,0 +1,98 @@
+"""Where a token stands: RoPE and its scalings, ALiBi, sinusoids. Pure functions of positions.
+
+Shapes: B batch, T time, N heads, H head dimension, R half of the rotated dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from model.config import ModelConfig, RopeScalingConfig, rotary_dim
+
+
+def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
+    """Radians per position of each rotated pair, float64 [dim / 2], for every scaling that is known beforehand.
+
+    linear: Chen et al. 2023; ntk: bloc97 2023; yarn: Peng et al. 2023, sec. 3.2; llama3: the Llama 3.1 release.
+    'dynamic_ntk' depends on the length at hand and gives the unscaled frequencies here.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
+    plain = theta**-exponents
+    if scaling is None or scaling.kind == "dynamic_ntk":
+        return plain
+    s = scaling
+    if s.kind == "linear":
+        return plain / s.factor
+    if s.kind == "ntk":
+        return (theta * s.factor ** (dim / (dim - 2))) ** -exponents
+    if s.kind == "yarn":
+
+        def pair_that_turns(rotations: float) -> float:
+            return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(pair_that_turns(s.beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(s.beta_slow)), dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        return plain / s.factor * ramp + plain * (1 - ramp)
+    wavelength = 2 * math.pi / plain
+    smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)
+    return (1 - smooth) * plain / s.factor + smooth * plain
+
+
+def rope_tables(
+    config: ModelConfig, positions_BT: Int[Array, "B T"], theta: float, length_B: Int[Array, "B"] | None = None
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+    """Cosines and sines, float32 [B, T, R], of the angles at `positions_BT`.
+
+    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it.
+    """
+    dim, scaling = rotary_dim(config), config.position.scaling
+    factor = 1.0
+    if scaling is not None and scaling.kind == "dynamic_ntk":
+        assert length_B is not None, "dynamic_ntk needs the length of the context"
+        stretch = scaling.factor * length_B / scaling.original_length - (scaling.factor - 1)
+        base_B = theta * jnp.maximum(stretch, 1.0) ** (dim / (dim - 2))
+        frequencies = base_B[:, None] ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+        angles_BTR = positions_BT[..., None].astype(jnp.float32) * frequencies[:, None, :]
+    else:
+        frequencies = jnp.asarray(inverse_frequencies(dim, theta, scaling), jnp.float32)
+        angles_BTR = positions_BT[..., None].astype(jnp.float32) * frequencies
+        if scaling is not None and scaling.kind == "yarn":
+            factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+    return jnp.cos(angles_BTR) * factor, jnp.sin(angles_BTR) * factor
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], cos_BTR: Float[Array, "B T R"], sin_BTR: Float[Array, "B T R"], interleaved: bool
+) -> Float[Array, "B T N H"]:
+    """RoPE (Su et al. 2021) on the first 2R dimensions of each head; pairs (i, i+R), or (2i, 2i+1) if interleaved."""
+    half = cos_BTR.shape[-1]
+    cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
+    turned, rest = x_BTNH[..., : 2 * half].astype(jnp.float32), x_BTNH[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        out = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=-1).reshape(turned.shape)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        out = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
+    return jnp.concatenate((out.astype(x_BTNH.dtype), rest), axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Float32 [N]: the slopes of ALiBi (Press et al. 2022, sec. 3), with its rule for head counts off the powers of 2."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return np.asarray(slopes, np.float32)
+
+
+def sinusoids(positions_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
+    """Float32 [B, T, D]: sines in the first half, cosines in the second (Vaswani et al. 2017, sec. 3.5)."""
+    frequencies = 10_000.0 ** -(jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)

@@ -1,0 +1,99 @@
+"""Logical axes to mesh axes: the one place that decides how weights and activations are laid out.
+
+A weight or an activation names the logical meaning of each of its dimensions ('embed', 'heads', 'batch', ...);
+`ShardingRules` maps those names to axes of the device mesh, apart for weights (how they are stored) and for activations
+(how they are computed with). A weight at use is resharded from the first layout to the second, which is FSDP's
+all-gather; its gradient takes the opposite way, which is the reduce-scatter.
+
+With no mesh set (`jax.sharding.get_abstract_mesh().empty`) every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
+LOGICAL_AXES = ("batch", "sequence", "embed", "heads", "kv_heads", "mlp", "expert", "vocab", "layer")
+
+
+@dataclass(frozen=True)
+class AxisRules:
+    """Mesh axes of each logical axis; an empty tuple keeps the dimension whole on every device."""
+
+    batch: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    expert: tuple[str, ...] = ("expert",)
+    vocab: tuple[str, ...] = ("tensor",)
+    layer: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """How logical axes lie on the mesh: `weights` as stored, `activations` as computed (weights at use included)."""
+
+    weights: AxisRules = AxisRules(embed=("fsdp",))
+    activations: AxisRules = AxisRules(batch=("data", "fsdp", "expert"), sequence=("sequence",))
+
+    def validate(self) -> None:
+        """Refuses unknown mesh axes and a mesh axis used twice by axes that meet in one array. Raises ValueError."""
+        for side in ("weights", "activations"):
+            axis_rules = getattr(self, side)
+            for field in dataclasses.fields(axis_rules):
+                for mesh_axis in getattr(axis_rules, field.name):
+                    if mesh_axis not in MESH_AXES:
+                        raise ValueError(
+                            f"sharding.{side}.{field.name} = {mesh_axis!r}: not a mesh axis; use one of {', '.join(MESH_AXES)}"
+                        )
+        meeting = {
+            "weights": (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed")),
+            "activations": (("batch", "sequence", "heads"), ("batch", "sequence", "vocab"), ("batch", "sequence", "mlp")),
+        }
+        for side, groups in meeting.items():
+            for names in groups:
+                used = [axis for name in names for axis in getattr(getattr(self, side), name)]
+                twice = sorted({axis for axis in used if used.count(axis) > 1})
+                if twice:
+                    raise ValueError(
+                        f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in one "
+                        "array; give one of them another axis or ()"
+                    )
+
+    def spec(self, side: str, axes: tuple[str | None, ...]) -> P:
+        """PartitionSpec of an array whose dimensions are the logical `axes` (None: not sharded), on side 'weights' or
+        'activations', with the mesh axes of size one kept (they cost nothing). Raises ValueError on an unknown name."""
+        axis_rules = getattr(self, side)
+        parts: list = []
+        for axis in axes:
+            if axis is not None and axis not in LOGICAL_AXES:
+                raise ValueError(f"logical axis {axis!r} is unknown; use one of {', '.join(LOGICAL_AXES)} or None")
+            mesh_axes = () if axis is None else getattr(axis_rules, axis)
+            parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
+        return P(*parts)
+
+
+def no_mesh() -> bool:
+    """True where no device mesh is set: one device, nothing to lay out."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def weight_spec(rules: ShardingRules, *axes: str | None) -> P | None:
+    """The `out_sharding` of a weight's initializer; None with no mesh."""
+    return None if no_mesh() else rules.spec("weights", axes)
+
+
+def activation_spec(rules: ShardingRules, *axes: str | None) -> P | None:
+    """The `out_sharding` of an operation that makes an activation; None with no mesh."""
+    return None if no_mesh() else rules.spec("activations", axes)
+
+
+def reshard(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
+    """`x` laid out as an activation of logical `axes`. For a weight: gathered over the axes it is only stored on."""
+    return x if no_mesh() else jax.sharding.reshard(x, rules.spec("activations", axes))
