@@ -5,6 +5,7 @@ Letters: B windows of a batch (of this host), T predicted tokens; arrays of toke
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import weakref
@@ -34,6 +35,24 @@ def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
     return {name: float(share / sum(shares.values())) for name, share in shares.items()}
 
 
+def _source_order(source: int, name: str, windows: int, seed: int) -> grain.MapDataset:
+    """Endless (source, window): a fresh permutation of the windows in every epoch."""
+    # Seeded by name, so that a source keeps its order whatever stands beside it.
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    shuffled = grain.MapDataset.range(windows).shuffle(seed=int.from_bytes(key[:4], "little"))
+    return shuffled.repeat().map(lambda window: (source, window))
+
+
+def _batch_at(
+    arrays: list[tuple[np.ndarray, ...]], order: grain.MapDataset, batch_size: int, first_row: int, rows: int, step: int
+) -> Batch:
+    chosen = [order[int(step) * batch_size + row] for row in range(first_row, first_row + rows)]
+    tokens, segment_ids = (
+        np.stack([arrays[source][part][window] for source, window in chosen]).astype(np.int32) for part in (0, 1)
+    )
+    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+
+
 class TrainBatches(Iterator[Batch]):
     """This host's rows of the endless stream of global batches; see `train_batches`."""
 
@@ -59,42 +78,32 @@ class TrainBatches(Iterator[Batch]):
             "batch_size": config.batch_size,
             "sequence_length": config.sequence_length,
         }
-        self._names = tuple(shares)
-        self._arrays = [
-            (prepared.array(f"train.{name}.tokens"), prepared.array(f"train.{name}.segment_ids"))
-            for name in self._names
+        arrays = [
+            tuple(prepared.array(f"train.{name}.{part}") for part in ("tokens", "segment_ids")) for name in shares
         ]
-        self._order = grain.MapDataset.mix(
-            [self._source_order(i, config.seed) for i in range(len(self._names))], list(shares.values())
+        order = grain.MapDataset.mix(
+            [_source_order(i, name, len(arrays[i][0]), config.seed) for i, name in enumerate(shares)],
+            list(shares.values()),
         )
         rows = config.batch_size // process_count
-        self._rows = range(process_index * rows, (process_index + 1) * rows)
-        self._batch_size, self._prefetch = config.batch_size, config.prefetch
+        # Not a method: the prefetching thread must not keep this stream alive, or it would never be collected.
+        self._batch_at = functools.partial(_batch_at, arrays, order, config.batch_size, process_index * rows, rows)
+        self._prefetch = config.prefetch
         self._start(start_step)
-
-    def _source_order(self, source: int, seed: int) -> grain.MapDataset:
-        """Endless (source, window): a fresh permutation of the windows in every epoch."""
-        # Seeded by name, so that a source keeps its order whatever stands beside it.
-        key = hashlib.sha256(f"{seed} {self._names[source]}".encode()).digest()
-        windows = grain.MapDataset.range(len(self._arrays[source][0])).shuffle(seed=int.from_bytes(key[:4], "little"))
-        return windows.repeat().map(lambda window: (source, window))
 
     def _start(self, step: int) -> None:
         self._step = step
-        batches = grain.MapDataset.range(step, sys.maxsize).map(self.batch_at)
+        batches = grain.MapDataset.range(step, sys.maxsize).map(self._batch_at)
         # Grain's default of 16 threads and a buffer of 500 is an order slower than none on memory-mapped windows.
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._prefetch:
             stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=self._prefetch)
-        self._iterator = iter(stream)
+        self._iterator: Iterator[Batch] = iter(stream)
         self._close = weakref.finalize(self, self._iterator.close)
 
     def batch_at(self, step: int) -> Batch:
         """The batch of any step, without moving the stream."""
-        chosen = [self._order[int(step) * self._batch_size + row] for row in self._rows]
-        tokens = np.stack([self._arrays[source][0][window] for source, window in chosen]).astype(np.int32)
-        segment_ids = np.stack([self._arrays[source][1][window] for source, window in chosen]).astype(np.int32)
-        return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+        return self._batch_at(step)
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)

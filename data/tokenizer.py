@@ -212,9 +212,10 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
         raise DataError(
-            f"data.tokenizer.vocab_size = {config.vocab_size} cannot be learned from the training text ({error}); "
-            "lower it, add text, or set data.tokenizer.kind to 'byte'"
+            f"data.tokenizer.vocab_size = {config.vocab_size} cannot be learned from the training text: {reason} "
+            "Change it, add text, or set data.tokenizer.kind to 'byte'"
         ) from error
     return SentencePieceTokenizer(model.getvalue())
 
