@@ -1,7 +1,7 @@
 """Checkpoints of a pytree with Orbax: asynchronous, atomic, verified leaf by leaf, independent of the mesh.
 
 A folder holds one directory a step. Orbax writes the arrays of a step as a flat `{name: array}` tree into
-`<step>.writing`; then `commit.json` (shapes, dtypes, checksums, file sizes, the caller's metadata) is added and the
+`<step>.writing`; then `commit.json` (shapes, dtypes, checksums, files, the caller's metadata) is added and the
 directory is renamed to `<step>`. A step without a whole `commit.json` does not count. On object stores, where a rename
 is a copy, the arrays go to `<step>` at once and `commit.json` is still the last file.
 
@@ -43,6 +43,9 @@ STAGING_SUFFIX = ".writing"
 SPACE_MARGIN = 1.05
 SPACE_FLOOR = 4 << 20
 EXIT_WAIT_SECONDS = 60.0
+# Indices and metadata are files below this size: damage there is found before Orbax stumbles over it. The large ones
+# hold arrays, which the leaves' own checksums guard without reading them twice.
+SMALL_FILE = 1 << 20
 
 
 class CheckpointError(RuntimeError):
@@ -75,24 +78,21 @@ def _print_warning(message: str) -> None:
 # ---------------------------------------------------------------------------------------------------- commit file
 
 
-def _file_sizes(directory: epath.Path) -> dict[str, int]:
-    sizes = {}
-    for root, _, names in directory.walk():
-        for name in names:
-            file = root / name
-            sizes[str(file.relative_to(directory))] = file.stat().length
-    sizes.pop(COMMIT_FILE, None)
-    return sizes
+def _file_facts(file: epath.Path) -> dict[str, int]:
+    """Size of a file, and the CRC-32 of a small one."""
+    size = file.stat().length
+    return {"size": size, "crc32": zlib.crc32(file.read_bytes())} if size <= SMALL_FILE else {"size": size}
 
 
 def _write_commit(directory: epath.Path, body: dict[str, Any]) -> None:
-    body = body | {"files": _file_sizes(directory)}
+    files = sorted(root / name for root, _, names in directory.walk() for name in names if name != COMMIT_FILE)
+    body = body | {"files": {str(file.relative_to(directory)): _file_facts(file) for file in files}}
     text = json.dumps(body, sort_keys=True)
     (directory / COMMIT_FILE).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "body": body}, indent=1))
 
 
 def _read_commit(directory: epath.Path) -> dict[str, Any]:
-    """The body of `commit.json`, after checking it and the size of every file that it lists."""
+    """The body of `commit.json`, after checking it and the facts of every file that it lists."""
     file = directory / COMMIT_FILE
     if not file.exists():
         raise _DamagedError(f"{COMMIT_FILE} is missing: the save or the copy of this step was cut short")
@@ -106,11 +106,14 @@ def _read_commit(directory: epath.Path) -> dict[str, Any]:
         raise _DamagedError(f"{COMMIT_FILE}: checksum mismatch")
     if body["format"] != FORMAT:
         raise CheckpointError(f"{directory} has checkpoint format {body['format']}; this code reads {FORMAT}")
-    for name, size in body["files"].items():
+    for name, facts in body["files"].items():
         if not (directory / name).exists():
             raise _DamagedError(f"{name} is missing")
-        if (found := (directory / name).stat().length) != size:
-            raise _DamagedError(f"{name} holds {found} bytes, {size} were written")
+        found = _file_facts(directory / name)
+        if found["size"] != facts["size"]:
+            raise _DamagedError(f"{name} holds {found['size']} bytes, {facts['size']} were written")
+        if found != facts:
+            raise _DamagedError(f"{name}: checksum mismatch")
     return body
 
 

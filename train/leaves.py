@@ -21,6 +21,12 @@ def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _key_impl(leaf: Any) -> Any:
+    found: list[Any] = []
+    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), leaf)  # it refuses a ShapeDtypeStruct
+    return found[0]
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
     """`{path: leaf}` of a tree, paths joined by '/'. TypeError for a leaf that has no shape and dtype."""
     named: dict[str, Any] = {}
@@ -131,4 +137,4 @@ def from_stored(value: Any, leaf: Any) -> Any:
         value = jnp.asarray(value)
     elif isinstance(value, np.ndarray):  # a leaf without elements
         value = jax.device_put(value, leaf.sharding)
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+    return jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value

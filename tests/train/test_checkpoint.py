@@ -1,0 +1,422 @@
+"""Checkpoints: what is saved comes back bit for bit on any mesh, and what is damaged is named and passed over."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.checkpoint import COMMIT_FILE, STAGING_SUFFIX, Checkpointer, CheckpointError
+from train.leaves import checksums, named_leaves
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint32, jnp.bool_, jnp.float8_e4m3fn)
+FILES = ("manifest.ocdbt", "_METADATA", "_sharding", COMMIT_FILE, "ocdbt.process_0", "d/", "array_metadatas")
+cheap = settings(deadline=None, max_examples=20, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def mesh_of(*shape: int) -> jax.sharding.Mesh:
+    return jax.make_mesh(shape, ("data", "tensor")[:len(shape)], axis_types=(AxisType.Explicit,) * len(shape),
+                         devices=jax.devices()[:math.prod(shape)])
+
+
+def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
+    """A tree with every kind of leaf: sharded, replicated, scalar, low precision, key, numpy, empty."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+
+    def place(x, *spec):
+        return x if mesh is None else jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    return {
+        "params": {"w": place(jax.random.normal(next(keys), (8, 16, 32)), "data", "tensor"),
+                   "bias": place(jax.random.normal(next(keys), (16,), jnp.bfloat16), "tensor"),
+                   "mask": place(jax.random.bernoulli(next(keys), 0.5, (8, 4)), "data"),
+                   "empty": place(jnp.zeros((0, 4)))},
+        "opt": (place(jax.random.bits(next(keys), (8, 8)), None, "data"), place(jnp.int32(seed))),
+        "rng": place(next(keys)), "streams": jax.random.split(next(keys), 3),
+        "host": np.int64(2**40 + seed), "table": np.arange(seed, seed + 5, dtype=np.float64),
+    }
+
+
+def as_template(state, mesh):
+    """The state's shapes on another mesh, with the axes of the specs reversed."""
+    def leaf(x):
+        if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
+            return x
+        spec = P(*[axis for axis in x.sharding.spec if axis in mesh.axis_names])
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    return jax.tree.map(leaf, state)
+
+
+def raw(leaf) -> np.ndarray:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def same_bits(a, b) -> bool:
+    left, right = named_leaves(a), named_leaves(b)
+    return left.keys() == right.keys() and all(
+        left[n].dtype == right[n].dtype and left[n].shape == right[n].shape
+        and raw(left[n]).tobytes() == raw(right[n]).tobytes() for n in left)
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory) -> Path:
+    """Steps 1 and 2 on disk, never touched: tests damage copies."""
+    folder = tmp_path_factory.mktemp("good")
+    with Checkpointer(folder) as checkpointer:
+        for step in (1, 2):
+            assert checkpointer.save(step, random_state(step), metadata={"position": step}, wait=True)
+    return folder
+
+
+def restore_copy(good_folder: Path, tmp_path: Path, damage) -> tuple:
+    """`(restored, warnings)` after `damage(step 2's directory)` on a fresh copy."""
+    shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+    shutil.copytree(good_folder, tmp_path / "copy")
+    damage(tmp_path / "copy" / "2")
+    warnings: list[str] = []
+    with Checkpointer(tmp_path / "copy", warn=warnings.append) as checkpointer:
+        return checkpointer.restore(random_state(0)), warnings
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------- checksums
+
+
+@cheap
+@given(st.sampled_from(DTYPES), st.sampled_from([(), (5, 3)]), st.data())
+def test_a_flip_of_one_bit_changes_the_checksum(dtype, shape, data):
+    x = np.asarray(jax.random.normal(jax.random.key(0), shape) > 0 if dtype == jnp.bool_ else
+                   jax.random.normal(jax.random.key(0), shape) * 50).astype(dtype).reshape(shape)
+    flipped = x.copy().reshape(-1)
+    at = data.draw(st.integers(0, flipped.size - 1))
+    if dtype == jnp.bool_:
+        flipped[at] = not flipped[at]
+    else:
+        flipped.view(np.uint8)[at * x.itemsize] ^= 1 << data.draw(st.integers(0, 7))
+    sums = checksums({"x": jnp.asarray(x), "numpy": x, "flipped": jnp.asarray(flipped.reshape(shape))})
+    assert sums["x"] == sums["numpy"] != sums["flipped"]
+
+
+def test_checksum_sees_cancelling_changes_and_order():
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    variants = {"x": x, "two signs": x.at[3, 5].multiply(-1).at[9, 2].multiply(-1), "transposed": x.T,
+                "negated": -x, "swapped": x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0]), "reversed": x[::-1],
+                "zeros": jnp.zeros((64, 64))}
+    assert len(set(checksums(variants).values())) == len(variants)
+
+
+def test_checksum_does_not_depend_on_the_mesh():
+    def some(mesh):
+        state = random_state(3, mesh)
+        return {"w": state["params"]["w"], "bias": state["params"]["bias"]}
+    assert checksums(some(None)) == checksums(some(mesh_of(4, 2)))
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [
+    (None, None), (None, (4, 2)), ((4, 2), (4, 2)), ((4, 2), (2, 2)), ((4, 2), (8,)), ((2, 2), None)])
+def test_restores_bit_for_bit_on_another_mesh(tmp_path, saved_on, restored_on):
+    state = random_state(1, saved_on and mesh_of(*saved_on))
+    template = as_template(state, mesh_of(*restored_on)) if restored_on else random_state(0)
+    metadata = {"data": {"position": 7, "é": [1.5, None]}}
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save(3, state, metadata=metadata)
+        restored = checkpointer.restore(template)
+    assert restored.step == 3 and restored.metadata == metadata
+    assert same_bits(restored.state, state)
+    for name, leaf in named_leaves(template).items():
+        found = named_leaves(restored.state)[name]
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            assert found.sharding == leaf.sharding, name
+        else:
+            assert isinstance(found, type(leaf)), name
+    mixed = jax.jit(lambda s: s["params"]["w"].sum() + s["opt"][1])(restored.state)  # no leaf pins another device
+    assert np.isfinite(mixed)
+
+
+def test_donated_buffers_are_safe_after_save(tmp_path):
+    step_fn = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.5 + 1, tree), donate_argnums=0)
+    with Checkpointer(tmp_path, keep_last=9) as checkpointer:
+        state = {"a": jnp.arange(400_000.0), "b": jax.device_put(
+            jnp.ones((64, 64)), NamedSharding(mesh_of(4, 2), P("data", "tensor")))}
+        expected = {}
+        for step in range(4):
+            expected[step] = jax.tree.map(np.array, state)
+            checkpointer.save(step, state, metadata={})
+            for _ in range(5):
+                state = step_fn(state)
+        for step, tree in expected.items():
+            assert same_bits(checkpointer.restore(tree, step=step).state, tree)
+
+
+def test_an_empty_folder_restores_nothing(tmp_path):
+    with Checkpointer(tmp_path / "new" / "run") as checkpointer:
+        assert checkpointer.restore(random_state(0)) is None
+        assert checkpointer.steps() == []
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+
+def test_undamaged_copy_restores_the_newest(good_folder, tmp_path):
+    restored, warnings = restore_copy(good_folder, tmp_path, lambda step: None)
+    assert restored.step == 2 and not warnings and same_bits(restored.state, random_state(2))
+    assert all(any(part in name for name in files_of(good_folder / "2")) for part in FILES)
+
+
+def test_each_missing_or_truncated_file_is_named(good_folder, tmp_path):
+    for name in files_of(good_folder / "2"):
+        def remove(step, name=name):
+            (step / name).unlink()
+
+        def truncate(step, name=name):
+            os.truncate(step / name, (step / name).stat().st_size // 2)
+
+        for damage in (remove, truncate):
+            restored, (warning,) = restore_copy(good_folder, tmp_path, damage)
+            assert warning.startswith("step 2, ") and name in warning and warning.endswith("falling back to step 1")
+            assert restored.step == 1 and same_bits(restored.state, random_state(1))
+            assert restored.metadata == {"position": 1}
+
+
+@cheap
+@given(st.data())
+def test_a_flipped_bit_never_gives_wrong_values(good_folder, tmp_path, data):
+    name = data.draw(st.sampled_from(files_of(good_folder / "2")))
+    size = (good_folder / "2" / name).stat().st_size
+    offset, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 7))
+
+    def flip(step):
+        content = bytearray((step / name).read_bytes())
+        content[offset] ^= 1 << bit
+        (step / name).write_bytes(content)
+
+    restored, warnings = restore_copy(good_folder, tmp_path, flip)
+    assert same_bits(restored.state, random_state(restored.step))
+    assert restored.metadata == {"position": restored.step}
+    assert [restored.step, len(warnings)] in ([2, 0], [1, 1])
+    if warnings:
+        assert warnings[0].startswith("step 2, ") and "\n" not in warnings[0]
+
+
+def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
+    tree = {"params": {"w": jax.random.normal(jax.random.key(1), (700, 700)), "v": jnp.ones(3)}}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, jax.tree.map(jnp.zeros_like, tree), metadata={})
+        checkpointer.save(2, tree, metadata={})
+    (file,) = (path for path in (tmp_path / "2").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20)
+    content = bytearray(file.read_bytes())
+    at = content.index(np.asarray(tree["params"]["w"])[350].tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    warnings: list[str] = []
+    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+        assert checkpointer.restore(tree).step == 1
+    assert warnings == ["step 2, params/w: checksum mismatch; falling back to step 1"]
+
+
+def test_garbage_commit_file_is_named(good_folder, tmp_path):
+    for garbage in (b"", b"{", b"\xff\xfe", b"[]", b'{"body": {}, "crc32": 1}'):
+        restored, (warning,) = restore_copy(good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g))
+        assert restored.step == 1 and f"step 2, {COMMIT_FILE}" in warning
+
+
+def test_edited_metadata_is_refused(good_folder, tmp_path):
+    def edit(step):
+        document = json.loads((step / COMMIT_FILE).read_text())
+        document["body"]["metadata"]["position"] = 99
+        (step / COMMIT_FILE).write_text(json.dumps(document))
+    restored, (warning,) = restore_copy(good_folder, tmp_path, edit)
+    assert restored.step == 1 and "checksum mismatch" in warning
+
+
+def test_when_every_step_is_bad_each_is_listed(good_folder, tmp_path):
+    def damage(step):
+        (step / COMMIT_FILE).unlink()
+        (step.parent / "1" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)no good.*step 2, commit.json is missing.*step 1, manifest.ocdbt"):
+        restore_copy(good_folder, tmp_path, damage)
+
+
+def test_an_explicit_step_does_not_fall_back(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2" / COMMIT_FILE).unlink()
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointError, match=r"step 2, commit\.json is missing"):
+            checkpointer.restore(random_state(0), step=2)
+        with pytest.raises(CheckpointError, match=r"step 7 is not in .* holds 1, 2"):
+            checkpointer.restore(random_state(0), step=7)
+        assert checkpointer.restore(random_state(0), step=1).step == 1
+
+
+@pytest.mark.parametrize(("change", "row"), [
+    (lambda s: s["params"].update(w=jnp.zeros((8, 16, 32), jnp.bfloat16)), r"params/w +float32\[8, 16, 32\] +bfloat16"),
+    (lambda s: s["params"].update(w=jnp.zeros((8, 16, 31))), r"params/w .*float32\[8, 16, 31\]"),
+    (lambda s: s["params"].pop("w"), r"params/w +float32\[8, 16, 32\] +\(absent\)"),
+    (lambda s: s["params"].update(v=jnp.zeros(3)), r"params/v +\(absent\) +float32\[3\]"),
+    (lambda s: s.update(rng=jax.random.key(0, impl="rbg")), r"rng +key<fry>\[\] +key<rbg>\[\]"),
+    (lambda s: s.update(rng=jax.random.key_data(s["rng"])), r"rng +key<fry>\[\] +uint32\[2\]"),
+])
+def test_another_state_is_refused_with_a_table(good_folder, change, row):
+    template = random_state(0)
+    change(template)
+    warnings: list[str] = []
+    with (Checkpointer(good_folder, warn=warnings.append, read_only=True) as checkpointer,
+          pytest.raises(CheckpointError, match=f"(?s)step 2 .*leaf.*in the checkpoint.*{row}")):
+        checkpointer.restore(template)
+    assert not warnings
+
+
+# ---------------------------------------------------------------------------------------------------- failed saves
+
+
+def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
+    warnings: list[str] = []
+    free = [math.inf, 1000.0, math.inf]
+    with Checkpointer(tmp_path, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
+        assert checkpointer.save(2, random_state(2), metadata={}, wait=True)
+        assert not checkpointer.save(4, random_state(4), metadata={})
+        assert checkpointer.steps() == [2]
+        assert len(warnings) == 1 and "save of step 4 failed: no space left in" in warnings[0]
+        assert warnings[0].endswith("last good step 2")
+        assert checkpointer.save(6, random_state(6), metadata={}, wait=True)
+        assert same_bits(checkpointer.restore(random_state(0)).state, random_state(6))
+
+
+def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
+    """The kernel refuses files beyond a limit, in the middle of the asynchronous write."""
+    warnings: list[str] = []
+    big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+        assert checkpointer.save(2, big, metadata={}, wait=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            assert not checkpointer.save(4, big, metadata={}, wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "save of step 4 failed: " in warnings[0] and warnings[0].endswith("last good step 2")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2"]
+        assert checkpointer.save(6, big, metadata={}, wait=True) and checkpointer.steps() == [2, 6]
+
+
+def test_mistakes_of_the_caller(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cannot/be/made"):
+        with pytest.raises(CheckpointError, match="cannot be written to"):
+            Checkpointer(path)
+    with pytest.raises(CheckpointError, match="not a directory of checkpoints"):
+        Checkpointer(tmp_path / "absent", read_only=True)
+    with pytest.raises(ValueError, match="keep_last = 0"):
+        Checkpointer(tmp_path, keep_last=0)
+    with pytest.raises(ValueError, match="best_mode = 'low'"):
+        Checkpointer(tmp_path, best_mode="low")
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        with pytest.raises(TypeError, match="steps is a int"):
+            checkpointer.save(1, {"steps": 3}, metadata={})
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            checkpointer.save(1, {"x": jnp.ones(3)}, metadata={"x": jnp.ones(3)})
+        with pytest.raises(ValueError, match="both named 'a/b'"):
+            checkpointer.save(1, {"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(3)}, metadata={})
+        assert checkpointer.steps() == []
+
+
+# ---------------------------------------------------------------------------------------------------- retention
+
+
+@settings(cheap, max_examples=6)
+@given(st.lists(st.sampled_from([None, math.nan, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=5),
+       st.integers(1, 2), st.integers(0, 2), st.sampled_from(["min", "max"]))
+def test_keeps_the_last_and_the_best(tmp_path_factory, metrics, keep_last, keep_best, mode):
+    folder = tmp_path_factory.mktemp("retention")
+    kept: set[int] = set()
+    with Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=mode) as checkpointer:
+        for step, metric in enumerate(metrics):
+            assert checkpointer.save(step, {"x": np.int32(step)}, metadata={}, metric=metric, wait=True)
+            kept.add(step)
+            scored = [s for s in kept if metrics[s] is not None and not math.isnan(metrics[s])]
+            best = sorted(scored, key=lambda s: (metrics[s] if mode == "min" else -metrics[s], -s))[:keep_best]
+            kept = set(sorted(kept)[-keep_last:]) | set(best)
+            assert checkpointer.steps() == sorted(kept)
+
+
+def test_a_run_that_did_not_restore_does_not_overwrite(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(CheckpointError, match="already holds step 2; restore from it first"):
+            checkpointer.save(1, random_state(1), metadata={})
+        assert checkpointer.steps() == [1, 2]
+
+
+def test_after_a_fallback_the_damaged_step_is_replaced_or_dropped(good_folder, tmp_path):
+    for next_step, left in ((2, [1, 2]), (3, [1, 3])):
+        folder = tmp_path / str(next_step)
+        shutil.copytree(good_folder, folder)
+        (folder / "2" / COMMIT_FILE).unlink()
+        with Checkpointer(folder, warn=lambda message: None) as checkpointer:
+            assert checkpointer.restore(random_state(0)).step == 1
+            assert checkpointer.save(next_step, random_state(9), metadata={}, wait=True)
+            assert checkpointer.steps() == left
+            assert same_bits(checkpointer.restore(random_state(0)).state, random_state(9))
+        assert sorted(path.name for path in folder.iterdir()) == [str(step) for step in left]
+
+
+def test_rewinding_drops_the_steps_ahead_once_the_new_one_is_safe(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    warnings: list[str] = []
+    with Checkpointer(tmp_path, warn=warnings.append, keep_last=5) as checkpointer:
+        checkpointer.restore(random_state(0), step=1)
+        assert checkpointer.save(1, random_state(8), metadata={}, wait=True) and checkpointer.steps() == [1]
+        assert len(warnings) == 1 and "dropping steps 2" in warnings[0]
+        assert same_bits(checkpointer.restore(random_state(0)).state, random_state(8))
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9
+
+KILLED = """
+import os, signal, sys
+import jax.numpy as jnp
+from train.checkpoint import Checkpointer
+checkpointer = Checkpointer(sys.argv[1])
+state = {"w": jnp.arange(8_000_000.0)}
+assert checkpointer.save(1, state, metadata={}, wait=True)
+checkpointer.save(2, state, metadata={})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_in_the_middle_of_a_save(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert any(STAGING_SUFFIX in path.name for path in tmp_path.iterdir())
+    template = {"w": jax.ShapeDtypeStruct((8_000_000,), jnp.float32)}
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:  # a reader leaves the leftovers alone
+        assert checkpointer.restore(template).step == 1
+        assert len(list(tmp_path.iterdir())) > 1
+    with Checkpointer(tmp_path) as checkpointer:
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        assert checkpointer.restore(template).step == 1
+        assert checkpointer.save(2, {"w": jnp.ones(3)}, metadata={}, wait=True)
