@@ -1,0 +1,217 @@
+"""Leaving a run: the first signal asks, the second ends; processes stop at one step; hangs and exceptions end hard."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train import signals
+from train.signals import EXIT_HUNG, StopSignal, Watchdog
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_code(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          check=False)
+
+
+def start_peers(scenario: str, folder: Path) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+                                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    return [subprocess.Popen([sys.executable, "-W", "error", "-m", "tests.train.peers", scenario, address, str(rank),
+                              str(folder)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE) for rank in (0, 1)]
+
+
+def finish(peers: list[subprocess.Popen], timeout: float = 60) -> list[tuple[str, str]]:
+    try:
+        return [peer.communicate(timeout=timeout) for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+
+
+# ---------------------------------------------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_the_first_signal_asks_and_handlers_return(number, capfd):
+    before = [signal.getsignal(each) for each in signals.SIGNALS]
+    with StopSignal() as stop:
+        assert not stop.requested and not stop.agreed(0)
+        signal.raise_signal(number)
+        assert stop.requested and stop.agreed(1)
+        assert capfd.readouterr().err.count("\n") == 1
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_leaves_at_once(number, code):
+    done = run_code(f"""
+import signal
+from train.signals import StopSignal
+with StopSignal():
+    signal.raise_signal({number:d})
+    print("still here", flush=True)
+    signal.raise_signal({number:d})
+    print("not here")
+""")
+    assert (done.returncode, done.stdout) == (code, "still here\n")
+    assert "save and exit" in done.stderr and "leaving at once" in done.stderr
+
+
+def test_the_watchdog_shows_where_the_loop_hangs():
+    done = run_code("""
+import time
+from train.signals import Watchdog
+with Watchdog(0.5) as dog:
+    time.sleep(0.8)          # compiling: the clock has not started
+    for _ in range(4):
+        dog.beat()
+        time.sleep(0.2)
+    print("now", flush=True)
+    def stuck_here():
+        time.sleep(30)
+    stuck_here()
+""")
+    assert (done.returncode, done.stdout) == (EXIT_HUNG, "now\n")
+    assert "no step for 0.5 s" in done.stderr and "in stuck_here" in done.stderr
+
+
+def test_the_watchdog_is_off_at_zero_and_gone_after_leaving():
+    threads = threading.active_count()
+    with Watchdog(0) as dog:
+        dog.beat()
+        assert threading.active_count() == threads
+    with Watchdog(0.2) as dog:
+        dog.beat()
+    assert threading.active_count() == threads
+    time.sleep(0.4)
+    with pytest.raises(ValueError, match="watchdog seconds = -1"):
+        Watchdog(-1)
+
+
+@pytest.mark.parametrize(("error", "code"), [("RuntimeError('injected')", 1), ("KeyboardInterrupt", 130)])
+def test_an_exception_exits_hard(error, code):
+    done = run_code(f"""
+import atexit, sys
+from train.signals import exit_hard_on_exception
+exit_hard_on_exception()
+atexit.register(lambda: print("waited for peers"))
+sys.stdout.write("unflushed ")
+raise {error}
+""")
+    assert (done.returncode, done.stdout) == (code, "unflushed ")
+    assert "Traceback" in done.stderr and error.partition("(")[0] in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+
+
+class Store:
+    """The coordination service's key-value store, within one process."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key, value):
+        assert key not in self.values
+        self.values[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in list(self.values.items()) if key.startswith(folder)]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(st.floats(0.0005, 0.004), min_size=2, max_size=4), st.integers(0, 3), st.floats(0, 0.05),
+       st.integers(1, 60))
+def test_all_loops_stop_after_the_same_step(paces, asked, delay, last_step):
+    """Threads stand for processes that run at their own pace, at most two steps apart as collectives keep them."""
+    with pytest.MonkeyPatch.context() as patch:
+        store = Store()
+        patch.setattr(signals, "POLL_SECONDS", 0.005)
+        patch.setattr(signals.distributed.global_state, "client", store)
+        patch.setattr(signals.jax, "process_count", lambda: len(paces))
+        # Each stand-in and the watcher that it starts answer to one rank.
+        patch.setattr(signals.jax, "process_index", lambda: ranks[threading.current_thread().name])
+        ranks: dict[str, int] = {}
+        stops = [StopSignal() for _ in paces]
+        agreements = []
+        for index, stop in enumerate(stops):
+            patch.setattr(signals, "_generation", iter([0]))
+            agreement = signals._Agreement(stop)
+            agreement._thread.name = f"watcher-{index}"
+            ranks[f"watcher-{index}"] = ranks[f"loop-{index}"] = index
+            agreements.append(agreement)
+        done, at = [None] * len(paces), [0] * len(paces)
+
+        def loop(index):
+            for step in range(last_step + 1):
+                at[index] = step
+                while step - min(at) > 2 and None in done:
+                    time.sleep(0.0005)
+                time.sleep(paces[index])
+                if agreements[index].reached(step):
+                    break
+            done[index] = step
+            at[index] = last_step + 3
+            agreements[index].leave()
+
+        loops = [threading.Thread(target=loop, args=(index,), name=f"loop-{index}") for index in range(len(paces))]
+        for each in loops:
+            each.start()
+        time.sleep(delay)
+        stops[asked % len(paces)].requested = True
+        for each in loops:
+            each.join(10)
+            assert not each.is_alive()
+        assert len(set(done)) == 1, done
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.slow
+def test_two_processes_share_checkpoints(tmp_path):
+    peers = start_peers("checkpoints", tmp_path)
+    for peer, (out, err) in zip(peers, finish(peers), strict=True):
+        assert peer.returncode == 0 and "checkpoints held" in out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_processes_stop_at_the_same_step(tmp_path, rank):
+    peers = start_peers("stop", tmp_path)
+    deadline = time.monotonic() + 40
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    peers[rank].send_signal(signal.SIGTERM)
+    outputs = [re.findall(r"stopped at (\d+), asked here: (\w+)", out) for out, _ in finish(peers)]
+    assert [peer.returncode for peer in peers] == [0, 0]
+    (step, asked), (other_step, other_asked) = outputs[rank][0], outputs[1 - rank][0]
+    assert step == other_step and (asked, other_asked) == ("True", "False")
+
+
+@pytest.mark.slow
+def test_a_peer_that_raises_is_gone_at_once(tmp_path):
+    peers = start_peers("crash", tmp_path)
+    try:
+        _, err = peers[1].communicate(timeout=40)
+        assert peers[1].returncode == 1 and "RuntimeError: injected" in err
+    finally:
+        for peer in peers:
+            peer.kill()
+            peer.communicate()
