@@ -1,6 +1,7 @@
 """What a run leaves on disk: its folder, its lock, its environment and its metrics.
 
     runs/NAME/config.json       the resolved config
+              overrides.json    what was set on the command line, as typed ("model.num_layers=4")
               environment.json  versions, devices, commit, command line of the latest start, earlier ones below it
               metrics.jsonl     one JSON row a line, only ever appended to: the source of truth of the report
               samples.jsonl     completions of held-out files
@@ -23,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,7 @@ class RunFolder:
     path: Path
 
     config = property(lambda self: self.path / "config.json")
+    overrides = property(lambda self: self.path / "overrides.json")
     environment = property(lambda self: self.path / "environment.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     samples = property(lambda self: self.path / "samples.jsonl")
@@ -68,16 +70,17 @@ def open_run(
     path: str | os.PathLike,
     config: Any,
     *,
+    overrides: Sequence[str] = (),
     may_differ: Callable[[str], bool] = lambda name: False,
     override: bool = False,
     notice: Callable[[str], None] = lambda text: None,
 ) -> Iterator[RunFolder]:
     """Create `path`, or open it again, as the one job that writes there; call it on process 0 only.
 
-    `config` is saved as config.json. Where the folder already holds another config, only fields that `may_differ`
-    (a predicate on dotted names) admits may have changed, unless `override` accepts the new one. What was taken over
-    or accepted is told to `notice`. Raises RunFolderError when the folder cannot be written, is in use by a live
-    process, or belongs to another config.
+    `config` is saved as config.json, the `overrides` that led to it as overrides.json. Where the folder already holds
+    another config, only fields that `may_differ` (a predicate on dotted names) admits may have changed, unless
+    `override` accepts the new one. What was taken over or accepted is told to `notice`. Raises RunFolderError when the
+    folder cannot be written, is in use by a live process, or belongs to another config.
     """
     run = RunFolder(Path(path))
     with contextlib.ExitStack() as stack:
@@ -86,6 +89,7 @@ def open_run(
             run.checkpoints.mkdir(exist_ok=True)
             stack.enter_context(_locked(run, notice))
             _accept_config(run, config, may_differ, override, notice)
+            _write_whole(run.overrides, json.dumps(list(overrides)) + "\n")
         except OSError as error:
             raise RunFolderError(
                 f"run folder {run.path} cannot be written ({error}); free the disk, fix the permissions, or choose "

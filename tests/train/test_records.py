@@ -35,7 +35,8 @@ class Config:
 
 
 def test_a_new_folder_holds_its_config_and_is_free_again(tmp_path):
-    with open_run(tmp_path / "runs" / "a", Config(rate=0.3)) as run:
+    with open_run(tmp_path / "runs" / "a", Config(rate=0.3), overrides=["rate=0.3"]) as run:
+        assert json.loads(run.overrides.read_text()) == ["rate=0.3"]
         assert load_json(Config, run.config) == Config(rate=0.3)
         assert run.checkpoints.is_dir()
         with pytest.raises(RunFolderError, match=f"in use by process {os.getpid()} on .* since 2"):

@@ -1,0 +1,84 @@
+"""A run folder as training would leave it, made up in milliseconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from train.records import MetricsWriter, RunFolder, write_environment, write_samples
+
+ENVIRONMENT = {
+    "start_time": 1.8e9,
+    "command": ["experiments", "train", "quickstart"],
+    "system": "Linux",
+    "cpu_count": 8,
+    "python": "3.11.0",
+    "packages": {"jax": "0.10.2", "flax": "0.12.0"},
+    "backend": "tpu",
+    "devices": {"TPU v5p": 2},
+    "process_count": 1,
+    "git_commit": "0123456789abcdef",
+    "git_dirty": True,
+    "git_diff_sha256": "f" * 64,
+}
+SAMPLE = {
+    "prompt": "def gcd(a, b):\n    while b:\n",
+    "completion": "        a, b = b, a % b\n    return b\n",
+    "reference": "        a, b = b, a % b\n    return a\n\n\ndef lcm(a, b):\n    return abs(a * b) // gcd(a, b)\n",
+    "file": "fractions.py",
+}
+
+
+def make_run(
+    path: Path,
+    *,
+    steps: int,
+    layers: int = 4,
+    experts: int = 8,
+    evaluations: bool = True,
+    finished: bool = True,
+    name: str = "quickstart",
+    question: str = "Does a small mixture of experts learn Python in ten minutes?",
+) -> RunFolder:
+    """A run of `steps` with plausible curves; `experts=0` is a dense model."""
+    random = np.random.default_rng(0)
+    run = RunFolder(Path(path))
+    config = {
+        "name": name,
+        "question": question,
+        "model": {"num_layers": layers, "moe": {"top_k": 2}},
+        "train": {"steps": steps},
+    }
+    run.config.write_text(json.dumps(config))
+    run.overrides.write_text(json.dumps([f"model.num_layers={layers}"]))
+    write_environment(run, ENVIRONMENT)
+    write_samples(run, [SAMPLE] * 3)
+    compressors = {"gzip -9": 1.71, "xz -9e": 1.62, "bz2 -9": 1.61}
+    with MetricsWriter(run) as writer:
+        skew = random.normal(size=(layers, experts)) * 0.6
+        for step in range(1, steps + 1):
+            loss = 2.9 + 5.5 * np.exp(-step / (0.15 * steps)) + random.normal() * 0.08
+            norm = 0.4 + 4 * np.exp(-step / 20) + abs(random.normal()) * 0.2
+            row = {"kind": "train", "step": step, "loss": float("nan") if step == 40 else loss, "bits_per_byte": loss / 2.3,
+                   "learning_rate": 3e-3 * min(step / (0.1 * steps), 0.5 + 0.5 * np.cos(np.pi * step / steps)),
+                   "grad_norm": norm, "clipped": bool(norm > 1), "tokens_per_second": 8000 + random.normal() * 300, "mfu": 0.41}  # fmt: skip
+            if experts:
+                load = np.exp(skew * (0.2 + np.exp(-step / (0.2 * steps))) + random.normal(size=skew.shape) * 0.15)
+                load /= load.sum(1, keepdims=True)
+                row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1)}
+            writer.write(row)
+            if step == 40:
+                writer.write(
+                    {"kind": "event", "step": 40, "event": "nonfinite", "message": "loss not finite at 40: skipped"}
+                )
+            if step == 50:
+                writer.write({"kind": "event", "step": 50, "event": "resumed", "message": "from step 50"})
+            if evaluations and step % max(1, steps // 8) == 0:
+                bits = 1.5 + 1.5 * np.exp(-step / (0.2 * steps))
+                writer.write({"kind": "eval", "step": step, "set": "stdlib", "loss": bits * 2.1, "bits_per_byte": bits})
+        if finished:
+            figures = {"bits_per_byte": 1.532, "loss": 3.2, "bytes": 1_790_000, "compressors": compressors}
+            writer.write({"kind": "final", "step": steps, "sets": {"stdlib": figures}, "parameters_total": 5.2e6,
+                          "parameters_active": 2.9e6, "tokens": steps * 8192, "wall_seconds": 512.0, "tokens_per_second": 8100.0,
+                          "mfu": 0.41, "mfu_convention": "half causal"})  # fmt: skip
+    return run

@@ -1,0 +1,146 @@
+"""The report shows what the folder holds, whatever is missing, and nothing of it as markup."""
+
+import re
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments.plots import smooth, thin
+from experiments.report import write_report
+from tests.experiments.synthetic_run import make_run
+from train.records import MetricsWriter, RunFolder, RunFolderError, write_samples
+
+VOID = {"meta", "img", "source"}
+
+
+class Checker(HTMLParser):
+    """Collects text and tags, and fails on a tag that is not closed in order or anything fetched from elsewhere."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.stack, self.tags, self.text = [], [], ""
+        self.feed(page)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "srcset", "href"):
+                assert value.startswith("data:image/png;base64,")
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def checked(run) -> Checker:
+    page = write_report(run.path).read_bytes().decode()
+    assert "://" not in page and "@import" not in page and "url(" not in page
+    return Checker(page)
+
+
+def test_a_whole_run_tells_everything(tmp_path):
+    run = make_run(tmp_path, steps=120)
+    began = time.perf_counter()
+    page = checked(run)
+    assert time.perf_counter() - began < 15  # seconds; about 2 on an idle core
+    for word in (
+        "quickstart",
+        "Does a small mixture",
+        "on held-out stdlib (1.79MB): better than gzip -9, xz -9e and bz2 -9.",
+        "5.2M",
+        "parameters active",
+        "half causal",
+        "Completions",
+        "resumed",
+        "not finite at 40",
+        "2 x TPU v5p",
+        "with uncommitted changes",
+        "model.num_layers",
+    ):
+        assert word in page.text, word
+    assert page.tags.count("img") == page.tags.count("source") == 6
+    assert {p.name for p in run.plots.iterdir()} == {
+        f"{n}.png"
+        for n in ("bits_per_byte", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "expert_load")
+    }
+    raw = run.report.read_text()
+    assert re.search(r"class=set><td>model.num_layers<", raw) and not re.search(r"class=set><td>name<", raw)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_run_without_experts_evaluations_or_end(tmp_path, steps):
+    run = make_run(tmp_path, steps=steps, experts=0, evaluations=False, finished=False)
+    page = checked(run)
+    assert "No held-out figure yet" in page.text
+    assert page.tags.count("img") == (4 if steps else 0)
+
+
+def test_an_unfinished_run_tells_its_last_evaluation(tmp_path):
+    run = make_run(tmp_path, steps=60, finished=False)
+    assert re.search(r"Not finished. Held-out bits per byte so far: stdlib \d\.\d+ at step 56", checked(run).text)
+
+
+def test_only_a_config_is_enough_and_without_one_it_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert tmp_path.name in checked(RunFolder(tmp_path)).text
+    with pytest.raises(RunFolderError, match=r"no config\.json"):
+        write_report(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"), [(1.65, "better than gzip -9, not as good as xz -9e"), (2.0, "not as good")]
+)
+def test_a_model_that_does_not_win_is_told_so(tmp_path, ours, words):
+    (tmp_path / "config.json").write_text("{}")
+    with MetricsWriter(RunFolder(tmp_path)) as writer:
+        compressors = {"gzip -9": 1.71, "xz -9e": 1.62}
+        final = {"s": {"bits_per_byte": ours, "bytes": 10, "compressors": compressors}, "t": {"bits_per_byte": None}}
+        writer.write({"kind": "final", "step": 1, "sets": final})
+    page = checked(RunFolder(tmp_path))
+    assert words in page.text and "t: the held-out loss is not finite" in page.text
+
+
+nasty = st.text(max_size=30) | st.sampled_from(
+    ["<script>alert(1)</script>", "</pre>&amp;", "\"'><img src=x>", "\r\n\t"]
+)
+
+
+@settings(max_examples=20)
+@given(nasty, nasty, nasty)
+def test_nothing_a_run_says_becomes_markup(tmp_path_factory, a, b, c):
+    run = make_run(tmp_path_factory.mktemp("run"), steps=0, name=a, question=b, finished=False)
+    write_samples(run, [{"prompt": a, "completion": b, "reference": c, "file": c}])
+    with MetricsWriter(run) as writer:
+        writer.write({"kind": "event", "step": 1, "event": a, "message": b})
+    page = checked(run)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert page.text.count(a) >= 2 and b in page.text
+
+
+@given(st.lists(st.floats(-100, 100) | st.just(float("nan")), max_size=50), st.floats(1, 20))
+def test_the_average_stays_within_what_it_has_seen(values, span):
+    values = np.array(values, np.float64)
+    averaged = smooth(values, span)
+    for i in range(len(values)):
+        seen = values[: i + 1][np.isfinite(values[: i + 1])]
+        if not len(seen):
+            assert np.isnan(averaged[i])
+        else:
+            assert seen.min() - 1e-9 <= averaged[i] <= seen.max() + 1e-9
+
+
+@given(st.integers(0, 500), st.integers(1, 100))
+def test_thinning_keeps_the_mean_of_equal_groups_and_the_order(length, points):
+    steps = np.arange(length, dtype=np.float64)
+    thinned, values = thin(steps, steps * 2, points)
+    assert len(thinned) == min(length, points)
+    assert np.all(np.diff(thinned) > 0) and np.allclose(values, 2 * thinned)
