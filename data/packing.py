@@ -54,7 +54,7 @@ def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
     """Place whole documents, largest first, where the least room is left over: windows of (start, end) spans of the stream.
 
     A document longer than a window is cut in pieces that overlap by one token. Best-fit packing: Ding et al. 2024,
-    arXiv:2404.10830, section 3.
+    arXiv:2404.10830.
     """
     pieces = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -69,7 +69,8 @@ def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1
             window = open_by_room[room].pop()
-            rooms &= ~(not open_by_room[room] and 1 << room)
+            if not open_by_room[room]:
+                rooms ^= 1 << room
         else:
             room, window = length, len(windows)
             windows.append([])

@@ -98,15 +98,17 @@ class TrainBatches(Iterator[Batch]):
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._prefetch:
             stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=self._prefetch)
-        self._iterator: Iterator[Batch] = iter(stream)
-        self._close = weakref.finalize(self, self._iterator.close)
+        self._live = [iter(stream)]
+        self._release = weakref.finalize(self, _release, self._live)
 
     def batch_at(self, step: int) -> Batch:
         """The batch of any step, without moving the stream."""
         return self._batch_at(step)
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        if not self._live:
+            raise StopIteration
+        batch = next(self._live[0])
         self._step += 1
         return batch
 
@@ -130,14 +132,18 @@ class TrainBatches(Iterator[Batch]):
 
     def close(self) -> None:
         """Stop the prefetching thread; the stream is at its end until `set_state`."""
-        self._close()
-        self._iterator = iter(())
+        self._release()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _release(live: list[grain.DatasetIterator]) -> None:
+    # Emptied as well as closed: Grain's __del__ fails when it runs only after the interpreter has taken its module apart.
+    live.pop().close()
 
 
 def train_batches(

@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -204,3 +206,16 @@ def test_heldout_errors_name_the_value(two_sources):
             heldout_windows(prepared, "large", **{"batch_size": 4, **wrong})
     with pytest.raises(DataError, match="no source named"):
         heldout_windows(prepared, "x", batch_size=4)
+
+
+def test_a_stream_left_open_ends_with_the_program_in_silence(two_sources):
+    prepared, _ = two_sources
+    program = (
+        "import sys; from data.config import *; from data.prepare import open_prepared; from data.pipeline import *\n"
+        "prepared = open_prepared(sys.argv[1])\n"
+        "sources = tuple(SourceConfig(name=name) for name in prepared.train_names)\n"
+        "stream = train_batches(prepared, DataConfig(sources=sources, sequence_length=32)); next(stream)\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", program, str(prepared.directory)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
