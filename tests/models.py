@@ -1,0 +1,64 @@
+"""Tiny networks with weights that make every choice matter, built without compiling an initializer."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+
+from model.config import AttentionConfig, MLPConfig, ModelConfig
+from model.transformer import Transformer
+from sharding.rules import ShardingRules
+
+TINY_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5, block_size=4, local_blocks=1, block_stride=2)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Two layers of width 32, float32, vocabulary 64, with `changes` to the fields of ModelConfig."""
+    tiny = ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        embed_dim=32,
+        max_length=64,
+        attention=TINY_ATTENTION,
+        mlp=MLPConfig(hidden_dim=48),
+        dtype="float32",
+    )
+    return dataclasses.replace(tiny, **changes)
+
+
+def weight_names(model: Transformer) -> list[tuple[str, jax.Array | jax.ShapeDtypeStruct]]:
+    """(dotted path, leaf) of every weight, in the order of `jax.tree.leaves`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return [(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), x) for path, x in leaves]
+
+
+def random_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
+    """Float32. Matrices N(0, 1 / inputs) with q and k doubled, so that attention is peaked and a wrong choice shows;
+    norm scales 1 + 0.1 n (0.1 n where 1 is added at use); biases and sinks 0.1 n."""
+    n = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
+    last = name.rsplit(".", 1)[-1]
+    if last == "scale":
+        return 0.1 * n if config.norm.unit_offset else 1 + 0.1 * n
+    if last in ("sinks", "bias") or last.endswith("_bias"):
+        return 0.1 * n
+    if last in ("embedding", "positions"):
+        return n
+    shape = shape[1:] if name.startswith("stacks") else shape
+    if last == "up":  # [(E,) D, G, F]
+        inputs = shape[-3]
+    elif last == "down":  # [(E,) F, D]
+        inputs = shape[-2]
+    else:  # out [N, H, D]; q, k, v, router and head [D, ...]
+        inputs = shape[0] * shape[1] if last == "out" else shape[0]
+    return n * (2.0 if last in ("q", "k") else 1.0) * inputs**-0.5
+
+
+def random_model(config: ModelConfig, seed: int = 0, rules: ShardingRules | None = None) -> Transformer:
+    """The Transformer of `config` with weights of `random_weight`; no mesh, nothing is compiled."""
+    rules = ShardingRules() if rules is None else rules
+    abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, rules))
+    weights = [jax.device_put(random_weight(name, x.shape, config, seed)) for name, x in weight_names(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), weights)
