@@ -80,10 +80,12 @@ def _style(figure: Figure, axes: Axes, theme: Theme, title: str, y: str, x: str 
 
 
 def _single(theme: Theme, title: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 3.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    # Fixed margins: constrained layout draws each figure several times, and would not line them up.
+    figure = Figure(figsize=(5.7, 3.3), dpi=140)
+    axes = figure.add_axes((0.115, 0.135, 0.865, 0.765))
     _style(figure, axes, theme, title, y)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
     return figure, axes
 
 
@@ -93,7 +95,7 @@ def _legend(axes: Axes, theme: Theme) -> None:
 
 def _raw_and_smooth(axes: Axes, theme: Theme, steps: np.ndarray, values: np.ndarray, label: str) -> None:
     colour = theme.lines[0]
-    span = len(values) / 50
+    span = len(values) / 100
     averaged = smooth(values, span)
     if span <= 1:
         axes.plot(steps, values, color=colour, linewidth=1.6, label=label)
@@ -153,8 +155,7 @@ def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
     figure, axes = _single(theme, "Learning rate", "learning rate")
     axes.plot(*thin(steps, values), color=theme.lines[0], linewidth=1.8)
     axes.set_ylim(bottom=0)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axes.yaxis.get_offset_text().set_color(theme.faint)
+    axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")
     return figure
 
 
@@ -188,6 +189,20 @@ def speed(rows: Rows, theme: Theme) -> Figure | None:
     return figure
 
 
+def router_losses(rows: Rows, theme: Theme) -> Figure | None:
+    """The auxiliary losses of the router, before their coefficients."""
+    names = {"load_balance_loss": "load balance (1 when even)", "router_z_loss": "router z"}
+    lines = {label: series(rows, key) for key, label in names.items()}
+    if not any(np.isfinite(values).any() for _, values in lines.values()):
+        return None
+    figure, axes = _single(theme, "Router losses", "auxiliary loss")
+    for i, (label, (steps, values)) in enumerate(lines.items()):
+        if len(steps):
+            axes.plot(*thin(steps, values), color=theme.lines[i], linewidth=1.3, label=label)
+    _legend(axes, theme)
+    return figure
+
+
 def expert_load(rows: Rows, theme: Theme) -> Figure | None:
     """Expert load over layers and steps as a multiple of the fair share, and the worst violation above it.
 
@@ -207,8 +222,11 @@ def expert_load(rows: Rows, theme: Theme) -> Figure | None:
     _, heat = thin(steps, shown_NLR.reshape(len(steps), -1), MAX_COLUMNS)
 
     height = float(np.clip(1.9 + 0.075 * heat.shape[1], 3.4, 8.5))
-    figure = Figure(figsize=(13.0, height), dpi=110, layout="constrained")
-    top, axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, max(2.0, height - 1.6)))
+    figure = Figure(figsize=(11.8, height), dpi=140)
+    bottom, middle = 0.45 / height, 1 - 1.2 / height
+    axes = figure.add_axes((0.055, bottom, 0.855, middle - bottom))
+    top = figure.add_axes((0.055, middle + 0.15 / height, 0.855, 0.75 / height), sharex=axes)
+    top.tick_params(labelbottom=False)
     what = "every expert" if every else "the most loaded expert of each layer"
     _style(figure, top, theme, f"Expert load, {what}", "max violation", x="")
     violation = series(loaded, "max_violation")
@@ -217,9 +235,14 @@ def expert_load(rows: Rows, theme: Theme) -> Figure | None:
         top.set_ylim(bottom=0)
     _style(figure, axes, theme, "", "MoE layer")
     axes.grid(False)
-    colours = LinearSegmentedColormap.from_list("load", [theme.lines[0], theme.paper, theme.lines[1]])
+    blue, orange = theme.lines[:2]
+    if every:
+        low, high, ramp, ticks = 0, 2, [blue, theme.paper, orange], ["0", "½", "fair share", "1½", "2 or more"]
+    else:
+        low, high, ramp, ticks = 1, 5, [theme.paper, orange], ["fair share", "2", "3", "4", "5 or more"]
+    colours = LinearSegmentedColormap.from_list("load", ramp)
     first, last = steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1
-    image = axes.imshow(heat.T, aspect="auto", cmap=colours, vmin=0, vmax=2, interpolation="nearest",
+    image = axes.imshow(heat.T, aspect="auto", cmap=colours, vmin=low, vmax=high, interpolation="nearest",
                         extent=(first, last, heat.shape[1], 0))  # fmt: skip
     for boundary in range(per_layer, heat.shape[1], per_layer) if every else ():
         axes.axhline(boundary, color=theme.faint, linewidth=0.8)
@@ -227,8 +250,10 @@ def expert_load(rows: Rows, theme: Theme) -> Figure | None:
     axes.set_yticks(
         [(i + 0.5) * per_layer for i in range(0, layers, stride)], [str(i) for i in range(0, layers, stride)]
     )
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.025, ticks=(0, 0.5, 1, 1.5, 2))
-    bar.set_ticklabels(["0", "½", "fair share", "1½", "2 or more"], color=theme.faint, fontsize=8.5)
+    bar = figure.colorbar(
+        image, cax=figure.add_axes((0.92, bottom, 0.01, middle - bottom)), ticks=np.linspace(low, high, 5)
+    )
+    bar.set_ticklabels(ticks, color=theme.faint, fontsize=8.5)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     return figure
@@ -242,6 +267,7 @@ def figures(rows: Rows, theme: Theme, compressors: Mapping[str, float]) -> dict[
         "learning_rate": learning_rate(rows, theme),
         "gradient_norm": gradient_norm(rows, theme),
         "tokens_per_second": speed(rows, theme),
+        "router_losses": router_losses(rows, theme),
         "expert_load": expert_load(rows, theme),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -33,18 +33,17 @@ body { margin: 0 auto; padding: 48px 28px 80px; max-width: 1120px; background: v
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 32px; line-height: 1.2; letter-spacing: -0.01em; }
 h2 { margin: 52px 0 14px; font-size: 20px; }
-p { margin: 8px 0; max-width: 46em; }
+p { margin: 8px 0; max-width: 60em; }
 .faint, th, figcaption { color: var(--faint); }
-.verdict { margin: 28px 0 8px; font-size: 19px; max-width: 44em; }
+.verdict { margin: 28px 0 8px; font-size: 19px; max-width: none; }
 .verdict strong { color: var(--model); }
 .bars { display: grid; grid-template-columns: max-content 1fr; gap: 7px 14px; margin: 14px 0 0; max-width: 760px;
   align-items: center; font-variant-numeric: tabular-nums; }
 .bars div.bar { height: 22px; border-radius: 3px; background: var(--other); min-width: 2px; }
 .bars div.model { background: var(--model); }
 .bars .cell { display: flex; align-items: center; gap: 9px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 1px; background: var(--rule);
-  border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
-.facts div { background: var(--paper); padding: 13px 16px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(195px, 1fr)); gap: 10px; }
+.facts div { background: var(--tint); padding: 12px 16px; border-radius: 6px; }
 .facts b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--faint); font-size: 13.5px; }
 figure { margin: 0; }

@@ -65,7 +65,8 @@ def make_run(
             if experts:
                 load = np.exp(skew * (0.2 + np.exp(-step / (0.2 * steps))) + random.normal(size=skew.shape) * 0.15)
                 load /= load.sum(1, keepdims=True)
-                row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1)}
+                row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1),
+                        "load_balance_loss": float((load**2).sum(1).mean() * experts), "router_z_loss": 1 / (1 + step / 9)}  # fmt: skip
             writer.write(row)
             if step == 40:
                 writer.write(

@@ -67,10 +67,18 @@ def test_a_whole_run_tells_everything(tmp_path):
         "model.num_layers",
     ):
         assert word in page.text, word
-    assert page.tags.count("img") == page.tags.count("source") == 6
+    assert page.tags.count("img") == page.tags.count("source") == 7
     assert {p.name for p in run.plots.iterdir()} == {
         f"{n}.png"
-        for n in ("bits_per_byte", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "expert_load")
+        for n in (
+            "bits_per_byte",
+            "loss",
+            "learning_rate",
+            "gradient_norm",
+            "tokens_per_second",
+            "router_losses",
+            "expert_load",
+        )
     }
     raw = run.report.read_text()
     assert re.search(r"class=set><td>model.num_layers<", raw) and not re.search(r"class=set><td>name<", raw)
