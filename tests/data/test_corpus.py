@@ -69,7 +69,7 @@ def test_unreadable_files_are_skipped_and_named(tmp_path):
 
 def test_jsonl_reads_one_document_per_good_line(tmp_path):
     lines = [
-        json.dumps({"body": "one\n\u2028two"}),
+        json.dumps({"body": "one\n\u2028two\x85"}, ensure_ascii=False),
         "",
         "{not json",
         json.dumps({"text": "x"}),
@@ -82,7 +82,10 @@ def test_jsonl_reads_one_document_per_good_line(tmp_path):
         tmp_path, {"a.jsonl": "\n".join(lines).encode()}, kind="jsonl", text_field="body", include=("*.jsonl",)
     )
     skipped: list[str] = []
-    assert list(read_documents(config, skipped)) == [("a.jsonl:1", "one\n\u2028two".encode()), ("a.jsonl:8", b"last")]
+    assert list(read_documents(config, skipped)) == [
+        ("a.jsonl:1", "one\n\u2028two\x85".encode()),
+        ("a.jsonl:8", b"last"),
+    ]
     assert [line.split(":")[1] for line in skipped] == ["3", "4", "5", "6", "7"]
     assert "no text in field 'body' (the record has ['text'])" in skipped[1]
 

@@ -92,6 +92,7 @@ def test_best_fit_keeps_short_documents_whole_and_wastes_little(sizes, length):
     for a, b in pairwise(starts.tolist()):
         if b - a <= length:
             assert (a, b) in spans
+    assert all(b - a > 1 for a, b in spans)  # a lone token predicts nothing
     filled = sorted(sum(end - start for start, end in window) for window in windows)
     assert filled[-1] <= length
     assert len(windows) < 2 or filled[0] + filled[1] > length  # two windows that fit in one would be one
