@@ -82,7 +82,7 @@ def _style(figure: Figure, axes: Axes, theme: Theme, title: str, y: str, x: str 
 def _single(theme: Theme, title: str, y: str) -> tuple[Figure, Axes]:
     # Fixed margins: constrained layout draws each figure several times, and would not line them up.
     figure = Figure(figsize=(5.7, 3.3), dpi=140)
-    axes = figure.add_axes((0.115, 0.135, 0.865, 0.765))
+    axes = figure.add_axes((0.13, 0.135, 0.85, 0.765))
     _style(figure, axes, theme, title, y)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -152,7 +152,7 @@ def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
     steps, values = series(rows, "learning_rate")
     if not len(steps):
         return None
-    figure, axes = _single(theme, "Learning rate", "learning rate")
+    figure, axes = _single(theme, "Learning rate", "")
     axes.plot(*thin(steps, values), color=theme.lines[0], linewidth=1.8)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda rate, _: f"{rate:.3g}")

@@ -210,10 +210,10 @@ def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: st
     head, rest = path[0], path[1:]
     dotted = _join(done, head)
     if cls:
-        if value is None:
-            value = _default(cls, done)
         if head not in _fields(cls):
             raise _unknown(_join(done, ".".join(path)), list(_names(*root, "")), list(_fields(cls)))
+        if value is None:
+            value = _default(cls, done)
         new = _set(_fields(cls)[head][1], getattr(value, head), rest, text, dotted, root)
         return dataclasses.replace(value, **{head: new})
     if element is not None and isinstance(value, tuple):
