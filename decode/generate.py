@@ -1,0 +1,243 @@
+"""Text from a model: prefill, then one jitted loop over a cache that is updated in place.
+
+`generate` and `stream` run the same two compiled programs, one for the prompt and one for the loop. Sizes are rounded up to
+buckets, sampling parameters are arrays: a new request compiles nothing unless it opens a new bucket.
+
+Shapes: B rows, P bucket of prompt length, S slots of a row (prompt and new tokens), V vocabulary, E stop ids, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from decode.sampling import SamplerArrays, SamplingParams, choose, sampler_arrays
+from model.transformer import Cache, Transformer, forward, init_cache, logits, unstack
+from sharding.rules import ShardingRules, no_mesh, reshard
+
+SMALLEST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated for one prompt."""
+
+    tokens: list[int]  # new tokens; the last is the stop id where finished == 'stop'
+    logprobs: list[float]  # natural log of each token's probability under the model, before penalties, temperature, filters
+    finished: Literal["stop", "length"]
+
+
+class Request(NamedTuple):
+    """What stays the same while a batch is generated."""
+
+    sampler: SamplerArrays
+    prompt_B: Int[Array, "B"]  # tokens of the prompt
+    limit_B: Int[Array, "B"]  # tokens of prompt and text at most
+    stop_BE: Int[Array, "B E"]  # padded with -1
+
+
+class State(NamedTuple):
+    """A batch in the making. Every row holds one token more than its cache: the newest, not yet fed to the model."""
+
+    cache: Cache
+    tokens_BS: Int[Array, "B S"]
+    logprobs_BS: Float[Array, "B S"]  # of the generated tokens
+    length_B: Int[Array, "B"]  # tokens of the row
+    stopped_B: Bool[Array, "B"]  # the newest token is a stop id
+
+
+def generate(
+    model: Transformer, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+) -> list[Generation]:
+    """Continues each prompt as its parameters (one for all, or one each) say.
+
+    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Raises ValueError, before
+    anything is compiled, for what the model cannot continue.
+    """
+    params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    check(model, prompts, params)
+    model = _flat(model)
+    request, state = _start(model, prompts, params)
+    state = advance(model, request, state, np.int32(state.tokens_BS.shape[1]))
+    tokens, logprobs, length, stopped = jax.device_get((state.tokens_BS, state.logprobs_BS, state.length_B, state.stopped_B))
+    return [
+        Generation(
+            tokens[b, len(prompt) : length[b]].tolist(),
+            logprobs[b, len(prompt) : length[b]].tolist(),
+            "stop" if stopped[b] else "length",
+        )
+        for b, prompt in enumerate(prompts)
+    ]
+
+
+def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
+    """Each new token and its log-probability as soon as it is made; the same ones as `generate` gives.
+
+    Checks when called, not at the first token. Raises ValueError as `generate` does.
+    """
+    check(model, [prompt], [params])
+    return _stream(_flat(model), prompt, params)
+
+
+def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
+    request, state = _start(model, [prompt], [params])
+    for slot in range(len(prompt), len(prompt) + params.max_new_tokens):
+        token, logprob = int(state.tokens_BS[0, slot]), float(state.logprobs_BS[0, slot])
+        yield token, logprob
+        if token in params.stop_ids:
+            return
+        state = advance(model, request, state, np.int32(1))
+
+
+def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
+    """Refuses what cannot be generated. Raises ValueError that names value and fix."""
+    config = model.config
+    if config.attention.mask == "bidirectional":
+        raise ValueError(
+            "model.attention.mask = 'bidirectional': such a model sees the tokens it would have to predict and cannot "
+            "generate; use one trained with 'causal' or 'prefix'"
+        )
+    if not prompts:
+        raise ValueError("prompts = []: give at least one prompt")
+    if len(params) != len(prompts):
+        raise ValueError(f"params: {len(params)} given for {len(prompts)} prompts; give one for all or one for each")
+    for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+        p.validate()
+        if not len(prompt):
+            raise ValueError(f"prompts[{i}] = []: the model needs a token to start from; give at least one")
+        total = len(prompt) + p.max_new_tokens
+        if total > config.max_length:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes {total}, "
+                f"more than model.max_length = {config.max_length}; shorten the prompt or set max_new_tokens to "
+                f"{max(config.max_length - len(prompt), 0)} or less"
+            )
+        for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_ids", p.stop_ids)):
+            wrong = [t for t in ids if not 0 <= t < config.vocab_size]
+            if wrong:
+                raise ValueError(
+                    f"{name} holds token {wrong[0]}, outside the vocabulary of the model, 0 to {config.vocab_size - 1}; "
+                    "encode with the tokenizer that the model was trained with"
+                )
+
+
+def bucket(size: int, steps: int = 1) -> int:
+    """The least of the static sizes that holds `size`: `steps` of them, evenly spaced, to each doubling."""
+    power = max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+    grain = max(power // (2 * steps), SMALLEST_BUCKET)
+    return -(-size // grain) * grain if steps > 1 else power
+
+
+def _start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tuple[Request, State]:
+    """Pads to buckets, prefills, and draws the first token of each row."""
+    config, rules = model.config, model.rules
+    lengths = [len(prompt) for prompt in prompts]
+    limits = [n + p.max_new_tokens for n, p in zip(lengths, params, strict=True)]
+    capacity = min(bucket(max(limits), steps=4), config.max_length)
+    width = min(bucket(max(lengths)), capacity)
+    rows = 1 << (len(prompts) - 1).bit_length()
+    shards = 1 if no_mesh() else int(np.prod([jax.sharding.get_abstract_mesh().shape[a] for a in rules.activations.batch]))
+    empty = -(-rows // shards) * shards - len(prompts)  # rows of one token and nothing to generate
+    tokens_BS = np.zeros((len(prompts) + empty, capacity), np.int32)
+    for b, prompt in enumerate(prompts):
+        tokens_BS[b, : len(prompt)] = prompt
+    stops = max(4, 1 << (max(len(p.stop_ids) for p in params) - 1).bit_length())
+    stop_BE = [(*p.stop_ids, *(-1,) * (stops - len(p.stop_ids))) for p in params]
+    request = Request(
+        sampler_arrays([*params, *[SamplingParams(temperature=0.0)] * empty]),
+        np.asarray(lengths + [1] * empty, np.int32),
+        np.asarray(limits + [1] * empty, np.int32),
+        np.asarray(stop_BE + [(-1,) * stops] * empty, np.int32),
+    )
+    request, tokens_BS = _place((request, tokens_BS), rules)
+    return request, prefill(model, request, tokens_BS, width)
+
+
+@partial(jax.jit, static_argnames="width")
+def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], width: int) -> State:
+    """Feeds the prompts, the first `width` slots, in one forward pass, and appends a token to each row that may grow."""
+    B, S = tokens_BS.shape
+    rules, prompt_B = model.rules, request.prompt_B
+    slots_P = jnp.arange(width, dtype=jnp.int32)
+    real_BP = slots_P < prompt_B[:, None]
+    prefix_BP = real_BP if model.config.attention.mask == "prefix" else None
+    cache = init_cache(model, B, S)
+    out = forward(model, tokens_BS[:, :width], valid_BT=real_BP, prefix_BT=prefix_BP, cache=cache)
+    last_BP = (slots_P == prompt_B[:, None] - 1).astype(out.hidden_BTD.dtype)
+    hidden_BTD = reshard(out.hidden_BTD, rules, "batch", None, None)
+    hidden_BD = jnp.einsum("bp,bpd->bd", last_BP, hidden_BTD)  # one row of each, exactly: the rest is multiplied by 0
+    assert out.cache is not None
+    # The cache keeps what the padding wrote; the next tokens overwrite it before any query may see it.
+    state = State(
+        out.cache._replace(length_B=prompt_B), tokens_BS, jnp.zeros_like(tokens_BS, jnp.float32), prompt_B, prompt_B < 0
+    )
+    return _append(model, request, state, hidden_BD)
+
+
+@partial(jax.jit, donate_argnames="state")
+def advance(model: Transformer, request: Request, state: State, steps: Int[Array, ""]) -> State:
+    """Up to `steps` more tokens for every row that may grow; ends early when none may."""
+    S = state.tokens_BS.shape[1]
+    prefix_BS = None
+    if model.config.attention.mask == "prefix":
+        prefix_BS = jnp.arange(S, dtype=jnp.int32) < request.prompt_B[:, None]
+
+    def step(carry):
+        i, state = carry
+        newest_B1 = jnp.where(_at(state.length_B - 1, S), state.tokens_BS, 0).sum(1, keepdims=True)
+        out = forward(model, newest_B1, prefix_BT=prefix_BS, cache=state.cache)
+        assert out.cache is not None
+        cache = out.cache._replace(length_B=jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
+        return i + 1, _append(model, request, state._replace(cache=cache), out.hidden_BTD[:, 0])
+
+    def more(carry):
+        i, state = carry
+        return (i < steps) & _grows(request, state).any()
+
+    return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+
+
+def _append(model: Transformer, request: Request, state: State, hidden_BD: Array) -> State:
+    """The state with one more token in each row that may grow."""
+    grows_B, S = _grows(request, state), state.tokens_BS.shape[1]
+    logits_BV = logits(model, hidden_BD)
+    token_B, logprob_B = choose(
+        logits_BV, request.sampler, state.tokens_BS, request.prompt_B, state.length_B, model.rules
+    )
+    here_BS = _at(jnp.where(grows_B, state.length_B, S), S)
+    return State(
+        state.cache,
+        jnp.where(here_BS, token_B[:, None], state.tokens_BS),
+        jnp.where(here_BS, logprob_B[:, None], state.logprobs_BS),
+        state.length_B + grows_B,
+        jnp.where(grows_B, (token_B[:, None] == request.stop_BE).any(1), state.stopped_B),
+    )
+
+
+def _grows(request: Request, state: State) -> Bool[Array, "B"]:
+    return ~state.stopped_B & (state.length_B < request.limit_B)
+
+
+def _at(slot_B: Array, S: int) -> Bool[Array, "B S"]:
+    return jnp.arange(S, dtype=jnp.int32) == slot_B[:, None]
+
+
+def _flat(model: Transformer) -> Transformer:
+    stacked = any(block.attention.q.shape[0] > 1 for unit in model.stacks for block in unit)
+    return jax.jit(unstack)(model) if stacked else model
+
+
+def _place(tree, rules: ShardingRules):
+    """NumPy arrays [B, ...] as device arrays whose rows lie on the mesh as activations do."""
+    if no_mesh():
+        return jax.device_put(tree)
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(tree, NamedSharding(mesh, rules.spec("activations", ("batch",))))
