@@ -277,6 +277,7 @@ class Checkpointer:
         step = body["step"]
         try:
             self._writer.wait_until_finished()
+            self._current = step
             if _process_zero():
                 _write_commit(staging, body)
                 final = self._step_path(step)
@@ -309,7 +310,6 @@ class Checkpointer:
 
     def _drop_old(self, newest: int) -> None:
         """Deletes what neither keep_last nor keep_best holds, and steps ahead of `newest` (of an abandoned run)."""
-        self._current = newest
         on_disk, committed = self._on_disk(), set(self.steps())
         ahead = [step for step in on_disk if step > newest]
         good = [step for step in on_disk if step in committed and step <= newest]
