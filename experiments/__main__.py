@@ -1,0 +1,79 @@
+"""The command line: python -m experiments list | show | train | eval | generate | report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from train.config_io import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 when it did what was asked, 1 with one paragraph on stderr when the user must change something."""
+    args = _parser().parse_args(arguments)
+    from data.config import DataError
+    from experiments import commands
+    from train.checkpoint import CheckpointError
+    from train.loop import NonfiniteError
+    from train.records import RunFolderError
+
+    try:
+        return getattr(commands, args.command)(args)
+    except (ConfigError, DataError, CheckpointError, NonfiniteError, RunFolderError, commands.UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, subject: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        if subject is not None:
+            sub.add_argument("subject", metavar=subject)
+        return sub
+
+    def settable(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides",
+            help="change a field of the config, e.g. --set model.moe.top_k=1; may be repeated",
+        )  # fmt: skip
+
+    command("list", "every experiment with its question, source and cost")
+    show = command("show", "resolved config, parameters with shapes and shardings, FLOPs", "EXPERIMENT")
+    settable(show)
+    show.add_argument("--devices", type=int, help="as if so many devices were here (default: those that are)")
+
+    train = command("train", "train, evaluate, sample and report; the same command again resumes", "EXPERIMENT")
+    settable(train)
+    train.add_argument("--run", metavar="NAME", help="name of the run under runs/, or a path (default: the experiment's name)")
+    train.add_argument("--resume", metavar="RUN", help="go on with this run")
+    train.add_argument("--override", action="store_true", help="go on although the run folder belongs to another config")
+
+    evaluate = command("eval", "bits per byte on all held-out files", "RUN")
+    evaluate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
+    evaluate.add_argument("--stride", type=int, help="tokens scored a window; the rest is context (default: the run's)")
+
+    generate = command("generate", "continue a prompt", "RUN")
+    generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
+    generate.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    generate.add_argument("--min-p", type=float, default=0.0, help="keep tokens at least this fraction as likely as the best")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0)
+    generate.add_argument("--frequency-penalty", type=float, default=0.0)
+    generate.add_argument("--presence-penalty", type=float, default=0.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
+    generate.add_argument("--stream", action="store_true", help="print the text as it is made")
+    generate.add_argument("--logprobs", action="store_true", help="print each token with its log-probability (nats)")
+
+    command("report", "write the run's report.html anew", "RUN")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What each command of the command line does. Heavy imports wait until the command needs them, so that errors come fast."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.quickstart import EXPERIMENTS
+from experiments.resolve import fill_vocabulary, find_run, load_experiment, resolve
+from train.config_io import flatten, load_json
+from train.progress import count
+
+
+class UsageError(ValueError):
+    """The arguments of a command do not go together."""
+
+
+def list(args: argparse.Namespace) -> int:
+    """Every experiment with its question, source and cost."""
+    table = Table("experiment", "question", "source", "cost", box=None, pad_edge=False)
+    for name, make in EXPERIMENTS.items():
+        experiment = make()
+        table.add_row(name, experiment.question, experiment.source, experiment.cost)
+    Console().print(table)
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """The resolved config, and what the network is and costs."""
+    from experiments.show import print_experiment
+
+    experiment = _checked(lambda: resolve(args.subject, args.overrides, args.devices))
+    print_experiment(experiment, args.devices, Console())
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains a run to its end, or resumes it."""
+    use_compilation_cache()
+    if args.resume and args.run:
+        raise UsageError(f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run")
+    path = find_run(args.resume).path if args.resume else _run_path(args.run or args.subject)
+    experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
+    from experiments.run import run_experiment
+
+    run_experiment(experiment, path, overrides=args.overrides, override=args.override)
+    return 0
+
+
+def eval(args: argparse.Namespace) -> int:
+    """Bits per byte of a run's weights on all held-out files, beside compressors."""
+    from dataclasses import replace
+
+    from data.compressors import compressed_sizes
+    from data.prepare import heldout_files, prepare
+    from experiments.run import heldout_table, open_trained
+    from train.loop import evaluate_all
+
+    use_compilation_cache()
+    run = find_run(args.subject)
+    experiment = load_experiment(run)
+    if args.stride is not None:
+        experiment = replace(experiment, train=replace(experiment.train, eval_stride=args.stride))
+    prepared = prepare(experiment.data, log=print)
+    program, trained = open_trained(run, experiment, prepared.tokenizer, args.step)
+    print(f"weights of step {trained.step}")
+    for name, result in evaluate_all(program, trained.model, prepared, full=True).items():
+        files = [text.encode() for _, text in heldout_files(prepared, name)]
+        print(heldout_table(name, {**result._asdict(), "compressors": compressed_sizes(files)}))
+    return 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continues prompts with a run's weights and the tokenizer in its folder."""
+    use_compilation_cache()
+    from data.tokenizer import load_tokenizer, stream_decoder
+    from decode.generate import generate as generate_batch
+    from decode.generate import stream
+    from decode.sampling import SamplingParams
+    from experiments.run import open_trained
+    from sharding.mesh import use_mesh
+
+    if args.stream and len(args.prompt) > 1:
+        raise UsageError("--stream: prints one text as it is made; give one --prompt, or leave --stream out")
+    run = find_run(args.subject)
+    tokenizer = load_tokenizer(run.tokenizer)
+    end = tokenizer.special.end
+    params = SamplingParams(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
+        repetition_penalty=args.repetition_penalty, frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=(end,),
+    )  # fmt: skip
+    _checked(params.validate)
+    program, trained = open_trained(run, load_experiment(run), tokenizer, args.step)
+    prompts = [[end, *tokenizer.encode(text).tolist()] for text in args.prompt]
+    with use_mesh(program.mesh):
+        if args.stream:
+            decoder = stream_decoder(tokenizer)
+            print(args.prompt[0], end="", flush=True)
+            for token, _ in _checked(lambda: stream(trained.model, prompts[0], params)):
+                print(decoder.push(token) if token != end else "", end="", flush=True)
+            print(decoder.flush())
+            return 0
+        results = _checked(lambda: generate_batch(trained.model, prompts, params))
+    for text, result in zip(args.prompt, results, strict=True):
+        print(text + tokenizer.decode([t for t in result.tokens if t != end]))
+        if args.logprobs:
+            for token, logprob in zip(result.tokens, result.logprobs, strict=True):
+                print(f"  {logprob:8.4f}  {tokenizer.decode([token])!r}")
+        print(f"[{len(result.tokens)} tokens, finished by {result.finished}]")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Writes a run's report anew."""
+    from experiments.report import write_report
+
+    print(write_report(find_run(args.subject).path))
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in .cache/jax (or JAX_COMPILATION_CACHE_DIR), so that a second start is fast."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _run_path(name: str) -> Path:
+    return Path(name) if "/" in name or name.startswith(".") else Path("runs") / name
+
+
+def _checked(make):
+    """The result of `make`, a ValueError of which is the user's to mend: configs and prompts are checked there."""
+    try:
+        return make()
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,77 @@
+"""From a name and `--set` overrides to a complete, checked Experiment; from a run folder back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from data.config import SPECIAL_PIECES
+from experiments.quickstart import EXPERIMENTS
+from train.config import Experiment
+from train.config_io import ConfigError, apply_overrides, load_json
+from train.records import RunFolder, RunFolderError
+
+VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
+
+# What may change when a run goes on: how long, how it is watched and stored, not what is computed.
+MAY_DIFFER_ON_RESUME = (
+    "train.steps", "train.eval_every", "train.eval_windows", "train.eval_stride", "train.checkpoint_every",
+    "train.keep_last", "train.keep_best", "train.log_every", "train.sinks", "train.watchdog_seconds", "train.nonfinite",
+    "data.prefetch", "data.cache_dir", "mesh.", "sharding.", "samples.", "name", "question", "source", "cost",
+    "model.remat", "model.scan_unroll",
+)  # fmt: skip
+
+
+def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Experiment:
+    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices.
+
+    Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
+    """
+    if name not in EXPERIMENTS:
+        near = get_close_matches(name, EXPERIMENTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"experiment {name!r} is unknown{hint} There are {', '.join(EXPERIMENTS)}")
+    experiment = fill_vocabulary(apply_overrides(EXPERIMENTS[name](), overrides))
+    if device_count is None:
+        import jax
+
+        device_count = jax.device_count()
+    experiment.validate(device_count)
+    return experiment
+
+
+def fill_vocabulary(experiment: Experiment) -> Experiment:
+    """`model.vocab_size` 0 becomes the tokenizer's, rounded up; another value must hold the tokenizer's ids."""
+    tokenizer = experiment.data.tokenizer
+    needed = tokenizer.vocab_size if tokenizer.kind == "sentencepiece" else 256 + len(SPECIAL_PIECES)
+    given = experiment.model.vocab_size
+    if given and given < needed:
+        raise ConfigError(
+            f"model.vocab_size = {given}: the {tokenizer.kind} tokenizer has {needed} ids; set it to 0 (fitted) or more than that"
+        )
+    vocab_size = given or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
+
+
+def may_differ_on_resume(name: str) -> bool:
+    """Whether a field (dotted) may change when a run is resumed."""
+    return any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in MAY_DIFFER_ON_RESUME)
+
+
+def find_run(text: str) -> RunFolder:
+    """The run folder of a path or of a name under runs/. Raises RunFolderError."""
+    for path in (Path(text), Path("runs") / text):
+        if (path / "config.json").exists():
+            return RunFolder(path)
+    known = sorted(p.parent.name for p in Path("runs").glob("*/config.json"))
+    raise RunFolderError(
+        f"run {text!r} is not a run folder (no config.json in it or in runs/{text}); "
+        + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
+    )
+
+
+def load_experiment(run: RunFolder) -> Experiment:
+    """The resolved experiment of a run folder."""
+    return load_json(Experiment, run.config)

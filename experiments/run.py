@@ -1,0 +1,149 @@
+"""A run from data to report: prepare, train, evaluate, sample, report."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data.compressors import compressed_sizes
+from data.prepare import Prepared, heldout_files, prepare
+from data.tokenizer import Tokenizer
+from decode.generate import generate
+from decode.sampling import SamplingParams
+from experiments.report import write_report
+from experiments.resolve import may_differ_on_resume
+from model.cost import count_parameters
+from sharding.mesh import use_mesh
+from train.checkpoint import Checkpointer, CheckpointError
+from train.config import Experiment, SampleConfig
+from train.loop import Program, Trained, build, evaluate_all, restore, train
+from train.progress import duration
+from train.records import (
+    MetricsWriter,
+    RunFolder,
+    describe_environment,
+    open_run,
+    read_metrics,
+    write_environment,
+    write_samples,
+)
+
+
+def run_experiment(
+    experiment: Experiment, path: Path, *, overrides: Sequence[str], override: bool, say: Callable[[str], None] = print
+) -> bool:
+    """Trains or resumes the experiment in its folder and finishes it; False if it was asked to stop before the end.
+
+    Raises ValueErrors, RunFolderError, CheckpointError and NonfiniteError with one paragraph for the user.
+    """
+    started = time.monotonic()
+    with open_run(path, experiment, overrides=overrides, may_differ=may_differ_on_resume, override=override, notice=say) as run:
+        if run.finished and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
+            say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
+            return True
+        write_environment(run, describe_environment())
+        prepared = prepare(experiment.data, log=say)
+        prepared.tokenizer.save(run.tokenizer)
+        program = build(experiment)
+        trained = train(program, prepared, run, notice=say)
+        if trained.finished:
+            finish(program, prepared, run, trained, say)
+        report = write_report(run.path)
+        say(f"report: {report}  (after {duration(time.monotonic() - started)})")
+        return trained.finished
+
+
+def finish(program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None]) -> None:
+    """The figures and the texts a run ends with: held-out bits per byte beside compressors, completions."""
+    experiment = program.experiment
+    say("evaluating on all held-out files")
+    results = evaluate_all(program, trained.model, prepared, full=True)
+    sets = {}
+    with MetricsWriter(run, process_index=jax.process_index()) as metrics:
+        for name, result in results.items():
+            compressors = compressed_sizes([text.encode() for _, text in heldout_files(prepared, name)])
+            sets[name] = {**result._asdict(), "compressors": compressors}
+            metrics.write({"kind": "eval", "step": trained.step, "set": name, **result._asdict()})
+            say(heldout_table(name, sets[name]))
+        rows = complete_heldout(program, trained, prepared)
+        write_samples(run, rows)
+        counts = count_parameters(experiment.model)
+        tokens = experiment.data.batch_size * experiment.data.sequence_length * trained.step
+        metrics.write({
+            "kind": "final", "step": trained.step, "sets": sets, "wall_seconds": trained.seconds, "tokens": tokens,
+            "parameters_total": counts.total, "parameters_active": counts.active,
+        })  # fmt: skip
+    for row in rows:
+        say(f"\n--- {row['file']}\n{row['prompt']}\n>>> the model goes on:\n{row['completion']}")
+
+
+def heldout_table(name: str, figures: dict) -> str:
+    """The model's bits per byte beside the compressors', best first, as lines of text."""
+    entries = {"this model": figures["bits_per_byte"], **figures["compressors"]}
+    width = max(map(len, entries))
+    lines = [f"  {label:<{width}}  {value:.4f}" for label, value in sorted(entries.items(), key=lambda item: item[1])]
+    return "\n".join([f"held-out {name}, {figures['bytes']:,} bytes, bits per byte:", *lines])
+
+
+def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> list[dict[str, str]]:
+    """Completions of held-out files: the prompt ends at a line's end near the middle of the file."""
+    config, tokenizer = program.experiment.samples, prepared.tokenizer
+    if config.count == 0 or program.experiment.model.attention.mask == "bidirectional":
+        return []
+    cases = _cases(prepared, config)
+    params = [
+        SamplingParams(
+            temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.new_tokens, seed=i,
+            stop_ids=(tokenizer.special.end,),
+        )
+        for i in range(len(cases))
+    ]  # fmt: skip
+    with use_mesh(program.mesh):
+        results = generate(trained.model, [[tokenizer.special.end, *ids] for _, ids, _ in cases], params)
+    return [
+        {
+            "file": file,
+            "prompt": tokenizer.decode(ids),
+            "completion": tokenizer.decode([t for t in result.tokens if t != tokenizer.special.end]),
+            "reference": reference,
+        }
+        for (file, ids, reference), result in zip(cases, results, strict=True)
+    ]
+
+
+def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int], str]]:
+    """(file, prompt ids, what follows) from the held-out files that are long enough, evenly spread over them."""
+    tokenizer: Tokenizer = prepared.tokenizer
+    needed = (config.prompt_tokens + config.new_tokens) * 8
+    files = [
+        (name, text) for set_name in prepared.heldout_names for name, text in heldout_files(prepared, set_name) if len(text) > needed
+    ]
+    if not files:
+        return []
+    picked = [files[i] for i in sorted({int(i) for i in np.linspace(0, len(files) - 1, config.count)})]
+    cases = []
+    for name, text in picked:
+        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        before = text[:middle]
+        ids = tokenizer.encode(before[-config.prompt_tokens * 8 :]).tolist()[-(config.prompt_tokens - 1) :]
+        after = tokenizer.encode(text[middle : middle + config.new_tokens * 8]).tolist()[: config.new_tokens]
+        cases.append((name, ids, tokenizer.decode(after)))
+    return cases
+
+
+def open_trained(run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, step: int | None = None) -> tuple[Program, Trained]:
+    """A run's program and its weights of `step` (default: the newest good checkpoint), for evaluation and sampling."""
+    program = build(experiment)
+    with (
+        Checkpointer(str(run.checkpoints), read_only=True, warn=print) as checkpoints,
+        use_mesh(program.mesh),
+    ):
+        restored = restore(program, checkpoints, tokenizer, step)
+    if restored is None:
+        raise CheckpointError(f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}")
+    return program, Trained(restored.state, restored.step, restored.step >= experiment.train.steps, math.nan)

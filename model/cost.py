@@ -1,0 +1,86 @@
+"""What a network costs: parameters and FLOPs, counted from its config.
+
+Convention of every FLOP figure: a multiply-add is 2; matmuls and attention only; causal attention counted half (each
+query against the keys it sees); the backward pass twice the forward; rematerialization not counted; of the experts only
+the chosen ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from model.config import ModelConfig, layer_specs
+from model.mlp import gates
+from model.transformer import Transformer
+from sharding.rules import ShardingRules
+
+CONVENTION = "2 per multiply-add, matmuls and attention, causal attention half, backward 2x forward, remat not counted"
+
+
+class ParameterCount(NamedTuple):
+    total: int
+    active: int  # used by one token: of the experts the top k
+    embedding: int  # of the total: token and position embeddings and the head
+
+
+def abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
+    """The network as shapes, dtypes and, under a mesh, shardings."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: Transformer(key, config, rules), key)
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Parameters of the network, from the shapes of its initialization."""
+    model = abstract_model(config, ShardingRules())
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
+    }
+    total = sum(sizes.values())
+    embedding = sum(size for name, size in sizes.items() if name.split("/")[0] in ("embedding", "positions", "head"))
+    idle = 0
+    if config.moe is not None:
+        per_expert = config.embed_dim * config.moe.hidden_dim * (gates(config.mlp.kind) + 1)
+        layers = sum(spec.moe for spec in layer_specs(config))
+        idle = layers * (config.moe.num_experts - config.moe.top_k) * per_expert
+    return ParameterCount(total, total - idle, embedding)
+
+
+def forward_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of the forward pass for one token of a full window of `length`, head included."""
+    a, D = config.attention, config.embed_dim
+    flops = 2.0 * D * config.vocab_size
+    for spec in layer_specs(config):
+        flops += 2 * D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+        flops += 4 * a.num_heads * a.head_dim * keys_seen(config, spec.attention, length)
+        if spec.moe and config.moe is not None:
+            flops += 2 * D * config.moe.num_experts
+            flops += 2 * D * config.moe.hidden_dim * (gates(config.mlp.kind) + 1) * config.moe.top_k
+        else:
+            flops += 2 * D * config.mlp.hidden_dim * (gates(config.mlp.kind) + 1)
+    return flops
+
+
+def train_flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of a training step per token: three times the forward pass."""
+    return 3 * forward_flops_per_token(config, length)
+
+
+def keys_seen(config: ModelConfig, layer: str, length: int) -> float:
+    """Mean number of keys a query sees in a window of `length`; a causal mask counts as half of it."""
+    a = config.attention
+    if layer == "global":
+        return float(length) if a.mask == "bidirectional" else length / 2
+    if layer == "sliding":
+        window = min(a.window, length)
+        return window - window**2 / (2 * length) if a.mask != "bidirectional" else min(2 * window, length)
+    seen = 0
+    blocks = -(-length // a.block_size)
+    for q in range(blocks):
+        keys = range(blocks) if a.mask == "bidirectional" else range(q + 1)
+        near = sum(abs(q - k) < a.local_blocks or k % a.block_stride == a.block_stride - 1 for k in keys)
+        seen += near * a.block_size - (a.block_size // 2 if a.mask != "bidirectional" else 0)
+    return seen / blocks

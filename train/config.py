@@ -1,0 +1,180 @@
+"""How a network is trained, and `Experiment`: the whole of a run in one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from sharding.mesh import MeshConfig
+from sharding.rules import ShardingRules
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 3e-4  # peak
+    schedule: Literal["cosine", "linear", "wsd", "exponential", "inverse_sqrt", "constant"] = "cosine"
+    warmup_steps: int = 100  # linear, from 0
+    final_fraction: float = 0.1  # of the peak, at the last step
+    decay_fraction: float = 0.2  # wsd: the last part of the run, in which the rate falls
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    decay: Literal["matrices", "all"] = "matrices"  # matrices: not norms, biases, sinks
+    clip_norm: float | None = 1.0  # global norm of the gradient
+
+    def validate(self) -> None:
+        """Raises ValueError that names field, value and fix."""
+        for name, low, high in (
+            ("final_fraction", 0, 1), ("decay_fraction", 0, 1), ("b1", 0, 1), ("b2", 0, 1),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be between {low} and {high}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate = {self.learning_rate}: must be above 0")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.warmup_steps} and optimizer.weight_decay = {self.weight_decay}: "
+                "neither may be below 0"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optimizer.clip_norm = {self.clip_norm}: must be above 0, or none for no clipping")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    seed: int = 0  # of the weights, dropout and objectives
+    objective: Literal["next_token", "masked", "fill_in_middle"] = "next_token"
+    mask_rate: float = 0.15  # masked: tokens that are predicted (Devlin et al. 2019)
+    fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
+    fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
+    z_loss: float = 0.0  # coefficient of mean logsumexp(logits)^2 (Chowdhery et al. 2022)
+    microbatches: int = 1  # gradients of so many slices of the batch are summed before an update
+    ema_decay: float | None = None  # average of the weights, used for evaluation and sampling
+    nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite never reaches the weights
+    eval_every: int = 250  # steps; 0: only at the end
+    eval_windows: int = 128  # of each held-out set, evenly spread; the evaluation at the end takes all
+    eval_stride: int | None = None  # tokens scored a window, the rest is context; none: all, no context
+    checkpoint_every: int = 250  # steps; there is always one at the end
+    keep_last: int = 2
+    keep_best: int = 1  # by bits per byte of the first held-out set
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    watchdog_seconds: float = 0.0  # no step for so long: stacks are printed and the process exits; 0: off
+
+    def validate(self) -> None:
+        """Raises ValueError that names field, value and fix."""
+        for name in ("steps", "microbatches", "eval_windows", "checkpoint_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("eval_every", "keep_best", "watchdog_seconds", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be 0 or more")
+        for name in ("mask_rate", "fim_rate", "fim_spm_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay = {self.ema_decay}: between 0 and 1, or none")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Completions of held-out files at the end of a run."""
+
+    count: int = 3
+    prompt_tokens: int = 96
+    new_tokens: int = 96
+    temperature: float = 0.7
+    top_p: float = 0.95
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run, complete: `dataclasses.replace` of another one is an ablation."""
+
+    name: str
+    question: str = ""  # what the run is to answer
+    source: str = ""  # paper or origin
+    cost: str = ""  # as measured, with the machine
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingRules = ShardingRules()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    samples: SampleConfig = SampleConfig()
+
+    def validate(self, device_count: int) -> None:
+        """Checks every part, and the parts against each other and the devices, before any compile or download.
+
+        Raises ValueError whose one paragraph names field, value and fix.
+        """
+        for part in (self.model, self.sharding, self.data, self.optimizer, self.train):
+            part.validate()
+        if self.data.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length = {self.data.sequence_length}: longer than model.max_length = "
+                f"{self.model.max_length}; raise the latter or shorten the windows"
+            )
+        self._validate_samples()
+        self._validate_objective()
+        self._validate_mesh(dict(zip(("data", "fsdp", "expert", "tensor", "sequence", "stage"), self.mesh.sizes(device_count), strict=True)))
+
+    def _validate_samples(self) -> None:
+        s = self.samples
+        if s.count and s.prompt_tokens + s.new_tokens > self.model.max_length:
+            raise ValueError(
+                f"samples.prompt_tokens = {s.prompt_tokens} + samples.new_tokens = {s.new_tokens}: longer than "
+                f"model.max_length = {self.model.max_length}; shorten them, or samples.count=0"
+            )
+
+    def _validate_objective(self) -> None:
+        objective, mask = self.train.objective, self.model.attention.mask
+        if objective == "masked" and mask != "bidirectional":
+            raise ValueError(
+                f"train.objective = 'masked': predicts from both sides, but model.attention.mask = {mask!r}; set it to "
+                "bidirectional"
+            )
+        if objective != "masked" and mask == "bidirectional":
+            raise ValueError(
+                f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees the one "
+                "it is to predict; set the mask to causal, or the objective to masked"
+            )
+
+    def _validate_mesh(self, mesh: dict[str, int]) -> None:
+        def devices(side: str, axis: str) -> int:
+            product = 1
+            for name in getattr(getattr(self.sharding, side), axis):
+                product *= mesh[name]
+            return product
+
+        model, moe = self.model, self.model.moe
+        sizes = [
+            ("model.attention.num_heads", "heads", model.attention.num_heads),
+            ("model.attention.num_kv_heads", "kv_heads", model.attention.num_kv_heads),
+            ("model.embed_dim", "embed", model.embed_dim),
+            ("data.sequence_length", "sequence", self.data.sequence_length),
+        ]
+        if moe is None or moe.first_dense or moe.every > 1:
+            sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
+        if moe is not None:
+            sizes += [("model.moe.num_experts", "expert", moe.num_experts), ("model.moe.hidden_dim", "mlp", moe.hidden_dim)]
+        if model.vocab_size:
+            sizes.append(("model.vocab_size", "vocab", model.vocab_size))
+        for field, axis, size in sizes:
+            for side in ("weights", "activations"):
+                if size % devices(side, axis):
+                    raise ValueError(
+                        f"{field} = {size}: does not divide over the {devices(side, axis)} devices of mesh axes "
+                        f"{getattr(getattr(self.sharding, side), axis)} (sharding.{side}.{axis}); change one of them"
+                    )
+        rows = devices("activations", "batch") * self.train.microbatches
+        if self.data.batch_size % rows:
+            raise ValueError(
+                f"data.batch_size = {self.data.batch_size}: does not divide into train.microbatches = "
+                f"{self.train.microbatches} slices for {devices('activations', 'batch')} devices; make it a multiple of {rows}"
+            )

@@ -1,0 +1,86 @@
+"""Held-out bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from data.pipeline import heldout_windows
+from data.prepare import Prepared
+from data.tokenizer import byte_lengths
+from model.transformer import Transformer
+from sharding.mesh import put_batch
+from train.objectives import Objective
+
+
+class Evaluation(NamedTuple):
+    loss: float  # nats per token
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def evaluate(
+    score: Callable[[Transformer, dict], tuple[jax.Array, jax.Array]],
+    model: Transformer,
+    prepared: Prepared,
+    name: str,
+    *,
+    batch_size: int,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    mesh: Mesh | None = None,
+    spec: PartitionSpec | None = None,
+    between: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Loss and bits per byte of a held-out set; `score` is a jitted `make_score`. `between` is called after each batch.
+
+    Every token of every document is predicted once, ends of documents included, and the bytes are those of the tokens
+    predicted: with `max_windows` None, of all the held-out files.
+    """
+    lengths = byte_lengths(prepared.tokenizer)
+    loss = count = 0.0
+    size = 0
+    parts = []
+    for batch in heldout_windows(
+        prepared,
+        name,
+        batch_size=batch_size,
+        stride=stride,
+        max_windows=max_windows,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        if jax.process_count() == 1:
+            size += int((lengths[batch["tokens"][:, 1:]] * (batch["weights"] > 0)).sum())
+        parts.append(score(model, put_batch(batch, mesh, spec)))
+        if len(parts) > 1:  # read one batch late, so that the device never waits
+            total, tokens = parts.pop(0)
+            loss, count = loss + float(total), count + float(tokens)
+        between()
+    for total, tokens in parts:
+        loss, count = loss + float(total), count + float(tokens)
+    if jax.process_count() > 1:
+        size = _bytes_of_all(prepared, name, lengths, batch_size, stride, max_windows)
+    return Evaluation(loss / count, loss / math.log(2) / size, int(count), size)
+
+
+def make_score(objective: Objective) -> Callable[[Transformer, dict], tuple[jax.Array, jax.Array]]:
+    """`score(model, batch) -> (sum of losses in nats, tokens)` of the objective without its auxiliary losses."""
+
+    def score(model, batch):
+        # The objectives that draw at random draw the same for every batch of an evaluation.
+        loss = objective(model, batch, jax.random.key(0))
+        return loss.metrics["loss"] * loss.count, loss.count
+
+    return score
+
+
+def _bytes_of_all(prepared, name, lengths: np.ndarray, batch_size, stride, max_windows) -> int:
+    batches = heldout_windows(prepared, name, batch_size=batch_size, stride=stride, max_windows=max_windows)
+    return sum(int((lengths[b["tokens"][:, 1:]] * (b["weights"] > 0)).sum()) for b in batches)

@@ -1,0 +1,330 @@
+"""The training loop: mesh, abstract state, compile, restore or init, then batches; step t is dispatched before the metrics
+of t - 1 are read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from data.pipeline import TrainBatches, train_batches
+from data.prepare import Prepared
+from data.tokenizer import Tokenizer
+from model.cost import CONVENTION, count_parameters, train_flops_per_token
+from model.transformer import Transformer
+from sharding.mesh import concrete_shardings, make_mesh, put_batch, use_mesh
+from sharding.peak import peak_flops
+from train.checkpoint import Checkpointer, CheckpointError, Restored
+from train.config import Experiment
+from train.evaluate import Evaluation, evaluate, make_score
+from train.objectives import make_objective, next_token
+from train.optimizers import make_optimizer, schedule
+from train.progress import Progress, duration
+from train.records import MetricsWriter, RunFolder
+from train.signals import StopSignal, Watchdog
+from train.step import TrainState, init_state, make_step
+
+
+class NonfiniteError(RuntimeError):
+    """The loss or the gradient is not finite and `train.nonfinite` is 'stop'."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """All that a run computes with, made from its config before any data is read."""
+
+    experiment: Experiment
+    mesh: Mesh | None
+    batch_spec: PartitionSpec
+    abstract_state: TrainState  # shapes, dtypes, shardings
+    make_state: Callable[[], TrainState]
+    step: Callable  # (state, batch) -> (state, metrics), not jitted
+    score: Callable  # (model, batch) -> (loss, tokens), jitted
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where a run stands when `train` returns."""
+
+    state: TrainState
+    step: int
+    finished: bool  # False: it was asked to stop
+    seconds: float  # of training, evaluation and saving, over all the run's starts
+
+    @property
+    def model(self) -> Transformer:
+        """The weights to evaluate and to sample from: the average where there is one."""
+        return self.state.model if self.state.ema is None else self.state.ema
+
+
+def build(experiment: Experiment) -> Program:
+    """The program of a resolved experiment (its vocabulary known), over all the devices there are."""
+    model, config = experiment.model, experiment.train
+    mesh = make_mesh(experiment.mesh)
+    optimizer = make_optimizer(experiment.optimizer, model, config.steps)
+
+    def make_state() -> TrainState:
+        init_key, state_key = jax.random.split(jax.random.key(config.seed))
+        return init_state(state_key, Transformer(init_key, model, experiment.sharding), optimizer, config)
+
+    with use_mesh(mesh):
+        abstract_state = concrete_shardings(jax.eval_shape(make_state), mesh)
+    objective = make_objective(config)
+    step = make_step(objective, optimizer, schedule(experiment.optimizer, config.steps), config)
+    # Held-out text is scored as text: with fill-in-the-middle too, next tokens in their order.
+    score = jax.jit(make_score(objective if config.objective == "masked" else next_token))
+    spec = experiment.sharding.spec("activations", ("batch", None))
+    return Program(experiment, mesh, spec, abstract_state, make_state, step, score)
+
+
+def evaluate_all(
+    program: Program, model: Transformer, prepared: Prepared, *, full: bool, between: Callable[[], object] = lambda: None
+) -> dict[str, Evaluation]:
+    """Every held-out set: `train.eval_windows` of each, or all of it."""
+    config = program.experiment.train
+    with use_mesh(program.mesh):
+        return {
+            name: evaluate(
+                program.score,
+                model,
+                prepared,
+                name,
+                batch_size=program.experiment.data.batch_size,
+                stride=config.eval_stride,
+                max_windows=None if full else config.eval_windows,
+                mesh=program.mesh,
+                spec=program.batch_spec,
+                between=between,
+            )
+            for name in prepared.heldout_names
+        }
+
+
+def restore(
+    program: Program, checkpoints: Checkpointer, tokenizer: Tokenizer, step: int | None = None
+) -> Restored | None:
+    """The newest good checkpoint (or that of `step`) on this program's mesh, or None. Refuses another tokenizer's."""
+    restored = checkpoints.restore(program.abstract_state, step=step)
+    if restored is not None and restored.metadata["tokenizer"] != tokenizer.identity:
+        raise CheckpointError(
+            f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, the one at hand is "
+            f"{tokenizer.identity[:12]}; they do not belong together: restore the data config (and the text the "
+            "tokenizer was trained on), or start a new run with --run NEWNAME"
+        )
+    return restored
+
+
+def train(
+    program: Program,
+    prepared: Prepared,
+    run: RunFolder,
+    *,
+    notice: Callable[[str], None] = print,
+    show_progress: bool = True,
+) -> Trained:
+    """Trains from the newest checkpoint of the run, or from the start, to `train.steps` or the first SIGINT or SIGTERM.
+
+    Resumed, the losses are those of the uninterrupted run, bit for bit on the same devices. Raises NonfiniteError,
+    CheckpointError, DataError; whatever is raised, the last checkpoint stands.
+    """
+    experiment, config = program.experiment, program.experiment.train
+    first_process = jax.process_index() == 0
+    counts = count_parameters(experiment.model)
+    peak, peak_source = peak_flops(jax.local_devices()[0])
+    flops = train_flops_per_token(experiment.model, experiment.data.sequence_length)
+    convention = f"FLOPs {CONVENTION}; of the {peak_source}" + (
+        f" on {jax.device_count()} devices" if jax.device_count() > 1 else ""
+    )
+    bytes_per_token = np.divide(*np.sum([(s.train_bytes, s.train_tokens) for s in prepared.sources], axis=0))
+
+    with (
+        MetricsWriter(run, sinks=config.sinks, process_index=jax.process_index()) as metrics,
+        Checkpointer(
+            str(run.checkpoints), keep_last=config.keep_last, keep_best=config.keep_best, warn=notice
+        ) as checkpoints,
+        StopSignal() as stop,
+        Watchdog(config.watchdog_seconds) as watchdog,
+        train_batches(
+            prepared, experiment.data, process_index=jax.process_index(), process_count=jax.process_count()
+        ) as batches,
+        use_mesh(program.mesh),
+    ):
+        restored = restore(program, checkpoints, prepared.tokenizer)
+        began, seconds_before = time.monotonic(), 0.0
+        if restored is None:
+            notice(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
+            state, first = jax.jit(program.make_state)(), 0
+            metrics.write({
+                "kind": "event", "step": 0, "event": "started", "message": f"{counts.total:,} parameters",
+                "parameters_total": counts.total, "parameters_active": counts.active, "mfu_convention": convention,
+                "flops_per_token": flops,
+            })  # fmt: skip
+        else:
+            # A refusal that ended the run before does not end this one before it begins.
+            state, first = restored.state._replace(nonfinite=jnp.zeros_like(restored.state.nonfinite)), restored.step
+            batches.set_state(restored.metadata["data"])
+            seconds_before = restored.metadata["seconds"]
+            notice(f"resuming from step {first}")
+            metrics.write({"kind": "event", "step": first, "event": "resumed", "message": f"from step {first}"})
+        del restored
+
+        def save(state: TrainState, step: int, metric: float | None = None, wait: bool = False) -> None:
+            metadata = {
+                "data": {**batches.get_state(), "step": step},
+                "tokenizer": prepared.tokenizer.identity,
+                "seconds": seconds_before + time.monotonic() - began,
+            }
+            checkpoints.save(step, state, metadata=metadata, metric=metric, wait=wait)
+
+        if first >= config.steps:
+            return Trained(state, first, True, seconds_before)
+        compiled = _compile(program, state, batches.batch_at(first), notice)
+
+        clock = _Clock(flops, None if peak is None else peak * jax.device_count())
+        pending: tuple[int, dict[str, Any], dict[str, np.ndarray]] | None = None  # dispatched, not yet read
+        step, saved, stopped, refused = first, first, False, 0
+
+        def read() -> None:
+            """Takes the metrics of the step that was dispatched last, records and shows them."""
+            nonlocal pending, refused
+            if pending is None:
+                return
+            (done, values, batch), pending = pending, None
+            row = _row(done, jax.device_get(values), bytes_per_token, experiment)
+            row |= clock.rates(done, row.pop("tokens"))
+            if (count := row.pop("nonfinite_updates")) > refused:
+                refused = count
+                _report_nonfinite(run, done, row, batch, metrics, notice, config.nonfinite == "stop")
+            if first_process and (done % config.log_every == 0 or done == config.steps or done == first + 1):
+                metrics.write(row)
+            progress.update(done, row)
+
+        with Progress(
+            config.steps,
+            start_step=first,
+            title=experiment.name,
+            mfu_convention=convention if peak else "",
+            enabled=first_process and show_progress,
+        ) as progress:
+            try:
+                for step in range(first + 1, config.steps + 1):
+                    batch = next(batches)
+                    state, values = compiled(state, put_batch(batch, program.mesh, program.batch_spec))
+                    read()
+                    pending = (step, values, batch)
+                    watchdog.beat()
+                    stopped = stop.agreed(step)
+                    evaluating = bool(config.eval_every) and step % config.eval_every == 0 and step < config.steps
+                    saving = step % config.checkpoint_every == 0 or step == config.steps or stopped
+                    if evaluating or saving:
+                        read()  # a step that is not finite must not be saved as if it were
+                    metric = None
+                    if evaluating and not stopped:
+                        model = state.model if state.ema is None else state.ema
+                        results = evaluate_all(program, model, prepared, full=False, between=watchdog.beat)
+                        for name, result in results.items():
+                            row = {"kind": "eval", "step": step, "set": name, **result._asdict()}
+                            metrics.write(row)
+                            progress.update(step, row)
+                        metric = next((r.bits_per_byte for r in results.values()), None)
+                        clock.pause()
+                    if saving:
+                        saved = step
+                        save(state, step, metric, wait=stopped or step == config.steps)
+                        clock.pause()
+                    if stopped:
+                        break
+            except NonfiniteError:
+                # The state's weights are those before the step that was refused; it counts the refusals since.
+                if saved < step:
+                    save(state, step, wait=True)
+                raise
+        seconds = seconds_before + time.monotonic() - began
+        finished = step >= config.steps
+        if not finished:
+            message = f"stopped at step {step} after {duration(seconds)}; the same command goes on from there"
+            metrics.write({"kind": "event", "step": step, "event": "stopped", "message": message})
+            notice(message)
+        return Trained(state, step, finished, seconds)
+
+
+class _Clock:
+    """Tokens per second and MFU from one read of the metrics to the next, pauses left out."""
+
+    def __init__(self, flops_per_token: float, peak: float | None):
+        self._flops, self._peak = flops_per_token, peak
+        self._last: tuple[int, float] | None = None
+
+    def pause(self) -> None:
+        self._last = None
+
+    def rates(self, step: int, tokens: float) -> dict[str, float | None]:
+        now, last = time.monotonic(), self._last
+        self._last = (step, now)
+        if last is None or now <= last[1]:
+            return {}
+        rate = tokens * (step - last[0]) / (now - last[1])
+        return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak if self._peak else None}
+
+
+def _compile(program: Program, state: TrainState, batch: dict[str, np.ndarray], notice: Callable[[str], None]):
+    """The step compiled ahead of its first call, with its memory told. The state is donated."""
+    start = time.monotonic()
+    arrays = put_batch(batch, program.mesh, program.batch_spec)
+    compiled = jax.jit(program.step, donate_argnums=0).lower(state, arrays).compile()
+    memory = compiled.memory_analysis()
+    told = ""
+    if memory is not None:
+        told = (
+            f"; per device: state and batch {memory.argument_size_in_bytes / 1e6:,.0f} MB "
+            f"({memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place), temporaries {memory.temp_size_in_bytes / 1e6:,.0f} MB"
+        )
+    notice(f"compiled the train step in {time.monotonic() - start:.1f} s{told}")
+    return compiled
+
+
+def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: Experiment) -> dict[str, Any]:
+    """The row of metrics.jsonl for a train step."""
+    loss = float(values["loss"])
+    row: dict[str, Any] = {
+        "kind": "train", "step": step, "loss": loss, "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "learning_rate": float(values["learning_rate"]), "grad_norm": float(values["grad_norm"]),
+        "tokens": float(values["tokens"]), "nonfinite_updates": int(values["nonfinite"]),
+    }  # fmt: skip
+    clip = experiment.optimizer.clip_norm
+    if clip is not None:
+        row["clipped"] = bool(row["grad_norm"] > clip)
+    if values["loss_scale"] != 1.0:
+        row["loss_scale"] = float(values["loss_scale"])
+    if "expert_load" in values:
+        load_LE = np.asarray(values["expert_load"], np.float64)
+        row |= {name: float(values[name]) for name in ("load_balance_loss", "router_z_loss", "router_entropy")}
+        row["max_violation"] = float((load_LE.max(1) / load_LE.mean(1) - 1).mean())  # Wang et al. 2024: MaxVio
+        row["expert_load"] = np.round(load_LE, 4).tolist()
+    return row
+
+
+def _report_nonfinite(
+    run: RunFolder, step: int, row: dict, batch: dict, metrics: MetricsWriter, notice: Callable[[str], None], stop: bool
+) -> None:
+    """Saves the batch and says what happened; raises NonfiniteError if the run is to stop."""
+    path = run.path / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
+    np.savez(path, **batch)
+    message = (
+        f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were left as they were, the batch "
+        f"is in {path.name}"
+    )
+    metrics.write({"kind": "event", "step": step, "event": "nonfinite", "message": message})
+    if stop:
+        raise NonfiniteError(
+            f"{message}. train.nonfinite = 'stop' ended the run: go on without such batches with "
+            "--set train.nonfinite=skip, or lower optimizer.learning_rate in a new run (--run NEWNAME)"
+        )
+    notice(message)

@@ -1,0 +1,171 @@
+"""What is learned: functions (model, batch, key) -> Loss, a sum over tokens and their count.
+
+Sums over counts, so that microbatches add up to the large batch exactly. A batch holds int32 [B, T+1] `tokens`,
+`segment_ids` (0 is padding) and `positions`, and may hold float32 [B, T] `weights` of its targets.
+
+Shapes: B batch, T time, D width, V vocabulary, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from data.tokenizer import SpecialTokens
+from model.transformer import Output, Transformer, forward, logits
+from sharding.rules import no_mesh
+from train.config import TrainConfig
+
+Batch = dict[str, Array]
+
+
+class Loss(NamedTuple):
+    total: Float[Array, ""]  # what is differentiated: the sum over tokens, auxiliary losses included
+    count: Float[Array, ""]  # tokens (by weight) the sum is over
+    metrics: dict[str, Array]  # means over the batch
+
+
+Objective = Callable[[Transformer, Batch, PRNGKeyArray], Loss]
+
+
+def token_losses(model: Transformer, hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """Negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T], nats."""
+    logits_BTV = logits(model, hidden_BTD)
+    log_total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    if no_mesh():
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    else:  # the vocabulary may be spread over devices: a masked sum, which XLA fuses, instead of a gather
+        mine = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
+        target_BT = jnp.where(mine, logits_BTV, 0.0).sum(-1)
+    return log_total_BT - target_BT, log_total_BT
+
+
+def next_token(
+    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0
+) -> Loss:
+    """Predict each token from those before it in its segment."""
+    segments = batch["segment_ids"]
+    weights_BT = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
+    if "weights" in batch:
+        weights_BT = weights_BT * batch["weights"]
+    out = forward(
+        model,
+        batch["tokens"][:, :-1],
+        positions_BT=batch["positions"][:, :-1],
+        segment_ids_BT=segments[:, :-1],
+        prefix_BT=batch.get("prefix"),
+        dropout_key=key,
+    )
+    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss)
+
+
+def masked(
+    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, special: SpecialTokens, z_loss: float = 0.0
+) -> Loss:
+    """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1): of the chosen, 80 % become <mask>, 10 % a
+    random token, 10 % stay."""
+    tokens_BT, segments_BT = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+    pick_key, kind_key, random_key, dropout_key = jax.random.split(key, 4)
+    shape = tokens_BT.shape
+    chosen_BT = (jax.random.uniform(pick_key, shape) < rate) & (segments_BT > 0)
+    kind_BT = jax.random.uniform(kind_key, shape)
+    random_BT = jax.random.randint(random_key, shape, len(special), model.config.vocab_size)
+    noised_BT = jnp.where(kind_BT < 0.8, special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
+    out = forward(
+        model,
+        jnp.where(chosen_BT, noised_BT, tokens_BT),
+        positions_BT=batch["positions"][:, :-1],
+        segment_ids_BT=segments_BT,
+        dropout_key=dropout_key,
+    )
+    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss)
+
+
+def fill_in_middle(
+    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, spm_rate: float, special: SpecialTokens,
+    z_loss: float = 0.0,
+) -> Loss:  # fmt: skip
+    """Next-token loss on rows of which a part is rearranged so that the middle comes last (Bavarian et al. 2022)."""
+    move_key, dropout_key = jax.random.split(key)
+    tokens = rearrange_middle(batch["tokens"], batch["segment_ids"], move_key, rate, spm_rate, special)
+    return next_token(model, {**batch, "tokens": tokens}, dropout_key, z_loss=z_loss)
+
+
+def rearrange_middle(
+    tokens_BW: Int[Array, "B W"],
+    segments_BW: Int[Array, "B W"],
+    key: PRNGKeyArray,
+    rate: float,
+    spm_rate: float,
+    special: SpecialTokens,
+) -> Int[Array, "B W"]:
+    """In a row chosen with probability `rate`, the longest segment is cut at two uniform places and rearranged:
+    PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle, or, with probability `spm_rate`,
+    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle (sec. 3 there, the variant that shares prefixes).
+
+    Its first token (<end>, which opens a document) stays first, and its last three tokens make room for the marks.
+    Segments shorter than 8 tokens are left alone.
+    """
+    B, W = tokens_BW.shape
+    row_key, kind_key, cut_key = jax.random.split(key, 3)
+    sizes_BW = (segments_BW[:, :, None] == jnp.arange(1, W + 1)).sum(1)
+    segment_B, size_B = sizes_BW.argmax(1) + 1, sizes_BW.max(1)
+    start_B = (segments_BW == segment_B[:, None]).argmax(1)
+    length_B = size_B - 1 - 3  # tokens that are moved: without the first one and the room for the marks
+    cuts_B2 = jnp.sort((jax.random.uniform(cut_key, (B, 2)) * (length_B[:, None] + 1)).astype(jnp.int32), axis=1)
+    prefix_B, middle_B = cuts_B2[:, 0], cuts_B2[:, 1] - cuts_B2[:, 0]
+    suffix_B = length_B - cuts_B2[:, 1]
+    spm_B = jax.random.uniform(kind_key, (B,)) < spm_rate
+
+    # Where each part starts, counted from the token after the first; a part's marks come before it.
+    at = jnp.arange(W) - (start_B[:, None] + 1)
+    pre, mid, suf, spm = (y[:, None] for y in (prefix_B, middle_B, suffix_B, spm_B))
+    suffix_at = jnp.where(spm, 2, pre + 2)
+    prefix_at = jnp.where(spm, suf + 3, 1)
+    middle_at = pre + suf + 3
+    source = jnp.where(
+        at >= middle_at,
+        at - middle_at + pre,
+        jnp.where((at >= prefix_at) & (at < prefix_at + pre), at - prefix_at, at - suffix_at + pre + mid),
+    )
+    moved = jnp.take_along_axis(tokens_BW, jnp.clip(source + start_B[:, None] + 1, 0, W - 1), axis=1)
+    moved = jnp.where(at == 0, special.fim_prefix, moved)
+    moved = jnp.where(at == suffix_at - 1, special.fim_suffix, moved)
+    moved = jnp.where(at == jnp.where(spm, suf + 2, pre + suf + 2), special.fim_middle, moved)
+    inside = (at >= 0) & (at < length_B[:, None] + 3)
+    chosen_B = (jax.random.uniform(row_key, (B,)) < rate) & (size_B >= 8)
+    return jnp.where(inside & chosen_B[:, None], moved, tokens_BW)
+
+
+def make_objective(config: TrainConfig, special: SpecialTokens = SpecialTokens()) -> Objective:
+    """The configured objective."""
+    if config.objective == "masked":
+        return partial(masked, rate=config.mask_rate, special=special, z_loss=config.z_loss)
+    if config.objective == "fill_in_middle":
+        rates = dict(rate=config.fim_rate, spm_rate=config.fim_spm_rate)
+        return partial(fill_in_middle, **rates, special=special, z_loss=config.z_loss)
+    return partial(next_token, z_loss=config.z_loss)
+
+
+def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float) -> Loss:
+    nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT)
+    count = weights_BT.sum()
+    nll = (nll_BT * weights_BT).sum()
+    total = nll + z_loss * (jnp.square(log_total_BT) * weights_BT).sum() if z_loss else nll
+    metrics = {"loss": nll / jnp.maximum(count, 1.0)}
+    if out.router is not None:
+        moe = model.config.moe
+        assert moe is not None
+        total = total + count * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
+        metrics |= {
+            "load_balance_loss": out.router.load_balance.mean(),
+            "router_z_loss": out.router.z.mean(),
+            "router_entropy": out.router.entropy.mean(),
+            "expert_load": out.router.load_E,
+        }
+    return Loss(total, count, metrics)
