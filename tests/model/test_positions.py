@@ -1,0 +1,93 @@
+"""Position formulas against numbers recorded from `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 and from the ALiBi paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from model.config import PositionConfig, RopeScalingConfig
+from model.positions import alibi_slopes, inverse_frequencies, rope_tables, rotate
+from tests.model.reference import rope_frequencies, slopes
+from tests.models import TINY_ATTENTION, tiny_config
+
+LINEAR = RopeScalingConfig("linear", 4.0)
+DYNAMIC = RopeScalingConfig("dynamic_ntk", 4.0, 64)
+YARN = RopeScalingConfig("yarn", 4.0, 64)
+YARN_FACTOR = RopeScalingConfig("yarn", 8.0, 4096, beta_fast=16.0, beta_slow=2.0, attention_factor=0.7)
+LLAMA3 = RopeScalingConfig("llama3", 8.0, 128)
+LLAMA3_2 = RopeScalingConfig("llama3", 32.0, 8192)  # Llama 3.2 1B
+
+# scaling, dimensions, theta, length of context, stretch of cos and sin, {pair: radians per position}
+RECORDED = {
+    "linear": (LINEAR, 16, 1e4, 64, 1.0, {0: 0.25, 1: 0.07905694, 4: 0.0025, 7: 7.905695e-05}),
+    "dynamic": (DYNAMIC, 16, 1e4, 150, 1.0, {0: 1.0, 1: 0.2427025, 3: 0.01429627, 7: 4.960436e-05}),
+    "dynamic-short": (DYNAMIC, 16, 1e4, 50, 1.0, {0: 1.0, 1: 0.3162278, 7: 0.0003162278}),
+    "yarn": (YARN, 16, 1e4, 256, 1.138629436, {0: 1.0, 1: 0.2371708, 2: 0.05, 3: 0.007905695, 7: 7.905695e-05}),
+    "yarn-factor": (
+        YARN_FACTOR,
+        32,
+        1e6,
+        256,
+        0.7,
+        {4: 0.03162278, 5: 0.009445777, 6: 0.002343089, 7: 0.0002964217, 8: 0.000125, 15: 2.964217e-07},
+    ),
+    "llama3": (LLAMA3, 16, 1e4, 256, 1.0, {1: 0.3162278, 2: 0.04275118, 3: 0.003952847, 7: 3.952847e-05}),
+    "llama3.2": (
+        LLAMA3_2,
+        64,
+        5e5,
+        256,
+        1.0,
+        {14: 0.003211446, 15: 0.001290548, 16: 0.0004295567, 17: 9.708286e-05, 18: 1.946164e-05},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_rope_scaling_equals_transformers(name):
+    scaling, dim, theta, length, stretch, recorded = RECORDED[name]
+    pairs, radians = list(recorded), np.array(list(recorded.values()))
+    np.testing.assert_allclose(rope_frequencies(dim, theta, scaling, length)[pairs], radians, rtol=3e-6)
+    if scaling.kind != "dynamic_ntk":
+        np.testing.assert_allclose(inverse_frequencies(dim, theta, scaling)[pairs], radians, rtol=3e-6)
+    config = tiny_config(
+        attention=replace(TINY_ATTENTION, head_dim=dim), position=PositionConfig(theta=theta, scaling=scaling)
+    )
+    # At position 1 the tables are the stretched cosine and sine of the frequency itself.
+    cos, sin = rope_tables(config, jnp.ones((1, 1), jnp.int32), theta, jnp.array([length]))
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, pairs], radians, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(np.hypot(cos, sin), stretch, rtol=1e-6)
+
+
+def test_ntk_reaches_the_last_frequency_of_linear_and_keeps_the_first():
+    ntk, linear = (inverse_frequencies(32, 1e4, RopeScalingConfig(kind, 4.0)) for kind in ("ntk", "linear"))
+    assert ntk[0] == 1.0
+    assert math.isclose(ntk[-1], linear[-1], rel_tol=1e-9)  # what bloc97 chose the exponent dim / (dim - 2) for
+
+
+@given(shift=st.integers(0, 500), interleaved=st.booleans(), fraction=st.sampled_from([0.25, 0.5, 1.0]))
+@settings(deadline=None, max_examples=20)
+def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
+    config = tiny_config(
+        attention=replace(TINY_ATTENTION, head_dim=16), position=PositionConfig(rotary_fraction=fraction)
+    )
+    x = np.random.default_rng(shift).standard_normal((1, 2, 1, 16)).astype(np.float32)
+
+    def product(positions):
+        y = np.asarray(rotate(x, *rope_tables(config, jnp.array([positions]), 1e4), interleaved))
+        np.testing.assert_array_equal(y[..., int(16 * fraction) :], x[..., int(16 * fraction) :])
+        return (y[0, 0, 0] * y[0, 1, 0]).sum()
+
+    np.testing.assert_allclose(product([3, 8]), product([3 + shift, 8 + shift]), atol=3e-4)
+
+
+def test_alibi_slopes_of_the_paper():
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    for heads in range(1, 40):
+        np.testing.assert_allclose(alibi_slopes(heads), slopes(heads), rtol=1e-6)

@@ -1,0 +1,250 @@
+"""The network against a float64 reference written from the papers.
+
+Each case switches many choices at once. The same weights under a reference with one choice undone must give other logits,
+or the comparison would prove nothing: with a plain initialization a wrong softcap moves them by 2e-4 only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from model.config import MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig, RopeScalingConfig
+from model.transformer import forward, logits
+from tests.model.reference import flat_weights, transformer
+from tests.models import TINY_ATTENTION, random_model, tiny_config
+
+T = 19
+SCALING = RopeScalingConfig(factor=4.0, original_length=8)
+
+
+def changed(config, path: str, value):
+    """`config` with the field at the dotted `path` replaced."""
+    head, _, rest = path.partition(".")
+    return replace(config, **{head: changed(getattr(config, head), rest, value) if rest else value})
+
+
+def tokens() -> dict[str, np.ndarray]:
+    return {"tokens_BT": np.random.default_rng(1).integers(0, 64, (2, T)).astype(np.int32)}
+
+
+def prefixed() -> dict[str, np.ndarray]:
+    return tokens() | {"prefix_BT": np.arange(T) < np.array([[7], [3]])}
+
+
+def packed() -> dict[str, np.ndarray]:
+    """Rows of two or three segments; the second row ends in padding."""
+    lengths = [[7, 9, 3], [11, 5]]
+    positions, ids = np.zeros((2, 2, T), np.int32)
+    for b, row in enumerate(lengths):
+        start = 0
+        for i, n in enumerate(row):
+            positions[b, start : start + n], ids[b, start : start + n] = np.arange(n), i + 1
+            start += n
+    return tokens() | {"positions_BT": positions, "segment_ids_BT": ids}
+
+
+# name: (config, inputs, {field: another value, under which the reference must give other logits})
+CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
+    "llama": (
+        tiny_config(
+            norm=NormConfig(epsilon=0.1),
+            position=PositionConfig(scaling=replace(SCALING, kind="llama3")),
+        ),
+        tokens,
+        {
+            "norm.epsilon": 0.2,
+            "norm.kind": "layernorm",
+            "position.theta": 5000.0,
+            "position.scaling.kind": "linear",
+            "position.scaling.factor": 3.0,
+            "position.scaling.original_length": 16,
+            "position.scaling.low_freq_factor": 0.5,
+            "position.scaling.high_freq_factor": 3.0,
+            "position.interleaved": True,
+            "attention.mask": "bidirectional",
+            "mlp.kind": "geglu",
+        },
+    ),
+    "gemma": (
+        tiny_config(
+            num_layers=4,
+            norm=NormConfig(epsilon=1e-3, unit_offset=True, placement="sandwich"),
+            attention=replace(
+                TINY_ATTENTION, layers=("sliding", "global"), softcap=2.0, query_scale=0.5, qk_norm="head"
+            ),
+            position=PositionConfig(theta=1e4, local_theta=100.0),
+            mlp=MLPConfig("geglu", 48),
+            tied_embeddings=True,
+            embedding_scale=32**0.5,
+            final_softcap=3.0,
+        ),
+        tokens,
+        {
+            "norm.unit_offset": False,
+            "norm.placement": "pre",
+            "attention.layers": ("global", "sliding"),
+            "attention.window": 6,
+            "attention.softcap": 3.0,
+            "attention.query_scale": None,
+            "attention.qk_norm": "none",
+            "position.local_theta": None,
+            "mlp.kind": "swiglu",
+            "embedding_scale": 3.0,
+            "final_softcap": 4.0,
+        },
+    ),
+    "gpt2": (
+        tiny_config(
+            norm=NormConfig("layernorm", 0.1, bias=True),
+            attention=replace(TINY_ATTENTION, num_kv_heads=4, qkv_bias=True, out_bias=True),
+            position=PositionConfig("learned"),
+            mlp=MLPConfig("gelu", 48, bias=True),
+            tied_embeddings=True,
+        ),
+        tokens,
+        {
+            "norm.bias": False,
+            "norm.kind": "rmsnorm",
+            "norm.epsilon": 0.2,
+            "attention.qkv_bias": False,
+            "attention.out_bias": False,
+            "position.kind": "none",
+            "mlp.kind": "relu",
+            "mlp.bias": False,
+        },
+    ),
+    "olmoe": (
+        tiny_config(
+            norm=NormConfig(placement="post"),
+            attention=replace(TINY_ATTENTION, qk_norm="full"),
+            position=PositionConfig(rotary_fraction=0.5, scaling=replace(SCALING, kind="ntk")),
+            moe=MoEConfig(5, 3, 24, renormalize=False, balance_scope="sequence"),
+        ),
+        tokens,
+        {
+            "norm.placement": "pre",
+            "attention.qk_norm": "head",
+            "position.rotary_fraction": 1.0,
+            "position.scaling.kind": "linear",
+            "moe.top_k": 2,
+        },
+    ),
+    "gpt-oss": (
+        tiny_config(
+            num_layers=3,
+            attention=replace(
+                TINY_ATTENTION, layers=("sliding", "global"), sinks=True, qkv_bias=True, out_bias=True, head_dim=16
+            ),
+            position=PositionConfig(
+                interleaved=True,
+                rotary_fraction=0.75,
+                scaling=replace(SCALING, kind="yarn", original_length=32, beta_fast=4.0, beta_slow=0.5),
+            ),
+            moe=MoEConfig(6, 2, 24, first_dense=1),
+        ),
+        tokens,
+        {
+            "attention.sinks": False,
+            "position.interleaved": False,
+            "position.scaling.beta_fast": 1.0,
+            "position.scaling.beta_slow": 0.05,
+            "position.scaling.attention_factor": 1.0,
+            "moe.renormalize": False,
+        },
+    ),
+    "alibi": (
+        tiny_config(
+            attention=replace(
+                TINY_ATTENTION, num_heads=6, num_kv_heads=1, layers=("block_sparse", "global"), block_size=2
+            ),
+            position=PositionConfig("alibi"),
+            mlp=MLPConfig("relu2", 48),
+        ),
+        tokens,
+        {
+            "position.kind": "none",
+            "attention.layers": ("global",),
+            "attention.block_size": 3,
+            "attention.local_blocks": 2,
+            "attention.block_stride": 3,
+            "mlp.kind": "relu",
+        },
+    ),
+    "encoder": (
+        tiny_config(
+            norm=NormConfig("layernorm"),
+            attention=replace(TINY_ATTENTION, mask="bidirectional", layers=("sliding", "global")),
+            position=PositionConfig("sinusoidal"),
+            mlp=MLPConfig("relu", 48),
+            mup_base_dim=16,
+        ),
+        tokens,
+        {
+            "attention.mask": "causal",
+            "attention.window": 4,
+            "position.kind": "none",
+            "mup_base_dim": None,
+            "mlp.kind": "relu2",
+        },
+    ),
+    "prefix": (
+        tiny_config(
+            attention=replace(TINY_ATTENTION, mask="prefix", num_heads=2),
+            position=PositionConfig(scaling=replace(SCALING, kind="dynamic_ntk")),
+            mlp=MLPConfig("reglu", 48),
+        ),
+        prefixed,
+        {
+            "attention.mask": "causal",
+            "position.scaling.factor": 3.0,
+            "position.scaling.original_length": 16,
+            "mlp.kind": "swiglu",
+        },
+    ),
+    "packed": (
+        tiny_config(
+            num_layers=3,
+            attention=replace(TINY_ATTENTION, layers=("global", "sliding", "sliding")),
+            position=PositionConfig(scaling=replace(SCALING, kind="linear")),
+            moe=MoEConfig(4, 1, 24, renormalize=False, every=2),
+        ),
+        packed,
+        {"position.scaling.kind": "ntk", "attention.window": 4, "moe.renormalize": True, "moe.num_experts": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_router_equal_the_reference_and_every_choice_matters(name):
+    config, inputs, mutations = CASES[name]
+    config.validate()
+    model, batch = random_model(config), inputs()
+
+    @jax.jit
+    def run(model, batch):
+        out = forward(model, **batch)
+        return logits(model, out.hidden_BTD), out.router
+
+    ours, router = jax.device_get(run(model, batch))
+    w = flat_weights(model)
+    theirs, stats = transformer(w, config, **batch)
+    real = batch.get("segment_ids_BT", np.ones_like(batch["tokens_BT"])) > 0
+    np.testing.assert_allclose(ours[real], theirs[real], atol=1e-4, rtol=0)
+    assert theirs.std() > 0.3  # peaked, not vanishing
+
+    assert (router is None) == (config.moe is None)
+    for field in dataclasses.fields(stats[0]) if stats else ():
+        expected = np.stack([getattr(s, field.name) for s in stats])
+        np.testing.assert_allclose(getattr(router, field.name), expected, atol=1e-5, rtol=1e-5, err_msg=field.name)
+
+    w |= {k.replace("_post_norm", "_norm"): x for k, x in w.items() if config.norm.placement == "post"}
+    for path, value in mutations.items():
+        cut = path == "moe.num_experts"  # fewer experts out of the same weights
+        other = {k: x[:, :value] if cut and k.endswith("router") else x for k, x in w.items()}
+        wrong, _ = transformer(other, changed(config, path, value), **batch)
+        assert np.abs(wrong - ours)[real].max() > 1e-3, f"{path} = {value} makes no difference"
