@@ -37,7 +37,7 @@ def route(
     """Chosen experts, their weights (float32) and statistics; softmax, then top-k (Shazeer et al. 2017, sec. 2.1).
 
     Load balance: E * sum_e f_e P_e (Fedus et al. 2021, eq. 4) with f_e the fraction of choices and P_e the mean
-    probability, over the batch or averaged over its sequences. z: Zoph et al. 2022, eq. 5.
+    probability, over the batch or averaged over its sequences by their tokens. z: Zoph et al. 2022, eq. 5.
     A token whose logits are not finite gets weights that are not finite, so that the loss shows it.
     """
     E = config.num_experts
@@ -47,6 +47,8 @@ def route(
     weights_BTC, indices_BTC = jax.lax.top_k(probs_BTE, config.top_k)
     if config.renormalize:
         weights_BTC = weights_BTC / weights_BTC.sum(-1, keepdims=True)
+    # top_k may rank NaN below every number and so drop it: a token with a bad logit is marked by hand.
+    weights_BTC = jnp.where(jnp.isfinite(logits_BTE).all(-1, keepdims=True), weights_BTC, jnp.nan)
 
     valid = valid_BT.astype(jnp.float32)
     chosen_BTE = jax.nn.one_hot(indices_BTC, E, dtype=jnp.float32).sum(-2) * valid[..., None] / config.top_k
