@@ -11,7 +11,15 @@ import math
 
 import numpy as np
 
-from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig, RopeScalingConfig
+from model.config import (
+    AttentionConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    PositionConfig,
+    RopeScalingConfig,
+)
 from model.transformer import Transformer
 from tests.models import weight_names
 
@@ -198,7 +206,8 @@ def router_stats(scores_BTE, chosen_BTE, valid_BT, m: MoEConfig) -> Stats:
     z = np.log(np.exp(scores_BTE).sum(-1)) ** 2
     entropy = -(p_BTE * np.log(p_BTE)).sum(-1)
     load = share(chosen_BTE, slice(None)) / m.top_k
-    return Stats(float(np.mean(balance)), float(z[valid_BT].mean()), load, float(entropy[valid_BT].mean()))
+    tokens = [valid_BT[g].sum() for g in groups]
+    return Stats(float(np.average(balance, weights=tokens)), float(z[valid_BT].mean()), load, float(entropy[valid_BT].mean()))
 
 
 def transformer(
@@ -223,14 +232,14 @@ def transformer(
 
     for i in range(c.num_layers):
         layer, kind = part(w, f"layers.{i}."), c.attention.layers[i % len(c.attention.layers)]
-        attend, routed = part(layer, "attention."), []
+        attend, mlp, routed = part(layer, "attention."), part(layer, "mlp."), []
 
         def attention_row(row, b, attend=attend, kind=kind):
             segments = None if segment_ids_BT is None else segment_ids_BT[b]
             prefix = None if prefix_BT is None else prefix_BT[b]
             return attention(row, attend, c, kind, positions_BT[b], segments, prefix)
 
-        def mlp_row(row, b, mlp=part(layer, "mlp."), i=i, routed=routed):
+        def mlp_row(row, b, mlp=mlp, i=i, routed=routed):
             if c.moe is not None and i >= c.moe.first_dense and (i - c.moe.first_dense) % c.moe.every == 0:
                 y, *route = moe(row, mlp, c.moe, c.mlp)
                 routed.append(route)
