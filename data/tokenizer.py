@@ -46,9 +46,17 @@ class SpecialTokens(NamedTuple):
 class Tokenizer(Protocol):
     """Text to ids and back: `decode(encode(text)) == text` for every text that UTF-8 can hold."""
 
-    vocab_size: int
     special: SpecialTokens
-    identity: str  # SHA-256 in hex of all that decides an encoding
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 in hex of all that decides an encoding."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Ids int32 [L] of a text; no special is added, none comes from the text."""

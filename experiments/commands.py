@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.quickstart import EXPERIMENTS
-from experiments.resolve import fill_vocabulary, find_run, load_experiment, resolve
-from train.config_io import flatten, load_json
-from train.progress import count
+from experiments.resolve import find_run, load_experiment, resolve
 
 
 class UsageError(ValueError):

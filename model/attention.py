@@ -42,6 +42,7 @@ class Places(NamedTuple):
     positions_BT: Int[Array, "B T"]  # what RoPE and learned positions see; restarts with each packed document
     segment_ids_BT: Int[Array, "B T"] | None = None  # tokens attend within their segment only; 0 is padding
     prefix_BT: Bool[Array, "B T"] | None = None  # part of the bidirectional prefix
+    length_B: Int[Array, "B"] | None = None  # context of each row, this call's tokens included; for 'dynamic_ntk'
 
 
 class LayerCache(NamedTuple):
@@ -157,7 +158,7 @@ class Attention(nnx.Module):
 
         # Dynamic NTK turns every key anew when the context grows, so its cache holds keys that are not yet turned.
         late = config.position.scaling is not None and config.position.scaling.kind == "dynamic_ntk"
-        length_B = places.positions_BT.max(1) + 1 if late else None
+        length_B = places.length_B if late else None
         q = self._turn(q, places.positions_BT, length_B)
         if not late:
             k = self._turn(k, places.positions_BT, None)
@@ -168,9 +169,9 @@ class Attention(nnx.Module):
         k_slots_BS, k_segments_BS, k_positions_BS = places.slots_BT, places.segment_ids_BT, places.positions_BT
         k_prefix_BS = places.prefix_BT
         if cache is not None:
-            cache = LayerCache(
-                _write(cache.k_BKSH, k_BKSH, places.slots_BT[:, 0]), _write(cache.v_BKSH, v_BKSH, places.slots_BT[:, 0])
-            )
+            start_BK = jnp.broadcast_to(places.slots_BT[:, :1], k_BKSH.shape[:2])
+            start_BK = reshard(start_BK, rules, "batch", "kv_heads")
+            cache = LayerCache(_write(cache.k_BKSH, k_BKSH, start_BK), _write(cache.v_BKSH, v_BKSH, start_BK))
             k_BKSH, v_BKSH = cache.k_BKSH.astype(dtype), cache.v_BKSH.astype(dtype)
             B, _, S, _ = k_BKSH.shape
             k_slots_BS = k_positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
@@ -234,7 +235,11 @@ def weight_std(config: ModelConfig, fan_in: int, residual: bool = False) -> floa
     return std
 
 
-def _write(cache_BKSH: Array, new_BKTH: Array, start_B: Array) -> Array:
-    """The cache with each row's new entries at its own start."""
-    update = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=1))
-    return update(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_B)
+def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Array) -> Array:
+    """The cache with each row's new entries at its own start.
+
+    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place. To a batch of
+    one it would give a dynamic_update_slice, fuse that into each of its readers, and copy the cache to keep its old state.
+    """
+    write = lambda cache_SH, new_TH, start: jax.lax.dynamic_update_slice_in_dim(cache_SH, new_TH, start, axis=0)
+    return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)

@@ -98,8 +98,8 @@ def _dispatch(x_BTD, indices_BTC, weights_BTC, up, down, kind: str, rules: Shard
     """
     D, C = x_BTD.shape[-1], indices_BTC.shape[-1]
     if no_mesh():
-        flat = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
-        return expert_mlp(*flat, up, down, kind).reshape(x_BTD.shape)
+        x_ND, indices_NC, weights_NC = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
+        return expert_mlp(x_ND, indices_NC, weights_NC, up, down, kind).reshape(x_BTD.shape)
 
     activations = rules.activations
     expert_axes, mlp_axes = activations.expert, activations.mlp

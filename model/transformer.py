@@ -101,7 +101,7 @@ def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens, in the dtype of computation."""
     config, rules = model.config, model.rules
     a = config.attention
-    zeros = lambda repeats: jnp.zeros(  # noqa: E731
+    zeros = lambda repeats: jnp.zeros(
         (repeats, batch, a.num_kv_heads, capacity, a.head_dim),
         compute_dtype(config),
         out_sharding=activation_spec(rules, "layer", "batch", "kv_heads", None, None),
@@ -128,20 +128,26 @@ def forward(
 
     Packed rows give `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a `cache` the
     tokens continue each row where it stands (its length grows by T; rows of uneven prompts set the length themselves);
-    positions are then slots. `valid_BT` leaves tokens out of the router's statistics (default: segment_ids > 0).
+    positions are then slots. `valid_BT` leaves tokens (padding) out of the router's statistics and of the length that
+    'dynamic_ntk' scales by (default: segment_ids > 0).
     `dropout_key` switches dropout on.
     """
     config, rules = model.config, model.rules
     B, T = tokens_BT.shape
     start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
     slots_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-    lay = lambda y: None if y is None else reshard(y, rules, "batch", "sequence")  # noqa: E731
+
+    def lay(y_BT: Array) -> Array:
+        return reshard(y_BT, rules, "batch", "sequence")
+
     tokens_BT, slots_BT = lay(tokens_BT), lay(slots_BT)
     positions_BT = slots_BT if positions_BT is None or cache is not None else lay(positions_BT)
-    segment_ids_BT = None if cache is not None else lay(segment_ids_BT)
-    places = Places(slots_BT, positions_BT, segment_ids_BT, lay(prefix_BT))
+    segment_ids_BT = None if segment_ids_BT is None or cache is not None else lay(segment_ids_BT)
     if valid_BT is None:
         valid_BT = jnp.ones_like(slots_BT, bool) if segment_ids_BT is None else segment_ids_BT > 0
+    valid_BT = lay(valid_BT)
+    length_B = jnp.where(valid_BT, positions_BT + 1, 0).max(1)
+    places = Places(slots_BT, positions_BT, segment_ids_BT, None if prefix_BT is None else lay(prefix_BT), length_B)
 
     x_BTD = _embed(model, tokens_BT, positions_BT)
     keys = None
@@ -158,7 +164,7 @@ def forward(
         if keys is not None:
             unit_keys = keys[layer : layer + repeats * period].reshape(repeats, period)
         layer += repeats * period
-        x_BTD, caches, unit_stats = _run_stack(config, tuple(unit), x_BTD, places, lay(valid_BT), caches, unit_keys)
+        x_BTD, caches, unit_stats = _run_stack(config, tuple(unit), x_BTD, places, valid_BT, caches, unit_keys)
         new_stacks.append(caches)
         if unit_stats is not None:
             stats.append(unit_stats)

@@ -77,9 +77,10 @@ def concrete_shardings(tree, mesh: Mesh | None):
     return jax.tree.map(bind, tree)
 
 
-def put_batch(batch: dict, mesh: Mesh | None, spec: PartitionSpec):
+def put_batch(batch: dict, mesh: Mesh | None, spec: PartitionSpec | None):
     """Host-local rows of a global batch (numpy [B_local, ...]) as global arrays sharded on the first dimension."""
     if mesh is None:
         return jax.device_put(batch)
+    assert spec is not None, "on a mesh the rows need a spec"
     sharding = NamedSharding(mesh, spec)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -248,7 +248,7 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
 
 def _encode(annotation: Any, value: Any, dotted: str) -> Any:
     if dataclasses.is_dataclass(value):
-        return {n: _encode(hint, getattr(value, n), _join(dotted, n)) for n, (_, hint) in _fields(type(value)).items()}
+        return {n: _encode(hint, getattr(value, n), _join(dotted, n)) for n, (_, hint) in _fields(value.__class__).items()}
     if isinstance(value, tuple):
         element = _element(annotation)
         return [_encode(element, item, _join(dotted, str(i))) for i, item in enumerate(value)]
@@ -262,7 +262,7 @@ def _decode(annotation: Any, data: Any, dotted: str) -> Any:
                 return None
         elif dataclasses.is_dataclass(member):
             if isinstance(data, dict):
-                return _decode_dataclass(member, data, dotted)
+                return _decode_dataclass(typing.cast(type, member), data, dotted)
         elif (element := _element(member)) is not None:
             if isinstance(data, list):
                 return tuple(_decode(element, item, _join(dotted, str(i))) for i, item in enumerate(data))
@@ -326,7 +326,7 @@ def load_json(cls: type[C], path: str | os.PathLike) -> C:
 
 def _children(node: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(node):
-        return {name: getattr(node, name) for name in _fields(type(node))}
+        return {name: getattr(node, name) for name in _fields(node.__class__)}
     if isinstance(node, dict):
         return node
     if isinstance(node, (tuple, list)) and node and all(_children(item) is not None for item in node):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from data.pipeline import TrainBatches, train_batches
+from data.pipeline import train_batches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
 from model.cost import CONVENTION, count_parameters, train_flops_per_token

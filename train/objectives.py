@@ -26,7 +26,7 @@ Batch = dict[str, Array]
 
 class Loss(NamedTuple):
     total: Float[Array, ""]  # what is differentiated: the sum over tokens, auxiliary losses included
-    count: Float[Array, ""]  # tokens (by weight) the sum is over
+    count: Float[Array, ""]  # type: ignore[assignment]  # tokens (by weight) the sum is over; hides tuple.count
     metrics: dict[str, Array]  # means over the batch
 
 
@@ -142,13 +142,14 @@ def rearrange_middle(
     return jnp.where(inside & chosen_B[:, None], moved, tokens_BW)
 
 
-def make_objective(config: TrainConfig, special: SpecialTokens = SpecialTokens()) -> Objective:
+def make_objective(config: TrainConfig) -> Objective:
     """The configured objective."""
+    special = SpecialTokens()
     if config.objective == "masked":
         return partial(masked, rate=config.mask_rate, special=special, z_loss=config.z_loss)
     if config.objective == "fill_in_middle":
-        rates = dict(rate=config.fim_rate, spm_rate=config.fim_spm_rate)
-        return partial(fill_in_middle, **rates, special=special, z_loss=config.z_loss)
+        rate, spm_rate = config.fim_rate, config.fim_spm_rate
+        return partial(fill_in_middle, rate=rate, spm_rate=spm_rate, special=special, z_loss=config.z_loss)
     return partial(next_token, z_loss=config.z_loss)
 
 

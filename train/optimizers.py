@@ -46,7 +46,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.exponential_decay(peak, rest, max(config.final_fraction, 1e-8))
     elif config.schedule == "inverse_sqrt":  # continuous with the warm-up (Vaswani et al. 2017, eq. 3)
         start = max(warmup, 1)
-        after = lambda step: peak * (start / (step + start)) ** 0.5  # noqa: E731
+        after = lambda step: peak * (start / (step + start)) ** 0.5
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after

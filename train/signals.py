@@ -85,7 +85,7 @@ class _Agreement:
 
     def __init__(self, stop: StopSignal):
         self._stop = stop
-        self._client = distributed.global_state.client
+        self._client: Any = distributed.global_state.client
         self._prefix = f"meshwork/stop/{next(_generation)}"
         self._lock = threading.Lock()
         self._answered = -1
@@ -167,7 +167,7 @@ class Watchdog:
         while not self._left.wait(self._seconds / 10):
             if self._beaten is not None and time.monotonic() - self._beaten > self._seconds:
                 os.write(2, f"no step for {self._seconds:g} s; the stacks of all threads:\n".encode())
-                faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+                faulthandler.dump_traceback(2, all_threads=True)
                 _exit_now(EXIT_HUNG, f"leaving with exit code {EXIT_HUNG}")
 
 
