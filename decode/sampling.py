@@ -74,7 +74,7 @@ class SamplerArrays(NamedTuple):
 
 def sampler_arrays(params: Sequence[SamplingParams]) -> SamplerArrays:
     """NumPy arrays, one entry a request."""
-    column = lambda name, dtype: np.asarray([getattr(p, name) for p in params], dtype)  # noqa: E731
+    column = lambda name, dtype: np.asarray([getattr(p, name) for p in params], dtype)
     return SamplerArrays(
         column("temperature", np.float32),
         column("top_k", np.int32),
