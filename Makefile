@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
+CONSTRAINTS ?= constraints.txt
 # Eight simulated devices for tests; the command line of experiments uses the devices that are there.
 TEST_WORKERS ?= 2
 
@@ -14,9 +15,9 @@ help:
 
 install: $(VENV)/.installed ## create .venv and install (make install EXTRAS=dev,tpu)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@
 
 train: install ## train, evaluate, sample and report the experiment `quickstart` (about 10 minutes on 2 CPU cores)

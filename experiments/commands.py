@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +24,7 @@ def list(args: argparse.Namespace) -> int:
     for name, make in EXPERIMENTS.items():
         experiment = make()
         table.add_row(name, experiment.question, experiment.source, experiment.cost)
-    Console().print(table)
+    _console().print(table)
     return 0
 
 
@@ -32,7 +33,7 @@ def show(args: argparse.Namespace) -> int:
     from experiments.show import print_experiment
 
     experiment = _checked(lambda: resolve(args.subject, args.overrides, args.devices))
-    print_experiment(experiment, args.devices, Console())
+    print_experiment(experiment, args.devices, _console())
     return 0
 
 
@@ -129,6 +130,11 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for a table elsewhere."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _run_path(name: str) -> Path:

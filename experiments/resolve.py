@@ -31,8 +31,8 @@ def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Ex
     """
     if name not in EXPERIMENTS:
         near = get_close_matches(name, EXPERIMENTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"experiment {name!r} is unknown{hint} There are {', '.join(EXPERIMENTS)}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"experiment {name!r} is unknown; {hint}there are {', '.join(EXPERIMENTS)}")
     experiment = fill_vocabulary(apply_overrides(EXPERIMENTS[name](), overrides))
     if device_count is None:
         import jax

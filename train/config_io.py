@@ -55,7 +55,7 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _dataclass_in(annotation: Any) -> type | None:
-    return next((m for m in _members(annotation) if dataclasses.is_dataclass(m)), None)
+    return next((m for m in _members(annotation) if isinstance(m, type) and dataclasses.is_dataclass(m)), None)
 
 
 def _element(annotation: Any) -> Any | None:
@@ -219,10 +219,10 @@ def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: st
     if element is not None and isinstance(value, tuple):
         item_cls = _dataclass_in(element)
         # One past the end appends, so that a list of sources can grow from the command line.
-        growing = item_cls is not None and head == str(len(value))
-        if not growing and head not in map(str, range(len(value))):
+        appended = item_cls if head == str(len(value)) else None
+        if appended is None and head not in map(str, range(len(value))):
             raise ConfigError(f"unknown field '{dotted}': {done} has {len(value)} items, numbered from 0")
-        items = [*value, _default(item_cls, dotted)] if growing else list(value)
+        items = list(value) if appended is None else [*value, _default(appended, dotted)]
         items[int(head)] = _set(element, items[int(head)], rest, text, dotted, root)
         return tuple(items)
     raise ConfigError(f"unknown field '{dotted}': {done} is a single value ({_describe(annotation)}), set {done}=…")
