@@ -207,7 +207,9 @@ def router_stats(scores_BTE, chosen_BTE, valid_BT, m: MoEConfig) -> Stats:
     entropy = -(p_BTE * np.log(p_BTE)).sum(-1)
     load = share(chosen_BTE, slice(None)) / m.top_k
     tokens = [valid_BT[g].sum() for g in groups]
-    return Stats(float(np.average(balance, weights=tokens)), float(z[valid_BT].mean()), load, float(entropy[valid_BT].mean()))
+    return Stats(
+        float(np.average(balance, weights=tokens)), float(z[valid_BT].mean()), load, float(entropy[valid_BT].mean())
+    )
 
 
 def transformer(

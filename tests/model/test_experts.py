@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from model import experts
 from model.config import MoEConfig
 from model.experts import expert_mlp
-from model.moe import route
+from model.moe import route as eager_route
 from model.transformer import forward, logits
 from tests.model.reference import feed_forward, router_stats
 from tests.models import random_model, tiny_config
 
 D, F = 8, 6
+route = jax.jit(eager_route, static_argnums=2)  # one program, not dozens of single operations
 
 
 @partial(jax.jit, static_argnames=("kind", "implementation"))
@@ -56,8 +57,7 @@ def test_blocked_ragged_and_dense_agree_with_the_formula(N, C, E, kind, monkeypa
         rng = np.random.default_rng(seed)
         indices = choose(style, rng, N, C, E).astype(np.int32)
         x, weights, up, down, dy = (
-            rng.standard_normal(shape).astype(np.float32)
-            for shape in [(N, D), (N, C), (E, D, G, F), (E, F, D), (N, D)]
+            rng.standard_normal(shape).astype(np.float32) for shape in [(N, D), (N, C), (E, D, G, F), (E, F, D), (N, D)]
         )
         expected = np.zeros((N, D))
         for n, c in np.ndindex(N, C):
@@ -70,7 +70,7 @@ def test_blocked_ragged_and_dense_agree_with_the_formula(N, C, E, kind, monkeypa
         scale = max(1.0, np.abs(expected).max())
         for how, (y, gradients) in results.items():
             np.testing.assert_allclose(y, expected, atol=1e-5 * scale, err_msg=how)
-            for name, ours, oracle in zip("x weights up down".split(), gradients, results["dense"][1], strict=True):
+            for name, ours, oracle in zip(["x", "weights", "up", "down"], gradients, results["dense"][1], strict=True):
                 tolerance = 1e-5 * max(1.0, np.abs(oracle).max())
                 np.testing.assert_allclose(ours, oracle, atol=tolerance, err_msg=f"{how}: gradient of {name}")
 
