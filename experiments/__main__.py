@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="RUN", help="go on with this run")
     train.add_argument("--override", action="store_true", help="go on although the run folder belongs to another config")
 
+    train.add_argument(
+        "--distributed", action="store_true",
+        help="one of several processes: on a TPU pod or under SLURM found by itself, elsewhere by JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID; the run folder must be on a file system they share",
+    )  # fmt: skip
+
     evaluate = command("eval", "bits per byte on all held-out files", "RUN")
     evaluate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
     evaluate.add_argument("--stride", type=int, help="tokens scored a window; the rest is context (default: the run's)")

@@ -40,13 +40,23 @@ def show(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Trains a run to its end, or resumes it."""
     use_compilation_cache()
+    if args.distributed:
+        import jax
+
+        from train.signals import exit_hard_on_exception
+
+        jax.distributed.initialize()
+        exit_hard_on_exception()
     if args.resume and args.run:
         raise UsageError(f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run")
     path = find_run(args.resume).path if args.resume else _run_path(args.run or args.subject)
     experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
+    import jax
+
     from experiments.run import run_experiment
 
-    run_experiment(experiment, path, overrides=args.overrides, override=args.override)
+    say = print if jax.process_index() == 0 else lambda text: None
+    run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
     return 0
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from data.compressors import compressed_sizes
 from data.prepare import Prepared, heldout_files, prepare
@@ -21,6 +23,7 @@ from model.cost import count_parameters
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
+from train.config_io import ConfigError, config_hash
 from train.loop import Program, Trained, build, evaluate_all, restore, train
 from train.progress import duration
 from train.records import (
@@ -42,20 +45,50 @@ def run_experiment(
     Raises ValueErrors, RunFolderError, CheckpointError and NonfiniteError with one paragraph for the user.
     """
     started = time.monotonic()
-    with open_run(path, experiment, overrides=overrides, may_differ=may_differ_on_resume, override=override, notice=say) as run:
+    with _shared_run(path, experiment, overrides, override, say) as run:
         if run.finished and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
             say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
-        write_environment(run, describe_environment())
         prepared = prepare(experiment.data, log=say)
-        prepared.tokenizer.save(run.tokenizer)
+        if jax.process_index() == 0:
+            write_environment(run, describe_environment())
+            prepared.tokenizer.save(run.tokenizer)
         program = build(experiment)
         trained = train(program, prepared, run, notice=say)
         if trained.finished:
             finish(program, prepared, run, trained, say)
-        report = write_report(run.path)
-        say(f"report: {report}  (after {duration(time.monotonic() - started)})")
+        if jax.process_index() == 0:
+            report = write_report(run.path)
+            say(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return trained.finished
+
+
+@contextlib.contextmanager
+def _shared_run(
+    path: Path, experiment: Experiment, overrides: Sequence[str], override: bool, say: Callable[[str], None]
+) -> Iterator[RunFolder]:
+    """The run folder, opened by process 0 for all; every process must have come with the same config."""
+    if jax.process_count() > 1:
+        hashes = multihost_utils.process_allgather(np.uint32(int(config_hash(experiment)[:8], 16)))
+        if len(set(hashes.tolist())) > 1:
+            raise ConfigError(
+                f"the processes were started with different configs (hashes {', '.join(f'{h:08x}' for h in hashes.tolist())} "
+                "by process); start every one with the same experiment and the same --set"
+            )
+    if jax.process_index() == 0:
+        with open_run(
+            path, experiment, overrides=overrides, may_differ=may_differ_on_resume, override=override, notice=say
+        ) as run:
+            _barrier("run folder open")
+            yield run
+    else:
+        _barrier("run folder open")
+        yield RunFolder(path)
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def finish(program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None]) -> None:
@@ -71,7 +104,8 @@ def finish(program: Program, prepared: Prepared, run: RunFolder, trained: Traine
             metrics.write({"kind": "eval", "step": trained.step, "set": name, **result._asdict()})
             say(heldout_table(name, sets[name]))
         rows = complete_heldout(program, trained, prepared)
-        write_samples(run, rows)
+        if jax.process_index() == 0:
+            write_samples(run, rows)
         counts = count_parameters(experiment.model)
         tokens = experiment.data.batch_size * experiment.data.sequence_length * trained.step
         metrics.write({
@@ -95,6 +129,8 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
     config, tokenizer = program.experiment.samples, prepared.tokenizer
     if config.count == 0 or program.experiment.model.attention.mask == "bidirectional":
         return []
+    if jax.process_count() > 1:
+        return []  # `generate` does it afterwards, on one host
     cases = _cases(prepared, config)
     params = [
         SamplingParams(

@@ -101,15 +101,13 @@ def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens, in the dtype of computation."""
     config, rules = model.config, model.rules
     a = config.attention
-    zeros = lambda repeats: jnp.zeros(
-        (repeats, batch, a.num_kv_heads, capacity, a.head_dim),
-        compute_dtype(config),
-        out_sharding=activation_spec(rules, "layer", "batch", "kv_heads", None, None),
-    )
-    stacks = tuple(
-        tuple(LayerCache(zeros(block.attention.q.shape[0]), zeros(block.attention.q.shape[0])) for block in unit)
-        for unit in model.stacks
-    )
+
+    def empty(block: Block) -> LayerCache:
+        shape = (block.attention.q.shape[0], batch, a.num_kv_heads, capacity, a.head_dim)
+        spec = activation_spec(rules, "layer", "batch", "kv_heads", None, None)
+        return LayerCache(*(jnp.zeros(shape, compute_dtype(config), out_sharding=spec) for _ in range(2)))
+
+    stacks = tuple(tuple(empty(block) for block in unit) for unit in model.stacks)
     return Cache(stacks, jnp.zeros(batch, jnp.int32, out_sharding=activation_spec(rules, "batch")))
 
 

@@ -263,7 +263,7 @@ class Checkpointer:
             # Orbax refuses arrays without elements; their shape in commit.json is all there is to know.
             filled = {name: leaf for name, leaf in stored.items() if leaf.size}
             self._writer.save(staging, args=ocp.args.PyTreeSave(filled), force=True)
-        except Exception as error:  # noqa: BLE001 Orbax raises bare types; a failed save must not end training
+        except Exception as error:
             self._abandon_save(step, error)
             return False
         errors: list[Exception] = []
@@ -286,7 +286,7 @@ class Checkpointer:
                         final.rmtree()
                     staging.rename(final)
                 self._drop_old(step)
-        except Exception as error:  # noqa: BLE001 as above; told at once, not at the next save
+        except Exception as error:
             errors.append(error)
             self._abandon_save(step, error)
 

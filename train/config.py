@@ -48,7 +48,7 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 1000
     seed: int = 0  # of the weights, dropout and objectives
-    objective: Literal["next_token", "masked", "fill_in_middle"] = "next_token"
+    objective: Literal["next_token", "masked", "fill_in_middle", "prefix"] = "next_token"
     mask_rate: float = 0.15  # masked: tokens that are predicted (Devlin et al. 2019)
     fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
     fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
@@ -138,6 +138,11 @@ class Experiment:
             raise ValueError(
                 f"train.objective = 'masked': predicts from both sides, but model.attention.mask = {mask!r}; set it to "
                 "bidirectional"
+            )
+        if (objective == "prefix") != (mask == "prefix"):
+            raise ValueError(
+                f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' gives the prefix "
+                "that the mask 'prefix' shows to all; set both, or neither"
             )
         if objective != "masked" and mask == "bidirectional":
             raise ValueError(

@@ -96,6 +96,18 @@ def fill_in_middle(
     return next_token(model, {**batch, "tokens": tokens}, dropout_key, z_loss=z_loss)
 
 
+def prefix_lm(model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: float = 0.0) -> Loss:
+    """Next-token loss on what follows a prefix of uniformly drawn length, which is seen from both sides (Raffel et al.
+    2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix."""
+    cut_key, dropout_key = jax.random.split(key)
+    B, W = batch["tokens"].shape
+    cut_B = jax.random.randint(cut_key, (B,), 0, W - 1)
+    prefix_BT = jnp.arange(W - 1) < cut_B[:, None]
+    # The last token of the prefix predicts the first one after it.
+    weights_BT = (jnp.arange(1, W) >= cut_B[:, None]).astype(jnp.float32) * batch.get("weights", 1.0)
+    return next_token(model, {**batch, "prefix": prefix_BT, "weights": weights_BT}, dropout_key, z_loss=z_loss)
+
+
 def rearrange_middle(
     tokens_BW: Int[Array, "B W"],
     segments_BW: Int[Array, "B W"],
@@ -150,7 +162,7 @@ def make_objective(config: TrainConfig) -> Objective:
     if config.objective == "fill_in_middle":
         rate, spm_rate = config.fim_rate, config.fim_spm_rate
         return partial(fill_in_middle, rate=rate, spm_rate=spm_rate, special=special, z_loss=config.z_loss)
-    return partial(next_token, z_loss=config.z_loss)
+    return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=config.z_loss)
 
 
 def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float) -> Loss:

@@ -46,7 +46,10 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.exponential_decay(peak, rest, max(config.final_fraction, 1e-8))
     elif config.schedule == "inverse_sqrt":  # continuous with the warm-up (Vaswani et al. 2017, eq. 3)
         start = max(warmup, 1)
-        after = lambda step: peak * (start / (step + start)) ** 0.5
+
+        def after(step):
+            return peak * (start / (step + start)) ** 0.5
+
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
@@ -74,17 +77,20 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
             optax.scale_by_schedule(rate),
         )
     else:  # Jordan et al. 2024; embeddings, head, norms and biases learn by Adam
-        inner = optax.contrib.muon(
-            rate,
+        directions = optax.contrib.muon(
+            1.0,
             beta=0.95,
             eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=lambda params: tree_map_with_path(_muon_dimensions, params),
             consistent_rms=0.2,  # updates as large as Adam's (Liu et al. 2025, sec. 2.2): one rate serves both
+        )
+        # Decay stands here because the mask of optax's Muon does not reach the weights that it leaves to Adam.
+        inner = optax.chain(
+            directions,
+            optax.add_decayed_weights(-config.weight_decay, decayed),
+            optax.scale_by_schedule(rate),
         )
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     parts.append(inner)
