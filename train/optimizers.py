@@ -6,6 +6,7 @@ The pytree of parameters is the model itself (a Flax NNX module used as a plain 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_map_with_path
 
