@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +30,23 @@ class RopeScalingConfig:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
 
+    def validate(self) -> None:
+        """Raises ValueError that names field, value and fix."""
+        if not self.factor >= 1:
+            raise ValueError(
+                f"model.position.scaling.factor = {self.factor}: must be 1 or more, new over original length"
+            )
+        if self.original_length < 1:
+            raise ValueError(
+                f"model.position.scaling.original_length = {self.original_length}: the positions of the unscaled model, 1 or more"
+            )
+        for kind, high, low in (("yarn", "beta_fast", "beta_slow"), ("llama3", "high_freq_factor", "low_freq_factor")):
+            if self.kind == kind and not getattr(self, high) > getattr(self, low) > 0:
+                raise ValueError(
+                    f"model.position.scaling.{high} = {getattr(self, high)}: must be above {low} = {getattr(self, low)}, "
+                    "and that above 0"
+                )
+
 
 @dataclass(frozen=True)
 class PositionConfig:
@@ -50,7 +69,9 @@ class AttentionConfig:
     softcap: float | None = None  # cap * tanh(logits / cap), Gemma 2
     query_scale: float | None = None  # multiplies q k^T; None: head_dim ** -0.5
     sinks: bool = False  # a learned logit per head that takes probability and gives no value (gpt-oss)
-    mask: Literal["causal", "bidirectional", "prefix"] = "causal"  # prefix: bidirectional inside the prefix (Raffel 2020)
+    mask: Literal["causal", "bidirectional", "prefix"] = (
+        "causal"  # prefix: bidirectional inside the prefix (Raffel 2020)
+    )
     # Attention pattern by layer, repeated: 'global', 'sliding' (the last `window` positions) or 'block_sparse'.
     layers: tuple[Literal["global", "sliding", "block_sparse"], ...] = ("global",)
     window: int = 1024
@@ -117,6 +138,7 @@ class ModelConfig:
     def validate(self) -> None:
         """Refuses what cannot be built. Raises ValueError that names field, value and fix."""
         a, p, m = self.attention, self.position, self.moe
+        _refuse_unknown_choices(self, "model")
         for name, value in (
             ("num_layers", self.num_layers),
             ("embed_dim", self.embed_dim),
@@ -129,9 +151,27 @@ class ModelConfig:
             ("attention.local_blocks", a.local_blocks),
             ("attention.block_stride", a.block_stride),
             ("mlp.hidden_dim", self.mlp.hidden_dim),
+            ("mup_base_dim", self.mup_base_dim),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"model.{name} = {value}: must be at least 1")
+        for name, value in (
+            ("attention.softcap", a.softcap),
+            ("attention.query_scale", a.query_scale),
+            ("final_softcap", self.final_softcap),
+            ("position.theta", p.theta),
+            ("position.local_theta", p.local_theta),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"model.{name} = {value}: must be a number above 0")
+        for name, value in (
+            ("vocab_size", self.vocab_size),
+            ("norm.epsilon", self.norm.epsilon),
+            ("init.scale", self.init.scale),
+            ("init.embedding_std", self.init.embedding_std),
+        ):
+            if not value >= 0:
+                raise ValueError(f"model.{name} = {value}: must be 0 or more")
         if a.num_heads % a.num_kv_heads:
             divisors = [str(d) for d in range(1, a.num_heads + 1) if a.num_heads % d == 0]
             raise ValueError(
@@ -149,12 +189,25 @@ class ModelConfig:
                 f"model.position.rotary_fraction = {p.rotary_fraction}: rotates {rotary_dim(self)} of model.attention."
                 f"head_dim = {a.head_dim} dimensions, which must be an even number above 0"
             )
-        if p.scaling is not None and p.kind != "rope":
-            raise ValueError(f"model.position.scaling: only RoPE is scaled, but model.position.kind = {p.kind!r}")
+        if p.scaling is not None:
+            if p.kind != "rope":
+                raise ValueError(f"model.position.scaling: only RoPE is scaled, but model.position.kind = {p.kind!r}")
+            p.scaling.validate()
+            if p.scaling.kind in ("ntk", "dynamic_ntk") and rotary_dim(self) < 4:
+                raise ValueError(
+                    f"model.position.scaling.kind = {p.scaling.kind!r}: needs 4 or more rotated dimensions, but model."
+                    f"attention.head_dim = {a.head_dim} gives {rotary_dim(self)}"
+                )
         if p.kind == "sinusoidal" and self.embed_dim % 2:
-            raise ValueError(f"model.embed_dim = {self.embed_dim}: sinusoidal positions need an even number")
+            raise ValueError(
+                f"model.embed_dim = {self.embed_dim}: must be even for model.position.kind = 'sinusoidal'; add or take 1"
+            )
         if self.scan_unroll < 0:
             raise ValueError(f"model.scan_unroll = {self.scan_unroll}: 1 or more layers a step, or 0 for all")
+        if self.remat in ("names", "offload") and not self.remat_names:
+            raise ValueError(
+                f"model.remat_names = (): model.remat = {self.remat!r} keeps what it names; name one, or set remat to full"
+            )
         if m is not None:
             if m.num_experts < 1:
                 raise ValueError(f"model.moe.num_experts = {m.num_experts}: must be at least 1")
@@ -162,11 +215,31 @@ class ModelConfig:
                 raise ValueError(
                     f"model.moe.top_k = {m.top_k}: must be between 1 and model.moe.num_experts = {m.num_experts}"
                 )
+            if not (m.load_balance >= 0 and m.z_loss >= 0):
+                raise ValueError(
+                    f"model.moe.load_balance = {m.load_balance} and model.moe.z_loss = {m.z_loss}: must be 0 or more"
+                )
             if m.every < 1 or m.first_dense < 0 or m.hidden_dim < 1:
                 raise ValueError(
                     f"model.moe: every = {m.every} and hidden_dim = {m.hidden_dim} must be at least 1, first_dense = "
                     f"{m.first_dense} at least 0"
                 )
+
+
+def _refuse_unknown_choices(config, path: str) -> None:
+    """Checks every Literal below `config`, in tuples too: a misspelt choice in an experiment is not to be taken for another."""
+    hints = typing.get_type_hints(type(config))
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            _refuse_unknown_choices(value, f"{path}.{name}")
+            continue
+        hint = hints[name]
+        hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            wrong = [x for x in (value if isinstance(value, tuple) else (value,)) if x not in choices]
+            if wrong:
+                raise ValueError(f"{path}.{name} = {wrong[0]!r}: unknown; use one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
