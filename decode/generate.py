@@ -59,13 +59,14 @@ def generate(
 ) -> list[Generation]:
     """Continues each prompt as its parameters (one for all, or one each) say.
 
-    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Raises ValueError, before
-    anything is compiled, for what the model cannot continue.
+    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that is set,
+    the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is compiled, for what the
+    model cannot continue.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     check(model, prompts, params)
     model = _flat(model)
-    request, state = _start(model, prompts, params)
+    request, state = start(model, prompts, params)
     state = advance(model, request, state, np.int32(state.tokens_BS.shape[1]))
     tokens, logprobs, length, stopped = jax.device_get((state.tokens_BS, state.logprobs_BS, state.length_B, state.stopped_B))
     return [
@@ -88,7 +89,7 @@ def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) ->
 
 
 def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
-    request, state = _start(model, [prompt], [params])
+    request, state = start(model, [prompt], [params])
     for slot in range(len(prompt), len(prompt) + params.max_new_tokens):
         token, logprob = int(state.tokens_BS[0, slot]), float(state.logprobs_BS[0, slot])
         yield token, logprob
@@ -115,10 +116,11 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
             raise ValueError(f"prompts[{i}] = []: the model needs a token to start from; give at least one")
         total = len(prompt) + p.max_new_tokens
         if total > config.max_length:
+            room = config.max_length - len(prompt)
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes {total}, "
-                f"more than model.max_length = {config.max_length}; shorten the prompt or set max_new_tokens to "
-                f"{max(config.max_length - len(prompt), 0)} or less"
+                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes "
+                f"{total}, more than model.max_length = {config.max_length}; shorten the prompt to {config.max_length - p.max_new_tokens} "
+                f"tokens or fewer{f', or set max_new_tokens to {room} or less' if room > 0 else ''}"
             )
         for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_ids", p.stop_ids)):
             wrong = [t for t in ids if not 0 <= t < config.vocab_size]
@@ -136,8 +138,9 @@ def bucket(size: int, steps: int = 1) -> int:
     return -(-size // grain) * grain if steps > 1 else power
 
 
-def _start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tuple[Request, State]:
-    """Pads to buckets, prefills, and draws the first token of each row."""
+def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tuple[Request, State]:
+    """Pads checked requests to their buckets, prefills, and draws the first token of each row. Rows added to fill the batch
+    bucket, or the shards of a mesh, hold one token and may not grow."""
     config, rules = model.config, model.rules
     lengths = [len(prompt) for prompt in prompts]
     limits = [n + p.max_new_tokens for n, p in zip(lengths, params, strict=True)]
@@ -145,7 +148,7 @@ def _start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tup
     width = min(bucket(max(lengths)), capacity)
     rows = 1 << (len(prompts) - 1).bit_length()
     shards = 1 if no_mesh() else int(np.prod([jax.sharding.get_abstract_mesh().shape[a] for a in rules.activations.batch]))
-    empty = -(-rows // shards) * shards - len(prompts)  # rows of one token and nothing to generate
+    empty = -(-rows // shards) * shards - len(prompts)
     tokens_BS = np.zeros((len(prompts) + empty, capacity), np.int32)
     for b, prompt in enumerate(prompts):
         tokens_BS[b, : len(prompt)] = prompt

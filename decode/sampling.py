@@ -194,7 +194,7 @@ def _keep_top(x_BV: Array, enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B
 
 def _ordered(x: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
     """Unsigned integers in the order of the floats: negative floats are turned round, positive ones put above them."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 equals 0.0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

@@ -1,0 +1,81 @@
+"""Logits from the cache equal logits without it, for every way a model can place and mask its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import ModelConfig, MoEConfig, NormConfig, PositionConfig, RopeScalingConfig
+from model.transformer import forward, init_cache, logits, unstack
+from tests.models import TINY_ATTENTION, random_model, tiny_config
+
+
+def config(kind: str = "rope", scaling: dict | None = None, attention: dict | None = None, **changes) -> ModelConfig:
+    position = PositionConfig(kind, scaling=None if scaling is None else RopeScalingConfig(**scaling))
+    return tiny_config(position=position, attention=dataclasses.replace(TINY_ATTENTION, **(attention or {})), **changes)
+
+
+STRETCHED = {"factor": 4.0, "original_length": 6}
+CONFIGS = {
+    "rope, sliding and global layers": config(attention={"layers": ("sliding", "global")}),
+    "linear": config(scaling=STRETCHED),
+    "ntk": config(scaling={"kind": "ntk", **STRETCHED}),
+    "yarn, experts": config(scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16)),
+    "llama3": config(scaling={"kind": "llama3", **STRETCHED}),
+    # Later layers see keys made from hidden states of a shorter context: equal to a recomputation for one layer only.
+    "dynamic_ntk": config(scaling={"kind": "dynamic_ntk", **STRETCHED}, num_layers=1),
+    "alibi, block sparse, softcap": config("alibi", attention={"layers": ("block_sparse",), "softcap": 5.0}),
+    "learned, one key head, sandwich norms": config(
+        "learned", attention={"num_kv_heads": 1}, norm=NormConfig("layernorm", bias=True, placement="sandwich")
+    ),
+    "sinusoidal, q/k norm, sinks": config("sinusoidal", attention={"qk_norm": "head", "sinks": True}),
+    "prefix, sliding": config("none", attention={"mask": "prefix", "layers": ("sliding",)}),
+}
+LENGTHS, WIDTH, TOTAL, CAPACITY = np.asarray([1, 4, 9]), 10, 16, 18
+
+
+# These differ from YaRN in a table alone, which tests/model compares with the formulas.
+SLOW = ("linear", "ntk", "llama3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS])
+def test_cached_logits_equal_uncached(name):
+    """Rows of uneven prompts, right-padded; then single tokens; then three at once."""
+    c = CONFIGS[name]
+    c.validate()
+    model = unstack(random_model(c))
+    tokens = np.random.default_rng(3).integers(0, c.vocab_size, (3, TOTAL))
+    slots = np.arange(TOTAL)
+    prefix = slots < LENGTHS[:, None] if c.attention.mask == "prefix" else None
+
+    @jax.jit
+    def uncached(valid_BT):
+        return logits(model, forward(model, tokens, valid_BT=valid_BT, prefix_BT=prefix).hidden_BTD)
+
+    @jax.jit
+    def cached(cache, new_BT, valid_BT, prefix_BT):
+        out = forward(model, new_BT, cache=cache, valid_BT=valid_BT, prefix_BT=prefix_BT)
+        return logits(model, out.hidden_BTD), out.cache
+
+    rows = np.arange(3)
+    wide_prefix = None if prefix is None else np.pad(prefix, ((0, 0), (0, CAPACITY - TOTAL)))
+    padded = np.where(slots[:WIDTH] < LENGTHS[:, None], tokens[:, :WIDTH], 63)
+    real, prefix_BP = slots[:WIDTH] < LENGTHS[:, None], None if prefix is None else prefix[:, :WIDTH]
+    got, cache = cached(init_cache(model, 3, CAPACITY), padded, real, prefix_BP)
+    expected = uncached(slots < LENGTHS[:, None])
+    np.testing.assert_allclose(got[rows, LENGTHS - 1], expected[rows, LENGTHS - 1], atol=1e-5)
+
+    lengths = LENGTHS
+    cache = cache._replace(length_B=jnp.asarray(lengths, jnp.int32))
+    for steps in (1, 1, 1, 3):
+        places = lengths[:, None] + np.arange(steps)
+        got, cache = cached(cache, tokens[rows[:, None], places], None, wide_prefix)
+        lengths = lengths + steps
+        expected = uncached(slots < lengths[:, None])
+        np.testing.assert_allclose(got, expected[rows[:, None], places], atol=1e-5)
+        assert (np.asarray(cache.length_B) == lengths).all()
+    assert np.abs(expected).max() > 0.5
