@@ -54,7 +54,10 @@ class ShardingRules:
                         )
         meeting = {
             "weights": (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed")),
-            "activations": (("batch", "sequence", "heads"), ("batch", "sequence", "vocab"), ("batch", "sequence", "mlp")),
+            "activations": (
+                *(("batch", "sequence", last) for last in ("embed", "heads", "kv_heads", "mlp", "vocab")),
+                ("layer", "batch", "kv_heads"),  # a stack of caches
+            ),
         }
         for side, groups in meeting.items():
             for names in groups:
