@@ -1,0 +1,119 @@
+"""Every way of spreading a network over eight devices gives the loss and the gradients of one device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
+from model.transformer import Transformer, forward, logits
+from sharding.mesh import MeshConfig, concrete_shardings, make_mesh, put_batch, use_mesh
+from sharding.rules import ShardingRules
+from tests.models import TINY_ATTENTION, random_model, tiny_config
+
+RULES = ShardingRules()
+
+# Between them, every kind of weight that there is.
+DENSE = tiny_config(
+    norm=NormConfig("layernorm", bias=True, placement="sandwich"),
+    attention=replace(TINY_ATTENTION, qkv_bias=True, out_bias=True, qk_norm="full", sinks=True),
+    position=PositionConfig("learned"),
+    mlp=MLPConfig("geglu", 48, bias=True),
+)
+SPARSE = tiny_config(
+    attention=replace(TINY_ATTENTION, qk_norm="head", layers=("global", "sliding")),
+    moe=MoEConfig(4, 2, 24, first_dense=1, load_balance=0.1),
+    tied_embeddings=True,
+)
+
+
+def packed_batch() -> dict[str, np.ndarray]:
+    """Eight rows of 16, each of two segments that end in padding."""
+    rng = np.random.default_rng(0)
+    ids, positions = np.zeros((2, 8, 16), np.int32)
+    for b, cut in enumerate(rng.integers(3, 12, 8)):
+        ids[b, :cut], ids[b, cut:14] = 1, 2
+        positions[b] = np.concatenate([np.arange(cut), np.arange(16 - cut)])
+    tokens = rng.integers(0, 64, (8, 16)).astype(np.int32)
+    return {"tokens_BT": tokens, "segment_ids_BT": ids, "positions_BT": positions}
+
+
+def loss(model: Transformer, batch: dict) -> jax.Array:
+    out = forward(model, **batch)
+    scores = logits(model, out.hidden_BTD)
+    target = jax.nn.one_hot(batch["tokens_BT"], scores.shape[-1])
+    nats = jax.nn.logsumexp(scores, axis=-1) - (scores * target).sum(-1)
+    total = (nats * (batch["segment_ids_BT"] > 0)).sum() / (8 * 14)
+    if out.router is not None:
+        total += 0.1 * out.router.load_balance.sum() + 0.01 * out.router.z.sum()
+    return total
+
+
+def on_mesh(config: ModelConfig, mesh) -> Transformer:
+    """The network of `random_model` laid out on `mesh`, as the current one."""
+    abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
+    shardings = [x.sharding for x in jax.tree.leaves(concrete_shardings(abstract, mesh))]
+    weights = map(jax.device_put, map(np.asarray, jax.tree.leaves(random_model(config))), shardings)
+    return jax.tree.unflatten(jax.tree.structure(abstract), weights)
+
+
+slow = pytest.mark.slow
+WAYS = [
+    (DENSE, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (SPARSE, {"fsdp": 2, "expert": 2, "tensor": 2}),
+    (SPARSE, {"data": 2, "sequence": 2, "expert": 2, "fsdp": 1}),
+    *(
+        pytest.param(config, axes, marks=slow)
+        for config, axes in [
+            (DENSE, {"data": 8, "fsdp": 1}),
+            (DENSE, {"fsdp": 8}),
+            (DENSE, {"fsdp": 4, "tensor": 2}),
+            (DENSE, {"fsdp": 2, "sequence": 2, "tensor": 2}),
+            (SPARSE, {"fsdp": 8}),
+            (SPARSE, {"data": 2, "fsdp": 1, "expert": 4}),
+            (SPARSE, {"data": 2, "fsdp": 2, "tensor": 2}),
+            (SPARSE, {"fsdp": 2, "sequence": 2, "tensor": 2}),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "config, axes", WAYS, ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else ""
+)
+def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
+    batch = packed_batch()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(random_model(config), batch)
+    mesh = make_mesh(MeshConfig(**axes))
+    with use_mesh(mesh):
+        model = on_mesh(config, mesh)
+        spread = put_batch(batch, mesh, RULES.spec("activations", ("batch", None)))
+        value_2, gradient_2 = jax.jit(jax.value_and_grad(loss))(model, spread)
+    np.testing.assert_allclose(value_2, value, rtol=1e-5)
+    named, _ = jax.tree_util.tree_flatten_with_path(gradient_2)
+    split = 0
+    for (path, g), w, one in zip(named, jax.tree.leaves(model), jax.tree.leaves(gradient), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert g.sharding == w.sharding, name
+        split += not w.sharding.is_fully_replicated
+        assert np.abs(one).max() > 1e-6, f"{name} has no gradient: the comparison proves nothing"
+        np.testing.assert_allclose(g, one, atol=1e-5 * np.abs(one).max(), rtol=0, err_msg=name)
+    assert split > 0 or axes.get("data") == 8
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    config = tiny_config(num_layers=1, moe=MoEConfig(2, 1, 8))
+
+    def init(key):
+        return Transformer(key, config, RULES)
+
+    alone = jax.jit(init)(jax.random.key(3))
+    with use_mesh(make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))):
+        spread = jax.jit(init)(jax.random.key(3))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jnp.std(alone.head[...]) > 0

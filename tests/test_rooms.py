@@ -1,0 +1,35 @@
+"""Which room may import which: the arrows of the house."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARROWS = {
+    "pallas_kernels": {"pallas_kernels", "jax", "numpy", "jaxtyping"},
+    "sharding": {"sharding", "jax", "numpy", "jaxtyping"},
+    "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping"},
+    "data": {"data", "grain", "sentencepiece", "numpy"},
+    "train": {"train", "model", "sharding", "data"},
+    "decode": {"decode", "model", "sharding", "jax", "flax", "numpy", "jaxtyping"},
+    "experiments": {"experiments", "train", "decode", "model", "sharding", "data", "pallas_kernels"},
+}
+LIBRARIES = {"train", "experiments"}  # these import what they need of the dependencies
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_a_room_imports_only_what_its_arrows_allow(room):
+    for file in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}:{node.lineno}: relative import"
+                names = [node.module]
+            if room != "pallas_kernels":
+                inner = [name for name in names if name.startswith("pallas_kernels.") and name.count(".") > 1]
+                assert not inner, f"{file}:{node.lineno}: {inner[0]} is not the api of a kernel"
+            for top in {name.split(".")[0] for name in names} - sys.stdlib_module_names - ARROWS[room]:
+                ours = top in ARROWS or top == "tests"
+                assert room in LIBRARIES and not ours, f"{file.relative_to(ROOT)}:{node.lineno}: {room} imports {top}"
