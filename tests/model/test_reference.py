@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -248,3 +249,25 @@ def test_logits_and_router_equal_the_reference_and_every_choice_matters(name):
         other = {k: x[:, :value] if cut and k.endswith("router") else x for k, x in w.items()}
         wrong, _ = transformer(other, changed(config, path, value), **batch)
         assert np.abs(wrong - ours)[real].max() > 1e-3, f"{path} = {value} makes no difference"
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt-oss", "packed"])
+def test_gradient_equals_the_slope_of_the_reference(name):
+    config, inputs, _ = CASES[name]
+    model, direction, batch = random_model(config), random_model(config, seed=5), inputs()
+    real = batch.get("segment_ids_BT", np.ones_like(batch["tokens_BT"])) > 0
+
+    def loss(model):
+        out = forward(model, **batch)
+        total = jnp.where(real[..., None], jnp.sin(logits(model, out.hidden_BTD)), 0).sum()
+        return total if config.moe is None else total + (out.router.load_balance + out.router.z).sum()
+
+    def reference_loss(step: float) -> float:
+        w, d = flat_weights(model), flat_weights(direction)
+        out, stats = transformer({k: x + step * d[k] for k, x in w.items()}, config, **batch)
+        return np.sin(out)[real].sum() + sum(s.load_balance + s.z for s in stats)
+
+    gradient = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+    products = [np.vdot(g, d) for g, d in zip(gradient, jax.tree.leaves(direction), strict=True)]
+    slope = (reference_loss(1e-5) - reference_loss(-1e-5)) / 2e-5
+    np.testing.assert_allclose(sum(products), slope, rtol=1e-4, atol=1e-4 * np.linalg.norm(products))
