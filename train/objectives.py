@@ -46,9 +46,9 @@ def token_losses(model: Transformer, hidden_BTD: Array, targets_BT: Array) -> tu
 
 
 def next_token(
-    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0
+    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0, share: float = 1.0
 ) -> Loss:
-    """Predict each token from those before it in its segment."""
+    """Predict each token from those before it in its segment. `share`: the part of the tokens that `weights` leaves on average."""
     segments = batch["segment_ids"]
     weights_BT = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
     if "weights" in batch:
@@ -61,7 +61,7 @@ def next_token(
         prefix_BT=batch.get("prefix"),
         dropout_key=key,
     )
-    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss)
+    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss, share * (segments[:, :-1] > 0).sum())
 
 
 def masked(
@@ -83,7 +83,7 @@ def masked(
         segment_ids_BT=segments_BT,
         dropout_key=dropout_key,
     )
-    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss)
+    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss, rate * (segments_BT > 0).sum())
 
 
 def fill_in_middle(
@@ -105,7 +105,7 @@ def prefix_lm(model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: fl
     prefix_BT = jnp.arange(W - 1) < cut_B[:, None]
     # The last token of the prefix predicts the first one after it.
     weights_BT = (jnp.arange(1, W) >= cut_B[:, None]).astype(jnp.float32) * batch.get("weights", 1.0)
-    return next_token(model, {**batch, "prefix": prefix_BT, "weights": weights_BT}, dropout_key, z_loss=z_loss)
+    return next_token(model, {**batch, "prefix": prefix_BT, "weights": weights_BT}, dropout_key, z_loss=z_loss, share=0.5)
 
 
 def rearrange_middle(
@@ -165,7 +165,9 @@ def make_objective(config: TrainConfig) -> Objective:
     return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=config.z_loss)
 
 
-def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float) -> Loss:
+def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float, routed: Array) -> Loss:
+    """`routed`: what the router's mean losses are multiplied by. It grows with the tokens that were routed, not with the
+    targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch."""
     nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT)
     count = weights_BT.sum()
     nll = (nll_BT * weights_BT).sum()
@@ -174,7 +176,7 @@ def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array,
     if out.router is not None:
         moe = model.config.moe
         assert moe is not None
-        total = total + count * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
+        total = total + routed * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
         metrics |= {
             "load_balance_loss": out.router.load_balance.mean(),
             "router_z_loss": out.router.z.mean(),

@@ -49,7 +49,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         start = max(warmup, 1)
 
         def after(step):
-            return peak * (start / (step + start)) ** 0.5
+            return peak * (start / (jnp.maximum(step, 0) + start)) ** 0.5
 
     else:
         after = optax.constant_schedule(peak)

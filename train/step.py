@@ -52,7 +52,7 @@ def make_step(
         loss, grads = summed_gradients(objective, state.model, batch, key, config.microbatches, state.loss_scale)
         count = jnp.maximum(loss.count, 1.0)
         grads = jax.tree.map(lambda g: g / (count * state.loss_scale), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
         halted = (state.nonfinite > 0) & (config.nonfinite == "stop")
 
