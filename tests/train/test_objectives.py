@@ -201,6 +201,44 @@ def test_masked_tokens_are_predicted_from_both_sides():
     assert sum(float(a.total) != float(b.total) for a, b in pairs if a.count) >= 6
 
 
+# ---------------------------------------------------------------------------------------------------- prefix
+
+
+def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
+    """A changed token that is a target leaves the predictions before it as they were; in the prefix it changes them."""
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="prefix")
+    model = random_model(tiny_config(attention=attention))
+    objective = make_objective(TrainConfig(objective="prefix"))
+    batch = whole_rows(0, ROWS, WIDTH, VOCAB)
+    loss = jax.jit(lambda weights, key: objective(model, batch | {"weights": weights}, key))
+    counted = np.zeros((ROWS, WIDTH - 1))
+    for row in range(ROWS):
+        for t in range(WIDTH - 1):
+            weights = np.zeros((ROWS, WIDTH - 1), np.float32)
+            weights[row, t] = 1
+            counted[row, t] = loss(weights, jax.random.key(3)).count
+    cuts = WIDTH - 1 - counted.sum(1)  # every target from the cut on counts, none before it
+    assert all((counted[row] == (np.arange(WIDTH - 1) >= cut)).all() for row, cut in enumerate(cuts)) and len(set(cuts)) > 1
+
+    def gradient(weights):  # of the weighted losses by each input token's embedding, row by row
+        def total(shift):
+            return objective(shifted(shift), batch | {"weights": weights}, jax.random.key(3)).total
+
+        def shifted(shift):
+            copy = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+            copy.positions = shift
+            return copy
+
+        return jax.grad(total)(jnp.zeros((WIDTH - 1, 32)))
+
+    row = int(np.argmax(cuts))
+    cut = int(cuts[row])
+    first = np.zeros((ROWS, WIDTH - 1), np.float32)
+    first[row, cut] = 1
+    reached = np.abs(np.asarray(jax.jit(gradient)(first))).max(1) > 0
+    assert reached[: cut + 1].all() and not reached[cut + 1 :].any()
+
+
 # ---------------------------------------------------------------------------------------------------- fill in the middle
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ import optax
 import pytest
 
 from model.config import AttentionConfig, MoEConfig, NormConfig, PositionConfig
-from model.transformer import forward
+from model.transformer import Transformer, forward
+from sharding.rules import ShardingRules
 from tests.models import random_model, tiny_config, weight_names
 from tests.train.batches import whole_rows
 from train.config import OptimizerConfig
@@ -82,7 +86,7 @@ def test_each_schedule_by_hand(kind, expected):
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "exponential", "inverse_sqrt", "constant"])
 def test_without_warm_up_a_schedule_starts_at_its_peak_and_never_rises(kind):
     rates = [float(schedule(OptimizerConfig(learning_rate=0.2, schedule=kind, warmup_steps=0), 50)(s)) for s in range(60)]
-    assert rates[0] == pytest.approx(0.2) and all(a >= b >= 0 for a, b in zip(rates, rates[1:], strict=False))
+    assert rates[0] == pytest.approx(0.2) and all(a >= b >= 0 for a, b in itertools.pairwise(rates))
 
 
 # ---------------------------------------------------------------------------------------------------- AdamW
@@ -224,8 +228,6 @@ def test_muon_treats_layers_and_experts_apart(full):
 
 
 def test_mup_slows_hidden_matrices_alone(full):
-    import dataclasses
-
     grads = random_like(full, 0)
     plain = one_update(constant_rate("adamw"), FULL, full, grads)
     mup = one_update(constant_rate("adamw"), dataclasses.replace(FULL, mup_base_dim=8), full, grads)
@@ -244,9 +246,6 @@ def test_every_weight_is_a_known_matrix_or_a_vector(full):
 def test_coordinate_check():
     """Yang et al. 2022, sec. D.1: after a few Adam steps the change of the activations does not grow with the width under muP;
     without it, it does."""
-    from model.transformer import Transformer
-    from sharding.rules import ShardingRules
-
     batch = whole_rows(0, 8, 17, 64)
 
     def change(width: int, mup: bool) -> float:
