@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # Eight simulated devices for tests; the command line of experiments uses the devices that are there.
 TEST_WORKERS ?= 2
 
@@ -13,9 +14,9 @@ TEST_WORKERS ?= 2
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-install: $(VENV)/.installed ## create .venv and install (make install EXTRAS=dev,tpu)
+install: $(INSTALLED) ## create .venv and install (make install EXTRAS=dev,tpu)
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	@touch $@

@@ -22,6 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError, NonfiniteError, RunFolderError, commands.UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stands, and the same command goes on from there", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
