@@ -1,13 +1,14 @@
 """Text from a model: prefill, then one jitted loop over a cache that is updated in place.
 
-`generate` and `stream` run the same two compiled programs, one for the prompt and one for the loop. Sizes are rounded up to
-buckets, sampling parameters are arrays: a new request compiles nothing unless it opens a new bucket.
+`generate` and `stream` run the same two compiled programs, one for the prompt and one for the loop. Sizes are rounded
+up to buckets, sampling parameters are arrays: a new request compiles nothing unless it opens a new bucket.
 
 Shapes: B rows, P bucket of prompt length, S slots of a row (prompt and new tokens), V vocabulary, E stop ids, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ class Generation:
     """What was generated for one prompt."""
 
     tokens: list[int]  # new tokens; the last is the stop id where finished == 'stop'
-    logprobs: list[float]  # natural log of each token's probability under the model, before penalties, temperature, filters
+    logprobs: list[float]  # natural log of each token's probability before penalties, temperature and filters
     finished: Literal["stop", "length"]
 
 
@@ -59,16 +60,16 @@ def generate(
 ) -> list[Generation]:
     """Continues each prompt as its parameters (one for all, or one each) say.
 
-    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that is set,
-    the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is compiled, for what the
-    model cannot continue.
+    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that
+    is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is compiled,
+    for what the model cannot continue.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     check(model, prompts, params)
     model = _flat(model)
     request, state = start(model, prompts, params)
     state = advance(model, request, state, np.int32(state.tokens_BS.shape[1]))
-    tokens, logprobs, length, stopped = jax.device_get((state.tokens_BS, state.logprobs_BS, state.length_B, state.stopped_B))
+    tokens, logprobs, length, stopped = jax.device_get(state._replace(cache=None))[1:]
     return [
         Generation(
             tokens[b, len(prompt) : length[b]].tolist(),
@@ -90,12 +91,13 @@ def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) ->
 
 def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
     request, state = start(model, [prompt], [params])
-    for slot in range(len(prompt), len(prompt) + params.max_new_tokens):
-        token, logprob = int(state.tokens_BS[0, slot]), float(state.logprobs_BS[0, slot])
+    for made in range(params.max_new_tokens):
+        if made:
+            state = advance(model, request, state, np.int32(1))
+        token, logprob = (value[0].item() for value in jax.device_get(newest(state)))
         yield token, logprob
         if token in params.stop_ids:
             return
-        state = advance(model, request, state, np.int32(1))
 
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
@@ -116,18 +118,19 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
             raise ValueError(f"prompts[{i}] = []: the model needs a token to start from; give at least one")
         total = len(prompt) + p.max_new_tokens
         if total > config.max_length:
-            room = config.max_length - len(prompt)
+            shorter, fewer = config.max_length - p.max_new_tokens, config.max_length - len(prompt)
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes "
-                f"{total}, more than model.max_length = {config.max_length}; shorten the prompt to {config.max_length - p.max_new_tokens} "
-                f"tokens or fewer{f', or set max_new_tokens to {room} or less' if room > 0 else ''}"
+                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes"
+                f" {total}, more than model.max_length = {config.max_length}; "
+                + (f"shorten the prompt to {shorter} tokens or fewer" if shorter > 0 else "ask for fewer new tokens")
+                + (f", or set max_new_tokens to {fewer} or less" if fewer > 0 else "")
             )
         for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_ids", p.stop_ids)):
             wrong = [t for t in ids if not 0 <= t < config.vocab_size]
             if wrong:
                 raise ValueError(
-                    f"{name} holds token {wrong[0]}, outside the vocabulary of the model, 0 to {config.vocab_size - 1}; "
-                    "encode with the tokenizer that the model was trained with"
+                    f"{name} holds token {wrong[0]}, outside the vocabulary of the model, 0 to {config.vocab_size - 1};"
+                    " encode with the tokenizer that the model was trained with"
                 )
 
 
@@ -139,15 +142,16 @@ def bucket(size: int, steps: int = 1) -> int:
 
 
 def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tuple[Request, State]:
-    """Pads checked requests to their buckets, prefills, and draws the first token of each row. Rows added to fill the batch
-    bucket, or the shards of a mesh, hold one token and may not grow."""
+    """Pads checked requests to their buckets, prefills, and draws the first token of each row. Rows added to fill the
+    batch bucket, or the shards of a mesh, hold one token and may not grow."""
     config, rules = model.config, model.rules
     lengths = [len(prompt) for prompt in prompts]
     limits = [n + p.max_new_tokens for n, p in zip(lengths, params, strict=True)]
     capacity = min(bucket(max(limits), steps=4), config.max_length)
     width = min(bucket(max(lengths)), capacity)
     rows = 1 << (len(prompts) - 1).bit_length()
-    shards = 1 if no_mesh() else int(np.prod([jax.sharding.get_abstract_mesh().shape[a] for a in rules.activations.batch]))
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if no_mesh() else math.prod(mesh.shape[axis] for axis in rules.activations.batch)
     empty = -(-rows // shards) * shards - len(prompts)
     tokens_BS = np.zeros((len(prompts) + empty, capacity), np.int32)
     for b, prompt in enumerate(prompts):
@@ -166,7 +170,7 @@ def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tupl
 
 @partial(jax.jit, static_argnames="width")
 def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], width: int) -> State:
-    """Feeds the prompts, the first `width` slots, in one forward pass, and appends a token to each row that may grow."""
+    """Feeds the prompts, in the first `width` slots, in one pass, and appends a token to each row that may grow."""
     B, S = tokens_BS.shape
     rules, prompt_B = model.rules, request.prompt_B
     slots_P = jnp.arange(width, dtype=jnp.int32)
@@ -195,8 +199,7 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
 
     def step(carry):
         i, state = carry
-        newest_B1 = jnp.where(_at(state.length_B - 1, S), state.tokens_BS, 0).sum(1, keepdims=True)
-        out = forward(model, newest_B1, prefix_BT=prefix_BS, cache=state.cache)
+        out = forward(model, newest(state)[0][:, None], prefix_BT=prefix_BS, cache=state.cache)
         assert out.cache is not None
         cache = out.cache._replace(length_B=jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
         return i + 1, _append(model, request, state._replace(cache=cache), out.hidden_BTD[:, 0])
@@ -206,6 +209,13 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
         return (i < steps) & _grows(request, state).any()
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+
+
+@jax.jit
+def newest(state: State) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The last token of each row and its log-probability (0 in a row that is still all prompt)."""
+    here_BS = _at(state.length_B - 1, state.tokens_BS.shape[1])
+    return jnp.where(here_BS, state.tokens_BS, 0).sum(1), jnp.where(here_BS, state.logprobs_BS, 0.0).sum(1)
 
 
 def _append(model: Transformer, request: Request, state: State, hidden_BD: Array) -> State:

@@ -31,7 +31,7 @@ class SamplingParams:
     top_k: int = 0  # keep the k likeliest tokens (and those equal to the k-th); 0: all
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability (Holtzman et al. 2020)
     min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in prompt or text (CTRL, 2019)
+    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in prompt or text (CTRL)
     frequency_penalty: float = 0.0  # subtracted for each time the token was generated
     presence_penalty: float = 0.0  # subtracted once if the token was generated
     max_new_tokens: int = 128
@@ -129,8 +129,8 @@ def penalize(
     prompt_B: Int[Array, "B"],
     length_B: Int[Array, "B"],
 ) -> Float[Array, "B V"]:
-    """Repetition penalty over prompt and generated tokens (Keskar et al. 2019, as transformers applies it), then frequency
-    and presence penalties over generated tokens (as the OpenAI API defines them)."""
+    """Repetition penalty over prompt and generated tokens (Keskar et al. 2019, as transformers applies it), then
+    frequency and presence penalties over generated tokens (as the OpenAI API defines them)."""
 
     def counts(first, last, tokens_S):
         slots_S = jnp.arange(tokens_S.shape[0])
@@ -151,8 +151,8 @@ def top_k_filter(x_BV: Float[Array, "B V"], k_B: Int[Array, "B"]) -> Float[Array
 
 
 def top_p_filter(x_BV: Float[Array, "B V"], p_B: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """-inf outside the smallest set of likeliest tokens with probability p or more; ties with its last stay. p = 1 keeps
-    all."""
+    """-inf outside the smallest set of likeliest tokens with probability p or more; ties with its last stay. p = 1
+    keeps all."""
     weights_BV = jnp.exp(x_BV - x_BV.max(-1, keepdims=True))
     wanted_B = p_B * weights_BV.sum(-1)
     y_BV = _keep_top(x_BV, lambda kept_BV: jnp.where(kept_BV, weights_BV, 0.0).sum(-1) >= wanted_B)
@@ -179,8 +179,8 @@ def gumbel_noise(seed_B: UInt32[Array, "B"], index_B: Int[Array, "B"], size: int
 def _keep_top(x_BV: Array, enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]) -> Array:
     """`x` where it is at or above the highest threshold of its row that keeps enough, else -inf.
 
-    `enough` must be monotone in the kept set. The threshold is built bit by bit, from the top, in integers ordered as the
-    floats are: exact after 32 looks at the row.
+    `enough` must be monotone in the kept set. The threshold is built bit by bit, from the top, in integers ordered as
+    the floats are: exact after 32 looks at the row.
     """
     order_BV = _ordered(x_BV)
 

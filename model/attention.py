@@ -238,8 +238,8 @@ def weight_std(config: ModelConfig, fan_in: int, residual: bool = False) -> floa
 def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Array) -> Array:
     """The cache with each row's new entries at its own start.
 
-    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place. To a batch of
-    one it would give a dynamic_update_slice, fuse that into each of its readers, and copy the cache to keep its old state.
+    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place. To a
+    batch of one it would give a dynamic_update_slice, fuse that into each reader, and copy the cache to keep its old state.
     """
     write = lambda cache_SH, new_TH, start: jax.lax.dynamic_update_slice_in_dim(cache_SH, new_TH, start, axis=0)
     return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)

@@ -186,10 +186,10 @@ def test_buckets_hold_their_size_and_waste_little():
     [
         ([], SamplingParams(), "prompts = []"),
         ([[1], []], SamplingParams(max_new_tokens=2), "prompts[1] = []"),
-        ([[1, 64]], SamplingParams(max_new_tokens=2), "prompts[0] holds token 64, outside the vocabulary of the model, 0 to 63"),
+        ([[1, 64]], SamplingParams(max_new_tokens=2), "prompts[0] holds token 64, outside the vocabulary of the model, 0"),
         ([[-1]], SamplingParams(max_new_tokens=2), "prompts[0] holds token -1"),
         ([[1]], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "sampling.stop_ids holds token 99"),
-        ([[1] * 60], SamplingParams(max_new_tokens=5), "60 tokens, and with sampling.max_new_tokens = 5 that makes 65, more than"),
+        ([[1] * 60], SamplingParams(max_new_tokens=5), "60 tokens, and with sampling.max_new_tokens = 5 that makes 65"),
         ([[1] * 64], SamplingParams(max_new_tokens=1), "shorten the prompt to 63 tokens or fewer"),
         ([[1]], [SamplingParams()] * 2, "2 given for 1 prompts"),
         ([[1]], SamplingParams(top_p=3.0), "sampling.top_p = 3.0"),
