@@ -61,8 +61,8 @@ def generate(
     """Continues each prompt as its parameters (one for all, or one each) say.
 
     A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that
-    is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is compiled,
-    for what the model cannot continue.
+    is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is
+    compiled, for what the model cannot continue.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     check(model, prompts, params)
@@ -120,8 +120,8 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
         if total > config.max_length:
             shorter, fewer = config.max_length - p.max_new_tokens, config.max_length - len(prompt)
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that makes"
-                f" {total}, more than model.max_length = {config.max_length}; "
+                f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that "
+                f"makes {total}, more than model.max_length = {config.max_length}; "
                 + (f"shorten the prompt to {shorter} tokens or fewer" if shorter > 0 else "ask for fewer new tokens")
                 + (f", or set max_new_tokens to {fewer} or less" if fewer > 0 else "")
             )
