@@ -105,8 +105,8 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     assert split > 0 or axes.get("data") == 8
 
 
-def test_initial_values_do_not_depend_on_the_mesh():
-    config = tiny_config(num_layers=1, moe=MoEConfig(2, 1, 8))
+def test_initial_values_follow_the_config_and_not_the_mesh():
+    config = tiny_config(moe=MoEConfig(2, 1, 8))
 
     def init(key):
         return Transformer(key, config, RULES)
@@ -116,4 +116,14 @@ def test_initial_values_do_not_depend_on_the_mesh():
         spread = jax.jit(init)(jax.random.key(3))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert jnp.std(alone.head[...]) > 0
+    first, second = alone.stacks[0][0].attention.q[...]
+    assert jnp.abs(first - second).max() > 0.1  # each layer has its own draw
+    attention = alone.stacks[0][0].attention
+    expected = {  # 1 / sqrt(inputs); into the residual stream, another 1 / sqrt(2 layers)
+        "q": (attention.q, 32**-0.5),
+        "out": (attention.out, (32 * 4) ** -0.5),
+        "head": (alone.head, 32**-0.5),
+        "embedding": (alone.embedding, 0.02),
+    }
+    for name, (weight, std) in expected.items():
+        np.testing.assert_allclose(jnp.std(weight[...]), std, rtol=0.1, err_msg=name)
