@@ -41,11 +41,12 @@ def evaluate(
     """Loss and bits per byte of a held-out set; `score` is a jitted `make_score`. `between` is called after each batch.
 
     Every token of every document is predicted once, ends of documents included, and the bytes are those of the tokens
-    predicted: with `max_windows` None, of all the held-out files.
+    predicted: with `max_windows` None, of all the held-out files. An objective that predicts some of them alone (masked)
+    is scored as if the others cost the same.
     """
     lengths = byte_lengths(prepared.tokenizer)
     loss = count = 0.0
-    size = 0
+    size = targets = 0
     parts = []
     for batch in heldout_windows(
         prepared,
@@ -57,7 +58,7 @@ def evaluate(
         process_count=jax.process_count(),
     ):
         if jax.process_count() == 1:
-            size += int((lengths[batch["tokens"][:, 1:]] * (batch["weights"] > 0)).sum())
+            size, targets = _add_targets(batch, lengths, size, targets)
         parts.append(score(model, put_batch(batch, mesh, spec)))
         if len(parts) > 1:  # read one batch late, so that the device never waits
             total, tokens = parts.pop(0)
@@ -66,8 +67,9 @@ def evaluate(
     for total, tokens in parts:
         loss, count = loss + float(total), count + float(tokens)
     if jax.process_count() > 1:
-        size = _bytes_of_all(prepared, name, lengths, batch_size, stride, max_windows)
-    return Evaluation(loss / count, loss / math.log(2) / size, int(count), size)
+        for batch in heldout_windows(prepared, name, batch_size=batch_size, stride=stride, max_windows=max_windows):
+            size, targets = _add_targets(batch, lengths, size, targets)
+    return Evaluation(loss / count, loss / count / math.log(2) * targets / size, int(count), size)
 
 
 def make_score(objective: Objective) -> Callable[[Transformer, dict], tuple[jax.Array, jax.Array]]:
@@ -81,6 +83,7 @@ def make_score(objective: Objective) -> Callable[[Transformer, dict], tuple[jax.
     return score
 
 
-def _bytes_of_all(prepared, name, lengths: np.ndarray, batch_size, stride, max_windows) -> int:
-    batches = heldout_windows(prepared, name, batch_size=batch_size, stride=stride, max_windows=max_windows)
-    return sum(int((lengths[b["tokens"][:, 1:]] * (b["weights"] > 0)).sum()) for b in batches)
+def _add_targets(batch: dict, lengths: np.ndarray, size: int, targets: int) -> tuple[int, int]:
+    """`size` and `targets` with the bytes and the number of the batch's scored tokens added."""
+    scored = batch["weights"] > 0
+    return size + int((lengths[batch["tokens"][:, 1:]] * scored).sum()), targets + int(scored.sum())

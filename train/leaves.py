@@ -73,14 +73,15 @@ def _device_checksum(x: jax.Array) -> jax.Array:
 def checksums(leaves: dict[str, Any]) -> dict[str, int]:
     """A 32-bit sum of each leaf's bits and their global positions: the same on any mesh, in any order of addition.
 
-    Runs where the leaf lives (one small program for each shape, dtype and sharding); only the sums are fetched.
+    Runs where the leaf lives (one small program for each shape, dtype and sharding); only the sums are fetched, one by
+    one: many small collectives in flight at once were seen to deadlock simulated devices on few cores.
     """
     sums = {}
     for name, leaf in leaves.items():
         if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:  # jax would narrow 64-bit values
             leaf = np.ascontiguousarray(leaf).reshape(*leaf.shape, 1).view(np.uint32)
-        sums[name] = _device_checksum(leaf)
-    return {name: int(total) for name, total in jax.device_get(sums).items()}
+        sums[name] = int(_device_checksum(leaf))
+    return sums
 
 
 def signature(leaf: Any) -> dict[str, Any]:

@@ -189,11 +189,11 @@ def train(
 
         clock = _Clock(flops, None if peak is None else peak * jax.device_count())
         pending: tuple[int, dict[str, Any], dict[str, np.ndarray]] | None = None  # dispatched, not yet read
-        step, saved, stopped, refused = first, first, False, 0
+        step, done, saved, stopped, refused = first, first, first, False, 0
 
         def read() -> None:
             """Takes the metrics of the step that was dispatched last, records and shows them."""
-            nonlocal pending, refused
+            nonlocal pending, done, refused
             if pending is None:
                 return
             (done, values, batch), pending = pending, None
@@ -242,9 +242,10 @@ def train(
                     if stopped:
                         break
             except NonfiniteError:
-                # The state's weights are those before the step that was refused; it counts the refusals since.
-                if saved < step:
-                    save(state, step, wait=True)
+                # The refused step and the one dispatched after it changed only the counters: saved as of the refused one,
+                # so that a run that goes on with 'skip' takes the very next batch.
+                if saved < done:
+                    save(state._replace(step=state.step - (step - done)), done, wait=True)
                 raise
         seconds = seconds_before + time.monotonic() - began
         finished = step >= config.steps
