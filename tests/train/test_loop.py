@@ -1,0 +1,345 @@
+"""The loop: interrupted, damaged, refused or starved, a run ends where the undisturbed one ends, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.config import SourceConfig
+from data.prepare import prepare
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from tests.data.conftest import byte_config, write_corpus
+from tests.train.small_runs import bits, experiment, run, train_rows, with_train
+from train import loop
+from train.checkpoint import Checkpointer, CheckpointError
+from train.config_io import save_json
+from train.loop import NonfiniteError
+from train.records import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+POISON = 266  # the token of byte 255, which UTF-8 never holds: a batch with it has a loss that is NaN
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("loop")
+    return prepare(byte_config(root, write_corpus(root / "large", 30), write_corpus(root / "small", 8)))
+
+
+@pytest.fixture(scope="module")
+def data(prepared):
+    root = prepared.directory.parents[1]
+    return byte_config(root, *(SourceConfig(name=name, path=str(root / name)) for name in ("large", "small")))
+
+
+@pytest.fixture(scope="module")
+def programs(data):
+    """Programs by policy, on one device; each is compiled once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        objective = loop.make_objective
+
+        def poisoned(config):
+            def total(model, batch, key):
+                loss = objective(config)(model, batch, key)
+                factor = jnp.where((batch["tokens"] == POISON).any(), jnp.nan, 1.0)
+                return loss._replace(total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor})
+
+            return total
+
+        patch.setattr(loop, "make_objective", poisoned)
+        return {policy: loop.build(experiment(data, nonfinite=policy)) for policy in ("stop", "skip")}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch, compilations):
+    compile_step = loop._compile
+
+    def remembered(program, state, batch, notice):
+        if program.step not in compilations:
+            compilations[program.step] = compile_step(program, state, batch, notice)
+        return compilations[program.step]
+
+    monkeypatch.setattr(loop, "_compile", remembered)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    return {}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(programs, prepared, tmp_path_factory):
+    """(folder, trained) of the run from start to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(programs["stop"], prepared, folder)
+
+
+def stop_at(monkeypatch, when: int) -> None:
+    """Sends this process SIGTERM while step `when` is under way."""
+
+    class Stop(loop.StopSignal):
+        def agreed(self, step):
+            if step == when:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().agreed(step)
+
+    monkeypatch.setattr(loop, "StopSignal", Stop)
+
+
+def poison(monkeypatch, *steps: int) -> list[dict]:
+    """Puts the poison token into the batches of these steps of a run; returns where they are collected."""
+    poisoned = []
+    stream = loop.train_batches
+
+    def streams(*args, **kwargs):
+        batches = stream(*args, **kwargs)
+        following = batches.__next__
+
+        class Poisoned(type(batches)):
+            def __next__(self):
+                step = self.get_state()["step"] + 1
+                batch = following()
+                if step in steps:
+                    batch["tokens"][0, 3] = POISON
+                    poisoned.append({name: rows.copy() for name, rows in batch.items()})
+                return batch
+
+        batches.__class__ = Poisoned
+        return batches
+
+    monkeypatch.setattr(loop, "train_batches", streams)
+    return poisoned
+
+
+def evals(folder: Path) -> dict:
+    return {(r["step"], r["set"]): r["bits_per_byte"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval"}
+
+
+def events(folder: Path) -> list[str]:
+    return [r["event"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "event"]
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+
+
+def test_an_undisturbed_run_learns_and_records(undisturbed):
+    folder, trained = undisturbed
+    rows = train_rows(folder)
+    assert [row[0] for row in rows] == list(range(1, STEPS + 1))
+    assert rows[-1][1] < rows[0][1] and trained.finished and trained.step == int(trained.state.step) == STEPS
+    assert set(evals(folder)) == {(step, name) for step in (4, 8) for name in ("large", "small")}
+    assert events(folder) == ["started"]
+
+
+@pytest.mark.parametrize("when", [1, 4, 10])  # 4: an evaluation, 10: a checkpoint
+def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undisturbed, tmp_path, monkeypatch, when):
+    with monkeypatch.context() as patch:
+        stop_at(patch, when)
+        stopped = run(programs["stop"], prepared, tmp_path)
+    assert (stopped.step, stopped.finished) == (when, False)
+    assert events(tmp_path) == ["started", "stopped"]
+    resumed = run(programs["stop"], prepared, tmp_path)
+    folder, trained = undisturbed
+    assert resumed.finished and train_rows(tmp_path) == train_rows(folder)
+    assert bits(resumed.state) == bits(trained.state)
+    assert evals(tmp_path).items() <= evals(folder).items()
+
+
+def test_more_steps_go_on_as_if_asked_for_at_first(programs, prepared, undisturbed, tmp_path):
+    """And evaluations and checkpoints at other steps do not disturb the stream."""
+    program = with_train(programs["stop"], eval_every=0, checkpoint_every=3)
+    for steps in (2, 7, STEPS):
+        trained = run(with_train(program, steps=steps), prepared, tmp_path)
+    assert train_rows(tmp_path) == train_rows(undisturbed[0])
+    assert bits(trained.state) == bits(undisturbed[1].state)
+    again = run(program, prepared, tmp_path)
+    assert again.finished and bits(again.state) == bits(trained.state)
+
+
+def test_a_second_start_of_the_same_run_is_the_same(programs, prepared, undisturbed, tmp_path):
+    assert bits(run(programs["stop"], prepared, tmp_path).state) == bits(undisturbed[1].state)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, tensor=2)])
+def test_weights_restored_onto_another_mesh_are_the_same_bits(data, prepared, undisturbed, mesh):
+    e = experiment(data)
+    rules = e.sharding
+    if mesh.tensor > 1:  # one head of keys cannot be spread
+        rules = dataclasses.replace(
+            rules, **{s: dataclasses.replace(getattr(rules, s), kv_heads=()) for s in ("weights", "activations")}
+        )
+    program = loop.build(dataclasses.replace(e, mesh=mesh, sharding=rules))
+    assert program.mesh is not None
+    with use_mesh(program.mesh), Checkpointer(str(undisturbed[0] / "checkpoints"), read_only=True) as checkpoints:
+        restored = loop.restore(program, checkpoints, prepared.tokenizer)
+    assert bits(restored.state) == bits(undisturbed[1].state)
+    for x, y in zip(jax.tree.leaves(restored.state), jax.tree.leaves(program.abstract_state), strict=True):
+        assert x.sharding == y.sharding
+
+
+def test_weights_of_another_tokenizer_are_refused(programs, undisturbed):
+    class Other:
+        identity = "0" * 64
+
+    with Checkpointer(str(undisturbed[0] / "checkpoints"), read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match="do not belong together"):
+            loop.restore(programs["stop"], checkpoints, Other())
+
+
+# ---------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(programs, prepared, undisturbed, tmp_path):
+    run(with_train(programs["stop"], steps=8), prepared, tmp_path)
+    files = sorted((tmp_path / "checkpoints" / "8").rglob("d/*"), key=lambda f: f.stat().st_size)
+    content = bytearray(files[-1].read_bytes())
+    content[len(content) // 2] ^= 4
+    files[-1].write_bytes(content)
+    notices: list[str] = []
+    resumed = run(programs["stop"], prepared, tmp_path, notices)
+    assert any("step 8" in n and "falling back to step 5" in n for n in notices), notices
+    assert train_rows(tmp_path) == train_rows(undisturbed[0])
+    assert bits(resumed.state) == bits(undisturbed[1].state)
+
+
+def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undisturbed, tmp_path, monkeypatch):
+    free = iter([1e12, 0.0, 1e12])  # saves of steps 5, 10 and 12
+    monkeypatch.setattr(loop, "Checkpointer", partial(Checkpointer, free_bytes=lambda: next(free)))
+    notices: list[str] = []
+    trained = run(programs["stop"], prepared, tmp_path, notices)
+    assert sum("save of step 10 failed: no space left" in n and "last good step 5" in n for n in notices) == 1
+    assert bits(trained.state) == bits(undisturbed[1].state)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "5"]
+
+
+def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, prepared, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        batches = poison(patch, 7)
+        with pytest.raises(NonfiniteError) as error:
+            run(programs["stop"], prepared, tmp_path)
+    message = str(error.value)
+    assert "\n" not in message and "step 7" in message and "train.nonfinite=skip" in message
+    saved = np.load(tmp_path / "nonfinite_step_7_process_0.npz")
+    assert {name: saved[name].tolist() for name in saved} == {name: rows.tolist() for name, rows in batches[0].items()}
+    assert events(tmp_path)[-1] == "nonfinite"
+
+    good = tmp_path / "good"
+    until = run(with_train(programs["stop"], steps=6), prepared, good)
+    with Checkpointer(str(tmp_path / "checkpoints"), read_only=True) as checkpoints:
+        last = checkpoints.restore(programs["stop"].abstract_state)
+        assert last.step == 7, "the refused step is behind: going on takes the next batch"
+        assert bits((last.state.model, last.state.optimizer, last.state.ema)) == bits(
+            (until.state.model, until.state.optimizer, until.state.ema)
+        )
+        assert checkpoints.restore(programs["stop"].abstract_state, step=5).step == 5
+
+
+def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, prepared, tmp_path, monkeypatch):
+    poison(monkeypatch, 7, 12)
+    skipped = run(programs["skip"], prepared, tmp_path / "skip")
+    assert skipped.finished and int(skipped.state.nonfinite) == 2
+    assert events(tmp_path / "skip") == ["started", "nonfinite", "nonfinite"]
+    assert np.isfinite(weights_of(skipped.state.model)).all()
+
+    with pytest.raises(NonfiniteError):
+        run(programs["stop"], prepared, tmp_path / "stop")
+    resumed = run(programs["skip"], prepared, tmp_path / "stop")
+    # The two policies are two programs, whose sums may be rounded differently.
+    losses = [[row[:3] for row in train_rows(tmp_path / name) if row[0] not in (7, 12)] for name in ("skip", "stop")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert len(losses[0]) == 10 and int(resumed.state.step) == STEPS
+    np.testing.assert_allclose(
+        weights_of(skipped.state.model), weights_of(resumed.state.model), rtol=1e-3, atol=1e-5
+    )
+
+
+def weights_of(tree) -> np.ndarray:
+    return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+
+def test_a_refusal_at_the_last_step_is_not_saved_as_if_it_were_good(programs, prepared, tmp_path, monkeypatch):
+    poison(monkeypatch, STEPS)
+    with pytest.raises(NonfiniteError, match=f"step {STEPS}"):
+        run(programs["stop"], prepared, tmp_path)
+    with Checkpointer(str(tmp_path / "checkpoints"), read_only=True) as checkpoints:
+        assert np.isfinite(weights_of(checkpoints.restore(programs["stop"].abstract_state).state.model)).all()
+
+
+def test_the_watchdog_hears_of_every_step_and_evaluation(programs, prepared, tmp_path, monkeypatch):
+    beats = []
+
+    class Watch(loop.Watchdog):
+        def beat(self):
+            beats.append(1)
+
+    monkeypatch.setattr(loop, "Watchdog", Watch)
+    run(with_train(programs["stop"], watchdog_seconds=60.0, steps=9, eval_windows=8), prepared, tmp_path)
+    assert len(beats) >= 9 + 2 * 2  # two evaluations of two sets of at least a batch
+
+
+def test_rows_are_read_a_step_late_but_none_is_lost(programs, prepared, tmp_path):
+    run(with_train(programs["stop"], log_every=5, eval_every=0, steps=11), prepared, tmp_path)
+    assert [row[0] for row in train_rows(tmp_path)] == [1, 5, 10, 11]
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def start_peers(folder: Path, term_at: int) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.train.training_peer", address]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(folder), str(term_at)], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
+    """SIGTERM to one of two: both save the same step; the pair resumed ends as one process does on the same mesh."""
+    save_json(data, tmp_path / "two.data.json")
+    e = dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8))
+    one = run(loop.build(e), prepared, tmp_path / "one")
+    stopped = finish(start_peers(tmp_path / "two", term_at=5))
+    steps = [line.split()[1] for output in stopped for line in output.splitlines() if line.startswith("stopped")]
+    assert len(steps) == 2 and len(set(steps)) == 1 and int(steps[0]) < STEPS, stopped
+    ended = finish(start_peers(tmp_path / "two", term_at=0))
+    assert all(f"finished {STEPS}" in output for output in ended), ended
+    alone, together = (np.array([row[:3] for row in train_rows(tmp_path / name)]) for name in ("one", "two"))
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    with use_mesh(None), Checkpointer(str(tmp_path / "two" / "checkpoints"), read_only=True) as checkpoints:
+        state = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one.state)).state
+    distance = np.linalg.norm(weights_of(state.model) - weights_of(one.state.model))
+    assert distance / np.linalg.norm(weights_of(one.state.model)) < 1e-4
+
+
+def finish(peers: list[subprocess.Popen]) -> list[str]:
+    try:
+        outputs = [peer.communicate(timeout=240)[0] for peer in peers]
+    finally:
+        for peer in peers:
+            peer.kill()
+    assert [peer.returncode for peer in peers] == [0, 0], outputs
+    return outputs

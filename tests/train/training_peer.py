@@ -1,0 +1,44 @@
+"""One of two processes that train the run of `small_runs` together; started by test_loop.
+
+    python -m tests.train.training_peer ADDRESS RANK FOLDER TERM_AT
+
+Rank 1 sends itself SIGTERM at step TERM_AT (0: never). FOLDER.data.json is the data config that the test has prepared.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from data.config import DataConfig
+from data.prepare import prepare
+from sharding.mesh import MeshConfig
+from tests.train.small_runs import experiment, run
+from train import loop
+from train.config_io import load_json
+
+
+def main(address: str, rank: int, folder: Path, term_at: int) -> None:
+    jax.distributed.initialize(address, num_processes=2, process_id=rank)
+    data = load_json(DataConfig, folder.with_suffix(".data.json"))
+
+    class Stop(loop.StopSignal):
+        def agreed(self, step):
+            if term_at:
+                time.sleep(0.2)  # time for the peers to agree before the run is over
+            if rank == 1 and step == term_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().agreed(step)
+
+    loop.StopSignal = Stop
+    program = loop.build(dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8)))
+    trained = run(program, prepare(data), folder)
+    print("finished" if trained.finished else "stopped", trained.step, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
