@@ -110,23 +110,29 @@ def _blocked_forward(x_SD, up_EDX, down_EFD, sizes_E, starts_E, kind, block):
     F = down_EFD.shape[1]
 
     def expert(carry, scanned):
-        up_DX, down_FD, size, start = scanned
+        e, size, start = scanned
 
-        def rows(i, carry):
-            y_SD, h_SX = carry
-            first = start + i * block
-            x = jax.lax.dynamic_slice_in_dim(x_SD, first, block)
-            h = x @ up_DX
-            y = _hidden(kind, h, F) @ down_FD
-            y_SD = jax.lax.dynamic_update_slice_in_dim(y_SD, y, first, 0)
-            return y_SD, jax.lax.dynamic_update_slice_in_dim(h_SX, h, first, 0)
+        def run(carry):
+            up_DX, down_FD = (jax.lax.dynamic_index_in_dim(w, e, keepdims=False) for w in (up_EDX, down_EFD))
 
-        return jax.lax.fori_loop(0, -(-size // block), rows, carry), None
+            def rows(i, carry):
+                y_SD, h_SX = carry
+                first = start + i * block
+                x = jax.lax.dynamic_slice_in_dim(x_SD, first, block)
+                h = x @ up_DX
+                y = _hidden(kind, h, F) @ down_FD
+                y_SD = jax.lax.dynamic_update_slice_in_dim(y_SD, y, first, 0)
+                return y_SD, jax.lax.dynamic_update_slice_in_dim(h_SX, h, first, 0)
+
+            return jax.lax.fori_loop(0, -(-size // block), rows, carry)
+
+        # An expert without tokens, as most are in decoding, is not read.
+        return jax.lax.cond(size > 0, run, lambda carry: carry, carry), None
 
     S = x_SD.shape[0]
     carry = (jnp.zeros_like(x_SD), jnp.zeros((S, up_EDX.shape[2]), x_SD.dtype))
     carry = jax.tree.map(lambda c: vary(c, varying_axes(x_SD)), carry)
-    (y_SD, h_SX), _ = jax.lax.scan(expert, carry, (up_EDX, down_EFD, sizes_E, starts_E))
+    (y_SD, h_SX), _ = jax.lax.scan(expert, carry, (jnp.arange(sizes_E.shape[0]), sizes_E, starts_E))
     return y_SD, (x_SD, h_SX, up_EDX, down_EFD, sizes_E, starts_E)
 
 
@@ -185,7 +191,8 @@ def expert_mlp(
         y_END = jnp.einsum("enf,efd->end", activate(kind, h_ENGF), down_EFD)
         gate_EN = (jax.nn.one_hot(indices_NC, E, axis=0) * weights_NC).sum(-1).astype(x_ND.dtype)
         return jnp.einsum("end,en->nd", y_END, gate_EN)
-    block = BLOCK_ROWS if implementation == "blocked" else 1
+    pairs_per_expert = -(-indices_NC.size // E)
+    block = min(BLOCK_ROWS, 1 << (pairs_per_expert - 1).bit_length()) if implementation == "blocked" else 1
     plan = layout(indices_NC, E, block)
     x_SD = spread(x_ND, plan.slot_NC, plan.pair_S, indices_NC.shape[1])
     up_EDX = up_EDGF.reshape(E, D, G * F)
