@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from decode.sampling import SamplerArrays, SamplingParams, choose, sampler_arrays
+from decode.sampling import HostOrDevice, SamplerArrays, SamplingParams, choose, sampler_arrays
 from model.transformer import Cache, Transformer, forward, init_cache, logits, unstack
 from sharding.rules import ShardingRules, no_mesh, reshard
 
@@ -40,9 +40,9 @@ class Request(NamedTuple):
     """What stays the same while a batch is generated."""
 
     sampler: SamplerArrays
-    prompt_B: Int[Array, "B"]  # tokens of the prompt
-    limit_B: Int[Array, "B"]  # tokens of prompt and text at most
-    stop_BE: Int[Array, "B E"]  # padded with -1
+    prompt_B: Int[HostOrDevice, "B"]  # tokens of the prompt
+    limit_B: Int[HostOrDevice, "B"]  # tokens of prompt and text at most
+    stop_BE: Int[HostOrDevice, "B E"]  # padded with -1
 
 
 class State(NamedTuple):
@@ -60,6 +60,8 @@ def generate(
 ) -> list[Generation]:
     """Continues each prompt as its parameters (one for all, or one each) say.
 
+    A row's noise depends on its seed and the index of the new token alone, so that a request gives the same text in any
+    batch, but where two tokens are as likely to within rounding: a matmul of other sizes may sum in another order.
     A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that
     is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is
     compiled, for what the model cannot continue.
@@ -172,7 +174,7 @@ def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tupl
 def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], width: int) -> State:
     """Feeds the prompts, in the first `width` slots, in one pass, and appends a token to each row that may grow."""
     B, S = tokens_BS.shape
-    rules, prompt_B = model.rules, request.prompt_B
+    rules, prompt_B = model.rules, jnp.asarray(request.prompt_B)
     slots_P = jnp.arange(width, dtype=jnp.int32)
     real_BP = slots_P < prompt_B[:, None]
     prefix_BP = real_BP if model.config.attention.mask == "prefix" else None
@@ -223,7 +225,7 @@ def _append(model: Transformer, request: Request, state: State, hidden_BD: Array
     grows_B, S = _grows(request, state), state.tokens_BS.shape[1]
     logits_BV = logits(model, hidden_BD)
     token_B, logprob_B = choose(
-        logits_BV, request.sampler, state.tokens_BS, request.prompt_B, state.length_B, model.rules
+        logits_BV, request.sampler, state.tokens_BS, jnp.asarray(request.prompt_B), state.length_B, model.rules
     )
     here_BS = _at(jnp.where(grows_B, state.length_B, S), S)
     return State(

@@ -59,17 +59,20 @@ class SamplingParams:
             raise ValueError(f"sampling.seed = {self.seed}: an integer in [0, 2**32)")
 
 
+HostOrDevice = Array | np.ndarray  # requests are made on the host and placed whole
+
+
 class SamplerArrays(NamedTuple):
     """The numbers of `SamplingParams`, one a row."""
 
-    temperature_B: Float[Array, "B"]
-    top_k_B: Int[Array, "B"]
-    top_p_B: Float[Array, "B"]
-    min_p_B: Float[Array, "B"]
-    repetition_B: Float[Array, "B"]
-    frequency_B: Float[Array, "B"]
-    presence_B: Float[Array, "B"]
-    seed_B: UInt32[Array, "B"]
+    temperature_B: Float[HostOrDevice, "B"]
+    top_k_B: Int[HostOrDevice, "B"]
+    top_p_B: Float[HostOrDevice, "B"]
+    min_p_B: Float[HostOrDevice, "B"]
+    repetition_B: Float[HostOrDevice, "B"]
+    frequency_B: Float[HostOrDevice, "B"]
+    presence_B: Float[HostOrDevice, "B"]
+    seed_B: UInt32[HostOrDevice, "B"]
 
 
 def sampler_arrays(params: Sequence[SamplingParams]) -> SamplerArrays:

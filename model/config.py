@@ -139,37 +139,40 @@ class ModelConfig:
         """Refuses what cannot be built. Raises ValueError that names field, value and fix."""
         a, p, m = self.attention, self.position, self.moe
         _refuse_unknown_choices(self, "model")
-        for name, value in (
-            ("num_layers", self.num_layers),
-            ("embed_dim", self.embed_dim),
-            ("max_length", self.max_length),
-            ("attention.num_heads", a.num_heads),
-            ("attention.num_kv_heads", a.num_kv_heads),
-            ("attention.head_dim", a.head_dim),
-            ("attention.window", a.window),
-            ("attention.block_size", a.block_size),
-            ("attention.local_blocks", a.local_blocks),
-            ("attention.block_stride", a.block_stride),
-            ("mlp.hidden_dim", self.mlp.hidden_dim),
-            ("mup_base_dim", self.mup_base_dim),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{name} = {value}: must be at least 1")
-        for name, value in (
-            ("attention.softcap", a.softcap),
-            ("attention.query_scale", a.query_scale),
-            ("final_softcap", self.final_softcap),
-            ("position.theta", p.theta),
-            ("position.local_theta", p.local_theta),
-        ):
-            if value is not None and not value > 0:
-                raise ValueError(f"model.{name} = {value}: must be a number above 0")
-        for name, value in (
-            ("vocab_size", self.vocab_size),
-            ("norm.epsilon", self.norm.epsilon),
-            ("init.scale", self.init.scale),
-            ("init.embedding_std", self.init.embedding_std),
-        ):
+        counts: dict[str, int | None] = {
+            "num_layers": self.num_layers,
+            "embed_dim": self.embed_dim,
+            "max_length": self.max_length,
+            "attention.num_heads": a.num_heads,
+            "attention.num_kv_heads": a.num_kv_heads,
+            "attention.head_dim": a.head_dim,
+            "attention.window": a.window,
+            "attention.block_size": a.block_size,
+            "attention.local_blocks": a.local_blocks,
+            "attention.block_stride": a.block_stride,
+            "mlp.hidden_dim": self.mlp.hidden_dim,
+            "mup_base_dim": self.mup_base_dim,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"model.{name} = {count}: must be at least 1")
+        positive: dict[str, float | None] = {
+            "attention.softcap": a.softcap,
+            "attention.query_scale": a.query_scale,
+            "final_softcap": self.final_softcap,
+            "position.theta": p.theta,
+            "position.local_theta": p.local_theta,
+        }
+        for name, number in positive.items():
+            if number is not None and not number > 0:
+                raise ValueError(f"model.{name} = {number}: must be a number above 0")
+        nonnegative: dict[str, float] = {
+            "vocab_size": self.vocab_size,
+            "norm.epsilon": self.norm.epsilon,
+            "init.scale": self.init.scale,
+            "init.embedding_std": self.init.embedding_std,
+        }
+        for name, value in nonnegative.items():
             if not value >= 0:
                 raise ValueError(f"model.{name} = {value}: must be 0 or more")
         if a.num_heads % a.num_kv_heads:
