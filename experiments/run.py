@@ -49,7 +49,7 @@ def run_experiment(
         if run.finished and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
             say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
-        prepared = prepare(experiment.data, log=say)
+        prepared = _prepare(experiment, say)
         if jax.process_index() == 0:
             write_environment(run, describe_environment())
             prepared.tokenizer.save(run.tokenizer)
@@ -61,6 +61,16 @@ def run_experiment(
             report = write_report(run.path)
             say(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return trained.finished
+
+
+def _prepare(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
+    try:
+        return prepare(experiment.data, log=say)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free the disk, "
+            "fix the permissions, or set it to another folder"
+        ) from error
 
 
 @contextlib.contextmanager

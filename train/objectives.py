@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from data.tokenizer import SpecialTokens
@@ -72,9 +73,9 @@ def masked(
     tokens_BT, segments_BT = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
     pick_key, kind_key, random_key, dropout_key = jax.random.split(key, 4)
     shape = tokens_BT.shape
-    chosen_BT = (jax.random.uniform(pick_key, shape) < rate) & (segments_BT > 0)
-    kind_BT = jax.random.uniform(kind_key, shape)
-    random_BT = jax.random.randint(random_key, shape, len(special), model.config.vocab_size)
+    chosen_BT = (_as_rows(jax.random.uniform(pick_key, shape), tokens_BT) < rate) & (segments_BT > 0)
+    kind_BT = _as_rows(jax.random.uniform(kind_key, shape), tokens_BT)
+    random_BT = _as_rows(jax.random.randint(random_key, shape, len(special), model.config.vocab_size), tokens_BT)
     noised_BT = jnp.where(kind_BT < 0.8, special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
     out = forward(
         model,
@@ -101,7 +102,7 @@ def prefix_lm(model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: fl
     2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix."""
     cut_key, dropout_key = jax.random.split(key)
     B, W = batch["tokens"].shape
-    cut_B = jax.random.randint(cut_key, (B,), 0, W - 1)
+    cut_B = _as_rows(jax.random.randint(cut_key, (B,), 0, W - 1), batch["tokens"])
     prefix_BT = jnp.arange(W - 1) < cut_B[:, None]
     # The last token of the prefix predicts the first one after it.
     weights_BT = (jnp.arange(1, W) >= cut_B[:, None]).astype(jnp.float32) * batch.get("weights", 1.0)
@@ -123,16 +124,30 @@ def rearrange_middle(
     Its first token (<end>, which opens a document) stays first, and its last three tokens make room for the marks.
     Segments shorter than 8 tokens are left alone.
     """
-    B, W = tokens_BW.shape
+    B = tokens_BW.shape[0]
     row_key, kind_key, cut_key = jax.random.split(key, 3)
+    draws = jax.random.uniform(row_key, (B,)), jax.random.uniform(kind_key, (B,)), jax.random.uniform(cut_key, (B, 2))
+    rearrange = partial(_rearrange, rate=rate, spm_rate=spm_rate, special=special)
+    if no_mesh():
+        return rearrange(tokens_BW, segments_BW, *draws)
+    spec = jax.typeof(tokens_BW).sharding.spec  # rows are independent: each device rearranges its own
+    rows = P(spec[0])
+    return jax.shard_map(rearrange, in_specs=(spec, spec, rows, rows, rows), out_specs=spec)(
+        tokens_BW, segments_BW, *(_as_rows(draw, tokens_BW) for draw in draws)
+    )
+
+
+def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, spm_rate: float, special: SpecialTokens):
+    """`rearrange_middle` with its draws, uniform in [0, 1)."""
+    W = tokens_BW.shape[1]
     sizes_BW = (segments_BW[:, :, None] == jnp.arange(1, W + 1)).sum(1)
     segment_B, size_B = sizes_BW.argmax(1) + 1, sizes_BW.max(1)
     start_B = (segments_BW == segment_B[:, None]).argmax(1)
     length_B = size_B - 1 - 3  # tokens that are moved: without the first one and the room for the marks
-    cuts_B2 = jnp.sort((jax.random.uniform(cut_key, (B, 2)) * (length_B[:, None] + 1)).astype(jnp.int32), axis=1)
+    cuts_B2 = jnp.sort((cut_B2 * (length_B[:, None] + 1)).astype(jnp.int32), axis=1)
     prefix_B, middle_B = cuts_B2[:, 0], cuts_B2[:, 1] - cuts_B2[:, 0]
     suffix_B = length_B - cuts_B2[:, 1]
-    spm_B = jax.random.uniform(kind_key, (B,)) < spm_rate
+    spm_B = kind_B < spm_rate
 
     # Where each part starts, counted from the token after the first; a part's marks come before it.
     at = jnp.arange(W) - (start_B[:, None] + 1)
@@ -150,7 +165,7 @@ def rearrange_middle(
     moved = jnp.where(at == suffix_at - 1, special.fim_suffix, moved)
     moved = jnp.where(at == jnp.where(spm, suf + 2, pre + suf + 2), special.fim_middle, moved)
     inside = (at >= 0) & (at < length_B[:, None] + 3)
-    chosen_B = (jax.random.uniform(row_key, (B,)) < rate) & (size_B >= 8)
+    chosen_B = (row_B < rate) & (size_B >= 8)
     return jnp.where(inside & chosen_B[:, None], moved, tokens_BW)
 
 
@@ -184,3 +199,10 @@ def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array,
             "expert_load": out.router.load_E,
         }
     return Loss(total, count, metrics)
+
+
+def _as_rows(x: Array, rows: Array) -> Array:
+    """`x` [B, ...] spread over the devices as the `rows` of the batch are."""
+    if no_mesh():
+        return x
+    return jax.sharding.reshard(x, P(jax.typeof(rows).sharding.spec[0], *(None,) * (x.ndim - 1)))
