@@ -281,6 +281,37 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
         assert max(distances(state.model, lone.model).values()) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("objective", "mask"),
+    [
+        ("fill_in_middle", "causal"),
+        pytest.param("masked", "bidirectional", marks=pytest.mark.slow),
+        pytest.param("prefix", "prefix", marks=pytest.mark.slow),
+    ],
+)
+def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
+    """Also over microbatches, and as an evaluation scores."""
+    found = []
+    for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
+        base = experiment(mesh)
+        config = dataclasses.replace(
+            base,
+            model=tiny_config(attention=dataclasses.replace(base.model.attention, mask=mask), num_layers=1),
+            data=dataclasses.replace(base.data, batch_size=2 * ROWS),
+            train=TrainConfig(objective=objective, microbatches=2, steps=10, fim_rate=0.9),
+        )
+        config.validate(devices)
+        monkeypatch.setattr(loop, "make_mesh", lambda mesh, n=devices: make_mesh(mesh, jax.devices()[:n]))
+        program = loop.build(config)
+        with use_mesh(program.mesh):
+            state = jax.jit(program.make_state)()
+            batch = put_batch(packed_batch(0, 2 * ROWS, WIDTH, VOCAB), program.mesh, program.batch_spec)
+            _, metrics = jax.jit(program.step)(state, batch)
+            total, count = program.score(state.model, batch)
+        found.append([float(x) for x in (metrics["loss"], metrics["grad_norm"], metrics["tokens"], total, count)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 def test_weights_are_the_same_on_every_mesh(monkeypatch):
     """The initial values depend on the seed, not on the layout."""
     config = dataclasses.replace(experiment(MeshConfig()), train=TrainConfig())

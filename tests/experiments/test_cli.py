@@ -1,0 +1,196 @@
+"""Bad input: one paragraph that names field, value and fix, exit 1, before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.__main__ import main
+from tests.experiments.command_line import call, refusal, tiny_overrides, write_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_compilation(monkeypatch, tmp_path):
+    """The whole command runs with a compiler that refuses, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("compiled before the input was checked")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr("train.loop.Progress", refuse)
+
+
+def settings(*pairs: str) -> list[str]:
+    return [argument for pair in pairs for argument in ("--set", pair)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.moe.topk=1"], ["model.moe.topk", "did you mean 'model.moe.top_k'"]),
+        (["optimizer.lr=1"], ["optimizer.lr"]),
+        (["train.steps=many"], ["train.steps = many", "int like 4"]),
+        (["train.steps=1.5"], ["train.steps = 1.5", "int"]),
+        (["model.tied_embeddings=maybe"], ["model.tied_embeddings = maybe", "true"]),
+        (["optimizer.name=sgd"], ["optimizer.name = sgd", "adamw, lion, adafactor, muon"]),
+        (["model.moe"], ["write name=value"]),
+        (["model.attention.num_heads=6", "model.attention.num_kv_heads=4"],
+         ["model.attention.num_kv_heads = 4", "num_heads = 6", "1, 2, 3, 6"]),
+        (["model.moe.top_k=5"], ["model.moe.top_k = 5", "model.moe.num_experts = 4"]),
+        (["mesh.fsdp=3"], ["fsdp=3", "needs 3 devices", "8"]),
+        (["mesh.data=16"], ["data=16", "16", "8"]),
+        (["mesh.fsdp=4", "mesh.tensor=2"], ["model.attention.num_kv_heads = 1", "2 devices", "sharding.weights.kv_heads"]),
+        (["mesh.expert=8", "mesh.fsdp=1"], ["model.moe.num_experts = 4", "8 devices"]),
+        (["data.batch_size=12"], ["data.batch_size = 12", "8"]),
+        (["train.microbatches=3"], ["data.batch_size = 8", "train.microbatches = 3", "multiple of 24"]),
+        (["data.sequence_length=512"], ["data.sequence_length = 512", "model.max_length = 256"]),
+        (["data.sequence_length=1"], ["data.sequence_length = 1", "2 or more"]),
+        (["samples.new_tokens=500"], ["samples.new_tokens = 500", "model.max_length = 256"]),
+        (["model.vocab_size=512"], ["model.vocab_size = 512", "1024 ids", "0 (fitted)"]),
+        (["data.tokenizer.vocab_size=100"], ["data.tokenizer.vocab_size = 100", "byte"]),
+        (["train.objective=masked"], ["train.objective = 'masked'", "bidirectional"]),
+        (["model.attention.mask=bidirectional"], ["model.attention.mask = 'bidirectional'", "causal"]),
+        (["optimizer.learning_rate=0"], ["optimizer.learning_rate = 0.0", "above 0"]),
+        (["train.log_every=0"], ["train.log_every = 0", "at least 1"]),
+        (["data.sources.0.weight=-1"], ["'stdlib'", "weight = -1"]),
+        (["sharding.weights.mlp=tensr"], ["sharding.weights.mlp = 'tensr'", "tensor"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "show"])
+def test_a_config_that_cannot_work(capsys, command, overrides, expected):
+    message = refusal(capsys, command, "smoke", *settings(*overrides))
+    assert all(part in message for part in expected), message
+    assert not Path("runs").exists(), "nothing is left behind"
+
+
+def test_an_unknown_experiment(capsys):
+    message = refusal(capsys, "train", "quikstart")
+    assert "'quikstart'" in message and "did you mean 'quickstart'" in message and "quickstart_dense" in message
+    assert "there are" in refusal(capsys, "show", "zzz")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({}, ["folder", "corpus"]), ({"empty.py": b""}, ["folder", "empty"]), ({"binary.py": b"\xff\xfe\xfd"}, ["folder", "skipped"])],
+    ids=["no file", "an empty file", "no text"],
+)
+def test_an_empty_corpus(capsys, tmp_path, files, expected):
+    (tmp_path / "corpus").mkdir()
+    for name, content in files.items():
+        (tmp_path / "corpus" / name).write_bytes(content)
+    message = refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path))
+    assert all(part in message for part in expected), message
+
+
+def test_a_corpus_that_is_not_there(capsys, tmp_path):
+    assert "corpus" in refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path))
+
+
+def test_a_corpus_too_small_for_the_vocabulary(capsys, tmp_path):
+    write_folder(tmp_path / "corpus", files=10)
+    message = refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path), *settings("data.tokenizer.vocab_size=4096"))
+    assert "data.tokenizer.vocab_size = 4096" in message and "byte" in message
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "report"])
+def test_a_run_that_is_not_there(capsys, command):
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    message = refusal(capsys, command, "nowhere", *prompt)
+    assert "'nowhere'" in message and "config.json" in message and "train quickstart" in message
+    assert "'nowhere'" in refusal(capsys, "train", "smoke", "--resume", "nowhere")
+
+
+def test_resume_and_run_together(capsys):
+    assert "give one of them" in refusal(capsys, "train", "smoke", "--resume", "a", "--run", "b")
+
+
+def test_a_run_folder_of_another_config(capsys, tmp_path):
+    """Left unfinished by a process that died."""
+    from experiments.resolve import resolve
+    from train.records import open_run
+
+    pairs = tiny_overrides(tmp_path)[1::2]
+    with open_run(tmp_path / "runs" / "mine", resolve("smoke", pairs, 8)):
+        pass
+    message = refusal(capsys, "train", "smoke", "--run", "mine", *settings(*pairs, "train.seed=3"))
+    assert "train.seed: 0 -> 3" in message and "--run NEWNAME" in message and "--override" in message
+
+
+def test_a_run_folder_in_use(capsys, tmp_path):
+    from experiments.resolve import resolve
+    from train.records import open_run
+
+    pairs = tiny_overrides(tmp_path)[1::2]
+    with open_run(tmp_path / "runs" / "mine", resolve("smoke", pairs, 8)):
+        message = refusal(capsys, "train", "smoke", "--run", "mine", *settings(*pairs))
+    assert "in use by process" in message
+
+
+def test_a_run_without_a_checkpoint(capsys, tmp_path):
+    from data.tokenizer import ByteTokenizer
+    from experiments.resolve import resolve
+    from train.records import open_run
+
+    pairs = [*tiny_overrides(tmp_path)[1::2], "data.tokenizer.kind=byte"]
+    with open_run(tmp_path / "runs" / "mine", resolve("smoke", pairs, 8)) as run:
+        ByteTokenizer().save(run.tokenizer)
+    write_folder(tmp_path / "corpus", files=10)
+    for arguments in (["eval", "mine"], ["generate", "mine", "--prompt", "x"]):
+        message = refusal(capsys, *arguments)
+        assert "no checkpoint" in message and "train smoke" in message
+
+
+def test_a_damaged_config(capsys, tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{")
+    assert "config.json" in refusal(capsys, "eval", "mine")
+
+
+def test_a_cache_that_cannot_be_written(capsys, tmp_path):
+    write_folder(tmp_path / "corpus", files=10)
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert str(tmp_path / "cache") in refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [[], ["tarin"], ["train"], ["generate", "x"], ["eval", "x", "--step", "many"]])
+def test_a_command_line_that_cannot_be_parsed_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_list_names_every_experiment_with_its_question(capsys):
+    from experiments.quickstart import EXPERIMENTS
+
+    code, out, _ = call(capsys, "list")
+    words = " ".join(out.split())
+    assert code == 0 and all(name in words for name in EXPERIMENTS) and "Does everything run?" in words
+
+
+def test_show_prints_config_parameters_and_costs(capsys):
+    """As if for 4 devices, none of which needs to be there; the bytes per device add up."""
+    code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4"))
+    assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "fsdp=4" in out
+    rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+([\d,]+)\s*$", out, re.MULTILINE)
+    assert {"embedding", "stacks/0/0/mlp/up", "final_norm/scale"} <= {name for name, *_ in rows}
+    total = sum(int(size.replace(",", "")) for *_, size in rows)
+    assert f"weights per device: {total:,} bytes" in out and "FLOPs per token" in out
+
+
+def test_a_program_that_exits(tmp_path):
+    """The same from a shell: exit code 1, stderr of one paragraph, no traceback, stdout empty."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "train", "smoke", "--set", "model.moe.topk=1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert json.dumps(done.stderr).count("error: ") == 1
