@@ -90,7 +90,7 @@ def generate(args: argparse.Namespace) -> int:
     from decode.generate import generate as generate_batch
     from decode.generate import stream
     from decode.sampling import SamplingParams
-    from experiments.run import open_trained
+    from experiments.run import open_trained, spells, text_of
     from sharding.mesh import use_mesh
 
     if args.stream and len(args.prompt) > 1:
@@ -111,15 +111,15 @@ def generate(args: argparse.Namespace) -> int:
             decoder = stream_decoder(tokenizer)
             print(args.prompt[0], end="", flush=True)
             for token, _ in _checked(lambda: stream(trained.model, prompts[0], params)):
-                print(decoder.push(token) if token != end else "", end="", flush=True)
+                print(decoder.push(token) if spells(tokenizer, token) else "", end="", flush=True)
             print(decoder.flush())
             return 0
         results = _checked(lambda: generate_batch(trained.model, prompts, params))
     for text, result in zip(args.prompt, results, strict=True):
-        print(text + tokenizer.decode([t for t in result.tokens if t != end]))
+        print(text + text_of(tokenizer, result.tokens))
         if args.logprobs:
             for token, logprob in zip(result.tokens, result.logprobs, strict=True):
-                print(f"  {logprob:8.4f}  {tokenizer.decode([token])!r}")
+                print(f"  {logprob:8.4f}  {text_of(tokenizer, [token])!r}")
         print(f"[{len(result.tokens)} tokens, finished by {result.finished}]")
     return 0
 

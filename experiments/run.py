@@ -155,11 +155,21 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
         {
             "file": file,
             "prompt": tokenizer.decode(ids),
-            "completion": tokenizer.decode([t for t in result.tokens if t != tokenizer.special.end]),
+            "completion": text_of(tokenizer, result.tokens),
             "reference": reference,
         }
         for (file, ids, reference), result in zip(cases, results, strict=True)
     ]
+
+
+def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of generated tokens."""
+    return tokenizer.decode([token for token in tokens if spells(tokenizer, token)])
+
+
+def spells(tokenizer: Tokenizer, token: int) -> bool:
+    """False for the ids that round the model's vocabulary up: a model hardly trained may still draw one."""
+    return token < tokenizer.vocab_size
 
 
 def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int], str]]:
