@@ -18,9 +18,10 @@ from model.config import AttentionConfig, ModelConfig
 from model.norms import Norm
 from model.positions import alibi_slopes, rope_tables, rotate
 from model.weights import constant, matmul, normal, use
-from sharding.rules import ShardingRules, reshard
+from sharding.rules import ShardingRules, no_mesh, reshard
 
 MASKED = -1e30  # finite: a row that sees nothing gives equal weights, never NaN
+CAUSAL_ROWS, CAUSAL_BLOCKS = 64, 8  # queries that share the keys they are multiplied with: at least, and such blocks at most
 
 
 @dataclass(frozen=True)
@@ -91,32 +92,50 @@ def dot_product_attention(
     softcap: float | None = None,
     distance_BTS: Float[Array, "B T S"] | None = None,
     sinks_N: Float[Array, "N"] | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T * scale) v over the keys that are seen; softmax in float32.
 
     `softcap`: cap * tanh(logits / cap) before the mask. `distance_BTS`: ALiBi adds -slope * distance. `sinks_N`: logits
-    of a key that is always seen and whose value is zero.
+    of a key that is always seen and whose value is zero. `causal` promises that query t sees no key after t: without a
+    mesh, most of the masked half is then not computed.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    logits = jnp.einsum("bkgth,bksh->bkgts", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    if distance_BTS is not None:
-        slopes_KG = jnp.asarray(alibi_slopes(N)).reshape(K, N // K)
-        logits = logits - slopes_KG[None, :, :, None, None] * distance_BTS[:, None, None]
-    logits = jnp.where(seen_BTS[:, None, None], logits, MASKED)
-    top = logits.max(-1, keepdims=True)
-    if sinks_N is not None:
-        sinks = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
-        top = jnp.maximum(top, sinks)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(top))
-    total = weights.sum(-1, keepdims=True)
-    if sinks_N is not None:
-        total = total + jnp.exp(sinks - jax.lax.stop_gradient(top))
-    weights = (weights / total).astype(v_BKSH.dtype)
-    out_BKGTH = jnp.einsum("bkgts,bksh->bkgth", weights, v_BKSH)
+    slopes_KG = jnp.asarray(alibi_slopes(N)).reshape(K, N // K)
+    sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
+
+    def rows(start: int, end: int, keys: int) -> Array:
+        """The queries from `start` to `end` over the first `keys` keys."""
+        logits = jnp.einsum(
+            "bkgth,bksh->bkgts", q_BKGTH[..., start:end, :], k_BKSH[:, :, :keys], preferred_element_type=jnp.float32
+        )
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+        if distance_BTS is not None:
+            logits = logits - slopes_KG[..., None, None] * distance_BTS[:, None, None, start:end, :keys]
+        logits = jnp.where(seen_BTS[:, None, None, start:end, :keys], logits, MASKED)
+        top = logits.max(-1, keepdims=True)
+        if sinks_KG is not None:
+            top = jnp.maximum(top, sinks_KG[..., None, None])
+        top = jax.lax.stop_gradient(top)
+        weights = jnp.exp(logits - top)
+        total = weights.sum(-1, keepdims=True)
+        if sinks_KG is not None:
+            total = total + jnp.exp(sinks_KG[..., None, None] - top)
+        # Divided here rather than in the weights: H numbers a row, not S.
+        out = jnp.einsum(
+            "bkgts,bksh->bkgth", weights.astype(v_BKSH.dtype), v_BKSH[:, :, :keys], preferred_element_type=jnp.float32
+        )
+        return (out / total).astype(v_BKSH.dtype)
+
+    if causal and no_mesh():
+        size = max(CAUSAL_ROWS, -(-T // CAUSAL_BLOCKS))
+        bounds = [(start, min(start + size, T)) for start in range(0, T, size)]
+        out_BKGTH = jnp.concatenate([rows(start, end, end) for start, end in bounds], axis=3)
+    else:
+        out_BKGTH = rows(0, T, k_BKSH.shape[2])
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -202,6 +221,7 @@ class Attention(nnx.Module):
             softcap=a.softcap,
             distance_BTS=distance,
             sinks_N=None if self.sinks is None else use(self.sinks, ("heads",), jnp.float32, rules),
+            causal=a.mask == "causal" and cache is None,
         )
         out = matmul(out_BTNH, use(self.out, ("heads", None, "embed"), dtype, rules), 2, ("batch", "sequence", "embed"), rules)
         if self.out_bias is not None:
@@ -218,7 +238,9 @@ class Attention(nnx.Module):
         if p.kind != "rope":
             return x_BTNH
         theta = p.local_theta if self.layer == "sliding" and p.local_theta is not None else p.theta
-        return rotate(x_BTNH, *rope_tables(self.config, positions_BT, theta, length_B), p.interleaved)
+        # The barrier keeps XLA from computing sines anew for every head and every use.
+        cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(self.config, positions_BT, theta, length_B))
+        return rotate(x_BTNH, cos_BTR, sin_BTR, p.interleaved)
 
 
 def mask_spec(a: AttentionConfig, layer: str) -> MaskSpec:
