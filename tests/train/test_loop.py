@@ -328,7 +328,8 @@ def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
     ended = finish(start_peers(tmp_path / "two", term_at=0))
     assert all(f"finished {STEPS}" in output for output in ended), ended
     alone, together = (np.array([row[:3] for row in train_rows(tmp_path / name)]) for name in ("one", "two"))
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    np.testing.assert_allclose(together[:, 1], alone[:, 1], rtol=1e-5)  # losses
+    np.testing.assert_allclose(together[:, 2], alone[:, 2], rtol=1e-4)  # gradient norms
     with use_mesh(None), Checkpointer(str(tmp_path / "two" / "checkpoints"), read_only=True) as checkpoints:
         state = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one.state)).state
     distance = np.linalg.norm(weights_of(state.model) - weights_of(one.state.model))
