@@ -13,18 +13,24 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     from data.config import DataError
     from experiments import commands
-    from train.checkpoint import CheckpointError
-    from train.loop import NonfiniteError
     from train.records import RunFolderError
 
     try:
         return getattr(commands, args.command)(args)
-    except (ConfigError, DataError, CheckpointError, NonfiniteError, RunFolderError, commands.UsageError) as error:
+    except (ConfigError, DataError, RunFolderError, commands.UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except RuntimeError as error:
+        # Seconds of imports, which a command that could raise these has already paid.
+        from train.checkpoint import CheckpointError
+        from train.loop import NonfiniteError
+
+        if not isinstance(error, CheckpointError | NonfiniteError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; what was saved stands, and the same command goes on from there", file=sys.stderr)
         return 130
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
