@@ -6,11 +6,14 @@ import argparse
 import sys
 
 from train.config_io import ConfigError
+from train.host_memory import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it did what was asked, 1 with one paragraph on stderr when the user must change something."""
     args = _parser().parse_args(arguments)
+    if args.command == "train":
+        keep_freed_memory()
     from data.config import DataError
     from experiments import commands
     from train.records import RunFolderError
