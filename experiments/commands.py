@@ -41,12 +41,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains a run to its end, or resumes it."""
     use_compilation_cache()
     if args.distributed:
-        import jax
-
-        from train.signals import exit_hard_on_exception
-
-        jax.distributed.initialize()
-        exit_hard_on_exception()
+        join_processes()
     if args.resume and args.run:
         raise UsageError(f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run")
     path = find_run(args.resume).path if args.resume else _run_path(args.run or args.subject)
@@ -130,6 +125,19 @@ def report(args: argparse.Namespace) -> int:
 
     print(write_report(find_run(args.subject).path))
     return 0
+
+
+def join_processes() -> None:
+    """Makes this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the like."""
+    import jax
+
+    from train.signals import exit_hard_on_exception
+
+    number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    jax.distributed.initialize(
+        num_processes=int(number) if number else None, process_id=int(index) if index else None
+    )
+    exit_hard_on_exception()
 
 
 def use_compilation_cache() -> None:
