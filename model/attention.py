@@ -57,11 +57,14 @@ def visible(
     spec: MaskSpec,
     q_slots_BT: Int[Array, "B T"],
     k_slots_BS: Int[Array, "B S"],
+    q_positions_BT: Int[Array, "B T"],
+    k_positions_BS: Int[Array, "B S"],
     q_segments_BT: Int[Array, "B T"] | None = None,
     k_segments_BS: Int[Array, "B S"] | None = None,
     k_prefix_BS: Bool[Array, "B S"] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """True where the query may see the key."""
+    """True where the query may see the key. Order and distance go by slots; blocks of a block-sparse pattern by positions,
+    so that they start anew with each packed document."""
     q, k = q_slots_BT[:, :, None], k_slots_BS[:, None, :]
     if spec.mask == "bidirectional":
         seen = jnp.broadcast_to(jnp.bool_(True), (q_slots_BT.shape[0], q.shape[1], k.shape[2]))
@@ -72,7 +75,7 @@ def visible(
         if spec.mask == "bidirectional":
             seen &= k - q < spec.window
     if spec.layer == "block_sparse":
-        q_block, k_block = q // spec.block_size, k // spec.block_size
+        q_block, k_block = q_positions_BT[:, :, None] // spec.block_size, k_positions_BS[:, None, :] // spec.block_size
         near = jnp.abs(q_block - k_block) < spec.local_blocks
         seen &= near | (k_block % spec.block_stride == spec.block_stride - 1)
     if spec.mask == "prefix" and k_prefix_BS is not None:
@@ -204,6 +207,8 @@ class Attention(nnx.Module):
             mask_spec(a, self.layer),
             places.slots_BT,
             reshard(k_slots_BS, rules, "batch", None),
+            places.positions_BT,
+            reshard(k_positions_BS, rules, "batch", None),
             places.segment_ids_BT,
             None if k_segments_BS is None else reshard(k_segments_BS, rules, "batch", None),
             None if k_prefix_BS is None else reshard(k_prefix_BS, rules, "batch", None),

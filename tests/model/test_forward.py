@@ -87,9 +87,9 @@ def test_what_follows_a_token_never_moves_its_prediction():
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
 def test_packed_rows_equal_rows_of_their_own(position):
     config = tiny_config(
-        num_layers=2,
+        num_layers=3,
         position=PositionConfig(position),
-        attention=replace(TINY_ATTENTION, layers=("global", "sliding"), sinks=True),
+        attention=replace(TINY_ATTENTION, layers=("global", "sliding", "block_sparse"), sinks=True, block_size=2, local_blocks=1),
         moe=MoEConfig(4, 2, 24, first_dense=1),
     )
     model, together = random_model(config), packed()
