@@ -114,7 +114,7 @@ def test_keys_seen_are_those_of_the_mask(length, window, block, local, stride, k
     )
     config = ModelConfig(attention=attention)
     # The formulas are areas under the mask's edge: off by less than a key where the edge's steps count.
-    assert abs(keys_seen(config, layer, length) - seen_by_brute_force(config, layer, length)) <= 0.5
+    assert abs(keys_seen(config, layer, length) - seen_by_brute_force(config, layer, length)) < 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("length", [1, 2, 77])
