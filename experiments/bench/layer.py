@@ -1,0 +1,43 @@
+"""One layer's experts, or the MLP of equal active FLOPs, forward and backward, in the shapes of `quickstart`:
+python -m experiments.bench.layer moe|dense"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench.contest import serve
+from experiments.resolve import resolve
+from model.mlp import MLP
+from model.moe import MoE
+from sharding.rules import ShardingRules
+from train.host_memory import keep_freed_memory
+
+REPEATS = 5  # forward and backward passes of one piece of work
+
+
+def main(kind: str) -> None:
+    keep_freed_memory()
+    experiment = resolve("quickstart" if kind == "moe" else "quickstart_dense", [], 1)
+    config, data = experiment.model, experiment.data
+    x_BTD = jax.random.normal(jax.random.key(1), (data.batch_size, data.sequence_length, config.embed_dim))
+    valid_BT = jnp.ones(x_BTD.shape[:2], bool)
+
+    @jax.jit
+    def gradient(layer, x_BTD):
+        def total(layer, x_BTD):
+            if isinstance(layer, MLP):
+                return jnp.square(layer(x_BTD)).sum()
+            y, stats = layer(x_BTD, valid_BT)
+            return jnp.square(y).sum() + stats.load_balance + stats.z
+
+        return jax.grad(total, argnums=(0, 1))(layer, x_BTD)
+
+    layer = (MoE if kind == "moe" else MLP)(jax.random.key(0), config, ShardingRules())
+    serve(lambda: [jax.block_until_ready(gradient(layer, x_BTD)) for _ in range(REPEATS)], {})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

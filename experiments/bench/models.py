@@ -1,0 +1,60 @@
+"""The networks that are measured, as this project builds them, and one batch for their train step.
+
+Dense: RMSNorm, RoPE, SwiGLU, untied head, 9.3 M parameters. MoE: the same with 8 experts, top-2, in place of each MLP.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from train.config import Experiment, OptimizerConfig, TrainConfig
+
+BATCH, LENGTH, VOCABULARY = 8, 256, 8192
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+DENSE = ModelConfig(
+    vocab_size=VOCABULARY,
+    num_layers=6,
+    embed_dim=256,
+    max_length=512,
+    attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=32),
+    mlp=MLPConfig("swiglu", 768),
+    dtype="float32",
+    scan_unroll=0,
+)
+MOE = ModelConfig(
+    vocab_size=VOCABULARY,
+    num_layers=6,
+    embed_dim=256,
+    max_length=512,
+    attention=AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=32),
+    moe=MoEConfig(num_experts=8, top_k=2, hidden_dim=384),
+    dtype="float32",
+    scan_unroll=0,
+)
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 3e-4, 0.1, 1.0
+
+
+def experiment(model: ModelConfig) -> Experiment:
+    """A run with AdamW and clipping, of the network `model`."""
+    optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, weight_decay=WEIGHT_DECAY, clip_norm=CLIP
+    )
+    return Experiment(name="bench", model=model, optimizer=optimizer, train=TrainConfig(steps=1000))
+
+
+def tokens() -> np.ndarray:
+    """Int32 [BATCH, LENGTH + 1], the same for every contestant."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
+
+
+def batch() -> dict[str, np.ndarray]:
+    """`tokens` as the train step takes them: one document a row."""
+    ids = tokens()
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    return {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.ascontiguousarray(positions)}
+
+
+def prompts(rows: int) -> np.ndarray:
+    """Int32 [rows, PROMPT_TOKENS], the same for every contestant."""
+    return np.random.default_rng(1).integers(0, VOCABULARY, (rows, PROMPT_TOKENS)).astype(np.int32)
