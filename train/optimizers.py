@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import keystr, tree_map_with_path
 
 from model.config import ModelConfig
+from sharding.rules import no_mesh
 from train.config import OptimizerConfig
 
 # Trailing dimensions of each matrix: (inputs, outputs); what stands before them is stacked matrices.
@@ -89,7 +90,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
         )
         # Decay stands here because the mask of optax's Muon does not reach the weights that it leaves to Adam.
         inner = optax.chain(
-            directions,
+            _partitioned_by_compiler(directions),
             optax.add_decayed_weights(-config.weight_decay, decayed),
             optax.scale_by_schedule(rate),
         )
@@ -117,3 +118,16 @@ def _muon_dimensions(path, weight: jax.Array) -> optax.contrib.MuonDimensionNumb
     return optax.contrib.MuonDimensionNumbers(
         tuple(range(first_out - inputs, first_out)), tuple(range(first_out, weight.ndim))
     )
+
+
+def _partitioned_by_compiler(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` under a mesh with automatic axes, for optax's Newton-Schulz iterations do not say how products of sharded
+    matrices are laid out. What comes out keeps the shardings of what went in."""
+
+    def update(grads, state, params=None):
+        if no_mesh():
+            return inner.update(grads, state, params)
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
+        return jax.sharding.auto_axes(inner.update, out_sharding=shardings)(grads, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
