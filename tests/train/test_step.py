@@ -229,7 +229,7 @@ def experiment(mesh: MeshConfig, optimizer: str = "adamw", moe: bool = False) ->
     )  # fmt: skip
 
 
-def three_steps(config: Experiment, devices: int, monkeypatch) -> tuple[list[float], TrainState, loop.Program]:
+def three_steps(config: Experiment, devices: int, monkeypatch) -> tuple[list[tuple[float, float]], TrainState, loop.Program]:
     config.validate(devices)
     monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
     program = loop.build(config)
@@ -240,7 +240,7 @@ def three_steps(config: Experiment, devices: int, monkeypatch) -> tuple[list[flo
         for i in range(3):
             batch = packed_batch(i, ROWS, WIDTH, VOCAB, longest=12)
             state, metrics = function(state, put_batch(batch, program.mesh, program.batch_spec))
-            losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return losses, state, program
 
 
@@ -262,7 +262,8 @@ CASES = [
 def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimizer, moe, expected, monkeypatch):
     single, lone, _ = three_steps(experiment(MeshConfig(), optimizer, moe), 1, monkeypatch)
     losses, state, program = three_steps(experiment(mesh, optimizer, moe), 8, monkeypatch)
-    np.testing.assert_allclose(losses, single, rtol=1e-5)
+    np.testing.assert_allclose([loss for loss, _ in losses], [loss for loss, _ in single], rtol=1e-5)
+    np.testing.assert_allclose([norm for _, norm in losses], [norm for _, norm in single], rtol=1e-4)
 
     asked = jax.tree.leaves(program.abstract_state)
     for x, y in zip(jax.tree.leaves(state), asked, strict=True):
