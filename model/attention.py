@@ -105,7 +105,12 @@ def dot_product_attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    grouped = None
+    if not no_mesh():  # said, because jax 0.12 would move the heads' axis to the groups where there is one key head
+        batch, time, _, width = jax.typeof(q_BTNH).sharding.spec
+        grouped = jax.sharding.PartitionSpec(batch, time, jax.typeof(k_BKSH).sharding.spec[1], None, width)
+    q_BTKGH = jnp.reshape(q_BTNH * scale, (B, T, K, N // K, H), out_sharding=grouped)
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
     slopes_KG = jnp.asarray(alibi_slopes(N)).reshape(K, N // K)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
 
@@ -139,7 +144,9 @@ def dot_product_attention(
         out_BKGTH = jnp.concatenate([rows(start, end, end) for start, end in bounds], axis=3)
     else:
         out_BKGTH = rows(0, T, k_BKSH.shape[2])
-    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return jnp.reshape(
+        out_BKGTH.transpose(0, 3, 1, 2, 4), (B, T, N, H), out_sharding=None if no_mesh() else jax.typeof(q_BTNH).sharding.spec
+    )
 
 
 class Attention(nnx.Module):

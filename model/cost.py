@@ -76,7 +76,8 @@ def keys_seen(config: ModelConfig, layer: str, length: int) -> float:
         return float(length) if a.mask == "bidirectional" else length / 2
     if layer == "sliding":
         window = min(a.window, length)
-        return window - window**2 / (2 * length) if a.mask != "bidirectional" else min(2 * window, length)
+        one_side = window - window**2 / (2 * length)
+        return 2 * one_side - 1 + window / length if a.mask == "bidirectional" else one_side  # itself counted once
     seen = 0
     blocks = -(-length // a.block_size)
     for q in range(blocks):

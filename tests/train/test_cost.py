@@ -101,7 +101,7 @@ def seen_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
 
 @given(
     st.integers(1, 40), st.integers(1, 50), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4),
-    st.sampled_from([("causal", "global"), ("bidirectional", "global"), ("causal", "sliding"),
+    st.sampled_from([("causal", "global"), ("bidirectional", "global"), ("bidirectional", "sliding"), ("causal", "sliding"),
                      ("causal", "block_sparse"), ("bidirectional", "block_sparse")]),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
