@@ -115,7 +115,14 @@ def line(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument(
+        "--processor-time", action="store_true",
+        help="compare processor seconds: for a machine that others use, as in: taskset -c 0 python -m experiments.bench --processor-time",
+    )  # fmt: skip
+    args = parser.parse_args()
+    rounds = args.rounds
+    if args.processor_time:
+        Contestant.clock = "processor"
     dense = {name: ("experiments.bench.torch_model", name.split()[-1]) for name in ("PyTorch eager", "torch compile")}
     mixtral = {f"Mixtral {name}": ("experiments.bench.hf", "moe", name) for name in ("eager", "grouped_mm")}
     rows = []
@@ -132,6 +139,7 @@ def main() -> None:
         "device": processor(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
+        "clock": Contestant.clock,
         "rounds": rounds,
         "rows": [row._asdict() for row in rows],
     }
