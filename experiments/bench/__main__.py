@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def _contest_row(name: str, result: Contest, unit: str, tokens: int | None = Non
     return Row(name, ours, theirs, result.ratio, unit, note)
 
 
-def _train_rows(kind: str, rivals: dict[str, tuple[str, ...]], rounds: int) -> Iterator[Row]:
+def _train_rows(kind: str, rivals: Mapping[str, tuple[str, ...]], rounds: int) -> Iterator[Row]:
     contestants = [Contestant("experiments.bench.train_step", kind), *(Contestant(*args) for args in rivals.values())]
     ours, facts = contestants[0], contestants[0].facts
     for name, result in zip(rivals, compete(*contestants, rounds=rounds), strict=True):
@@ -102,7 +102,7 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
 
 
 def line(row: Row) -> str:

@@ -22,12 +22,14 @@ from sharding.rules import ShardingRules
 def llama_weights(model: Transformer) -> dict[str, np.ndarray]:
     """Names and layouts of transformers' LlamaForCausalLM: matrices [outputs, inputs]."""
     D = DENSE.embed_dim
+    (block,) = model.stacks[0]
+    assert model.head is not None and model.final_norm is not None
+    assert block.attention_norm is not None and block.mlp_norm is not None
     weights = {
         "model.embed_tokens.weight": model.embedding[...],
         "model.norm.weight": model.final_norm.scale[...],
         "lm_head.weight": model.head[...].T,
     }
-    (block,) = model.stacks[0]
     for i in range(DENSE.num_layers):
         layer = {
             "input_layernorm": block.attention_norm.scale[i],
@@ -48,7 +50,8 @@ def main(batch: int, file: str) -> None:
     model = jax.jit(lambda: Transformer(jax.random.key(0), DENSE, ShardingRules()))()
     ids = prompts(batch)
     predictions = jax.jit(lambda model, ids: logits(model, forward(model, ids).hidden_BTD))(model, ids)
-    np.savez(file, prompt_logits=np.asarray(predictions), **llama_weights(model))
+    arrays = {"prompt_logits": np.asarray(predictions), **llama_weights(model)}
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes any keyword for allow_pickle
     flat, params = jax.jit(unstack)(model), SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS)
 
     def work() -> None:

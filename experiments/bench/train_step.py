@@ -21,6 +21,7 @@ def main(kind: str) -> None:
     step = jax.jit(program.step, donate_argnums=0).lower(state, rows).compile()
     compile_seconds = time.perf_counter() - start
     memory = step.memory_analysis()
+    assert memory is not None
     facts = {
         "compile_seconds": compile_seconds,
         "alias_bytes": memory.alias_size_in_bytes,
