@@ -22,19 +22,19 @@ def quickstart() -> Experiment:
         cost="10 min on 2 CPU cores",
         model=ModelConfig(
             num_layers=4,
-            embed_dim=192,
+            embed_dim=128,
             max_length=1024,
-            attention=AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=32, qk_norm="head"),
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm="head"),
             mlp=MLPConfig(kind="swiglu", hidden_dim=512),
             moe=MoEConfig(num_experts=8, top_k=2, hidden_dim=256),
             tied_embeddings=True,
             scan_unroll=0,
         ),
-        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=512, batch_size=8),
+        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=512, batch_size=4, holdout_fraction=0.1),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
+            learning_rate=4e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
         ),
-        train=TrainConfig(steps=1000, eval_every=250, checkpoint_every=250, eval_windows=64),
+        train=TrainConfig(steps=900, eval_every=200, checkpoint_every=200, eval_windows=64, eval_stride=256),
         samples=SampleConfig(),
     )
 

@@ -22,7 +22,7 @@ from model.mlp import activate
 from sharding.manual import vary, varying_axes
 
 Implementation = Literal["ragged", "blocked", "dense"]
-BLOCK_ROWS = 128  # rows of a block: padding wastes half a block an expert, small blocks waste matmul efficiency
+BLOCK_ROWS = 192  # rows of a block: padding wastes half a block an expert, small blocks waste matmul efficiency
 
 
 class Layout(NamedTuple):
