@@ -46,6 +46,11 @@ class TokenizerConfig:
     character_coverage: float = 0.9995  # characters rarer than this are spelled in bytes
     train_bytes: int = 64_000_000  # at most so much text is used to train
 
+    @property
+    def ids(self) -> int:
+        """Ids the tokenizer has, specials and bytes included."""
+        return self.vocab_size if self.kind == "sentencepiece" else len(SPECIAL_PIECES) + 256
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -73,7 +73,14 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
     include = [glob_pattern(glob) for glob in source.include]
     exclude = [glob_pattern(glob) for glob in source.exclude + (STDLIB_EXCLUDE if source.path == "stdlib" else ())]
     found = []
-    for folder, subfolders, files in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"source {source.name!r}: folder {error.filename} cannot be read ({error.strerror}); mend it, or exclude it by "
+            "source.exclude"
+        )
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         prefix = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
         # 'name/**' matches 'name/', so that an excluded folder is not even walked.
         subfolders[:] = [s for s in subfolders if s[0] != "." and not any(e.match(f"{prefix}{s}/") for e in exclude)]

@@ -110,6 +110,11 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
             "model.attention.mask = 'bidirectional': such a model sees the tokens it would have to predict and cannot "
             "generate; use one trained with 'causal' or 'prefix'"
         )
+    if not no_mesh() and any(jax.sharding.get_abstract_mesh().shape[a] > 1 for a in model.rules.activations.sequence):
+        raise ValueError(
+            f"mesh.{model.rules.activations.sequence[0]} > 1: one new token at a time cannot lie on several devices; use a mesh "
+            "whose sequence axis is 1"
+        )
     if not prompts:
         raise ValueError("prompts = []: give at least one prompt")
     if len(params) != len(prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from train.config_io import ConfigError
@@ -33,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved stands, and the same command goes on from there", file=sys.stderr)
         return 130
+    if getattr(args, "distributed", False):
+        # An orderly exit would wait for peers that wait for this process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     return 1
 
 
@@ -70,10 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     evaluate = command("eval", "bits per byte on all held-out files", "RUN")
+    settable(evaluate)
     evaluate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
     evaluate.add_argument("--stride", type=int, help="tokens scored a window; the rest is context (default: the run's)")
 
     generate = command("generate", "continue a prompt", "RUN")
+    settable(generate)
     generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")

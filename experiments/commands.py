@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from experiments.quickstart import EXPERIMENTS
-from experiments.resolve import find_run, load_experiment, resolve
+from experiments.resolve import find_run, load_experiment, resolve, resolve_from
+from train.config import Experiment
+
+HEARTBEAT_SECONDS = 30  # after which the others learn that a process died; jax waits 100
 
 
 class UsageError(ValueError):
@@ -44,8 +48,14 @@ def train(args: argparse.Namespace) -> int:
         join_processes()
     if args.resume and args.run:
         raise UsageError(f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run")
-    path = find_run(args.resume).path if args.resume else _run_path(args.run or args.subject)
-    experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
+    if args.resume:
+        path = find_run(args.resume).path
+        experiment = _load(args.resume, args.overrides)
+        if experiment.name != args.subject:
+            raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
+    else:
+        path = _run_path(args.run or args.subject)
+        experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
     import jax
 
     from experiments.run import run_experiment
@@ -57,19 +67,16 @@ def train(args: argparse.Namespace) -> int:
 
 def eval(args: argparse.Namespace) -> int:
     """Bits per byte of a run's weights on all held-out files, beside compressors."""
-    from dataclasses import replace
-
     from data.compressors import compressed_sizes
-    from data.prepare import heldout_files, prepare
-    from experiments.run import heldout_table, open_trained
+    from data.prepare import heldout_files
+    from experiments.run import heldout_table, open_trained, prepare_data
     from train.loop import evaluate_all
 
     use_compilation_cache()
     run = find_run(args.subject)
-    experiment = load_experiment(run)
-    if args.stride is not None:
-        experiment = replace(experiment, train=replace(experiment.train, eval_stride=args.stride))
-    prepared = prepare(experiment.data, log=print)
+    stride = [] if args.stride is None else [f"train.eval_stride={args.stride}"]
+    experiment = _load(args.subject, args.overrides + stride)
+    prepared = prepare_data(experiment, print)
     program, trained = open_trained(run, experiment, prepared.tokenizer, args.step)
     print(f"weights of step {trained.step}")
     for name, result in evaluate_all(program, trained.model, prepared, full=True).items():
@@ -99,7 +106,7 @@ def generate(args: argparse.Namespace) -> int:
         presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=(end,),
     )  # fmt: skip
     _checked(params.validate)
-    program, trained = open_trained(run, load_experiment(run), tokenizer, args.step)
+    program, trained = open_trained(run, _load(args.subject, args.overrides), tokenizer, args.step)
     prompts = [[end, *tokenizer.encode(text).tolist()] for text in args.prompt]
     with use_mesh(program.mesh):
         if args.stream:
@@ -135,7 +142,9 @@ def join_processes() -> None:
 
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     jax.distributed.initialize(
-        num_processes=int(number) if number else None, process_id=int(index) if index else None
+        num_processes=int(number) if number else None,
+        process_id=int(index) if index else None,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     exit_hard_on_exception()
 
@@ -148,6 +157,12 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _load(name: str, overrides: Sequence[str]) -> Experiment:
+    """The experiment of a run, with overrides, checked for the devices there are."""
+    run = find_run(name)
+    return _checked(lambda: resolve_from(load_experiment(run), overrides))
 
 
 def _console() -> Console:

@@ -66,7 +66,7 @@ summary { cursor: pointer; font-size: 20px; font-weight: 700; margin: 44px 0 12p
 @media (max-width: 760px) { .sample { grid-template-columns: 1fr; } .plots { grid-template-columns: 1fr; } }
 """
 
-BAD_EVENTS = {"nonfinite", "save_failed", "watchdog"}
+BAD_EVENTS = {"nonfinite", "warning"}
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:

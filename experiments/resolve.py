@@ -7,7 +7,6 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from data.config import SPECIAL_PIECES
 from experiments.quickstart import EXPERIMENTS
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
@@ -33,7 +32,12 @@ def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Ex
         near = get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"experiment {name!r} is unknown; {hint}there are {', '.join(EXPERIMENTS)}")
-    experiment = fill_vocabulary(apply_overrides(EXPERIMENTS[name](), overrides))
+    return resolve_from(EXPERIMENTS[name](), overrides, device_count)
+
+
+def resolve_from(experiment: Experiment, overrides: Sequence[str], device_count: int | None = None) -> Experiment:
+    """`resolve` for an experiment at hand, such as that of a run folder."""
+    experiment = fill_vocabulary(apply_overrides(experiment, overrides))
     if device_count is None:
         import jax
 
@@ -44,9 +48,8 @@ def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Ex
 
 def fill_vocabulary(experiment: Experiment) -> Experiment:
     """`model.vocab_size` 0 becomes the tokenizer's, rounded up; another value must hold the tokenizer's ids."""
-    tokenizer = experiment.data.tokenizer
-    needed = tokenizer.vocab_size if tokenizer.kind == "sentencepiece" else 256 + len(SPECIAL_PIECES)
-    given = experiment.model.vocab_size
+    tokenizer, given = experiment.data.tokenizer, experiment.model.vocab_size
+    needed = tokenizer.ids
     if given and given < needed:
         raise ConfigError(
             f"model.vocab_size = {given}: the {tokenizer.kind} tokenizer has {needed} ids; set it to 0 (fitted) or more than that"

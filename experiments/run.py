@@ -46,10 +46,10 @@ def run_experiment(
     """
     started = time.monotonic()
     with _shared_run(path, experiment, overrides, override, say) as run:
-        if run.finished and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
+        if run.finished and run.report.exists() and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
             say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
-        prepared = _prepare(experiment, say)
+        prepared = prepare_data(experiment, say)
         if jax.process_index() == 0:
             write_environment(run, describe_environment())
             prepared.tokenizer.save(run.tokenizer)
@@ -63,14 +63,17 @@ def run_experiment(
         return trained.finished
 
 
-def _prepare(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
+def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
+    """The prepared data of an experiment, the same on every process. Raises DataError, ConfigError."""
     try:
-        return prepare(experiment.data, log=say)
+        prepared = prepare(experiment.data, log=say)
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free the disk, "
             "fix the permissions, or set it to another folder"
         ) from error
+    _agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
+    return prepared
 
 
 @contextlib.contextmanager
@@ -78,13 +81,8 @@ def _shared_run(
     path: Path, experiment: Experiment, overrides: Sequence[str], override: bool, say: Callable[[str], None]
 ) -> Iterator[RunFolder]:
     """The run folder, opened by process 0 for all; every process must have come with the same config."""
-    if jax.process_count() > 1:
-        hashes = multihost_utils.process_allgather(np.uint32(int(config_hash(experiment)[:8], 16)))
-        if len(set(hashes.tolist())) > 1:
-            raise ConfigError(
-                f"the processes were started with different configs (hashes {', '.join(f'{h:08x}' for h in hashes.tolist())} "
-                "by process); start every one with the same experiment and the same --set"
-            )
+    fix = "start every one with the same experiment and the same --set"
+    _agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:
         with open_run(
             path, experiment, overrides=overrides, may_differ=may_differ_on_resume, override=override, notice=say
@@ -94,6 +92,14 @@ def _shared_run(
     else:
         _barrier("run folder open")
         yield RunFolder(path)
+
+
+def _agree(digest: str, wrong: str, fix: str) -> None:
+    """Refuses to go on where the processes hold different things. Raises ConfigError on all of them."""
+    if jax.process_count() > 1:
+        hashes = multihost_utils.process_allgather(np.uint32(int(digest[:8], 16))).tolist()
+        if len(set(hashes)) > 1:
+            raise ConfigError(f"the processes {wrong} (hashes {', '.join(f'{h:08x}' for h in hashes)} by process); {fix}")
 
 
 def _barrier(name: str) -> None:
@@ -139,9 +145,12 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
     config, tokenizer = program.experiment.samples, prepared.tokenizer
     if config.count == 0 or program.experiment.model.attention.mask == "bidirectional":
         return []
-    if jax.process_count() > 1:
-        return []  # `generate` does it afterwards, on one host
+    spread = program.mesh is not None and program.mesh.shape["sequence"] > 1
+    if jax.process_count() > 1 or spread:
+        return []  # `generate` does it afterwards, on one host and another mesh
     cases = _cases(prepared, config)
+    if not cases:
+        return []
     params = [
         SamplingParams(
             temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.new_tokens, seed=i,

@@ -23,10 +23,12 @@ class MeshConfig:
     expert: int = 1  # experts spread over devices
     tensor: int = 1  # heads, MLP columns and vocabulary spread over devices (fastest links)
     sequence: int = 1  # positions of a sequence spread over devices
-    stage: int = 1  # pipeline stages
+    stage: int = 1  # pipeline stages; no rule spreads layers over it by default
 
     def sizes(self, device_count: int) -> tuple[int, ...]:
         """Axis sizes for `device_count` devices, in MESH_AXES order. Raises ValueError if they do not match."""
+        if device_count < 1:
+            raise ValueError(f"{device_count} devices: a mesh needs at least one")
         sizes = dataclasses.asdict(self)
         wild = [name for name, size in sizes.items() if size == -1]
         bad = [name for name, size in sizes.items() if size < 1 and size != -1]

@@ -52,9 +52,13 @@ class ShardingRules:
                         raise ValueError(
                             f"sharding.{side}.{field.name} = {mesh_axis!r}: not a mesh axis; use one of {', '.join(MESH_AXES)}"
                         )
+        if self.weights.layer:
+            raise ValueError(f"sharding.weights.layer = {self.weights.layer}: stacked layers are not spread over devices; set it to ()")
+        of_weights = (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed"))
         meeting = {
-            "weights": (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed")),
+            "weights": of_weights,
             "activations": (
+                *of_weights,  # weights at use are laid out as activations
                 *(("batch", "sequence", last) for last in ("embed", "heads", "kv_heads", "mlp", "vocab")),
                 ("layer", "batch", "kv_heads"),  # a stack of caches
             ),

@@ -8,7 +8,7 @@ from typing import Literal
 from data.config import DataConfig
 from model.config import ModelConfig
 from sharding.mesh import MeshConfig
-from sharding.rules import ShardingRules
+from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,15 @@ class OptimizerConfig:
     def validate(self) -> None:
         """Raises ValueError that names field, value and fix."""
         for name, low, high in (
-            ("final_fraction", 0, 1), ("decay_fraction", 0, 1), ("b1", 0, 1), ("b2", 0, 1),
+            ("final_fraction", 0, 1), ("decay_fraction", 0, 1),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be between {low} and {high}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: a decay rate in [0, 1)")
+        if not self.epsilon > 0:
+            raise ValueError(f"optimizer.epsilon = {self.epsilon}: must be above 0")
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate = {self.learning_rate}: must be above 0")
         if self.warmup_steps < 0 or self.weight_decay < 0:
@@ -71,7 +76,7 @@ class TrainConfig:
         for name in ("steps", "microbatches", "eval_windows", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
-        for name in ("eval_every", "keep_best", "watchdog_seconds", "z_loss"):
+        for name in ("seed", "eval_every", "keep_best", "watchdog_seconds", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be 0 or more")
         for name in ("mask_rate", "fim_rate", "fim_spm_rate"):
@@ -122,10 +127,25 @@ class Experiment:
             )
         self._validate_samples()
         self._validate_objective()
-        self._validate_mesh(dict(zip(("data", "fsdp", "expert", "tensor", "sequence", "stage"), self.mesh.sizes(device_count), strict=True)))
+        stride = self.train.eval_stride
+        if stride is not None and not 1 <= stride <= self.data.sequence_length:
+            raise ValueError(
+                f"train.eval_stride = {stride}: between 1 and data.sequence_length = {self.data.sequence_length} tokens of a "
+                "window are scored, or none for all"
+            )
+        self._validate_mesh(dict(zip(MESH_AXES, self.mesh.sizes(device_count), strict=True)))
 
     def _validate_samples(self) -> None:
         s = self.samples
+        if s.count < 0 or s.prompt_tokens < 2 or s.new_tokens < 1:
+            raise ValueError(
+                f"samples: count = {s.count} must be 0 or more, prompt_tokens = {s.prompt_tokens} at least 2, new_tokens = "
+                f"{s.new_tokens} at least 1"
+            )
+        if not s.temperature >= 0 or not 0 < s.top_p <= 1:
+            raise ValueError(
+                f"samples: temperature = {s.temperature} must be 0 or more, top_p = {s.top_p} in (0, 1]"
+            )
         if s.count and s.prompt_tokens + s.new_tokens > self.model.max_length:
             raise ValueError(
                 f"samples.prompt_tokens = {s.prompt_tokens} + samples.new_tokens = {s.new_tokens}: longer than "
@@ -157,6 +177,13 @@ class Experiment:
                 product *= mesh[name]
             return product
 
+        used = {axis for name in LOGICAL_AXES for axis in getattr(self.sharding.activations, name)}
+        for axis, size in mesh.items():
+            if size > 1 and axis not in used:
+                raise ValueError(
+                    f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so that its devices would "
+                    "repeat each other's work; set it to 1"
+                )
         model, moe = self.model, self.model.moe
         sizes = [
             ("model.attention.num_heads", "heads", model.attention.num_heads),

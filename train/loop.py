@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from data.pipeline import train_batches
+from data.pipeline import mixture, train_batches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
@@ -23,8 +23,9 @@ from sharding.mesh import concrete_shardings, make_mesh, put_batch, use_mesh
 from sharding.peak import peak_flops
 from train.checkpoint import Checkpointer, CheckpointError, Restored
 from train.config import Experiment
+from train.config_io import ConfigError
 from train.evaluate import Evaluation, evaluate, make_score
-from train.objectives import make_objective, next_token
+from train.objectives import make_objective, scoring_objective
 from train.optimizers import make_optimizer, schedule
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
@@ -65,9 +66,15 @@ class Trained:
 
 
 def build(experiment: Experiment) -> Program:
-    """The program of a resolved experiment (its vocabulary known), over all the devices there are."""
+    """The program of a resolved experiment (its vocabulary known), over all the devices there are. Raises ConfigError."""
     model, config = experiment.model, experiment.train
     mesh = make_mesh(experiment.mesh)
+    slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in experiment.sharding.activations.batch)
+    if slices % jax.process_count():
+        raise ConfigError(
+            f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs slices of its "
+            "own; raise mesh.data or mesh.fsdp, and lower mesh.tensor or mesh.sequence"
+        )
     optimizer = make_optimizer(experiment.optimizer, model, config.steps)
 
     def make_state() -> TrainState:
@@ -76,10 +83,10 @@ def build(experiment: Experiment) -> Program:
 
     with use_mesh(mesh):
         abstract_state = concrete_shardings(jax.eval_shape(make_state), mesh)
-    objective = make_objective(config)
+    ids = experiment.data.tokenizer.ids
+    objective = make_objective(config, ids)
     step = make_step(objective, optimizer, schedule(experiment.optimizer, config.steps), config)
-    # Held-out text is scored as text: with fill-in-the-middle too, next tokens in their order.
-    score = jax.jit(make_score(objective if config.objective == "masked" else next_token))
+    score = jax.jit(make_score(scoring_objective(config, ids)))
     spec = experiment.sharding.spec("activations", ("batch", None))
     return Program(experiment, mesh, spec, abstract_state, make_state, step, score)
 
@@ -142,12 +149,13 @@ def train(
     convention = f"FLOPs {CONVENTION}; of the {peak_source}" + (
         f" on {jax.device_count()} devices" if jax.device_count() > 1 else ""
     )
-    bytes_per_token = np.divide(*np.sum([(s.train_bytes, s.train_tokens) for s in prepared.sources], axis=0))
+    shares = [(share, prepared.counts(name)) for name, share in mixture(prepared, experiment.data).items()]
+    bytes_per_token = sum(share * counts.train_bytes / counts.train_tokens for share, counts in shares)
 
     with (
         MetricsWriter(run, sinks=config.sinks, process_index=jax.process_index()) as metrics,
         Checkpointer(
-            str(run.checkpoints), keep_last=config.keep_last, keep_best=config.keep_best, warn=notice
+            str(run.checkpoints), keep_last=config.keep_last, keep_best=config.keep_best, warn=lambda text: warn(text)
         ) as checkpoints,
         StopSignal() as stop,
         Watchdog(config.watchdog_seconds) as watchdog,
@@ -156,12 +164,25 @@ def train(
         ) as batches,
         use_mesh(program.mesh),
     ):
+        step = 0
+
+        def record(row: dict[str, Any]) -> None:
+            """Writes a row; a full disk costs rows, not the run."""
+            try:
+                metrics.write(row)
+            except OSError as error:
+                notice(f"warning: the metrics of step {row['step']} were not written ({error})")
+
+        def warn(text: str) -> None:
+            notice(f"warning: {text}")
+            record({"kind": "event", "step": step, "event": "warning", "message": text})
+
         restored = restore(program, checkpoints, prepared.tokenizer)
         began, seconds_before = time.monotonic(), 0.0
         if restored is None:
             notice(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
             state, first = jax.jit(program.make_state)(), 0
-            metrics.write({
+            record({
                 "kind": "event", "step": 0, "event": "started", "message": f"{counts.total:,} parameters",
                 "parameters_total": counts.total, "parameters_active": counts.active, "mfu_convention": convention,
                 "flops_per_token": flops,
@@ -172,7 +193,7 @@ def train(
             batches.set_state(restored.metadata["data"])
             seconds_before = restored.metadata["seconds"]
             notice(f"resuming from step {first}")
-            metrics.write({"kind": "event", "step": first, "event": "resumed", "message": f"from step {first}"})
+            record({"kind": "event", "step": first, "event": "resumed", "message": f"from step {first}"})
         del restored
 
         def save(state: TrainState, step: int, metric: float | None = None, wait: bool = False) -> None:
@@ -181,6 +202,7 @@ def train(
                 "tokenizer": prepared.tokenizer.identity,
                 "seconds": seconds_before + time.monotonic() - began,
             }
+            watchdog.rest()
             checkpoints.save(step, state, metadata=metadata, metric=metric, wait=wait)
 
         if first >= config.steps:
@@ -189,7 +211,8 @@ def train(
 
         clock = _Clock(flops, None if peak is None else peak * jax.device_count())
         pending: tuple[int, dict[str, Any], dict[str, np.ndarray]] | None = None  # dispatched, not yet read
-        step, done, saved, stopped, refused = first, first, first, False, 0
+        step = done = saved = first
+        stopped, refused = False, 0
 
         def read() -> None:
             """Takes the metrics of the step that was dispatched last, records and shows them."""
@@ -201,9 +224,9 @@ def train(
             row |= clock.rates(done, row.pop("tokens"))
             if (count := row.pop("nonfinite_updates")) > refused:
                 refused = count
-                _report_nonfinite(run, done, row, batch, metrics, notice, config.nonfinite == "stop")
-            if first_process and (done % config.log_every == 0 or done == config.steps or done == first + 1):
-                metrics.write(row)
+                _report_nonfinite(run, done, row, batch, record, notice, config.nonfinite == "stop")
+            if done % config.log_every == 0 or done in (first + 1, config.steps):
+                record(row)
             progress.update(done, row)
 
         with Progress(
@@ -228,10 +251,11 @@ def train(
                     metric = None
                     if evaluating and not stopped:
                         model = state.model if state.ema is None else state.ema
+                        watchdog.rest()  # the first evaluation compiles
                         results = evaluate_all(program, model, prepared, full=False, between=watchdog.beat)
                         for name, result in results.items():
                             row = {"kind": "eval", "step": step, "set": name, **result._asdict()}
-                            metrics.write(row)
+                            record(row)
                             progress.update(step, row)
                         metric = next((r.bits_per_byte for r in results.values()), None)
                         clock.pause()
@@ -251,7 +275,7 @@ def train(
         finished = step >= config.steps
         if not finished:
             message = f"stopped at step {step} after {duration(seconds)}; the same command goes on from there"
-            metrics.write({"kind": "event", "step": step, "event": "stopped", "message": message})
+            record({"kind": "event", "step": step, "event": "stopped", "message": message})
             notice(message)
         return Trained(state, step, finished, seconds)
 
@@ -313,16 +337,19 @@ def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: 
 
 
 def _report_nonfinite(
-    run: RunFolder, step: int, row: dict, batch: dict, metrics: MetricsWriter, notice: Callable[[str], None], stop: bool
+    run: RunFolder, step: int, row: dict, batch: dict, record: Callable[[dict], None], notice: Callable[[str], None], stop: bool
 ) -> None:
     """Saves the batch and says what happened; raises NonfiniteError if the run is to stop."""
     path = run.path / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"
-    np.savez(path, **batch)
+    try:
+        np.savez(path, **batch)
+        kept = f"the batch is in {path.name}"
+    except OSError as error:
+        kept = f"the batch could not be kept ({error})"
     message = (
-        f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were left as they were, the batch "
-        f"is in {path.name}"
+        f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were left as they were, {kept}"
     )
-    metrics.write({"kind": "event", "step": step, "event": "nonfinite", "message": message})
+    record({"kind": "event", "step": step, "event": "nonfinite", "message": message})
     if stop:
         raise NonfiniteError(
             f"{message}. train.nonfinite = 'stop' ended the run: go on without such batches with "

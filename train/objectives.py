@@ -66,23 +66,24 @@ def next_token(
 
 
 def masked(
-    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, special: SpecialTokens, z_loss: float = 0.0
-) -> Loss:
+    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, special: SpecialTokens, ids: int,
+    z_loss: float = 0.0, dropout: bool = True,
+) -> Loss:  # fmt: skip
     """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1): of the chosen, 80 % become <mask>, 10 % a
-    random token, 10 % stay."""
+    random one of the tokenizer's `ids`, 10 % stay."""
     tokens_BT, segments_BT = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
     pick_key, kind_key, random_key, dropout_key = jax.random.split(key, 4)
     shape = tokens_BT.shape
     chosen_BT = (_as_rows(jax.random.uniform(pick_key, shape), tokens_BT) < rate) & (segments_BT > 0)
     kind_BT = _as_rows(jax.random.uniform(kind_key, shape), tokens_BT)
-    random_BT = _as_rows(jax.random.randint(random_key, shape, len(special), model.config.vocab_size), tokens_BT)
+    random_BT = _as_rows(jax.random.randint(random_key, shape, len(special), ids), tokens_BT)
     noised_BT = jnp.where(kind_BT < 0.8, special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
     out = forward(
         model,
         jnp.where(chosen_BT, noised_BT, tokens_BT),
         positions_BT=batch["positions"][:, :-1],
         segment_ids_BT=segments_BT,
-        dropout_key=dropout_key,
+        dropout_key=dropout_key if dropout else None,
     )
     return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss, rate * (segments_BT > 0).sum())
 
@@ -118,10 +119,11 @@ def rearrange_middle(
     special: SpecialTokens,
 ) -> Int[Array, "B W"]:
     """In a row chosen with probability `rate`, the longest segment is cut at two uniform places and rearranged:
-    PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle, or, with probability `spm_rate`,
-    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle (sec. 3 there, the variant that shares prefixes).
+    PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle <end>, or, with probability `spm_rate`,
+    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (sec. 3 there, the variant that shares prefixes).
 
-    Its first token (<end>, which opens a document) stays first, and its last three tokens make room for the marks.
+    Its first token (<end>, which opens a document) stays first, and its last four tokens make room for the marks and for
+    the <end> that says where the middle ends.
     Segments shorter than 8 tokens are left alone.
     """
     B = tokens_BW.shape[0]
@@ -143,7 +145,7 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, sp
     sizes_BW = (segments_BW[:, :, None] == jnp.arange(1, W + 1)).sum(1)
     segment_B, size_B = sizes_BW.argmax(1) + 1, sizes_BW.max(1)
     start_B = (segments_BW == segment_B[:, None]).argmax(1)
-    length_B = size_B - 1 - 3  # tokens that are moved: without the first one and the room for the marks
+    length_B = size_B - 1 - 4  # tokens that are moved: without the first one and the room for the marks and the end
     cuts_B2 = jnp.sort((cut_B2 * (length_B[:, None] + 1)).astype(jnp.int32), axis=1)
     prefix_B, middle_B = cuts_B2[:, 0], cuts_B2[:, 1] - cuts_B2[:, 0]
     suffix_B = length_B - cuts_B2[:, 1]
@@ -164,20 +166,28 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, sp
     moved = jnp.where(at == 0, special.fim_prefix, moved)
     moved = jnp.where(at == suffix_at - 1, special.fim_suffix, moved)
     moved = jnp.where(at == jnp.where(spm, suf + 2, pre + suf + 2), special.fim_middle, moved)
-    inside = (at >= 0) & (at < length_B[:, None] + 3)
+    moved = jnp.where(at == length_B[:, None] + 3, special.end, moved)
+    inside = (at >= 0) & (at < length_B[:, None] + 4)
     chosen_B = (row_B < rate) & (size_B >= 8)
     return jnp.where(inside & chosen_B[:, None], moved, tokens_BW)
 
 
-def make_objective(config: TrainConfig) -> Objective:
-    """The configured objective."""
+def make_objective(config: TrainConfig, ids: int) -> Objective:
+    """The configured objective for a tokenizer of so many ids."""
     special = SpecialTokens()
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=special, z_loss=config.z_loss)
+        return partial(masked, rate=config.mask_rate, special=special, ids=ids, z_loss=config.z_loss)
     if config.objective == "fill_in_middle":
         rate, spm_rate = config.fim_rate, config.fim_spm_rate
         return partial(fill_in_middle, rate=rate, spm_rate=spm_rate, special=special, z_loss=config.z_loss)
     return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=config.z_loss)
+
+
+def scoring_objective(config: TrainConfig, ids: int) -> Objective:
+    """What held-out text is scored by, without dropout: the masked objective, or the next tokens in their order."""
+    if config.objective == "masked":
+        return partial(masked, rate=config.mask_rate, special=SpecialTokens(), ids=ids, dropout=False)
+    return lambda model, batch, key: next_token(model, batch, None)
 
 
 def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float, routed: Array) -> Loss:

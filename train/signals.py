@@ -163,6 +163,10 @@ class Watchdog:
         """Says that the loop goes on."""
         self._beaten = time.monotonic()
 
+    def rest(self) -> None:
+        """Stops the clock until the next beat: for work whose length is its own, such as a save that is waited for."""
+        self._beaten = None
+
     def _watch(self) -> None:
         while not self._left.wait(self._seconds / 10):
             if self._beaten is not None and time.monotonic() - self._beaten > self._seconds:

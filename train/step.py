@@ -14,6 +14,7 @@ from model.transformer import Transformer, compute_dtype
 from train.config import TrainConfig
 from train.objectives import Batch, Loss, Objective
 
+SMALLEST_LOSS_SCALE = 2.0**-24  # below 1, since gradients are of a sum over tokens
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps after which a float16 loss scale doubles (Micikevicius et al. 2018)
 
 
@@ -73,7 +74,7 @@ def make_step(
         metrics = loss.metrics | {
             "grad_norm": norm,
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
-            "tokens": loss.count,
+            "tokens": (batch["segment_ids"][:, 1:] > 0).sum().astype(jnp.float32),
             "loss_scale": state.loss_scale,
             "nonfinite": nonfinite,
         }
@@ -122,6 +123,6 @@ def next_loss_scale(state: TrainState, finite: Array) -> tuple[Array, Array, Arr
     if compute_dtype(state.model.config) != jnp.float16:
         return state.loss_scale, state.finite_steps, jnp.zeros_like(finite)
     grow = finite & (state.finite_steps + 1 >= LOSS_SCALE_GROWTH_STEPS)
-    overflow = ~finite & (state.loss_scale > 1.0)
+    overflow = ~finite & (state.loss_scale > SMALLEST_LOSS_SCALE)
     scale = jnp.where(overflow, state.loss_scale / 2, jnp.where(grow, state.loss_scale * 2, state.loss_scale))
     return scale, jnp.where(finite & ~grow, state.finite_steps + 1, 0), overflow

@@ -63,6 +63,15 @@ def settings(*pairs: str) -> list[str]:
         (["train.log_every=0"], ["train.log_every = 0", "at least 1"]),
         (["data.sources.0.weight=-1"], ["'stdlib'", "weight = -1"]),
         (["sharding.weights.mlp=tensr"], ["sharding.weights.mlp = 'tensr'", "tensor"]),
+        (["sharding.activations.embed=tensor"], ["sharding.activations", "'tensor' is used twice", "embed"]),
+        (["sharding.weights.layer=stage"], ["sharding.weights.layer", "set it to ()"]),
+        (["mesh.stage=2", "mesh.fsdp=4"], ["mesh.stage = 2", "set it to 1"]),
+        (["train.eval_stride=129"], ["train.eval_stride = 129", "data.sequence_length = 128"]),
+        (["train.objective=prefix"], ["train.objective = 'prefix'", "model.attention.mask = 'causal'"]),
+        (["samples.temperature=-1"], ["temperature = -1.0", "0 or more"]),
+        (["samples.new_tokens=0"], ["new_tokens = 0", "at least 1"]),
+        (["optimizer.b1=1"], ["optimizer.b1 = 1.0", "[0, 1)"]),
+        (["optimizer.epsilon=0"], ["optimizer.epsilon = 0.0", "above 0"]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "show"])

@@ -9,9 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data.tokenizer import ByteTokenizer
+from experiments.quickstart import EXPERIMENTS
+from experiments.run import complete_heldout
 from tests.experiments.command_line import call, final_row, printed_bits, refusal, tiny_overrides, write_folder
 from train.records import read_metrics
 
@@ -79,6 +83,19 @@ def test_eval_prints_the_figure_of_the_final_row(place, capsys):
     assert printed_bits(out) == pytest.approx(final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=5e-5)
 
 
+def test_eval_on_another_mesh_finds_the_same(place, capsys):
+    code, out, _ = call(capsys, "eval", "mine", "--set", "mesh.fsdp=2", "--set", "mesh.data=4")
+    assert code == 0
+    assert printed_bits(out) == pytest.approx(final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=1.5e-4)
+    assert "mesh = (fsdp=3)" in refusal(capsys, "eval", "mine", "--set", "mesh.fsdp=3")
+
+
+def test_without_a_long_held_out_file_there_is_nothing_to_complete():
+    program = SimpleNamespace(experiment=EXPERIMENTS["smoke"](), mesh=None)
+    prepared = SimpleNamespace(tokenizer=ByteTokenizer(), heldout_names=())
+    assert complete_heldout(program, None, prepared) == []
+
+
 def test_eval_refuses_what_it_cannot_do(capsys):
     assert "stride = 1000" in refusal(capsys, "eval", "mine", "--stride", "1000")
     message = refusal(capsys, "eval", "mine", "--step", "7")
@@ -138,8 +155,9 @@ def test_report_is_written_anew(place, capsys):
 
 
 def test_more_steps_resume(place, capsys):
-    """Last: it changes the run."""
-    code, out, _ = call(capsys, "train", "smoke", "--resume", "mine", *tiny_overrides(place), "--set", "train.steps=16")
+    """Last: it changes the run. Resumed by its name, a run keeps what it was started with."""
+    assert "is a run of 'smoke'" in refusal(capsys, "train", "quickstart", "--resume", "mine")
+    code, out, _ = call(capsys, "train", "smoke", "--resume", "mine", "--set", "train.steps=16")
     assert code == 0 and "resuming from step 12" in out and "train.steps: 12 -> 16" in out
     assert final_row(place / "runs" / "mine")["step"] == 16
     rows = read_metrics(place / "runs" / "mine" / "metrics.jsonl")

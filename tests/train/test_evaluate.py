@@ -15,7 +15,7 @@ from tests.data.conftest import byte_config, write_corpus
 from tests.models import random_model, tiny_config
 from train.config import TrainConfig
 from train.evaluate import evaluate, make_score
-from train.objectives import make_objective, next_token
+from train.objectives import next_token, scoring_objective
 
 T = 32
 
@@ -89,6 +89,17 @@ def test_a_part_of_the_windows_counts_its_own_bytes(model, prepared, score):
     assert part.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.2)
 
 
+@pytest.mark.parametrize("objective", ["next_token", "masked"])
+def test_held_out_text_is_scored_without_dropout(prepared, objective):
+    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="causal" if objective == "next_token" else "bidirectional")
+    score = jax.jit(make_score(scoring_objective(TrainConfig(objective=objective), 272)))
+    found = []
+    for rate in (0.0, 0.5):
+        network = random_model(tiny_config(vocab_size=272, num_layers=1, attention=attention, dropout=rate))
+        found.append(evaluate(score, network, prepared, "code", batch_size=8, max_windows=8).loss)
+    assert found[0] == found[1]
+
+
 def test_a_network_that_knows_nothing_pays_the_logarithm_of_its_vocabulary(model, prepared, score):
     blind = jax.tree.map(np.zeros_like, model)
     found = evaluate(score, blind, prepared, "code", batch_size=8)
@@ -100,7 +111,7 @@ def test_masked_prediction_is_scored_per_byte_of_what_it_predicts(prepared):
     """Not per byte of all the text, of which it predicts a part: a network that knows nothing pays as above."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="bidirectional")
     blind = jax.tree.map(np.zeros_like, random_model(tiny_config(vocab_size=272, num_layers=1, attention=attention)))
-    score = jax.jit(make_score(make_objective(TrainConfig(objective="masked", mask_rate=0.15))))
+    score = jax.jit(make_score(scoring_objective(TrainConfig(objective="masked", mask_rate=0.15), 272)))
     found = evaluate(score, blind, prepared, "code", batch_size=8)
     assert found.bits_per_byte == pytest.approx(math.log2(272), rel=0.1)
 

@@ -51,9 +51,9 @@ def programs(data):
         patch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
         objective = loop.make_objective
 
-        def poisoned(config):
+        def poisoned(config, ids):
             def total(model, batch, key):
-                loss = objective(config)(model, batch, key)
+                loss = objective(config, ids)(model, batch, key)
                 factor = jnp.where((batch["tokens"] == POISON).any(), jnp.nan, 1.0)
                 return loss._replace(total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor})
 
@@ -223,6 +223,16 @@ def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undistur
     assert sum("save of step 10 failed: no space left" in n and "last good step 5" in n for n in notices) == 1
     assert bits(trained.state) == bits(undisturbed[1].state)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "5"]
+
+
+def test_a_disk_too_full_for_metrics_costs_rows_not_training(programs, prepared, tmp_path, monkeypatch):
+    def full(self, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.MetricsWriter, "write", full)
+    told: list[str] = []
+    trained = run(with_train(programs["stop"], steps=3), prepared, tmp_path, told)
+    assert trained.finished and any("metrics of step" in text and "No space left" in text for text in told)
 
 
 def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, prepared, tmp_path, monkeypatch):

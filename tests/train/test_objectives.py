@@ -153,7 +153,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(objectives, "forward", fake_forward)
         monkeypatch.setattr(objectives, "token_losses", fake_losses)
         model = random_model(tiny_config(vocab_size=4096))
-        return inputs, masked(model, batch, jax.random.key(seed), rate=rate, special=SPECIAL)
+        return inputs, masked(model, batch, jax.random.key(seed), rate=rate, special=SPECIAL, ids=VOCAB)
 
     return run
 
@@ -191,7 +191,7 @@ def test_masked_tokens_are_predicted_from_both_sides():
     """A last token that is not itself predicted changes the loss of those before it."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="bidirectional")
     model = random_model(tiny_config(attention=attention))
-    objective = make_objective(TrainConfig(objective="masked", mask_rate=0.3))
+    objective = make_objective(TrainConfig(objective="masked", mask_rate=0.3), VOCAB)
     loss = jax.jit(lambda batch, key: objective(model, batch, key))
     batch = whole_rows(0, 1, WIDTH, VOCAB)
     changed = batch | {"tokens": batch["tokens"].copy()}
@@ -208,7 +208,7 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
     """A changed token that is a target leaves the predictions before it as they were; in the prefix it changes them."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="prefix")
     model = random_model(tiny_config(attention=attention))
-    objective = make_objective(TrainConfig(objective="prefix"))
+    objective = make_objective(TrainConfig(objective="prefix"), VOCAB)
     batch = whole_rows(0, ROWS, WIDTH, VOCAB)
     loss = jax.jit(lambda weights, key: objective(model, batch | {"weights": weights}, key))
     counted = np.zeros((ROWS, WIDTH - 1))
@@ -252,6 +252,8 @@ def longest_segment(ids_W: np.ndarray) -> tuple[int, int]:
 def parse(body: list[int]) -> tuple[list[int], list[int], list[int]]:
     """(prefix, middle, suffix) of a rearranged segment without its first token. In the shared SPM form prefix and middle
     stand together: all of it is returned as the middle."""
+    assert body[-1] == SPECIAL.end, "the middle says where it ends"
+    body = body[:-1]
     marks = [body.index(mark) for mark in (SPECIAL.fim_prefix, SPECIAL.fim_suffix, SPECIAL.fim_middle)]
     assert sum(token < FIRST_TEXT_ID for token in body) == 3 and marks == sorted(marks) and marks[0] == 0
     return body[1 : marks[1]], body[marks[2] + 1 :], body[marks[1] + 1 : marks[2]]
@@ -273,7 +275,7 @@ def test_a_rearranged_segment_parses_back_to_its_document(seed, shape, longest, 
         assert (before[outside] == after[outside]).all(), "other segments and padding stay"
         assert before[start] == after[start], "the token that opens the document stays first"
         prefix, middle, suffix = parse(after[inside[1:]].tolist())
-        assert prefix + middle + suffix == before[inside[1:-3]].tolist()
+        assert prefix + middle + suffix == before[inside[1:-4]].tolist()
         if spm_rate == 1.0:
             assert not prefix, "SPM: nothing between the first two marks"
 
@@ -289,7 +291,7 @@ def test_rates_and_cuts_of_the_rearrangement():
     chosen = (moved != tokens).any(1)
     assert abs(chosen.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / rows)
     parts = [parse(row[1:].tolist()) for row in moved[chosen]]
-    length = width - 4
+    length = width - 5
     # Two uniform cuts: each part has a third of the tokens in the mean, a prefix is empty in 1 - (1 - 1/(length+1))^2.
     suffixes = [len(suffix) / length for _, _, suffix in parts]
     assert abs(np.mean(suffixes) - 1 / 3) < 0.05
@@ -321,7 +323,7 @@ def test_rate_zero_is_the_identity_and_a_key_decides_all(seed, other):
 def test_fill_in_middle_is_the_next_token_loss_of_the_rearranged_rows(network):
     model, loss, _ = network
     batch, key = whole_rows(0, ROWS, WIDTH, VOCAB), jax.random.key(5)
-    objective = make_objective(TrainConfig(objective="fill_in_middle", fim_rate=0.7, z_loss=0.01))
+    objective = make_objective(TrainConfig(objective="fill_in_middle", fim_rate=0.7, z_loss=0.01), VOCAB)
     moved = jitted_rearrange(batch["tokens"], batch["segment_ids"], jax.random.split(key)[0], 0.7, 0.5)
     assert (moved != batch["tokens"]).any()
     found = jax.jit(lambda batch: objective(model, batch, key))(batch)

@@ -193,8 +193,8 @@ def test_float16_trains_like_float32_whatever_the_scale(float16):
 
 def test_a_nan_in_float16_at_scale_one_is_an_event(float16):
     compiled, state = float16
-    state, _ = compiled(state._replace(loss_scale=jnp.float32(1.0)), weighted(BATCH, np.nan))
-    assert (int(state.nonfinite), float(state.loss_scale)) == (1, 1.0)
+    state, _ = compiled(state._replace(loss_scale=jnp.float32(2.0**-24)), weighted(BATCH, np.nan))
+    assert (int(state.nonfinite), float(state.loss_scale)) == (1, 2.0**-24)
 
 
 def test_bfloat16_computes_and_float32_remembers():
