@@ -30,11 +30,11 @@ def quickstart() -> Experiment:
             tied_embeddings=True,
             scan_unroll=0,
         ),
-        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=512, batch_size=4, holdout_fraction=0.1),
+        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=256, batch_size=8, holdout_fraction=0.1),
         optimizer=OptimizerConfig(
             learning_rate=4e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
         ),
-        train=TrainConfig(steps=900, eval_every=200, checkpoint_every=200, eval_windows=64, eval_stride=256),
+        train=TrainConfig(steps=1000, eval_every=200, checkpoint_every=200, eval_windows=128, eval_stride=128),
         samples=SampleConfig(),
     )
 
