@@ -34,7 +34,7 @@ def quickstart() -> Experiment:
         optimizer=OptimizerConfig(
             learning_rate=4e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
         ),
-        train=TrainConfig(steps=1000, eval_every=200, checkpoint_every=200, eval_windows=128, eval_stride=128),
+        train=TrainConfig(steps=900, eval_every=200, checkpoint_every=200, eval_windows=128, eval_stride=128),
         samples=SampleConfig(),
     )
 
