@@ -13,7 +13,7 @@ from train.host_memory import keep_freed_memory
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 when it did what was asked, 1 with one paragraph on stderr when the user must change something."""
     args = _parser().parse_args(arguments)
-    if args.command == "train":
+    if args.command in ("train", "eval"):
         keep_freed_memory()
     from data.config import DataError
     from experiments import commands
