@@ -1,0 +1,263 @@
+"""Flash attention (Dao et al. 2022): softmax(q k^T) v without the matrix of weights in memory, forward and backward.
+
+One function, `flash_attention`; `flash_attention_backward` is its second half by itself, for attention whose keys are spread
+over devices. Implementations: 'tpu' (Mosaic), 'hopper' (Mosaic GPU: wgmma, TMA, warp specialization), 'triton' (other GPUs),
+'xla' (plain JAX in tiles with the same memory bound: any device), 'reference' (the formula as it stands, O(T S) memory).
+
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.flash_attention.mask import (
+    EMPTY,
+    FULL,
+    MASKED,
+    PARTIAL,
+    Mask,
+    MaskData,
+    Strided,
+    tile_kinds,
+    visible,
+)
+from pallas_kernels.flash_attention.spec import Extra, Spec, Tiles
+from pallas_kernels.target import target
+
+__all__ = [
+    "EMPTY", "FULL", "IMPLEMENTATIONS", "MASKED", "PARTIAL", "Mask", "Strided", "Tiles", "best_implementation",
+    "flash_attention", "flash_attention_backward", "tile_kinds", "visible",
+]  # fmt: skip
+
+IMPLEMENTATIONS = ("tpu", "hopper", "triton", "xla", "reference")
+CAUSAL, DEFAULT_TILES = Mask(), Tiles()
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Pair = tuple[Int[Array, "B T"], Int[Array, "B S"]]
+
+
+def flash_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
+    *,
+    mask: Mask = CAUSAL,
+    offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    segment_ids: Int[Array, "B T"] | Pair | None = None,
+    positions: Int[Array, "B T"] | Pair | None = None,
+    prefix_BS: Bool[Array, "B S"] | None = None,
+    blocks_BNIJ: Bool[Array, "B|1 N|1 I J"] | None = None,
+    bias_BNTS: Float[Array, "B|1 N|1 T S"] | None = None,
+    alibi_N: Float[Array, "N"] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    sinks_N: Float[Array, "N"] | None = None,
+    dropout: float = 0.0,
+    seed: Int[Array, ""] | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+    implementation: str | None = None,
+    interpret: bool = False,
+    return_lse: bool = False,
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
+    """softmax(scale * q k^T ...) v over the keys that each query sees.
+
+    A logit is scale * q.k; then softcap * tanh(logit / softcap) (Gemma 2); then + bias - alibi * |query slot - key slot|
+    (Press et al. 2022); then the mask. Head n attends to key/value head n // (N / K) (Ainslie et al. 2023).
+
+    q, k, v: float32, bfloat16 or float16, of one dtype; sums, softmax and lse in float32. `scale`: default H ** -0.5.
+    `offset`: slot of the first query, where the first key has slot 0: S - T to continue a row; one number or one a row.
+    An int is compiled in (and its empty tiles with it), an array is data.
+    `segment_ids`: packed rows; queries see keys of their own id. One array for both sides, or (of queries, of keys).
+    `positions`: what `mask.strided` counts blocks by; default: slots. `prefix_BS`: keys that every query of their segment
+    sees, whatever causal, window and strided say. `blocks_BNIJ`: which blocks of mask.block_shape may be seen at all.
+    `sinks_N`: logits of a key that is always seen and whose value is zero (gpt-oss).
+    `dropout`: probability that a weight is dropped, the others scaled by 1 / (1 - dropout); needs `seed`, int32; the same
+    seed drops the same weights in every implementation and tiling.
+    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises ValueError.
+    `interpret` runs a Pallas kernel on the CPU, slowly, for tests.
+
+    Differentiable with respect to q, k, v, bias and sinks, through both results; not to alibi. Memory beside inputs and
+    outputs: O(B N T), except with 'reference', or where a bias is given, whose gradient is as large as it is.
+    Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included; a query
+    that sees nothing has out 0 and lse MASKED. Raises ValueError on arguments that do not fit, naming them.
+    """
+    B, T, N, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
+    S = k_BSKH.shape[1]
+    mask.validate()
+    tiles.validate()
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap}: must be above 0; None for none")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout = {dropout}: a probability in [0, 1)")
+    if dropout and seed is None:
+        raise ValueError(f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer")
+    q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, S))
+    q_positions, k_positions = _pair("positions", positions, (B, T), (B, S))
+    if not isinstance(offset, int):
+        if offset.shape not in ((), (B,)):
+            raise ValueError(f"offset of shape {offset.shape}: an int, a scalar, or one a row, ({B},)")
+        offset = jnp.broadcast_to(offset.astype(jnp.int32), (B,))
+    _check_shape("prefix_BS", prefix_BS, ((B,), (S,)))
+    if (blocks_BNIJ is None) != (mask.block_shape is None):
+        raise ValueError(f"blocks_BNIJ and mask.block_shape = {mask.block_shape} go together: give both or neither")
+    if mask.block_shape is not None:
+        counts = -(-T // mask.block_shape[0]), -(-S // mask.block_shape[1])
+        _check_shape("blocks_BNIJ", blocks_BNIJ, ((1, B), (1, N), counts[:1], counts[1:]))
+    _check_shape("bias_BNTS", bias_BNTS, ((1, B), (1, N), (T,), (S,)))
+    _check_shape("alibi_N", alibi_N, ((N,),))
+    _check_shape("sinks_N", sinks_N, ((N,),))
+    data = MaskData(offset, q_segments, k_segments, q_positions, k_positions, prefix_BS, blocks_BNIJ)
+    in_float32 = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    extra = Extra(
+        data,
+        in_float32(bias_BNTS),
+        None if alibi_N is None else jax.lax.stop_gradient(in_float32(alibi_N)),
+        in_float32(sinks_N),
+        jnp.asarray(seed, jnp.int32) if dropout else None,
+    )
+    spec = Spec(mask, H**-0.5 if scale is None else float(scale), softcap, float(dropout), tiles, interpret)
+    name = _choose(implementation, spec, q_BTNH, k_BSKH, v_BSKV, extra)
+    out, lse = _attend(name, spec, offset if isinstance(offset, int) else None, q_BTNH, k_BSKH, v_BSKV, _traced(extra))
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_backward(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
+    out_BTNV: Float[Array, "B T N V"],
+    lse_BNT: Float[Array, "B N T"],
+    dout_BTNV: Float[Array, "B T N V"],
+    *,
+    mask: Mask = CAUSAL,
+    offset: int | Int[Array, ""] | Int[Array, "B"] = 0,
+    segment_ids: Int[Array, "B T"] | Pair | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    alibi_N: Float[Array, "N"] | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
+    """The gradients (dq, dk, dv) that these keys contribute, where `out`, `lse` and `dout` belong to whole rows, which
+    may see other keys too: summed over all parts of the keys they are the gradients of the whole. Arguments as in
+    `flash_attention`."""
+    B, T, _, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
+    q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, k_BSKH.shape[1]))
+    offset = offset if isinstance(offset, int) else jnp.broadcast_to(offset.astype(jnp.int32), (B,))
+    extra = Extra(MaskData(offset, q_segments, k_segments), alibi_N=alibi_N)
+    spec = Spec(mask, H**-0.5 if scale is None else float(scale), softcap, 0.0, tiles, interpret)
+    name = _choose(implementation, spec, q_BTNH, k_BSKH, v_BSKV, extra)
+    return _backward(name, spec, q_BTNH, k_BSKH, v_BSKV, extra, out_BTNV, lse_BNT, dout_BTNV, None)[:3]
+
+
+def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
+    """Implementations for a backend, the fastest first. `device_kind` as jax.Device says it."""
+    if platform == "tpu":
+        return ("tpu", "xla")
+    if platform in ("gpu", "cuda"):
+        return ("hopper", "triton", "xla") if any(f"H{n}00" in device_kind for n in (1, 2, 8)) else ("triton", "xla")
+    return ("xla",)
+
+
+def _choose(implementation: str | None, spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str:
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None")
+        reason = _module(implementation).unsupported(spec, q, k, v, extra)
+        if reason is not None:
+            raise ValueError(f"implementation = {implementation!r}: {reason}")
+        return implementation
+    for name in best_implementation(*target()):
+        if _module(name).unsupported(spec, q, k, v, extra) is None:
+            return name
+    raise AssertionError("xla supports every call")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.flash_attention.{name}")
+
+
+def _traced(extra: Extra) -> Extra:
+    """Without what is no array: a static offset travels beside."""
+    static = isinstance(extra.data.offset, int)
+    return extra._replace(data=extra.data._replace(offset=None)) if static else extra
+
+
+def _whole(extra: Extra, offset: int | None) -> Extra:
+    return extra if offset is None else extra._replace(data=extra.data._replace(offset=offset))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(name: str, spec: Spec, offset: int | None, q, k, v, extra: Extra):
+    return _module(name).forward(spec, q, k, v, _whole(extra, offset))
+
+
+def _attend_forward(name, spec, offset, q, k, v, extra):
+    out, lse = _attend(name, spec, offset, q, k, v, extra)
+    return (out, lse), (q, k, v, extra, out, lse)
+
+
+def _attend_backward(name, spec, offset, kept, cotangents):
+    q, k, v, extra, out, lse = kept
+    dout, dlse = cotangents
+    dq, dk, dv, dbias, dsinks = _backward(name, spec, q, k, v, _whole(extra, offset), out, lse, dout, dlse)
+    zeros = jax.tree.map(lambda x: None, extra)
+    return dq, dk, dv, zeros._replace(bias_BNTS=dbias, sinks_N=dsinks)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _backward(name, spec, q, k, v, extra: Extra, out, lse, dout, dlse):
+    wide = lse.dtype
+    delta_BNT = jnp.einsum("btnv,btnv->bnt", out.astype(wide), dout.astype(wide))
+    if dlse is not None:
+        delta_BNT = delta_BNT - dlse
+    blind = lse <= MASKED / 2
+    closed_BNT = jnp.where(blind, -MASKED, lse)  # exp(logit - lse) is then zero for every key
+    dq, dk, dv, dbias = _module(name).backward(spec, q, k, v, extra, closed_BNT, delta_BNT, dout)
+    dsinks = None
+    if extra.sinks_N is not None:
+        dsinks = -(jnp.exp(extra.sinks_N[:, None] - closed_BNT) * delta_BNT).sum((0, 2))
+    return dq, dk, dv, dbias, dsinks
+
+
+def _check_qkv(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: must be [B, T, N, H], [B, S, K, H] and [B, S, K, V]")
+    if not q.dtype == k.dtype == v.dtype or q.dtype.name not in DTYPES:
+        raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: must share one of {', '.join(DTYPES)}; cast them")
+    B, T, N, H = q.shape
+    if k.shape[0] != B or v.shape[:3] != k.shape[:3] or k.shape[3] != H:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: must be [B, T, N, H], [B, S, K, H] and [B, S, K, V]")
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        raise ValueError(f"q {q.shape}, k {k.shape}, v {v.shape}: no dimension may be empty")
+    if N % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads: must divide the {N} heads of q")
+    return B, T, N, H
+
+
+def _pair(name: str, given, q_shape: tuple[int, int], k_shape: tuple[int, int]):
+    if given is None:
+        return None, None
+    q, k = given if isinstance(given, tuple) else (given, given)
+    if q.shape != q_shape or k.shape != k_shape:
+        raise ValueError(
+            f"{name} of shapes {q.shape} and {k.shape}: must be {q_shape} for queries and {k_shape} for keys; "
+            "give (of queries, of keys) where they differ"
+        )
+    return q.astype(jnp.int32), k.astype(jnp.int32)
+
+
+def _check_shape(name: str, x: Array | None, allowed: tuple[tuple[int, ...], ...]) -> None:
+    if x is not None and (x.ndim != len(allowed) or any(n not in ok for n, ok in zip(x.shape, allowed, strict=True))):
+        wanted = ", ".join(" or ".join(str(n) for n in dict.fromkeys(ok)) for ok in allowed)
+        raise ValueError(f"{name} of shape {x.shape}: must be ({wanted})")

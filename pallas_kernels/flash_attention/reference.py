@@ -1,0 +1,100 @@
+"""Attention as its formula says, exact and plain: the whole matrix of logits at once, gradients by JAX. O(T S) memory.
+
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V that of the values.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.flash_attention.dropout import keep
+from pallas_kernels.flash_attention.mask import MASKED, visible
+from pallas_kernels.flash_attention.spec import Extra, Spec
+
+
+def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+    """The reference runs everything."""
+    return None
+
+
+def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extra) -> tuple[Array, Array]:
+    """See spec.py."""
+    B, T, N, _ = q_BTNH.shape
+    logits, seen = logits_and_seen(spec, q_BTNH, k_BSKH, extra)
+    logits = jnp.where(seen, logits, MASKED)
+    top = logits.max(-1, keepdims=True)
+    if extra.sinks_N is not None:
+        top = jnp.maximum(top, extra.sinks_N[:, None, None])
+    top = jax.lax.stop_gradient(top)
+    p = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = p.sum(-1, keepdims=True)
+    if extra.sinks_N is not None:
+        total = total + jnp.exp(extra.sinks_N[:, None, None] - top)
+    sees = total > 0
+    total = jnp.where(sees, total, 1.0)
+    lse_BNT = jnp.where(sees, top + jnp.log(total), MASKED)[..., 0]
+    p = p / total
+    if spec.dropout:
+        index = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
+                 ((B, (B, 1, 1, 1)), (N, (N, 1, 1)), (T, (T, 1)), (k_BSKH.shape[1], (1, -1)))]  # fmt: skip
+        p = jnp.where(keep(extra.seed, *index, spec.dropout), p / (1.0 - spec.dropout), 0.0)
+    v = jnp.repeat(v_BSKV.astype(p.dtype), N // v_BSKV.shape[2], axis=2)
+    out_BTNV = jnp.einsum("bnts,bsnv->btnv", p, v, precision="highest")
+    return out_BTNV.astype(q_BTNH.dtype), lse_BNT
+
+
+def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> tuple[Array, Array]:
+    """Logits before the mask, [B, N, T, S], and which of them count, broadcastable to that; float32, or the inputs' own
+    dtype where it is wider."""
+    T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    k = jnp.repeat(k_BSKH, N // k_BSKH.shape[2], axis=2)
+    logits = spec.scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH.astype(wide), k.astype(wide), precision="highest")
+    if spec.softcap is not None:
+        logits = spec.softcap * jnp.tanh(logits / spec.softcap)
+    data = extra.data
+    q_slot = jnp.atleast_1d(data.offset)[:, None, None, None] + jnp.arange(T)[:, None]
+    k_slot = jnp.arange(S)[None, :]
+    if extra.bias_BNTS is not None:
+        logits = logits + extra.bias_BNTS
+    if extra.alibi_N is not None:
+        logits = logits - extra.alibi_N[:, None, None] * jnp.abs(q_slot - k_slot)
+    column = lambda x: None if x is None else x[:, None, :, None]
+    row = lambda x: None if x is None else x[:, None, None, :]
+    seen = visible(
+        spec.mask, q_slot, k_slot, column(data.q_segments_BT), row(data.k_segments_BS),
+        column(data.q_positions_BT), row(data.k_positions_BS), row(data.prefix_BS),
+    )  # fmt: skip
+    seen = jnp.ones((1, 1, T, S), bool) if seen is None else seen
+    if data.blocks_BNIJ is not None and spec.mask.block_shape is not None:
+        rows, columns = jnp.arange(T) // spec.mask.block_shape[0], jnp.arange(S) // spec.mask.block_shape[1]
+        seen = seen & data.blocks_BNIJ[:, :, rows[:, None], columns[None, :]]
+    return logits, seen
+
+
+def backward(spec: Spec, q, k, v, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
+    """See spec.py. The formula of the gradient rather than JAX's, since the row may span more keys than k holds."""
+    N, K = q.shape[2], k.shape[2]
+    bias = extra.bias_BNTS
+
+    def scores(q, k, bias):
+        return logits_and_seen(spec, q, k, extra._replace(bias_BNTS=bias))
+
+    logits, pull, seen = jax.vjp(scores, q, k, bias, has_aux=True)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits, MASKED) - lse_BNT[..., None]), 0.0)
+    wide = p.dtype
+    v_N, dout = jnp.repeat(v.astype(wide), N // K, axis=2), dout_BTNV.astype(wide)
+    dp = jnp.einsum("btnv,bsnv->bnts", dout, v_N, precision="highest")
+    kept = p
+    if spec.dropout:
+        index = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
+                 ((q.shape[0], (-1, 1, 1, 1)), (N, (N, 1, 1)), (q.shape[1], (-1, 1)), (k.shape[1], (1, -1)))]  # fmt: skip
+        keeps = keep(extra.seed, *index, spec.dropout)
+        kept, dp = (jnp.where(keeps, x / (1.0 - spec.dropout), 0.0) for x in (p, dp))
+    dlogits = p * (dp - delta_BNT[..., None])
+    dv_N = jnp.einsum("bnts,btnv->bsnv", kept, dout, precision="highest")
+    dv = dv_N.reshape(*v.shape[:2], K, N // K, v.shape[-1]).sum(3)
+    dq, dk, dbias = pull(dlogits)
+    return dq, dk, dv.astype(v.dtype), dbias
