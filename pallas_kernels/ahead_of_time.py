@@ -1,0 +1,157 @@
+"""Compile for TPUs that are not here, and read what the compiler says about a kernel.
+
+`pip install libtpu` brings the compiler: it needs no TPU. `compile_for` returns JAX's compiled object, whose existence says
+that the kernel lowers and fits in VMEM. `bundles` compiles in a process of its own and returns the length of each region of
+each kernel in VLIW bundles (one is issued a cycle, where no data is waited for), how full its slots are, and its spills.
+Bundles are a static estimate: transfers from HBM that the pipeline does not hide are not in them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+# The smallest topology of each generation.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+# Read when the compiler is loaded, which is at the first topology asked for. The last: several processes at once.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
+
+
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    """A mesh of one device, which is not here, of `target`: a key of TOPOLOGIES. Its one axis is named 'device'.
+
+    Raises ValueError for an unknown target, RuntimeError where libtpu is not installed."""
+    if target not in TOPOLOGIES:
+        raise ValueError(f"target = {target!r}: unknown; use one of {', '.join(TOPOLOGIES)}")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        importlib.import_module("libtpu")
+    except ImportError as error:
+        raise RuntimeError("compiling for a TPU needs its compiler: pip install libtpu") from error
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+    devices = np.asarray(topology.devices[:1])
+    return jax.sharding.Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """`function` compiled for one device of `target`. `arguments`: pytrees of jax.ShapeDtypeStruct (or of anything with
+    shape and dtype). While it is traced, `pallas_kernels.target.target()` names the device. Raises jax.errors.JaxRuntimeError
+    with the compiler's message where it refuses, for one when VMEM does not suffice."""
+    mesh = mesh_of(target)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).lower(*placed).compile()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of bundles of a kernel: a loop, or the body of a `pl.when`. Children lie within their parents."""
+
+    kernel: str
+    number: int
+    parent: int | None
+    kind: str  # 'loop_body', 'pred_region', ...; '' for the whole
+    first: int
+    bundles: int
+    occupancy: dict[str, float]  # share of each kind of slot that is taken, 0 to 1
+    fills: int  # loads and stores of spilled vector registers
+    spills: int
+
+
+def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) -> dict[str, list[Region]]:
+    """The regions of each kernel of a program, by kernel name. `maker`: 'module:function'; called with `arguments` (of
+    JSON) in a new process, it returns (function, arguments) for `compile_for`. Raises RuntimeError if that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=.*(utiliz|post-bundle-packing-post-ra).*"
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        environment = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program that is found there is not dumped
+        command = [sys.executable, "-m", "pallas_kernels.ahead_of_time", target, maker, json.dumps(arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+        if done.returncode:
+            raise RuntimeError(f"compiling {maker} for {target} failed:\n{done.stderr[-4000:]}")
+        return read_dump(Path(folder))
+
+
+def read_dump(folder: Path) -> dict[str, list[Region]]:
+    """What `bundles` returns, of a folder that the compiler wrote."""
+    found: dict[str, list[Region]] = {}
+    for path in sorted(folder.glob("*-post-bundle-packing-post-ra.txt")):
+        stem = re.sub(r"-\d+-post-bundle-packing-post-ra\.txt$", "", path.name)
+        used = next(iter(folder.glob(glob_escape(stem) + "-*-pre-delay_hlo-static-per-bundle-utilization.txt")), None)
+        if used is None or "<" in stem or stem.endswith("-TLP"):
+            continue
+        kernel = re.sub(r"\.\d+$", "", stem.split("-", 1)[1])
+        capacity, table = _utilization(used.read_text())
+        found[kernel] = _regions(kernel, path.read_text(), capacity, table)
+    return found
+
+
+def body(regions: list[Region], least: float = 0.5) -> list[Region]:
+    """The innermost regions with at least `least` of the kernel's matrix multiplications: the bodies of its inner loops, of
+    which one, or one after the other, runs for each tile. Longest first."""
+    with_work = [r for r in regions if r.occupancy["MATMUL"] * r.bundles > 0 and r.kind in ("pred_region", "loop_body")]
+    most = max((r.occupancy["MATMUL"] * r.bundles for r in with_work), default=0.0)
+    leaves = [r for r in with_work if not any(o.parent == r.number and o in with_work for o in regions)]
+    chosen = [r for r in leaves if r.occupancy["MATMUL"] * r.bundles >= least * most] or leaves
+    return sorted(chosen, key=lambda r: -r.bundles)
+
+
+def glob_escape(name: str) -> str:
+    """`name` as a pattern that matches itself."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
+    head, rows = text.split("== UTILIZATION:\n", 1)
+    lines = head.splitlines()
+    names = tuple(name.strip() for name in lines[1].split(","))
+    if names != SLOTS:
+        raise RuntimeError(f"the compiler's table has columns {names}, not {SLOTS}: another libtpu; mend ahead_of_time.py")
+    return np.array(lines[2].split(), int), np.array([row.split() for row in rows.splitlines() if row.strip()], int)
+
+
+def _regions(kernel: str, text: str, capacity: np.ndarray, table: np.ndarray) -> list[Region]:
+    regions = []
+    heads = re.finditer(
+        r"\$region(\d+): #\{[^}]*\}(?: parent=(\d+))?(?: // (\w+))?\n(?:(?!\s*\$region).*\n)*?\s*// region range: \[(\d+), (\d+)\)",
+        text,
+    )
+    for number, parent, kind, first, last in (head.groups() for head in heads):
+        a, b = int(first), int(last)
+        sums = table[a:b].sum(0)
+        share = {name: float(s / (c * max(b - a, 1))) for name, s, c in zip(SLOTS, sums, capacity, strict=True)}
+        fills, spills = (int(sums[SLOTS.index(name)]) for name in ("VLOAD:FILL", "VSTORE:SPILL"))
+        regions.append(Region(kernel, int(number), int(parent) if parent else None, kind or "", a, b - a, share, fills, spills))
+    return regions
+
+
+def _main() -> None:
+    target, maker, arguments = sys.argv[1:]
+    module, name = maker.split(":")
+    function, shapes = getattr(importlib.import_module(module), name)(*json.loads(arguments))
+    compile_for(target, function, *shapes)
+
+
+if __name__ == "__main__":
+    _main()
