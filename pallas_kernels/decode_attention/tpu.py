@@ -1,0 +1,333 @@
+"""Decode attention on TPUs: one pass over the cache by hand-issued copies, two blocks in flight.
+
+The grid is (parts, rows x groups of key heads), the last in order. Keys and values stay in HBM. A step walks over the blocks
+that its row holds (and its window reaches), known from the scalar-prefetched lengths: while a block is worked on, the next
+is fetched, be it of the same row or of the next row that has any. Neither copies nor products touch the rest of the cache. A
+block is `pages` chunks: of a paged cache its pages, of a contiguous one 128 slots, each a copy [heads, chunk, H] of its own,
+so that both caches share all else and give the same bits.
+
+Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in float32, out [R, V] += weights v. Scales enter as
+rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a row's
+first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
+
+VMEM: 2 buffers of block * heads * (H + V) numbers, H and V rounded up to 128 lanes, about 4 MiB together, beside
+queries, results and one head's logits; `plan` keeps the sum within 13 MiB.
+
+Shapes: as in spec.py; C the parts of the cache length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.decode_attention.spec import MASKED, Cache, Spec, block_range, compute_dtype, first_slot, traffic
+from pallas_kernels.target import target
+
+LANES, SUBLANES = 128, 8
+BLOCK_BYTES = 2 << 20  # keys and values of one block: 2.5 us of a v5e's bandwidth, far above a copy's latency
+MAX_BLOCK = 2048
+VMEM_BUDGET = 13 << 20  # of the 16 MiB that a kernel is given on v4, v5e and v5p
+MAX_TABLE_BYTES = 512 << 10  # of the 1 MiB of scalar memory
+MEGACORES = ("TPU v4", "TPU v5p", "TPU v5")  # one device is two cores, which share a grid's parallel dimension
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut up."""
+
+    heads: int  # key heads worked on together; they divide K
+    chunk: int  # slots of one copy: the page size, or 128
+    pages: int  # chunks of a block
+
+    @property
+    def block(self) -> int:
+        """Slots of a block."""
+        return self.chunk * self.pages
+
+
+def default_splits(q_BTNH: Array, cache: Cache) -> int:
+    """One part for each core of a device."""
+    return 2 if target()[1] in MEGACORES else 1
+
+
+def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
+    """Why the kernel cannot run a call."""
+    if cache.k.dtype == jnp.float16:
+        return "caches of float16: the compiler for TPUs has no float16 arithmetic; use bfloat16"
+    slots = cache.k.shape[2]
+    if slots % SUBLANES:
+        what = "slots of a row" if cache.page_table_BP is None else "page_size"
+        return f"{what} = {slots}: must be a multiple of {SUBLANES}, the rows of a tile that copies may not cut"
+    table = 0 if cache.page_table_BP is None else 4 * cache.page_table_BP.size
+    if table > MAX_TABLE_BYTES:
+        return f"page_table_BP of {table} bytes: scalar memory has room for {MAX_TABLE_BYTES}; use larger pages or fewer rows"
+    if plan(spec, q_BTNH, cache) is None:
+        return (
+            f"q {q_BTNH.shape}, k_cache {cache.k.shape}, v_cache {cache.v.shape}: one block of one group of heads needs more "
+            f"than {VMEM_BUDGET >> 20} MiB of VMEM"
+        )
+    return None
+
+
+def plan(spec: Spec, q_BTNH: Array, cache: Cache) -> Plan | None:
+    """The most heads that fit, and blocks of about BLOCK_BYTES; None where nothing fits."""
+    _, T, N, _ = q_BTNH.shape
+    K = cache.k.shape[1]
+    chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
+    unit = math.lcm(chunk, LANES)
+    for heads in sorted((n for n in range(1, K + 1) if K % n == 0), reverse=True):
+        if cache.k_scales is not None and heads < K and heads % SUBLANES:
+            continue  # heads are the rows of a tile of scales
+        per_slot = heads * _slot_bytes(cache)
+        block = min(BLOCK_BYTES // per_slot, MAX_BLOCK, pl.cdiv(cache.capacity, unit) * unit)
+        block = max(block // unit, 1) * unit
+        while block > unit and vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) > VMEM_BUDGET:
+            block -= unit
+        if vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) <= VMEM_BUDGET:
+            return Plan(heads, chunk, block // chunk)
+    return None
+
+
+def _slot_bytes(cache: Cache) -> int:
+    return (_lanes(cache.k.shape[-1]) + _lanes(cache.v.shape[-1])) * cache.k.dtype.itemsize
+
+
+def _lanes(n: int) -> int:
+    return pl.cdiv(n, LANES) * LANES
+
+
+def vmem_bytes(heads: int, block: int, R: int, q_BTNH: Array, cache: Cache) -> int:
+    """VMEM that a call asks for: buffers, scratch, and an estimate of one head's temporaries."""
+    H, V = _lanes(cache.k.shape[-1]), _lanes(cache.v.shape[-1])
+    wide = compute_dtype(q_BTNH.dtype, cache.k.dtype).itemsize
+    rows = pl.cdiv(R, SUBLANES) * SUBLANES
+    buffers = 2 * block * heads * _slot_bytes(cache)
+    if cache.k_scales is not None:
+        chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
+        buffers += 4 * (block // chunk) * pl.cdiv(heads, SUBLANES) * SUBLANES * _lanes(chunk) * 4
+    state = heads * rows * (2 * H * wide + V * 4 * 3 + LANES * 4 * 4)
+    widened = block * (H + V) * wide if wide != cache.k.dtype.itemsize else 0
+    return buffers + state + 3 * rows * block * 4 + widened
+
+
+def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
+    """See spec.py."""
+    B, K, R, H = q_BKRH.shape
+    V = cache.v.shape[-1]
+    q_BTNH = jax.ShapeDtypeStruct((B, spec.T, K * R // spec.T, H), q_BKRH.dtype)
+    cut = plan(spec, q_BTNH, cache)
+    assert cut is not None
+    if q_BKRH.dtype == jnp.float16:
+        q_BKRH = q_BKRH.astype(jnp.float32)
+        out_dtype = jnp.float32
+    q_BKRH = q_BKRH.astype(compute_dtype(q_BKRH.dtype, cache.k.dtype))
+    groups = K // cut.heads
+    row = lambda c, item, *_: (item // groups, item % groups, 0, 0)
+    result = lambda c, item, *_: (c, item // groups, item % groups, 0, 0)
+    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    buffer = lambda width: pltpu.VMEM((2, cut.heads, cut.block, width), cache.k.dtype)
+
+    inputs = {"lengths": (lengths_B, None)}
+    if cache.page_table_BP is not None:  # flat: scalar memory would pad each row to 128
+        inputs["table"] = (cache.page_table_BP.reshape(-1), None)
+    scalars = len(inputs)
+    inputs["q"] = (q_BKRH, pl.BlockSpec((1, cut.heads, R, H), row))
+    if alibi_N is not None:
+        slopes = jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1)
+        inputs["alibi"] = (slopes, pl.BlockSpec((cut.heads, R, 1), lambda c, item, *_: (item % groups, 0, 0)))
+    inputs["k"], inputs["v"] = (cache.k, hbm), (cache.v, hbm)
+    scratch = {"k_buf": buffer(H), "v_buf": buffer(V)}
+    if cache.k_scales is not None:
+        for name, scales in (("ks", cache.k_scales), ("vs", cache.v_scales)):
+            if cache.page_table_BP is None:  # a copy is of whole lanes
+                scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[2] % LANES)))
+            inputs[name] = (scales, hbm)
+            scratch[name + "_buf"] = pltpu.VMEM((2, cut.pages, cut.heads, cut.chunk), jnp.float32)
+    scratch |= {
+        "acc": pltpu.VMEM((cut.heads, R, V), jnp.float32),
+        "top": pltpu.VMEM((cut.heads, R, LANES), jnp.float32),
+        "total": pltpu.VMEM((cut.heads, R, LANES), jnp.float32),
+        "slot": pltpu.SMEM((1,), jnp.int32),
+        "arrived": pltpu.SemaphoreType.DMA((2, 4)),
+    }
+    names = [*inputs, "out", "lse", *scratch]
+    flops, exponentials, moved = traffic(spec, q_BTNH, cache)
+    outs, lses = pl.pallas_call(
+        lambda *refs: _kernel(spec, cut, B * groups, groups, SimpleNamespace(**dict(zip(names, refs, strict=True)))),
+        out_shape=(
+            jax.ShapeDtypeStruct((spec.splits, B, K, R, V), out_dtype),
+            jax.ShapeDtypeStruct((spec.splits, B, K, R, 1), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=scalars,
+            grid=(spec.splits, B * groups),
+            in_specs=[where for _, where in list(inputs.values())[scalars:]],
+            out_specs=(
+                pl.BlockSpec((1, 1, cut.heads, R, V), result),
+                pl.BlockSpec((1, 1, cut.heads, R, 1), result),
+            ),
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=exponentials, bytes_accessed=moved),
+        interpret=spec.interpret,
+        name="decode_attention",
+    )(*(x for x, _ in inputs.values()))
+    return outs, lses[..., 0]
+
+
+def _kernel(spec: Spec, cut: Plan, items: int, groups: int, r: SimpleNamespace) -> None:
+    part, item = pl.program_id(0), pl.program_id(1)
+    length = r.lengths[item // groups]
+    first, end = block_range(spec, length, cut.block, part)
+    r.acc[...] = jnp.zeros_like(r.acc)
+    r.top[...] = jnp.full_like(r.top, MASKED)
+    r.total[...] = jnp.zeros_like(r.total)
+
+    def blocks_of(n):
+        return block_range(spec, r.lengths[jnp.minimum(n, items - 1) // groups], cut.block, part)
+
+    def next_with_blocks(n):
+        def empty(n):
+            first, end = blocks_of(n)
+            return (n < items) & (first >= end)
+
+        return jax.lax.while_loop(empty, lambda n: n + 1, n)
+
+    @pl.when(item == 0)
+    def _():
+        r.slot[0] = 0
+        n = next_with_blocks(0)
+
+        @pl.when(n < items)
+        def _():
+            _copies(spec, cut, groups, r, n, blocks_of(n)[0], 0, lambda copy: copy.start())
+
+    def work(i, _):
+        slot = r.slot[0]
+        last = i + 1 == end
+        n = next_with_blocks(item + last.astype(jnp.int32))
+        after = jnp.where(last, blocks_of(n)[0], i + 1)
+
+        @pl.when(n < items)
+        def _():
+            _copies(spec, cut, groups, r, n, after, 1 - slot, lambda copy: copy.start())
+
+        _copies(spec, cut, groups, r, item, i, slot, lambda copy: copy.wait())
+        _block(spec, cut, r, length, i, slot)
+        r.slot[0] = 1 - slot
+
+    jax.lax.fori_loop(first, end, work, None)
+    for h in range(cut.heads):
+        top, total = r.top[h, :, :1], r.total[h, :, :1]
+        sees = top > MASKED / 2
+        total = jnp.where(sees, total, 1.0)
+        r.out[0, 0, h] = jnp.where(sees, r.acc[h] / total, 0.0).astype(r.out.dtype)
+        r.lse[0, 0, h] = jnp.where(sees, top + jnp.log(total), MASKED)
+
+
+def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slot, act) -> None:
+    """Does `act` to each copy of block i of an item: the chunks in which its row has slots that are seen."""
+    b = item // groups
+    length = r.lengths[b]
+    paged = hasattr(r, "table")
+    heads = pl.ds(0, cut.heads) if groups == 1 else pl.ds((item % groups) * cut.heads, cut.heads)
+    tail = 0 if paged else r.k.shape[2] % cut.chunk
+    arrays = [(r.k, r.k_buf), (r.v, r.v_buf)]
+    scales = [(r.ks, r.ks_buf), (r.vs, r.vs_buf)] if hasattr(r, "ks") else []
+    width = r.table.shape[0] // r.lengths.shape[0] if paged else 0
+
+    def chunk(page, _):
+        place = page - i * cut.pages
+
+        def move(size):
+            for n, (source, buf) in enumerate(arrays):
+                from_ = (
+                    source.at[r.table[b * width + page], heads]
+                    if paged
+                    else source.at[b, heads, pl.ds(pl.multiple_of(page * cut.chunk, cut.chunk), size)]
+                )
+                to = buf.at[slot, :, pl.ds(pl.multiple_of(place * cut.chunk, cut.chunk), size)]
+                act(pltpu.make_async_copy(from_, to, r.arrived.at[slot, n]))
+
+        if tail:
+            whole = page < r.k.shape[2] // cut.chunk
+            pl.when(whole)(partial(move, cut.chunk))
+            pl.when(jnp.logical_not(whole))(partial(move, tail))
+        else:
+            move(cut.chunk)
+        for n, (source, buf) in enumerate(scales):
+            from_ = (
+                source.at[r.table[b * width + page], heads]
+                if paged
+                else source.at[b, heads, pl.ds(pl.multiple_of(page * cut.chunk, cut.chunk), cut.chunk)]
+            )
+            act(pltpu.make_async_copy(from_, buf.at[slot, place], r.arrived.at[slot, 2 + n]))
+
+    start = jnp.maximum(first_slot(spec, length) // cut.chunk, i * cut.pages)
+    jax.lax.fori_loop(start, jnp.minimum(pl.cdiv(length, cut.chunk), (i + 1) * cut.pages), chunk, None)
+
+
+def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
+    """Folds block i, which lies in buffer `slot`, into the state of every head."""
+    R, G = r.q.shape[2], r.q.shape[2] // spec.T
+    dtype = r.q.dtype
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    start, low = i * cut.block, first_slot(spec, length)
+
+    @pl.when((start < low) | (start + cut.block > length))
+    def _():
+        for h in range(cut.heads):
+            slots_S1 = start + jax.lax.broadcasted_iota(jnp.int32, r.v_buf.shape[2:], 0)
+            v_SV = r.v_buf[slot, h]
+            r.v_buf[slot, h] = jnp.where((slots_S1 >= low) & (slots_S1 < length), v_SV, jnp.zeros_like(v_SV))
+
+    slots_1S = start + jax.lax.broadcasted_iota(jnp.int32, (1, cut.block), 1)
+    q_slots_R1 = length - spec.T
+    if spec.T > 1:
+        rows_R1 = jax.lax.broadcasted_iota(jnp.int32, (R, 1), 0)
+        q_slots_R1 += sum((rows_R1 >= t * G).astype(jnp.int32) for t in range(1, spec.T))
+    distance_RS = q_slots_R1 - slots_1S
+    seen_RS = distance_RS >= 0
+    if spec.window is not None:
+        seen_RS &= distance_RS < spec.window
+    if hasattr(r, "ks"):
+        held_1S = (slots_1S >= low) & (slots_1S < length)
+        row = lambda buf: jnp.concatenate([buf[slot, p] for p in range(cut.pages)], axis=-1)
+        ks_KS, vs_KS = row(r.ks_buf), jnp.where(held_1S, row(r.vs_buf), 0.0)
+
+    for h in range(cut.heads):
+        logits_RS = jax.lax.dot_general(
+            r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (1,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        ) * spec.scale  # fmt: skip
+        if hasattr(r, "ks"):
+            logits_RS = logits_RS * ks_KS[h : h + 1]
+        if spec.softcap is not None:
+            logits_RS = spec.softcap * jnp.tanh(logits_RS / spec.softcap)
+        if hasattr(r, "alibi"):
+            logits_RS = logits_RS - r.alibi[h] * distance_RS.astype(jnp.float32)
+        logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
+        before_R1 = r.top[h, :, :1]
+        top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
+        # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of them.
+        weights_RS = jnp.exp(logits_RS - top_R1)
+        keep_R1 = jnp.exp(before_R1 - top_R1)
+        total_R1 = r.total[h, :, :1] * keep_R1 + weights_RS.sum(1, keepdims=True)
+        if hasattr(r, "vs"):
+            weights_RS = weights_RS * vs_KS[h : h + 1]
+        r.acc[h] = r.acc[h] * keep_R1 + jax.lax.dot_general(
+            weights_RS.astype(dtype), r.v_buf[slot, h].astype(dtype), (((1,), (0,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        r.top[h] = jnp.broadcast_to(top_R1, (R, LANES))
+        r.total[h] = jnp.broadcast_to(total_R1, (R, LANES))
