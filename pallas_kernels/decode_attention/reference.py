@@ -18,7 +18,7 @@ def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
 
 def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
     """See spec.py."""
-    B, K, R, _ = q_BKRH.shape
+    _, K, R, _ = q_BKRH.shape
     cache = contiguous(cache, lengths_B)
     slots_S = jnp.arange(cache.k.shape[2], dtype=jnp.int32)
     q_slots_BR = (lengths_B - spec.T)[:, None] + jnp.arange(R) // (R // spec.T)

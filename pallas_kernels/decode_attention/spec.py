@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Int
 
 MASKED = -1e30  # finite, so that a row that sees nothing gives zeros, never NaN
@@ -51,6 +51,16 @@ class Cache(NamedTuple):
         return self.k.shape[2] * (1 if self.page_table_BP is None else self.page_table_BP.shape[1])
 
 
+def div(n, by: int):
+    """n // by for n >= 0, without the signs that `//` looks after in every kernel."""
+    return n if by == 1 else jax.lax.div(n, jnp.full_like(n, by))
+
+
+def cdiv(n, by: int):
+    """n / by rounded up, for n >= 0."""
+    return div(n + (by - 1), by)
+
+
 def first_slot(spec: Spec, length):
     """The first slot that any query of a row of `length` tokens sees."""
     if spec.window is None:
@@ -61,9 +71,9 @@ def first_slot(spec: Spec, length):
 def block_range(spec: Spec, length, block: int, part):
     """[first, end) of the blocks of `block` slots that part `part` of a row of `length` tokens reads. The parts share what
     the row has, not what the cache could hold."""
-    start = first_slot(spec, length) // block
-    end = pl.cdiv(length, block)
-    each = pl.cdiv(end - start, spec.splits)
+    start = div(first_slot(spec, length), block)
+    end = cdiv(length, block)
+    each = cdiv(end - start, spec.splits)
     first = start + part * each
     return first, jnp.maximum(jnp.minimum(first + each, end), first)
 

@@ -10,6 +10,11 @@ Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in floa
 rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a row's
 first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
 
+Layout: where H is no multiple of 128, XLA keeps an array [.., S, H] with S innermost, which pads nothing; a kernel that asked
+for it otherwise would be given a copy of the whole cache. Such caches are taken as [.., H, S], as they lie, if S (or the page
+size) is a multiple of 128. Pages of fewer slots with such an H, and 8-bit caches with pages of fewer than 128 slots (their
+scales), are copied each time: give H = 128 or pages of 128.
+
 VMEM: 2 buffers of block * heads * (H + V) numbers, H and V rounded up to 128 lanes, about 4 MiB together, beside
 queries, results and one head's logits; `plan` keeps the sum within 13 MiB.
 
@@ -29,7 +34,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.decode_attention.spec import MASKED, Cache, Spec, block_range, compute_dtype, first_slot, traffic
+from pallas_kernels.decode_attention.spec import (
+    MASKED,
+    Cache,
+    Spec,
+    block_range,
+    cdiv,
+    compute_dtype,
+    div,
+    first_slot,
+    traffic,
+)
 from pallas_kernels.target import target
 
 LANES, SUBLANES = 128, 8
@@ -47,6 +62,8 @@ class Plan:
     heads: int  # key heads worked on together; they divide K
     chunk: int  # slots of one copy: the page size, or 128
     pages: int  # chunks of a block
+    k_turned: bool  # keys come as [.., H, slots]
+    v_turned: bool
 
     @property
     def block(self) -> int:
@@ -93,12 +110,19 @@ def plan(spec: Spec, q_BTNH: Array, cache: Cache) -> Plan | None:
         while block > unit and vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) > VMEM_BUDGET:
             block -= unit
         if vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) <= VMEM_BUDGET:
-            return Plan(heads, chunk, block // chunk)
+            return Plan(heads, chunk, block // chunk, _turned(cache.k), _turned(cache.v))
     return None
 
 
 def _slot_bytes(cache: Cache) -> int:
-    return (_lanes(cache.k.shape[-1]) + _lanes(cache.v.shape[-1])) * cache.k.dtype.itemsize
+    """VMEM of one slot of one head: its numbers, and what tiles round them up to."""
+    width = lambda x: pl.cdiv(x.shape[-1], 32) * 32 if _turned(x) else _lanes(x.shape[-1])
+    return (width(cache.k) + width(cache.v)) * cache.k.dtype.itemsize
+
+
+def _turned(x: Array) -> bool:
+    """Whether a cache lies with its slots innermost, in whole tiles."""
+    return x.shape[2] % LANES == 0 and x.shape[3] % LANES != 0
 
 
 def _lanes(n: int) -> int:
@@ -131,10 +155,11 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
         out_dtype = jnp.float32
     q_BKRH = q_BKRH.astype(compute_dtype(q_BKRH.dtype, cache.k.dtype))
     groups = K // cut.heads
-    row = lambda c, item, *_: (item // groups, item % groups, 0, 0)
-    result = lambda c, item, *_: (c, item // groups, item % groups, 0, 0)
+    row = lambda c, item, *_: (*_place(item, groups), 0, 0)
+    result = lambda c, item, *_: (c, *_place(item, groups), 0, 0)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    buffer = lambda width: pltpu.VMEM((2, cut.heads, cut.block, width), cache.k.dtype)
+    k, v = (x.swapaxes(2, 3) if turned else x for x, turned in ((cache.k, cut.k_turned), (cache.v, cut.v_turned)))
+    in_two = lambda *shape: pltpu.VMEM((2, cut.heads, *shape), cache.k.dtype)
 
     inputs = {"lengths": (lengths_B, None)}
     if cache.page_table_BP is not None:  # flat: scalar memory would pad each row to 128
@@ -143,9 +168,12 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     inputs["q"] = (q_BKRH, pl.BlockSpec((1, cut.heads, R, H), row))
     if alibi_N is not None:
         slopes = jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1)
-        inputs["alibi"] = (slopes, pl.BlockSpec((cut.heads, R, 1), lambda c, item, *_: (item % groups, 0, 0)))
-    inputs["k"], inputs["v"] = (cache.k, hbm), (cache.v, hbm)
-    scratch = {"k_buf": buffer(H), "v_buf": buffer(V)}
+        inputs["alibi"] = (slopes, pl.BlockSpec((cut.heads, R, 1), lambda c, item, *_: (_place(item, groups)[1], 0, 0)))
+    inputs["k"], inputs["v"] = (k, hbm), (v, hbm)
+    scratch = {
+        "k_buf": in_two(H, cut.block) if cut.k_turned else in_two(cut.block, H),
+        "v_buf": in_two(V, cut.block) if cut.v_turned else in_two(cut.block, V),
+    }
     if cache.k_scales is not None:
         for name, scales in (("ks", cache.k_scales), ("vs", cache.v_scales)):
             if cache.page_table_BP is None:  # a copy is of whole lanes
@@ -185,16 +213,22 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     return outs, lses[..., 0]
 
 
+def _place(item, groups: int):
+    """(row, group of heads) of an item."""
+    row = div(item, groups)
+    return row, item - row * groups
+
+
 def _kernel(spec: Spec, cut: Plan, items: int, groups: int, r: SimpleNamespace) -> None:
     part, item = pl.program_id(0), pl.program_id(1)
-    length = r.lengths[item // groups]
+    length = r.lengths[div(item, groups)]
     first, end = block_range(spec, length, cut.block, part)
     r.acc[...] = jnp.zeros_like(r.acc)
     r.top[...] = jnp.full_like(r.top, MASKED)
     r.total[...] = jnp.zeros_like(r.total)
 
     def blocks_of(n):
-        return block_range(spec, r.lengths[jnp.minimum(n, items - 1) // groups], cut.block, part)
+        return block_range(spec, r.lengths[div(jnp.minimum(n, items - 1), groups)], cut.block, part)
 
     def next_with_blocks(n):
         def empty(n):
@@ -237,44 +271,40 @@ def _kernel(spec: Spec, cut: Plan, items: int, groups: int, r: SimpleNamespace) 
 
 def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slot, act) -> None:
     """Does `act` to each copy of block i of an item: the chunks in which its row has slots that are seen."""
-    b = item // groups
+    b, group = _place(item, groups)
     length = r.lengths[b]
     paged = hasattr(r, "table")
-    heads = pl.ds(0, cut.heads) if groups == 1 else pl.ds((item % groups) * cut.heads, cut.heads)
-    tail = 0 if paged else r.k.shape[2] % cut.chunk
-    arrays = [(r.k, r.k_buf), (r.v, r.v_buf)]
+    heads = pl.ds(0, cut.heads) if groups == 1 else pl.ds(group * cut.heads, cut.heads)
+    capacity = r.k.shape[3 if cut.k_turned else 2]
+    tail = 0 if paged else capacity % cut.chunk
+    arrays = [(r.k, r.k_buf, cut.k_turned), (r.v, r.v_buf, cut.v_turned)]
     scales = [(r.ks, r.ks_buf), (r.vs, r.vs_buf)] if hasattr(r, "ks") else []
     width = r.table.shape[0] // r.lengths.shape[0] if paged else 0
+    start_of = lambda n: pl.multiple_of(n * cut.chunk, cut.chunk)
 
     def chunk(page, _):
         place = page - i * cut.pages
 
         def move(size):
-            for n, (source, buf) in enumerate(arrays):
-                from_ = (
-                    source.at[r.table[b * width + page], heads]
-                    if paged
-                    else source.at[b, heads, pl.ds(pl.multiple_of(page * cut.chunk, cut.chunk), size)]
-                )
-                to = buf.at[slot, :, pl.ds(pl.multiple_of(place * cut.chunk, cut.chunk), size)]
+            for n, (source, buf, turned) in enumerate(arrays):
+                part = lambda at: (slice(None), pl.ds(at, size)) if turned else (pl.ds(at, size),)  # noqa: B023
+                from_ = source.at[r.table[b * width + page], heads] if paged else source.at[b, heads, *part(start_of(page))]
+                to = buf.at[slot, :, *part(start_of(place))]
                 act(pltpu.make_async_copy(from_, to, r.arrived.at[slot, n]))
 
         if tail:
-            whole = page < r.k.shape[2] // cut.chunk
+            whole = page < capacity // cut.chunk
             pl.when(whole)(partial(move, cut.chunk))
             pl.when(jnp.logical_not(whole))(partial(move, tail))
         else:
             move(cut.chunk)
         for n, (source, buf) in enumerate(scales):
-            from_ = (
-                source.at[r.table[b * width + page], heads]
-                if paged
-                else source.at[b, heads, pl.ds(pl.multiple_of(page * cut.chunk, cut.chunk), cut.chunk)]
-            )
+            lanes = pl.ds(start_of(page), cut.chunk)
+            from_ = source.at[r.table[b * width + page], heads] if paged else source.at[b, heads, lanes]
             act(pltpu.make_async_copy(from_, buf.at[slot, place], r.arrived.at[slot, 2 + n]))
 
-    start = jnp.maximum(first_slot(spec, length) // cut.chunk, i * cut.pages)
-    jax.lax.fori_loop(start, jnp.minimum(pl.cdiv(length, cut.chunk), (i + 1) * cut.pages), chunk, None)
+    start = jnp.maximum(div(first_slot(spec, length), cut.chunk), i * cut.pages)
+    jax.lax.fori_loop(start, jnp.minimum(cdiv(length, cut.chunk), (i + 1) * cut.pages), chunk, None)
 
 
 def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
@@ -287,9 +317,9 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
     @pl.when((start < low) | (start + cut.block > length))
     def _():
         for h in range(cut.heads):
-            slots_S1 = start + jax.lax.broadcasted_iota(jnp.int32, r.v_buf.shape[2:], 0)
-            v_SV = r.v_buf[slot, h]
-            r.v_buf[slot, h] = jnp.where((slots_S1 >= low) & (slots_S1 < length), v_SV, jnp.zeros_like(v_SV))
+            slots = start + jax.lax.broadcasted_iota(jnp.int32, r.v_buf.shape[2:], 1 if cut.v_turned else 0)
+            v = r.v_buf[slot, h]
+            r.v_buf[slot, h] = jnp.where((slots >= low) & (slots < length), v, jnp.zeros_like(v))
 
     slots_1S = start + jax.lax.broadcasted_iota(jnp.int32, (1, cut.block), 1)
     q_slots_R1 = length - spec.T
@@ -307,7 +337,7 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
 
     for h in range(cut.heads):
         logits_RS = jax.lax.dot_general(
-            r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (1,)), ((), ())),
+            r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (0 if cut.k_turned else 1,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         ) * spec.scale  # fmt: skip
         if hasattr(r, "ks"):
@@ -326,7 +356,7 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
         if hasattr(r, "vs"):
             weights_RS = weights_RS * vs_KS[h : h + 1]
         r.acc[h] = r.acc[h] * keep_R1 + jax.lax.dot_general(
-            weights_RS.astype(dtype), r.v_buf[slot, h].astype(dtype), (((1,), (0,)), ((), ())),
+            weights_RS.astype(dtype), r.v_buf[slot, h].astype(dtype), (((1,), (1 if cut.v_turned else 0,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
         r.top[h] = jnp.broadcast_to(top_R1, (R, LANES))
