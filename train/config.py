@@ -58,6 +58,7 @@ class TrainConfig:
     fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
     fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
     z_loss: float = 0.0  # coefficient of mean logsumexp(logits)^2 (Chowdhery et al. 2022)
+    loss_chunk: int | None = None  # ids whose logits a device holds at once; none: up to 32,768 all, of more 8,192 at a time
     microbatches: int = 1  # gradients of so many slices of the batch are summed before an update
     ema_decay: float | None = None  # average of the weights, used for evaluation and sampling
     nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite never reaches the weights
@@ -82,6 +83,10 @@ class TrainConfig:
         for name in ("mask_rate", "fim_rate", "fim_spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
+        if self.loss_chunk is not None and self.loss_chunk < 1:
+            raise ValueError(
+                f"train.loss_chunk = {self.loss_chunk}: at least 1 id of the vocabulary (best thousands), or none to leave the choice"
+            )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay = {self.ema_decay}: between 0 and 1, or none")
 

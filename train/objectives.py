@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from data.tokenizer import SpecialTokens
-from model.transformer import Output, Transformer, forward, logits
+from model.transformer import Output, Transformer, forward, head_weight
 from sharding.rules import no_mesh
 from train.config import TrainConfig
+from train.cross_entropy import cross_entropy
 
 Batch = dict[str, Array]
 
@@ -34,21 +35,21 @@ class Loss(NamedTuple):
 Objective = Callable[[Transformer, Batch, PRNGKeyArray], Loss]
 
 
-def token_losses(model: Transformer, hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """Negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T], nats."""
-    logits_BTV = logits(model, hidden_BTD)
-    log_total_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    if no_mesh():
-        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    else:  # the vocabulary may be spread over devices: a masked sum, which XLA fuses, instead of a gather
-        mine = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
-        target_BT = jnp.where(mine, logits_BTV, 0.0).sum(-1)
-    return log_total_BT - target_BT, log_total_BT
+def token_losses(
+    model: Transformer, hidden_BTD: Array, targets_BT: Array, chunk: int | None = None
+) -> tuple[Array, Array]:
+    """Negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T], nats.
+    `chunk`: as TrainConfig.loss_chunk."""
+    head_DV, cap = head_weight(model), model.config.final_softcap
+    if model.head is None:  # turned back into the embedding's own layout: a loop over chunks would else copy it
+        return cross_entropy(hidden_BTD, head_DV.T, targets_BT, vocab_axis=0, softcap=cap, chunk=chunk)
+    return cross_entropy(hidden_BTD, head_DV, targets_BT, softcap=cap, chunk=chunk)
 
 
 def next_token(
-    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0, share: float = 1.0
-) -> Loss:
+    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0, share: float = 1.0,
+    chunk: int | None = None,
+) -> Loss:  # fmt: skip
     """Predict each token from those before it in its segment. `share`: the part of the tokens that `weights` leaves on average."""
     segments = batch["segment_ids"]
     weights_BT = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
@@ -62,12 +63,13 @@ def next_token(
         prefix_BT=batch.get("prefix"),
         dropout_key=key,
     )
-    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss, share * (segments[:, :-1] > 0).sum())
+    routed = share * (segments[:, :-1] > 0).sum()
+    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss, routed, chunk)
 
 
 def masked(
     model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, special: SpecialTokens, ids: int,
-    z_loss: float = 0.0, dropout: bool = True,
+    z_loss: float = 0.0, dropout: bool = True, chunk: int | None = None,
 ) -> Loss:  # fmt: skip
     """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1): of the chosen, 80 % become <mask>, 10 % a
     random one of the tokenizer's `ids`, 10 % stay."""
@@ -85,20 +87,23 @@ def masked(
         segment_ids_BT=segments_BT,
         dropout_key=dropout_key if dropout else None,
     )
-    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss, rate * (segments_BT > 0).sum())
+    routed = rate * (segments_BT > 0).sum()
+    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss, routed, chunk)
 
 
 def fill_in_middle(
     model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, spm_rate: float, special: SpecialTokens,
-    z_loss: float = 0.0,
+    z_loss: float = 0.0, chunk: int | None = None,
 ) -> Loss:  # fmt: skip
     """Next-token loss on rows of which a part is rearranged so that the middle comes last (Bavarian et al. 2022)."""
     move_key, dropout_key = jax.random.split(key)
     tokens = rearrange_middle(batch["tokens"], batch["segment_ids"], move_key, rate, spm_rate, special)
-    return next_token(model, {**batch, "tokens": tokens}, dropout_key, z_loss=z_loss)
+    return next_token(model, {**batch, "tokens": tokens}, dropout_key, z_loss=z_loss, chunk=chunk)
 
 
-def prefix_lm(model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: float = 0.0) -> Loss:
+def prefix_lm(
+    model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: float = 0.0, chunk: int | None = None
+) -> Loss:
     """Next-token loss on what follows a prefix of uniformly drawn length, which is seen from both sides (Raffel et al.
     2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix."""
     cut_key, dropout_key = jax.random.split(key)
@@ -107,7 +112,8 @@ def prefix_lm(model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: fl
     prefix_BT = jnp.arange(W - 1) < cut_B[:, None]
     # The last token of the prefix predicts the first one after it.
     weights_BT = (jnp.arange(1, W) >= cut_B[:, None]).astype(jnp.float32) * batch.get("weights", 1.0)
-    return next_token(model, {**batch, "prefix": prefix_BT, "weights": weights_BT}, dropout_key, z_loss=z_loss, share=0.5)
+    batch = {**batch, "prefix": prefix_BT, "weights": weights_BT}
+    return next_token(model, batch, dropout_key, z_loss=z_loss, share=0.5, chunk=chunk)
 
 
 def rearrange_middle(
@@ -174,26 +180,28 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, sp
 
 def make_objective(config: TrainConfig, ids: int) -> Objective:
     """The configured objective for a tokenizer of so many ids."""
-    special = SpecialTokens()
+    special, common = SpecialTokens(), dict(z_loss=config.z_loss, chunk=config.loss_chunk)
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=special, ids=ids, z_loss=config.z_loss)
+        return partial(masked, rate=config.mask_rate, special=special, ids=ids, **common)
     if config.objective == "fill_in_middle":
-        rate, spm_rate = config.fim_rate, config.fim_spm_rate
-        return partial(fill_in_middle, rate=rate, spm_rate=spm_rate, special=special, z_loss=config.z_loss)
-    return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=config.z_loss)
+        return partial(fill_in_middle, rate=config.fim_rate, spm_rate=config.fim_spm_rate, special=special, **common)
+    return partial(prefix_lm if config.objective == "prefix" else next_token, **common)
 
 
 def scoring_objective(config: TrainConfig, ids: int) -> Objective:
     """What held-out text is scored by, without dropout: the masked objective, or the next tokens in their order."""
+    chunk = config.loss_chunk
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=SpecialTokens(), ids=ids, dropout=False)
-    return lambda model, batch, key: next_token(model, batch, None)
+        return partial(masked, rate=config.mask_rate, special=SpecialTokens(), ids=ids, dropout=False, chunk=chunk)
+    return lambda model, batch, key: next_token(model, batch, None, chunk=chunk)
 
 
-def _loss(model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float, routed: Array) -> Loss:
+def _loss(
+    model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float, routed: Array, chunk: int | None
+) -> Loss:
     """`routed`: what the router's mean losses are multiplied by. It grows with the tokens that were routed, not with the
     targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch."""
-    nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT)
+    nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT, chunk)
     count = weights_BT.sum()
     nll = (nll_BT * weights_BT).sum()
     total = nll + z_loss * (jnp.square(log_total_BT) * weights_BT).sum() if z_loss else nll
