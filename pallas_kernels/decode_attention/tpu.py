@@ -51,6 +51,7 @@ LANES, SUBLANES = 128, 8
 BLOCK_BYTES = 2 << 20  # keys and values of one block: 2.5 us of a v5e's bandwidth, far above a copy's latency
 MAX_BLOCK = 2048
 VMEM_BUDGET = 13 << 20  # of the 16 MiB that a kernel is given on v4, v5e and v5p
+HEADS_AT_ONCE, LOGITS_AT_ONCE = 8, 1 << 15  # whose logits are held together: 32 of 64 vector registers
 MAX_TABLE_BYTES = 512 << 10  # of the 1 MiB of scalar memory
 MEGACORES = ("TPU v4", "TPU v5p", "TPU v5")  # one device is two cores, which share a grid's parallel dimension
 
@@ -335,29 +336,46 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
         row = lambda buf: jnp.concatenate([buf[slot, p] for p in range(cut.pages)], axis=-1)
         ks_KS, vs_KS = row(r.ks_buf), jnp.where(held_1S, row(r.vs_buf), 0.0)
 
-    for h in range(cut.heads):
-        logits_RS = jax.lax.dot_general(
-            r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (0 if cut.k_turned else 1,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        ) * spec.scale  # fmt: skip
-        if hasattr(r, "ks"):
-            logits_RS = logits_RS * ks_KS[h : h + 1]
-        if spec.softcap is not None:
-            logits_RS = spec.softcap * jnp.tanh(logits_RS / spec.softcap)
-        if hasattr(r, "alibi"):
-            logits_RS = logits_RS - r.alibi[h] * distance_RS.astype(jnp.float32)
-        logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
-        before_R1 = r.top[h, :, :1]
-        top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
-        # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of them.
-        weights_RS = jnp.exp(logits_RS - top_R1)
-        keep_R1 = jnp.exp(before_R1 - top_R1)
-        total_R1 = r.total[h, :, :1] * keep_R1 + weights_RS.sum(1, keepdims=True)
-        if hasattr(r, "vs"):
-            weights_RS = weights_RS * vs_KS[h : h + 1]
-        r.acc[h] = r.acc[h] * keep_R1 + jax.lax.dot_general(
-            weights_RS.astype(dtype), r.v_buf[slot, h].astype(dtype), (((1,), (1 if cut.v_turned else 0,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        r.top[h] = jnp.broadcast_to(top_R1, (R, LANES))
-        r.total[h] = jnp.broadcast_to(total_R1, (R, LANES))
+    def heads_at(hs) -> None:
+        """Each stage for all of some heads: what a head waits for is then hidden by the others."""
+        many_RS = [
+            jax.lax.dot_general(
+                r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (0 if cut.k_turned else 1,)), ((), ())),
+                precision=precision, preferred_element_type=jnp.float32,
+            ) * spec.scale
+            for h in hs
+        ]  # fmt: skip
+        state = []
+        for n, h in enumerate(hs):
+            logits_RS = many_RS[n]
+            if hasattr(r, "ks"):
+                logits_RS = logits_RS * ks_KS[h : h + 1]
+            if spec.softcap is not None:
+                logits_RS = spec.softcap * jnp.tanh(logits_RS / spec.softcap)
+            if hasattr(r, "alibi"):
+                logits_RS = logits_RS - r.alibi[h] * distance_RS.astype(jnp.float32)
+            logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
+            before_R1 = r.top[h, :, :1]
+            top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
+            # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of them.
+            weights_RS = jnp.exp(logits_RS - top_R1)
+            keep_R1 = jnp.exp(before_R1 - top_R1)
+            state.append((top_R1, r.total[h, :, :1] * keep_R1 + weights_RS.sum(1, keepdims=True), keep_R1))
+            if hasattr(r, "vs"):
+                weights_RS = weights_RS * vs_KS[h : h + 1]
+            many_RS[n] = weights_RS.astype(dtype)
+        outs_RV = [
+            jax.lax.dot_general(
+                weights_RS, r.v_buf[slot, h].astype(dtype), (((1,), (1 if cut.v_turned else 0,)), ((), ())),
+                precision=precision, preferred_element_type=jnp.float32,
+            )
+            for weights_RS, h in zip(many_RS, hs, strict=True)
+        ]  # fmt: skip
+        for h, out_RV, (top_R1, total_R1, keep_R1) in zip(hs, outs_RV, state, strict=True):
+            r.acc[h] = r.acc[h] * keep_R1 + out_RV
+            r.top[h] = jnp.broadcast_to(top_R1, (R, LANES))
+            r.total[h] = jnp.broadcast_to(total_R1, (R, LANES))
+
+    at_once = max(1, min(HEADS_AT_ONCE, LOGITS_AT_ONCE // (pl.cdiv(R, SUBLANES) * SUBLANES * cut.block)))
+    for h in range(0, cut.heads, at_once):
+        heads_at(range(h, min(h + at_once, cut.heads)))
