@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from model.transformer import logits
 from sharding.mesh import MeshConfig, make_mesh, put_batch, use_mesh
 from tests.models import random_model, tiny_config
 from tests.sharding.test_equivalence import on_mesh
@@ -217,6 +218,27 @@ def test_training_is_the_same_in_chunks_on_one_device_and_on_a_mesh(tied):
     same((value, grads), whole, 1e-5)
     for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(laid), strict=True):
         assert g.sharding == w.sharding
+
+
+@pytest.mark.parametrize("chunk", [None, 24])
+@pytest.mark.parametrize("tied", [True, False])
+def test_token_losses_are_those_of_the_networks_own_predictions(tied, chunk):
+    model = random_model(tiny_config(num_layers=1, tied_embeddings=tied, final_softcap=4.0, mup_base_dim=16))
+    draw = np.random.default_rng(0)
+    hidden, targets = 3 * draw.standard_normal((2, 5, 32)).astype(np.float32), draw.integers(0, 64, (2, 5))
+    nll, log_total = jax.jit(partial(token_losses, chunk=chunk))(model, hidden, targets)
+    scores = np.asarray(logits(model, hidden), np.float64)
+    expected = np.log(np.exp(scores).sum(-1))
+    np.testing.assert_allclose(log_total, expected, rtol=1e-6)
+    np.testing.assert_allclose(nll, expected - np.take_along_axis(scores, targets[..., None], -1)[..., 0], rtol=1e-5)
+
+
+def test_only_chunks_multiply_with_the_head_anew():
+    """Three matmuls for a whole vocabulary, its logits kept; four for each chunk: the loop's and the last one's."""
+    hidden, head, targets, *_ = problem(0, (3,), 8, 50)
+    for chunk, matmuls in ((None, 3), (16, 8)):
+        loss = lambda hidden, head, chunk=chunk: cross_entropy(hidden, head, targets, chunk=chunk)[0].sum()
+        assert str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head)).count("dot_general[") == matmuls
 
 
 def test_the_config_reaches_every_objective():
