@@ -1,7 +1,7 @@
 """Attention in tiles of plain JAX: any device, any feature, memory O(T). What a CPU, or a shape no kernel takes, runs.
 
 Only tiles that may hold a seen pair are visited: a loop takes one pair (tile of queries, tile of keys) of a list after the
-other. A short call whose mask is static has no loop: each of a few tiles of queries meets its whole span of keys at once.
+other, and updates the accumulators of all queries (and keys) in place.
 
 Shapes: B batch, T queries, S keys, K key/value heads, G query heads of each, H head dimension, V that of the values;
 t, s: the queries and keys of a tile.
@@ -9,8 +9,8 @@ t, s: the queries and keys of a tile.
 
 from __future__ import annotations
 
-from math import gcd
-from typing import Any, NamedTuple
+from math import gcd, isqrt
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ from jaxtyping import Array
 from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import EMPTY, MASKED, tile_kinds, visible
 from pallas_kernels.flash_attention.spec import Extra, Spec
+from pallas_kernels.target import target
 
-SPAN_KEYS = 1024  # without a loop: keys of the call, at most,
-SPAN_QUERIES, SPANS = 64, 8  # queries a tile, at least, and such tiles, at most
-TILE = 512  # queries and keys a step of the loop
+TILE = 512  # queries and keys a step, on accelerators
+CPU_TILE, CPU_BYTES = (64, 128), 1 << 20  # on CPUs, between these: as many as keep the float32 logits of a step in the cache
 
 
 def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
@@ -32,10 +32,10 @@ def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str |
 
 
 class Tile(NamedTuple):
-    """First query and first key, which may be traced, and how many of each."""
+    """First query and first key (traced), and how many of each."""
 
-    t: Any
-    s: Any
+    t: Array
+    s: Array
     queries: int
     keys: int
 
@@ -130,48 +130,30 @@ class _Walk:
         self.spec, self.extra = spec, extra
         (_, self.T, self.N, _), (_, self.S, self.K, _) = q_shape, k_shape
         T, S, mask, data = self.T, self.S, spec.mask, extra.data
-        static = isinstance(data.offset, int) and all(part is None for part in data[1:])
-        tile_q, tile_k = spec.tiles.q or TILE, spec.tiles.k or TILE
-        self.tiles: list[Tile] | None = None
-        if S <= SPAN_KEYS and spec.tiles.q is None and spec.tiles.k is None:
-            # Only the offset and the mask of Spec shorten the spans; the data are looked at pair by pair.
-            tile_q, tile_k = max(SPAN_QUERIES, -(-T // SPANS)), 16
-            known = data.offset if isinstance(data.offset, int) else None
-            kinds = np.ones((-(-T // tile_q), -(-S // tile_k)), np.int32)
-            if known is not None and mask.strided is None and data.prefix_BS is None:
-                kinds = tile_kinds(mask, type(data)(known), T, S, tile_q, tile_k)[0, 0]
-            self.tiles = []
-            for i, row in enumerate(kinds):
-                columns = np.flatnonzero(row != EMPTY)
-                if columns.size:
-                    first, last = columns[0] * tile_k, min((columns[-1] + 1) * tile_k, S)
-                    self.tiles.append(Tile(i * tile_q, int(first), min(tile_q, T - i * tile_q), int(last - first)))
-            self.shape = T, S
-            return
+        default = TILE
+        if target()[0] == "cpu":
+            default = min(max(CPU_TILE[0], isqrt(CPU_BYTES // (4 * q_shape[0] * self.N)) // 32 * 32), CPU_TILE[1])
+        tile_q, tile_k = spec.tiles.q or default, spec.tiles.k or default
         tile_q, tile_k = min(tile_q, -(-T // 8) * 8), min(tile_k, -(-S // 8) * 8)
         if mask.block_shape is not None:
             tile_q, tile_k = gcd(tile_q, mask.block_shape[0]), gcd(tile_k, mask.block_shape[1])
         kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)
-        xp = np if static else jnp
         seen = (kinds != EMPTY).any((0, 1)).reshape(-1)
-        self.order = xp.argsort(~seen, stable=True) if xp is jnp else np.flatnonzero(seen)
+        # Tiles to visit, first; a list that depends on data is as long as all tiles, and `count` says how many count.
+        self.order = np.flatnonzero(seen) if isinstance(seen, np.ndarray) else jnp.argsort(~seen, stable=True)
         self.count = seen.sum()
         self.columns, self.tile = kinds.shape[3], (tile_q, tile_k)
         self.shape = kinds.shape[2] * tile_q, kinds.shape[3] * tile_k
 
     def run(self, step, carry):
         """`step(carry, tile)` for every tile that may hold a seen pair."""
-        if self.tiles is not None:
-            for tile in self.tiles:
-                carry = step(carry, tile)
-            return carry
         order = jnp.asarray(self.order, jnp.int32)
 
         def body(p, carry):
             i, j = order[p] // self.columns, order[p] % self.columns
             return step(carry, Tile(i * self.tile[0], j * self.tile[1], *self.tile))
 
-        return jax.lax.fori_loop(0, self.count, body, carry)
+        return jax.lax.fori_loop(0, self.count, body, carry) if len(self.order) else carry
 
     def queries(self, x_BTNH: Array, fill: float = 0.0) -> Array:
         """[B, T, N, H] as [B, K, G, T, H], filled up to whole tiles."""
