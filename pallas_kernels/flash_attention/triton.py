@@ -95,7 +95,7 @@ class _Call:
                 kinds_BNIJ = (jnp, np)[static].where(whole[:, None], kinds_BNIJ, kinds_BNIJ.clip(max=PARTIAL))
             kinds_BNIJ = kinds_BNIJ.swapaxes(2, 3)
         in_ranges = mask.strided is None and all(part is None for part in data[1:])
-        walk = _walk(kinds_BNIJ, in_ranges)
+        walk = list_tiles(kinds_BNIJ, in_ranges)
         self.plan = kernels.Plan(
             spec, T, S, N, K, H, V, tile_q, tile_k, data.offset if isinstance(data.offset, int) else None, in_ranges,
             any_full=not static or bool((kinds_BNIJ == FULL).any()),
@@ -169,7 +169,9 @@ def sizes(direction: str, spec: Spec, T: int, S: int, columns: int, dtype: Any) 
         given, block = getattr(spec.tiles, side + suffix), _block(spec, side)
         if jnp.dtype(dtype).itemsize == 4:
             wanted[n] //= 2
-        fitting = min(wanted[n], max(LEAST_TILE, pl.next_power_of_2(length)), block and block & -block or MOST_COLUMNS)
+        fitting = min(
+            wanted[n], max(LEAST_TILE, pl.next_power_of_2(length)), (block and block & -block) or MOST_COLUMNS
+        )
         wanted[n] = given or fitting
     return wanted[0], wanted[1], warps, stages
 
@@ -180,7 +182,7 @@ def _block(spec: Spec, name: str) -> int | None:
     return None if shape is None else shape[name.startswith("k")]
 
 
-def _walk(kinds_BNIJ, in_ranges: bool):
+def list_tiles(kinds_BNIJ, in_ranges: bool):
     """What each tile of queries (or, turned, of keys) meets, int32 [B|1, N|1, I, W]: how many FULL tiles, how many PARTIAL
     ones, and then
     - `in_ranges`, for masks that see one stretch of tiles, FULL in the middle: the first tile, and how many PARTIAL ones lie

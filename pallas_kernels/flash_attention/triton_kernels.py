@@ -92,7 +92,11 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
             weights = jnp.where(draw(queries, keys), weights, 0.0)
         v = _load(refs["v"], k_first, p.tile_k, head, p.V, p.S, masked)
         weights = weights.astype(v[0].dtype)
-        return new_top, total, tuple(o * shrink[:, None] + _dot(p, weights, part) for o, part in zip(out, v, strict=True))
+        return (
+            new_top,
+            total,
+            tuple(o * shrink[:, None] + _dot(p, weights, part) for o, part in zip(out, v, strict=True)),
+        )
 
     if "sinks" in refs:
         top, total = jnp.full((p.tile_q,), refs["sinks"][n] * LOG2E), jnp.ones((p.tile_q,), jnp.float32)
