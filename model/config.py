@@ -77,6 +77,8 @@ class AttentionConfig:
     window: int = 1024
     block_size: int = 64  # block_sparse: positions a block
     local_blocks: int = 4  # block_sparse: a query sees the last `local_blocks` blocks, its own included (Child 2019)
+    # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton': GPUs).
+    implementation: Literal["auto", "tpu", "hopper", "triton", "xla", "reference"] = "auto"
     block_stride: int = 8  # block_sparse: and every `block_stride`-th block (its index % stride == stride - 1)
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from model.attention import Attention, LayerCache, Places, weight_std
+from model.attend import LayerCache, Places
+from model.attention import Attention, weight_std
 from model.config import LayerSpec, ModelConfig, segments
 from model.mlp import MLP
 from model.moe import MoE, RouterStats
