@@ -16,6 +16,8 @@ from pallas_kernels.decode_attention import decode_attention, gpu, tpu
 from pallas_kernels.decode_attention.shapes import SIZES, Case
 from pallas_kernels.decode_attention.spec import Cache, Spec
 
+# An executable for a device that is not here can be written to the cache of programs and not be read from it.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 BY_NAME = {case.name: case for case in SIZES}
 QUICK = {
     "v5e": ("llama", "llama_int8_pages_of_128", "head_dim_192_value_128_speculative"),
@@ -26,6 +28,13 @@ TPU_CASES = [
     for name in TOPOLOGIES
     for case in SIZES
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_flags_of_cpus(monkeypatch):
+    """The compiler for TPUs ends the process at a flag that it does not know; the CPU's have been read by now."""
+    jax.devices()
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 def on_gpu(kind: str = "NVIDIA H100 80GB HBM3"):
@@ -45,8 +54,9 @@ def test_compiles_for_tpus_and_copies_no_cache(target, case):
     compiled = compile_for(target, lambda arrays: decode_attention(**arrays, **case.choices()), case.shapes())
     text = compiled.as_text()
     assert "tpu_custom_call" in text
-    B_or_pages, K = case.shapes()["k_cache"].shape[:2]
-    copies = re.findall(rf"= \w+\[{B_or_pages},{K},\d+,\d+\]\S* (?:copy|transpose|fusion|copy-start)\(", text)
+    lead = case.shapes()["k_cache"].shape[:3]
+    cache = "|".join(f"{lead[0]},{lead[1]},{x},{y}" for w in (case.H, case.V) for x, y in ((lead[2], w), (w, lead[2])))
+    copies = re.findall(rf"= \w+\[(?:{cache})\]\S* (?!bitcast|parameter)[\w-]+\(", text)
     assert not copies, copies
     assert compiled.memory_analysis().temp_size_in_bytes < case.cache_bytes / 8
 
