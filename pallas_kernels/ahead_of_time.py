@@ -47,7 +47,13 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
         importlib.import_module("libtpu")
     except ImportError as error:
         raise RuntimeError("compiling for a TPU needs its compiler: pip install libtpu") from error
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+    # The compiler parses XLA_FLAGS of the environment when it is loaded and ends the process at a flag of another backend.
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+    finally:
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
     devices = np.asarray(topology.devices[:1])
     return jax.sharding.Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -85,7 +91,8 @@ def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) ->
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=.*(utiliz|post-bundle-packing-post-ra).*"
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
         environment = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a program that is found there is not dumped
+        for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # a program that is found in a cache is not dumped
+            environment.pop(name, None)
         command = [sys.executable, "-m", "pallas_kernels.ahead_of_time", target, maker, json.dumps(arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
         if done.returncode:

@@ -1,0 +1,182 @@
+"""Which tiles the TPU kernels visit, in which order: packed in int32 words for the scalar memory, read by the kernels' index
+maps before anything is loaded, so that no tile that nobody sees costs a transfer or a multiplication.
+
+A *major* tile is one whose result is accumulated while it is visited; its entries stand together. Forward: major = queries,
+minor = keys. Backward: major = keys, minor = queries (and, where heads have tiles of their own, heads of the group).
+
+Shapes: R rows of the batch or 1, C heads or 1, M major tiles, m minor tiles, P entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, Mask, MaskData, tile_kinds
+
+TILE_BITS, HEAD_BITS = 11, 4
+MOST_TILES, MOST_HEADS = 1 << TILE_BITS, 1 << HEAD_BITS
+MOST_WORDS = 1 << 17  # half a MiB of the scalar memory's one
+
+
+class Pairs(NamedTuple):
+    """The list. A word is, from the lowest bit: q tile, k tile, kind, first of its major tile, last, fresh (the first visit
+    to its minor tile: backward only), head in the group."""
+
+    words_RCP: Int[np.ndarray, "R C P"] | Int[Array, "R C P"]
+    partial: bool  # some entry may be PARTIAL
+    full: bool  # some may be FULL
+    shifts: tuple[int, ...]  # q slot - k slot of the PARTIAL tiles' first pairs, where known and few
+    only_shifts: bool  # every PARTIAL entry has one of `shifts`
+    visited_RCm: Array | np.ndarray | None  # backward: which minor tiles have entries; None: all
+
+
+def q_tile(word):
+    """Index of the tile of queries."""
+    return word & (MOST_TILES - 1)
+
+
+def k_tile(word):
+    """Index of the tile of keys."""
+    return (word >> TILE_BITS) & (MOST_TILES - 1)
+
+
+def kind(word):
+    """EMPTY, PARTIAL or FULL."""
+    return (word >> (2 * TILE_BITS)) & 3
+
+
+def flag(word, index: int):
+    """0: first entry of its major tile; 1: last; 2: first visit to its minor tile."""
+    return (word >> (2 * TILE_BITS + 2 + index)) & 1
+
+
+def head(word):
+    """Which query head of the group."""
+    return (word >> (2 * TILE_BITS + 5)) & (MOST_HEADS - 1)
+
+
+def pairs(
+    mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int, *, backward: bool = False, group: int = 1
+) -> Pairs:
+    """Every major tile has at least one entry, of kind EMPTY where it sees nothing, so that its result is written. A NumPy
+    list, exactly as long as there are tiles to do, when the mask is static; else as long as the static part of the mask
+    allows, where surplus entries repeat the last tiles, are EMPTY and neither first nor last. `group`: query heads a
+    key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the key/value heads."""
+    kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)  # [R, N|1, I, J]
+    most = length(mask, data, T, S, tile_q, tile_k, backward, group if kinds.shape[1] > 1 else 1)
+    shifts, only_shifts = _shifts(mask, data, kinds, tile_q, tile_k)
+    per_head = kinds.shape[1] > 1
+    J = kinds.shape[3]
+    xp = np if isinstance(kinds, np.ndarray) else jnp
+    if backward:
+        R, N, I, _ = kinds.shape
+        G = group if per_head else 1
+        # [R, K, J, I, G] -> minor = (query tile, head of the group)
+        kinds = kinds.reshape(R, N // G, G, I, J).transpose(0, 1, 4, 3, 2).reshape(R, N // G, J, I * G)
+    else:
+        G = 1
+    R, C, M, m = kinds.shape
+    some = kinds > EMPTY
+    active = some | ((xp.arange(m) == 0) & ~some.any(-1, keepdims=True))
+    fresh = some & (xp.cumsum(some.astype(xp.int32), 2) == 1)
+    flat = lambda x: x.reshape(R, C, M * m)
+    order = xp.argsort(~flat(active), axis=-1, stable=True)[..., :most]
+    count = flat(active).sum(-1, keepdims=True)
+    number = xp.arange(most)
+    real = number < count
+    order = xp.where(real, order, xp.take_along_axis(order, count - 1, -1))
+    take = lambda x: xp.take_along_axis(flat(x), order, -1).astype(xp.int32)
+    major, minor = order // m, order % m
+    change = major[..., 1:] != major[..., :-1]
+    edge = xp.ones((R, C, 1), bool)
+    first = xp.concatenate([edge, change], -1) & real
+    last = xp.concatenate([change, edge], -1) | (number == count - 1)
+    q, k = (minor // G, major) if backward else (major, minor)
+    words = (
+        q | (k << TILE_BITS) | (xp.where(real, take(kinds), EMPTY) << (2 * TILE_BITS))
+        | ((first.astype(xp.int32) | ((last & real).astype(xp.int32) << 1) | ((take(fresh) & real) << 2)) << (2 * TILE_BITS + 2))
+        | ((minor % G) << (2 * TILE_BITS + 5))
+    )  # fmt: skip
+    static = xp is np
+    visited = some.any(2) if backward else None
+    if visited is not None and static and visited.all():
+        visited = None
+    return Pairs(
+        words.astype(xp.int32),
+        bool((kinds == PARTIAL).any()) if static else True,
+        bool((kinds == FULL).any()) if static else True,
+        shifts,
+        only_shifts,
+        visited,
+    )
+
+
+def _static_part(mask: Mask, data: MaskData) -> tuple[Mask, int] | None:
+    """A mask known now that hides no more than the whole does, and its offset."""
+    if data.prefix_BS is not None or not isinstance(data.offset, int):
+        return None
+    strided = mask.strided if data.q_positions_BT is None and data.k_positions_BS is None else None
+    return Mask(mask.causal, mask.window, strided), data.offset
+
+
+def length(mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int, backward: bool, heads: int) -> int:
+    """Entries of a list, before its heads and rows are counted; `heads` of the group that are in it."""
+    I, J = -(-T // tile_q), -(-S // tile_k)
+    known = _static_part(mask, data)
+    if known is None:
+        return I * J * (heads if backward else 1)
+    kinds = tile_kinds(known[0], MaskData(known[1]), T, S, tile_q, tile_k)
+    counts = (np.asarray(kinds)[0, 0] > EMPTY).sum(0 if backward else 1) * (heads if backward else 1)
+    return int(np.maximum(counts, 1).sum())
+
+
+def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tuple[tuple[int, ...], bool]:
+    """What decides which pairs of a tile causal and window hide is q slot - k slot of its first pair. Where that takes one
+    or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is hidden."""
+    if not isinstance(data.offset, int) or data.prefix_BS is not None or not (mask.causal or mask.window):
+        return (), False
+    I, J = kinds.shape[2:]
+    shift_IJ = data.offset + np.arange(I)[:, None] * tile_q - np.arange(J)[None, :] * tile_k
+    edges = tile_kinds(Mask(mask.causal, mask.window), MaskData(data.offset), I * tile_q, J * tile_k, tile_q, tile_k)
+    found = np.unique(shift_IJ[np.asarray(edges)[0, 0] == PARTIAL])
+    if not 0 < len(found) <= 2:
+        return (), False
+    only = isinstance(kinds, np.ndarray) and bool(np.isin(shift_IJ[kinds[0, 0] == PARTIAL], found).all())
+    return tuple(int(x) for x in found), only
+
+
+def steps(
+    mask: Mask, shift: int | None, tile_q: int, tile_k: int, sub_q: int, sub_k: int, edge: int
+) -> tuple[tuple[int, int, int, int], ...]:
+    """The pieces (q from, q to, k from, k to) in which a tile is done, keys after keys. With `shift` (see `Pairs.shifts`) in
+    rows of `edge` queries, of which each leaves out the keys that causal and window hide from all of them."""
+    if shift is None:
+        return tuple(
+            (q, min(q + sub_q, tile_q), k, min(k + sub_k, tile_k))
+            for k in range(0, tile_k, sub_k)
+            for q in range(0, tile_q, sub_q)
+        )
+    edge_q, edge_k = min(edge, tile_q), min(edge, tile_k)
+    kinds = tile_kinds(Mask(mask.causal, mask.window), MaskData(shift), tile_q, tile_k, edge_q, edge_k)
+    found = []
+    for i, row in enumerate(np.asarray(kinds)[0, 0]):
+        seen = np.flatnonzero(row > EMPTY)
+        if seen.size:
+            found.append((i * edge_q, min((i + 1) * edge_q, tile_q), int(seen[0]) * edge_k, min(int(seen[-1] + 1) * edge_k, tile_k)))
+    return tuple(found)
+
+
+def zero_unvisited(dq_BNTH: Array, visited_RCm, tile_q: int, group: int) -> Array:
+    """Rows of tiles that no entry visits hold whatever was in memory: make them zero. Backward's result is padded to tiles."""
+    B, N, T, _ = dq_BNTH.shape
+    R, C, m = visited_RCm.shape
+    I = T // tile_q
+    per_head = visited_RCm.reshape(R, C, I, m // I).transpose(0, 1, 3, 2).reshape(R, -1, I)  # [R, heads or 1, I]
+    rows = jnp.repeat(jnp.asarray(per_head), tile_q, axis=-1)[..., None]
+    return jnp.where(rows, dq_BNTH, jnp.zeros((), dq_BNTH.dtype))
+
