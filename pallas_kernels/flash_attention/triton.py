@@ -69,12 +69,22 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     return dq, dk, dv, None
 
 
-# (queries, keys, warps, stages of the loop's pipeline) by the larger head dimension, up to 64, 128 and 256.
+# (queries a tile, keys a tile, warps, stages of the loop's pipeline) by the larger head dimension, up to 64, 128 and 256, of
+# 16-bit inputs. Chosen without a GPU, from what ptxas says of compute capabilities 8.0 and 9.0: the largest tiles that keep
+# the accumulators in registers, in the 99 KiB of shared memory that the smallest GPUs (8.6, 8.9, 12.0) have.
 SIZES = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 4, 2), 256: (32, 64, 8, 1)},
-    "dq": {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
+    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
 }
+# Of float32: twice the bytes, and products in three passes keep both halves of each operand.
+SIZES_FLOAT32 = {
+    "forward": {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
+    "dkv": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
+    "dq": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
+}
+# The widest part of a head dimension that is one operand, by bytes of an entry: with 256 for float32, registers spill.
+MOST_PART = {2: 256, 4: 64}
 
 
 class _Call:
@@ -97,7 +107,9 @@ class _Call:
         in_ranges = mask.strided is None and all(part is None for part in data[1:])
         walk = list_tiles(kinds_BNIJ, in_ranges)
         self.plan = kernels.Plan(
-            spec, T, S, N, K, H, V, tile_q, tile_k, data.offset if isinstance(data.offset, int) else None, in_ranges,
+            spec, T, S, N, K, H, V, tile_q, tile_k, MOST_PART[q.dtype.itemsize],
+            offset=data.offset if isinstance(data.offset, int) else None,
+            ranges=in_ranges,
             any_full=not static or bool((kinds_BNIJ == FULL).any()),
             any_partial=not static or bool((kinds_BNIJ == PARTIAL).any()),
         )  # fmt: skip
@@ -162,13 +174,12 @@ class _Call:
 
 def sizes(direction: str, spec: Spec, T: int, S: int, columns: int, dtype: Any) -> tuple[int, int, int, int]:
     """(queries a tile, keys a tile, warps, stages) of 'forward', 'dkv' or 'dq'."""
-    row = SIZES[direction][next(limit for limit in (64, 128, 256) if columns <= limit)]
+    table = SIZES_FLOAT32 if jnp.dtype(dtype).itemsize == 4 else SIZES
+    row = table[direction][next(limit for limit in (64, 128, 256) if columns <= limit)]
     wanted, (warps, stages) = list(row[:2]), row[2:]
     suffix = "" if direction == "forward" else f"_{direction}"
     for n, (side, length) in enumerate((("q", T), ("k", S))):
         given, block = getattr(spec.tiles, side + suffix), _block(spec, side)
-        if jnp.dtype(dtype).itemsize == 4:
-            wanted[n] //= 2
         fitting = min(
             wanted[n], max(LEAST_TILE, pl.next_power_of_2(length)), (block and block & -block) or MOST_COLUMNS
         )

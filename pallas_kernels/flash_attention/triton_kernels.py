@@ -38,6 +38,7 @@ class Plan:
     V: int
     tile_q: int
     tile_k: int
+    most_part: int  # the widest part of H or V: a power of two
     offset: int | None  # None: data
     ranges: bool  # the tiles that are met form ranges; else they are listed
     any_full: bool  # some tile may be FULL, some may be PARTIAL
@@ -47,6 +48,10 @@ class Plan:
     def heavy_last(self) -> bool:
         """Whether later queries meet more keys, so that their tiles should start first."""
         return self.spec.mask.causal and self.spec.mask.window is None
+
+    def parts(self, size: int) -> list[tuple[int, int]]:
+        """(start, length) of each part of H or V."""
+        return parts(size, self.most_part)
 
     def q_tile(self) -> Any:
         """The tile of queries of this program (axis 0 of the grid)."""
@@ -63,10 +68,11 @@ class Side(NamedTuple):
     prefix: Any = None
 
 
-def parts(size: int) -> list[tuple[int, int]]:
-    """(start, length) of powers of two, the largest first, that cover `size`; the last may reach beyond."""
+def parts(size: int, most: int) -> list[tuple[int, int]]:
+    """(start, length) of powers of two up to `most`, the largest first, that cover `size`; the last may reach beyond."""
     covered = -(-size // LEAST_PART) * LEAST_PART
-    lengths = [1 << bit for bit in reversed(range(covered.bit_length())) if covered >> bit & 1]
+    rest = covered % most
+    lengths = [most] * (covered // most) + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [(sum(lengths[:n]), length) for n, length in enumerate(lengths)]
 
 
@@ -74,7 +80,7 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
     """One tile of queries of one head: out, and the log-sum-exp (natural logarithm)."""
     i, n, b = p.q_tile(), pl.program_id(1), pl.program_id(2)
     first, head = i * p.tile_q, lax.div(n, jnp.int32(p.N // p.K))
-    q = _load(refs["q"], first, p.tile_q, n, p.H, p.T)
+    q = _load(p, refs["q"], first, p.tile_q, n, p.H, p.T)
     queries = _side(p, refs, "q", first, p.tile_q, p.T, 0)
     draw, logits = _dropout(p, refs, b, n), _logits(p, refs, b, n)
 
@@ -82,7 +88,7 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
         top, total, out = carry
         k_first = j * p.tile_k
         keys = _side(p, refs, "k", k_first, p.tile_k, p.S, 1)
-        k = _load(refs["k"], k_first, p.tile_k, head, p.H, p.S, masked)
+        k = _load(p, refs["k"], k_first, p.tile_k, head, p.H, p.S, masked)
         x, unit, _ = logits(_product(p, q, k), queries, keys, masked)
         new_top = jnp.maximum(top, x.max(1) * unit)
         weights = jnp.exp2(x * unit - new_top[:, None])
@@ -90,7 +96,7 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
         total = total * shrink + weights.sum(1)
         if draw is not None:
             weights = jnp.where(draw(queries, keys), weights, 0.0)
-        v = _load(refs["v"], k_first, p.tile_k, head, p.V, p.S, masked)
+        v = _load(p, refs["v"], k_first, p.tile_k, head, p.V, p.S, masked)
         weights = weights.astype(v[0].dtype)
         return (
             new_top,
@@ -102,13 +108,13 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
         top, total = jnp.full((p.tile_q,), refs["sinks"][n] * LOG2E), jnp.ones((p.tile_q,), jnp.float32)
     else:
         top, total = jnp.full((p.tile_q,), MASKED, jnp.float32), jnp.zeros((p.tile_q,), jnp.float32)
-    out = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in parts(p.V))
+    out = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in p.parts(p.V))
     top, total, out = _sweep(p, refs["walk"], n, step, (top, total, out))
     # While a query has seen nothing, `top` is MASKED and the weights are 1, not 0: the first key that is seen shrinks
     # them to nothing. Where none came, they are thrown away here.
     blind = top <= MASKED / 2
     factor = jnp.where(blind, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
-    _store(out_ref, first, p.tile_q, n, p.V, p.T, tuple(o * factor[:, None] for o in out))
+    _store(p, out_ref, first, p.tile_q, n, p.V, p.T, tuple(o * factor[:, None] for o in out))
     lse = jnp.where(blind, MASKED, top * (1.0 / LOG2E) + jnp.log(total))
     _store_vector(lse_ref, first, p.tile_q, n, p.T, lse)
 
@@ -117,8 +123,8 @@ def dq(p: Plan, refs: dict[str, Any], dq_ref) -> None:
     """One tile of queries of one head: the gradient of q."""
     i, n, b = p.q_tile(), pl.program_id(1), pl.program_id(2)
     first, head = i * p.tile_q, lax.div(n, jnp.int32(p.N // p.K))
-    q = _load(refs["q"], first, p.tile_q, n, p.H, p.T)
-    dout = _load(refs["dout"], first, p.tile_q, n, p.V, p.T)
+    q = _load(p, refs["q"], first, p.tile_q, n, p.H, p.T)
+    dout = _load(p, refs["dout"], first, p.tile_q, n, p.V, p.T)
     lse = _load_vector(refs["lse"], first, p.tile_q, n, p.T, -MASKED)[:, None] * LOG2E
     delta = _load_vector(refs["delta"], first, p.tile_q, n, p.T, 0.0)[:, None]
     queries = _side(p, refs, "q", first, p.tile_q, p.T, 0)
@@ -127,8 +133,8 @@ def dq(p: Plan, refs: dict[str, Any], dq_ref) -> None:
     def step(j, carry, masked):
         k_first = j * p.tile_k
         keys = _side(p, refs, "k", k_first, p.tile_k, p.S, 1)
-        k = _load(refs["k"], k_first, p.tile_k, head, p.H, p.S, masked)
-        v = _load(refs["v"], k_first, p.tile_k, head, p.V, p.S, masked)
+        k = _load(p, refs["k"], k_first, p.tile_k, head, p.H, p.S, masked)
+        v = _load(p, refs["v"], k_first, p.tile_k, head, p.V, p.S, masked)
         x, unit, slope = logits(_product(p, q, k), queries, keys, masked)
         dweights = _product(p, dout, v)
         if draw is not None:
@@ -137,9 +143,9 @@ def dq(p: Plan, refs: dict[str, Any], dq_ref) -> None:
         dlogits = dlogits.astype(k[0].dtype)
         return tuple(acc + _dot(p, dlogits, part) for acc, part in zip(carry, k, strict=True))
 
-    zeros = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in parts(p.H))
+    zeros = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in p.parts(p.H))
     grads = _sweep(p, refs["walk"], n, step, zeros)
-    _store(dq_ref, first, p.tile_q, n, p.H, p.T, tuple(g * p.spec.scale for g in grads))
+    _store(p, dq_ref, first, p.tile_q, n, p.H, p.T, tuple(g * p.spec.scale for g in grads))
 
 
 def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
@@ -147,8 +153,8 @@ def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
     Tiles are [s, t], so that the products with dout and q take them as they are."""
     first, head, b = pl.program_id(0) * p.tile_k, pl.program_id(1), pl.program_id(2)
     G = p.N // p.K
-    k = _load(refs["k"], first, p.tile_k, head, p.H, p.S)
-    v = _load(refs["v"], first, p.tile_k, head, p.V, p.S)
+    k = _load(p, refs["k"], first, p.tile_k, head, p.H, p.S)
+    v = _load(p, refs["v"], first, p.tile_k, head, p.V, p.S)
     keys = _side(p, refs, "k", first, p.tile_k, p.S, 0)
 
     def of_head(g, carry):
@@ -159,8 +165,8 @@ def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
             dk, dv = carry
             q_first = i * p.tile_q
             queries = _side(p, refs, "q", q_first, p.tile_q, p.T, 1)
-            q = _load(refs["q"], q_first, p.tile_q, n, p.H, p.T, masked)
-            dout = _load(refs["dout"], q_first, p.tile_q, n, p.V, p.T, masked)
+            q = _load(p, refs["q"], q_first, p.tile_q, n, p.H, p.T, masked)
+            dout = _load(p, refs["dout"], q_first, p.tile_q, n, p.V, p.T, masked)
             lse = _load_vector(refs["lse"], q_first, p.tile_q, n, p.T, -MASKED, masked)[None, :] * LOG2E
             delta = _load_vector(refs["delta"], q_first, p.tile_q, n, p.T, 0.0, masked)[None, :]
             x, unit, slope = logits(_product(p, k, q), queries, keys, masked)
@@ -176,10 +182,10 @@ def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
 
         return _sweep(p, refs["walk"], n, step, carry)
 
-    zeros = tuple(tuple(jnp.zeros((p.tile_k, c), jnp.float32) for _, c in parts(size)) for size in (p.H, p.V))
+    zeros = tuple(tuple(jnp.zeros((p.tile_k, c), jnp.float32) for _, c in p.parts(size)) for size in (p.H, p.V))
     dk, dv = of_head(0, zeros) if G == 1 else lax.fori_loop(0, G, of_head, zeros)
-    _store(dk_ref, first, p.tile_k, head, p.H, p.S, tuple(g * p.spec.scale for g in dk))
-    _store(dv_ref, first, p.tile_k, head, p.V, p.S, dv)
+    _store(p, dk_ref, first, p.tile_k, head, p.H, p.S, tuple(g * p.spec.scale for g in dk))
+    _store(p, dv_ref, first, p.tile_k, head, p.V, p.S, dv)
 
 
 def _sweep(p: Plan, walk, n, step, carry):
@@ -288,18 +294,18 @@ def _mask(first, tile: int, length: int, column: int = 0, size: int = 0, columns
     return mask
 
 
-def _load(ref, first, tile: int, head, columns: int, length: int, check: bool = True) -> tuple:
+def _load(p: Plan, ref, first, tile: int, head, columns: int, length: int, check: bool = True) -> tuple:
     """[tile, part] for each part of `columns`; 0 beyond the array. `check`: the tile may reach beyond."""
     loaded = []
-    for column, size in parts(columns):
+    for column, size in p.parts(columns):
         mask = _mask(first, tile, length, column, size, columns, check)
         at = ref.at[pl.ds(first, tile), head, pl.ds(column, size)]
         loaded.append(plgpu.load(at, mask=mask, other=None if mask is None else 0.0))
     return tuple(loaded)
 
 
-def _store(ref, first, tile: int, head, columns: int, length: int, values: tuple) -> None:
-    for (column, size), value in zip(parts(columns), values, strict=True):
+def _store(p: Plan, ref, first, tile: int, head, columns: int, length: int, values: tuple) -> None:
+    for (column, size), value in zip(p.parts(columns), values, strict=True):
         mask = _mask(first, tile, length, column, size, columns)
         plgpu.store(ref.at[pl.ds(first, tile), head, pl.ds(column, size)], value.astype(ref.dtype), mask=mask)
 

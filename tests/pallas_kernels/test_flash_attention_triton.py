@@ -188,11 +188,11 @@ def test_ranges_meet_each_tile_once(before, left, full, right, after):
         assert [start + j + (0 if j < left else full) for j in range(partial)] == list(np.flatnonzero(row == PARTIAL))
 
 
-@given(st.integers(1, 256))
-def test_parts_cover_a_dimension(size):
-    found = parts(size)
+@given(st.integers(1, 256), st.sampled_from((64, 256)))
+def test_parts_cover_a_dimension(size, most):
+    found = parts(size, most)
     assert [start for start, _ in found] == list(np.cumsum([0] + [n for _, n in found])[:-1])
-    assert all(n >= 16 and n & (n - 1) == 0 for _, n in found)
+    assert all(16 <= n <= most and n & (n - 1) == 0 for _, n in found)
     assert 0 <= sum(n for _, n in found) - size < 16
 
 
