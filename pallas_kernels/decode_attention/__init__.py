@@ -16,6 +16,7 @@ P pages of a row.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from types import ModuleType
 
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def decode_attention(
     implementation: str | None = None,
     interpret: bool = False,
     return_lse: bool = False,
+    slots_innermost: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention of the last T tokens of each row over the row, whose keys and values are in the cache already.
 
@@ -67,6 +69,10 @@ def decode_attention(
     `implementation`: None takes the backend's kernel where it can run the call, else the reference; a named one that cannot
     raises ValueError. `interpret` runs a named kernel on the CPU, slowly, for tests.
 
+    `slots_innermost`: for 'tpu' and H (or V) that is no multiple of 128: the caches lie with their slots innermost, as XLA
+    keeps arguments of a program, rather than as it keeps what a loop updates. A wrong word costs copies of the cache on
+    the way into the kernel (tpu.py says more), never the result. Caches of 128 or 256 wide heads are best: no copies.
+
     Sums and softmax are float32; weights are multiplied with values in q's dtype where q is no wider than the cache, else in
     float32. Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included
     (of caches spread over devices, give the sinks to one and `merge`). A query that sees no key has out 0 and lse -1e30.
@@ -78,11 +84,11 @@ def decode_attention(
     B, T, N, H = q_BTNH.shape
     K, V = k_cache.shape[1], v_cache.shape[-1]
     G = N // K
-    spec = Spec(T, H**-0.5 if scale is None else float(scale), window, softcap, splits or 1, interpret)
+    spec = Spec(T, H**-0.5 if scale is None else float(scale), window, softcap, splits or 1, interpret, slots_innermost)
     name = _choose(implementation, spec, q_BTNH, cache)
     module = _module(name)
     if splits is None and name != "reference":
-        spec = Spec(T, spec.scale, window, softcap, module.default_splits(q_BTNH, cache), interpret)
+        spec = replace(spec, splits=module.default_splits(q_BTNH, cache))
     in_float32 = lambda x: None if x is None else x.astype(jnp.float32)
     lengths_B = jnp.clip(lengths_B.astype(jnp.int32), 0, cache.capacity)
     if page_table_BP is not None:

@@ -36,6 +36,7 @@ class Case:
     alibi: bool = False
     sinks: bool = False
     splits: int | None = 1
+    slots_innermost: bool = False
 
     @property
     def cache_dtype(self) -> str:
@@ -43,7 +44,10 @@ class Case:
 
     def choices(self) -> dict[str, Any]:
         """The keyword arguments that are no arrays."""
-        return {"window": self.window, "softcap": self.softcap, "splits": self.splits}
+        return {
+            "window": self.window, "softcap": self.softcap, "splits": self.splits,
+            "slots_innermost": self.slots_innermost,
+        }
 
     def arguments(self, seed: int = 0) -> dict[str, jax.Array]:
         """The arrays, by parameter name. Whatever no query of a row sees is NaN (of int8, its scale is), and page table
@@ -128,6 +132,7 @@ class Case:
 
 CASES = (
     Case("one_query", N=4, K=2),
+    Case("slots_innermost", V=80, lengths=(1, 130, 256), slots_innermost=True),
     Case("four_queries", T=4, lengths=(2, 131, 128)),
     Case("odd_slots", S=264, lengths=(1, 264, 257)),
     Case("window", T=3, S=512, window=70, lengths=(512, 60, 200)),
@@ -151,8 +156,10 @@ SIZES = (
     Case("llama_pages_of_16", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", page=16),
     Case("llama_int8_pages_of_128", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", cache="int8", page=128),
     Case("llama_float8", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", cache="float8_e4m3fn"),
-    Case("head_dim_64", B=4, N=16, K=16, H=64, V=64, S=4096, dtype="bfloat16"),
-    Case("head_dim_192_value_128_speculative", B=4, T=4, N=16, K=16, H=192, V=128, S=2048, dtype="bfloat16"),
-    Case("head_dim_96_features", B=4, T=2, N=16, K=4, H=96, V=96, S=2048, window=500, softcap=30.0, alibi=True, sinks=True, splits=2),
+    Case("head_dim_64", B=4, N=16, K=16, H=64, V=64, S=4096, dtype="bfloat16", slots_innermost=True),
+    Case("head_dim_192_value_128_speculative", B=4, T=4, N=16, K=16, H=192, V=128, S=2048, dtype="bfloat16",
+         slots_innermost=True),
+    Case("head_dim_96_features", B=4, T=2, N=16, K=4, H=96, V=96, S=2048, window=500, softcap=30.0, alibi=True, sinks=True, splits=2,
+         slots_innermost=True),
     Case("head_dim_256_multi_query", B=4, T=16, N=16, K=1, H=256, V=256, S=4096, dtype="bfloat16"),
 )  # fmt: skip

@@ -34,6 +34,7 @@ class Spec:
     softcap: float | None
     splits: int
     interpret: bool
+    slots_innermost: bool = False  # how caches lie on a TPU whose H is no multiple of 128
 
 
 class Cache(NamedTuple):

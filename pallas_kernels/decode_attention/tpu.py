@@ -10,10 +10,11 @@ Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in floa
 rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a row's
 first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
 
-Layout: where H is no multiple of 128, XLA keeps an array [.., S, H] with S innermost, which pads nothing; a kernel that asked
-for it otherwise would be given a copy of the whole cache. Such caches are taken as [.., H, S], as they lie, if S (or the page
-size) is a multiple of 128. Pages of fewer slots with such an H, and 8-bit caches with pages of fewer than 128 slots (their
-scales), are copied each time: give H = 128 or pages of 128.
+Layout: a kernel is given arrays with the last dimension innermost, padded to 128; where XLA keeps one otherwise, it copies
+the whole cache first. With H a multiple of 128 it never does. Of another H an array that comes into a program, or leaves
+it, lies with its slots innermost, which pads nothing; one that a loop updates lies as the kernel wants it, so that only entry
+and exit copy. `slots_innermost` takes the former as they lie, where S (or the page size) is a multiple of 128. Pages of
+fewer slots with another H, and scales in pages of fewer than 128 slots, are copied where they enter a program.
 
 VMEM: 2 buffers of block * heads * (H + V) numbers, H and V rounded up to 128 lanes, about 4 MiB together, beside
 queries, results and one head's logits; `plan` keeps the sum within 13 MiB.
@@ -98,44 +99,43 @@ def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
 
 def plan(spec: Spec, q_BTNH: Array, cache: Cache) -> Plan | None:
     """The most heads that fit, and blocks of about BLOCK_BYTES; None where nothing fits."""
-    _, T, N, _ = q_BTNH.shape
     K = cache.k.shape[1]
     chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
     unit = math.lcm(chunk, LANES)
     for heads in sorted((n for n in range(1, K + 1) if K % n == 0), reverse=True):
         if cache.k_scales is not None and heads < K and heads % SUBLANES:
             continue  # heads are the rows of a tile of scales
-        per_slot = heads * _slot_bytes(cache)
+        per_slot = heads * _slot_bytes(spec, cache)
         block = min(BLOCK_BYTES // per_slot, MAX_BLOCK, pl.cdiv(cache.capacity, unit) * unit)
         block = max(block // unit, 1) * unit
-        while block > unit and vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) > VMEM_BUDGET:
+        while block > unit and vmem_bytes(spec, heads, block, q_BTNH, cache) > VMEM_BUDGET:
             block -= unit
-        if vmem_bytes(heads, block, T * (N // K), q_BTNH, cache) <= VMEM_BUDGET:
-            return Plan(heads, chunk, block // chunk, _turned(cache.k), _turned(cache.v))
+        if vmem_bytes(spec, heads, block, q_BTNH, cache) <= VMEM_BUDGET:
+            return Plan(heads, chunk, block // chunk, _turned(spec, cache.k), _turned(spec, cache.v))
     return None
 
 
-def _slot_bytes(cache: Cache) -> int:
+def _slot_bytes(spec: Spec, cache: Cache) -> int:
     """VMEM of one slot of one head: its numbers, and what tiles round them up to."""
-    width = lambda x: pl.cdiv(x.shape[-1], 32) * 32 if _turned(x) else _lanes(x.shape[-1])
+    width = lambda x: pl.cdiv(x.shape[-1], 32) * 32 if _turned(spec, x) else _lanes(x.shape[-1])
     return (width(cache.k) + width(cache.v)) * cache.k.dtype.itemsize
 
 
-def _turned(x: Array) -> bool:
+def _turned(spec: Spec, x: Array) -> bool:
     """Whether a cache lies with its slots innermost, in whole tiles."""
-    return x.shape[2] % LANES == 0 and x.shape[3] % LANES != 0
+    return spec.slots_innermost and x.shape[2] % LANES == 0 and x.shape[3] % LANES != 0
 
 
 def _lanes(n: int) -> int:
     return pl.cdiv(n, LANES) * LANES
 
 
-def vmem_bytes(heads: int, block: int, R: int, q_BTNH: Array, cache: Cache) -> int:
+def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Array, cache: Cache) -> int:
     """VMEM that a call asks for: buffers, scratch, and an estimate of one head's temporaries."""
     H, V = _lanes(cache.k.shape[-1]), _lanes(cache.v.shape[-1])
     wide = compute_dtype(q_BTNH.dtype, cache.k.dtype).itemsize
-    rows = pl.cdiv(R, SUBLANES) * SUBLANES
-    buffers = 2 * block * heads * _slot_bytes(cache)
+    rows = pl.cdiv(spec.T * q_BTNH.shape[2] // cache.k.shape[1], SUBLANES) * SUBLANES
+    buffers = 2 * block * heads * _slot_bytes(spec, cache)
     if cache.k_scales is not None:
         chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
         buffers += 4 * (block // chunk) * pl.cdiv(heads, SUBLANES) * SUBLANES * _lanes(chunk) * 4

@@ -26,7 +26,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 # Interpreting costs seconds a case: these, with the tests below, have every feature once.
 QUICK = {
-    "tpu": ("one_query", "odd_slots", "int8_pages_of_32_bfloat16"),
+    "tpu": ("slots_innermost", "odd_slots", "int8_pages_of_32_bfloat16"),
     "gpu": ("one_query", "head_dim_80_value_96", "pages_of_128_bfloat16", "float8_e5m2", "all_together"),
     "reference": tuple(BY_NAME),
 }
