@@ -1,6 +1,60 @@
-"""draft"""
+"""Flash attention for Hopper (H100, H200, GH200) in Pallas Mosaic GPU: wgmma, TMA, warp specialization.
+
+Forward in hopper_forward.py; backward in hopper_backward.py where H + V <= 256, else by the Triton kernels: the sums for dk
+and dv, [64, H] and [64, V], then leave a warpgroup no registers. That pairing is fixed by the shapes, it is no fallback.
+
+These kernels have never run on a GPU. What stands behind them: jax's Mosaic GPU interpreter runs them on a CPU, barriers and
+TMA copies included, against the reference (wgmma, whose transposed operands the interpreter lacks, is replaced there by a dot
+of the same shared memory: hopper_parts.py); they lower for CUDA; and compiled for sm_90a by XLA and ptxas 13.0 without a
+device, no kernel has a serialized wgmma, and only dk and dv spill (at H = V = 128 44 bytes a thread, with windows and
+segments 156). CUDA 12.8.0 to 12.9.0 are said to miscompile causal masks of Mosaic GPU kernels (jax's attention_mgpu.py);
+use 12.9.1 or later.
+"""
+
 from __future__ import annotations
-from pallas_kernels.flash_attention import hopper_forward, hopper_backward
-def unsupported(spec, q, k, v, extra): return None
+
+from dataclasses import replace
+
+from jaxtyping import Array
+
+from pallas_kernels.flash_attention import hopper_backward, hopper_forward, triton
+from pallas_kernels.flash_attention.hopper_parts import TILE
+from pallas_kernels.flash_attention.spec import Extra, Spec, Tiles
+
+FIXED = {"q": TILE, "q_dkv": hopper_backward.STEP, "k_dkv": TILE, "q_dq": TILE, "k_dq": hopper_backward.STEP}
+
+
+def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+    """Why the call cannot run here, or None."""
+    H, V, block = q.shape[-1], v.shape[-1], spec.mask.block_shape
+    if extra.bias_BNTS is not None:
+        return (
+            "a bias array takes memory for T * S logits, and its gradient too; alibi_N is computed in the kernel; "
+            "implementation='xla' takes a bias"
+        )
+    if q.dtype.name not in ("bfloat16", "float16"):
+        return f"inputs are {q.dtype}: wgmma multiplies bfloat16 or float16; implementation='triton' takes float32"
+    if H % 64 or V % 64 or max(H, V) > 256:
+        return f"head dimensions {H} and {V}: must be 64, 128, 192 or 256; implementation='triton' takes others"
+    for name, size in FIXED.items():
+        if getattr(spec.tiles, name) not in (None, size):
+            return f"tiles.{name} = {getattr(spec.tiles, name)}: is {size} here; give that or None"
+    if block is not None and (block[0] % TILE or block[1] % TILE):
+        return f"mask.block_shape = {block}: both must be multiples of {TILE}; implementation='triton' takes smaller blocks"
+    if hopper_forward.plan(H, V, k.shape[1], block and block[1], spec.tiles.k) is None:
+        return (
+            f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of keys and "
+            f"values must fit beside the queries in shared memory at head dimensions {H} and {V}; None chooses"
+        )
+    return None
+
+
 forward = hopper_forward.forward
-backward = hopper_backward.backward
+
+
+def backward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
+    """See spec.py; by the Triton kernels where H + V > 256."""
+    given = q_BTNH, k_BSKH, v_BSKV, extra, lse_BNT, delta_BNT, dout_BTNV
+    if q_BTNH.shape[-1] + v_BSKV.shape[-1] > 256:
+        return triton.backward(replace(spec, tiles=Tiles()), *given)
+    return hopper_backward.backward(spec, *given)

@@ -24,7 +24,7 @@ from pallas_kernels.flash_attention.hopper_parts import LOG2E, ROWS, TILE, TRANS
 from pallas_kernels.flash_attention.mask import MASKED, tile_kinds
 from pallas_kernels.flash_attention.spec import Extra, Spec
 
-STEP = 64  # rows of the other side a step, so that sums and products share 232 registers a thread
+STEP = 64  # rows of the other side a step, so that sums and products share 240 registers a thread
 
 
 def slots_of(H: int, V: int) -> int:
@@ -105,13 +105,14 @@ def _store(memory, tiles, half) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _gradients(spec: Spec, s, dp, lse, delta, slope, kept, factor: float):
-    """(weights after dropout, gradient of the logits by scale * q.k) of a tile; lse in base 2."""
-    p = jnp.exp2(s * factor - lse)
+def _gradients(spec: Spec, s, dp, number, slope, kept, factor: float):
+    """(weights after dropout, gradient of the logits by scale * q.k) of a tile. `number` gives the tile of lse (in base 2) or
+    of delta; each is loaded where it is used, since both do not fit in the registers at once."""
+    p = jnp.exp2(s * factor - number("lse"))
     used = p
     if kept is not None:
         used, dp = (jnp.where(kept, x * (1.0 / (1.0 - spec.dropout)), 0.0) for x in (p, dp))
-    ds = p * (dp - delta)
+    ds = p * (dp - number("delta"))
     return used, ds if slope is None else ds * slope
 
 
@@ -144,7 +145,8 @@ def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs
         _copy_own(memory, shared, ("q", "dout"), rows, warpgroup)
         q_smem, dout_smem = shared["q"].at[warpgroup], shared["dout"].at[warpgroup]
         numbers = (batch, head, pl.ds(q_first, ROWS))
-        lse_Q, delta_Q = (parts.vector(memory[name], numbers, 0, interpret) for name in ("lse", "delta"))
+        columns = {name: parts.vector(memory[name], numbers, 0, interpret) for name in ("lse", "delta")}
+        number = lambda name: parts.spread(columns[name], shape, 0)
 
         def visit_tile(step, dq_QH, partial_tile: bool):
             slot = lax.rem(step, jnp.int32(slots))
@@ -153,8 +155,7 @@ def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs
             s_QJ, dp_QJ = parts.products([(q_smem, k_smem), (dout_smem, v_smem)], interpret)
             firsts = lambda: (q_first, visit(step) * STEP)
             s_QJ, slope, kept = parts.logits(spec, S, offset, memory, batch, head, s_QJ, firsts, 0, partial_tile)
-            lse_QJ, delta_QJ = parts.spread(lse_Q, shape, 0), parts.spread(delta_Q, shape, 0)
-            _, ds_QJ = _gradients(spec, s_QJ, dp_QJ, lse_QJ, delta_QJ, slope, kept, factor)
+            _, ds_QJ = _gradients(spec, s_QJ, dp_QJ, number, slope, kept, factor)
             (dq_QH,) = parts.accumulate([(dq_QH, ds_QJ.astype(half), k_smem)], interpret)
             plgpu.barrier_arrive(shared["done"].at[slot])
             return dq_QH
@@ -209,11 +210,8 @@ def _dkv_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Ref
                 s_JQ, dp_JQ = parts.products([(k_smem, q_smem), (v_smem, dout_smem)], interpret)
                 firsts = lambda: (visit(step) * STEP, k_first)
                 s_JQ, slope, kept = parts.logits(spec, S, offset, memory, batch, head, s_JQ, firsts, 1, partial_tile)
-                lse_JQ, delta_JQ = (
-                    parts.spread(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
-                    for name in ("lse", "delta")
-                )
-                used_JQ, ds_JQ = _gradients(spec, s_JQ, dp_JQ, lse_JQ, delta_JQ, slope, kept, factor)
+                number = lambda name: parts.spread(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
+                used_JQ, ds_JQ = _gradients(spec, s_JQ, dp_JQ, number, slope, kept, factor)
                 terms = [(dv_JV, used_JQ.astype(half), dout_smem), (dk_JH, ds_JQ.astype(half), q_smem)]
                 dv_JV, dk_JH = parts.accumulate(terms, interpret)
                 plgpu.barrier_arrive(shared["done"].at[slot])

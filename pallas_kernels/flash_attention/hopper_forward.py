@@ -29,7 +29,7 @@ from pallas_kernels.flash_attention.spec import Extra, Spec
 def plan(H: int, V: int, S: int, block_k: int | None, tile_k: int | None) -> tuple[int, int] | None:
     """(keys a tile, slots of the ring), or None where nothing fits `block_k`, the keys a block of the mask, and the memory.
 
-    128 keys where two slots fit, else 64: the accumulators [64, V] and [64, keys] share 232 registers a thread.
+    128 keys where two slots fit, else 64: the accumulators [64, V] and [64, keys] share 240 registers a thread.
     """
     fixed = 2 * TILE * (H + (V if V != H else 0)) + 4 * TILE + 4096  # queries, outputs, lse; barriers and reductions
     for keys in (tile_k,) if tile_k else (128, 64) if S > 64 else (64,):
