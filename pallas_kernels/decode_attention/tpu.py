@@ -170,6 +170,8 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     if alibi_N is not None:
         slopes = jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1)
         inputs["alibi"] = (slopes, pl.BlockSpec((cut.heads, R, 1), lambda c, item, *_: (_place(item, groups)[1], 0, 0)))
+    if not spec.interpret:  # else XLA fetches a cache of a few MiB into VMEM, all of it, before the kernel runs
+        k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
     inputs["k"], inputs["v"] = (k, hbm), (v, hbm)
     scratch = {
         "k_buf": in_two(H, cut.block) if cut.k_turned else in_two(cut.block, H),
