@@ -41,10 +41,12 @@ def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str |
             return f"tiles.{name} = {getattr(spec.tiles, name)}: is {size} here; give that or None"
     if block is not None and (block[0] % TILE or block[1] % TILE):
         return f"mask.block_shape = {block}: both must be multiples of {TILE}; implementation='triton' takes smaller blocks"
+    if hopper_forward.plan(H, V, k.shape[1], block and block[1], None) is None:
+        return f"head dimensions {H} and {V}: two tiles of keys and values do not fit in shared memory"
     if hopper_forward.plan(H, V, k.shape[1], block and block[1], spec.tiles.k) is None:
         return (
             f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of keys and "
-            f"values must fit beside the queries in shared memory at head dimensions {H} and {V}; None chooses"
+            f"values must fit in shared memory at head dimensions {H} and {V}; None chooses"
         )
     return None
 

@@ -29,12 +29,13 @@ WARPGROUPS = 2  # that compute; one more copies
 TILE = ROWS * WARPGROUPS  # rows that a block owns: of queries, or of keys for dk and dv
 SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24  # a thread; 128 * (2 * 240 + 24) of the 65,536 there are
-START = -1e15  # running maximum before any key; between every logit and MASKED, so that exp2(MASKED - START) is 0, not 1
+START = -1e15  # running maximum before any key: below every logit, above MASKED, so that exp2(MASKED - START) is 0
 
 # 16-bit matrices in shared memory as wgmma and TMA want them.
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
-LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.10 asks for an index, 0.12 for none
+# jax 0.10 asks for an index, 0.12 takes none.
+LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 
 Refs = dict[str, Any]
 
