@@ -92,30 +92,34 @@ def _slice_forward(hidden_ND, head, targets_N, vocab_axis, softcap, chunk):
         top_N, total_N, target_N = carry
         logits_NC = _logits(hidden_ND, _ids(head, start, size, vocab_axis), vocab_axis, softcap)
         new_top_N = jnp.maximum(top_N, logits_NC.max(-1))
-        total_N = total_N * jnp.exp(top_N - new_top_N) + jnp.exp(logits_NC - new_top_N[:, None]).sum(-1)
-        return (new_top_N, total_N, target_N + _target_logits(logits_NC, targets_N - start)), logits_NC
+        weights_NC = jnp.exp(logits_NC - new_top_N[:, None])
+        total_N = total_N * jnp.exp(top_N - new_top_N) + weights_NC.sum(-1)
+        carry = new_top_N, total_N, target_N + _target_logits(logits_NC, targets_N - start)
+        return carry, (logits_NC, weights_NC)
 
     N, V = targets_N.shape[0], head.shape[vocab_axis]
     zeros_N = vary(jnp.zeros(N, jnp.float32), varying_axes(hidden_ND))
-    carry, logits_NV = (zeros_N - jnp.inf, zeros_N, zeros_N), None
+    carry, whole = (zeros_N - jnp.inf, zeros_N, zeros_N), None
     if chunk == V:
-        carry, logits_NV = add(0, V, carry)
+        carry, whole = add(0, V, carry)
     else:
         carry = _over_chunks(lambda start, size, carry: add(start, size, carry)[0], V, chunk, carry)
     top_N, total_N, target_N = carry
     log_total_N = top_N + jnp.log(total_N)
-    return (log_total_N, target_N), (hidden_ND, head, targets_N, log_total_N, logits_NV)
+    return (log_total_N, target_N), (hidden_ND, head, targets_N, log_total_N, top_N, whole)
 
 
 def _slice_backward(vocab_axis, softcap, chunk, saved, cotangents):
-    hidden_ND, head, targets_N, log_total_N, logits_NV = saved
+    hidden_ND, head, targets_N, log_total_N, top_N, whole = saved
     dlog_total_N, dtarget_N = cotangents
     V, letters = head.shape[vocab_axis], _letters(vocab_axis)
 
-    def gradients(start, head_part, logits_NC):
+    def probabilities(logits_NC, _):
+        return jnp.exp(logits_NC - log_total_N[:, None])
+
+    def gradients(start, head_part, logits_NC, probabilities_NC):
         mine_NC = (targets_N - start)[:, None] == jnp.arange(logits_NC.shape[1])
-        dlogits_NC = jnp.exp(logits_NC - log_total_N[:, None]) * dlog_total_N[:, None]
-        dlogits_NC = dlogits_NC + jnp.where(mine_NC, dtarget_N[:, None], 0.0)
+        dlogits_NC = probabilities_NC * dlog_total_N[:, None] + jnp.where(mine_NC, dtarget_N[:, None], 0.0)
         if softcap is not None:
             dlogits_NC = dlogits_NC * (1.0 - jnp.square(logits_NC / softcap))
         dlogits_NC = dlogits_NC.astype(hidden_ND.dtype)
@@ -126,11 +130,15 @@ def _slice_backward(vocab_axis, softcap, chunk, saved, cotangents):
     def add(start, size: int, carry):
         dhidden_ND, dhead = carry
         head_part = _ids(head, start, size, vocab_axis)
-        more_ND, dhead_part = gradients(start, head_part, _logits(hidden_ND, head_part, vocab_axis, softcap))
+        logits_NC = _logits(hidden_ND, head_part, vocab_axis, softcap)
+        more_ND, dhead_part = gradients(start, head_part, logits_NC, probabilities(logits_NC, None))
         return dhidden_ND + more_ND, jax.lax.dynamic_update_slice_in_dim(dhead, dhead_part, start, vocab_axis)
 
-    if logits_NV is not None:
-        dhidden_ND, dhead = gradients(0, head, logits_NV)
+    if whole is not None:
+        # What is not used is not stored. CPUs keep the exponentials, which cost them more than memory; others compute them anew.
+        scaled = lambda _, weights_NV: weights_NV * jnp.exp(top_N - log_total_N)[:, None]
+        probabilities_NV = jax.lax.platform_dependent(*whole, cpu=scaled, default=probabilities)
+        dhidden_ND, dhead = gradients(0, head, whole[0], probabilities_NV)
     else:
         zeros = jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros(head.shape, head.dtype)
         carry = tuple(vary(x, varying_axes(hidden_ND)) for x in zeros)
@@ -164,7 +172,12 @@ def _logits(hidden_ND, head_part, vocab_axis: int, softcap: float | None) -> Arr
 def _target_logits(logits_NC, ids_N) -> Array:
     """The logits of the ids, 0 for those outside of the chunk."""
     C = logits_NC.shape[1]
-    if jax.default_backend() == "cpu":  # a pass over the logits less
+
+    def gathered(logits_NC, ids_N):  # a pass over the logits less
         picked_N = jnp.take_along_axis(logits_NC, jnp.clip(ids_N, 0, C - 1)[:, None], axis=1)[:, 0]
         return jnp.where((ids_N >= 0) & (ids_N < C), picked_N, 0.0)
-    return jnp.where(ids_N[:, None] == jnp.arange(C), logits_NC, 0.0).sum(-1)  # fused with the sum of exponentials
+
+    def summed(logits_NC, ids_N):  # fused with the sum of exponentials
+        return jnp.where(ids_N[:, None] == jnp.arange(C), logits_NC, 0.0).sum(-1)
+
+    return jax.lax.platform_dependent(logits_NC, ids_N, cpu=gathered, default=summed)

@@ -1,0 +1,329 @@
+"""Ring and all-to-all attention: n devices give what one gives, forward and backward, with equal work and little memory."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.ahead_of_time import ENVIRONMENT
+from sharding.ring import from_zigzag, ring_attention, to_zigzag
+from sharding.ulysses import ulysses_attention
+from tests.sharding import plain_attention as plain
+from tests.sharding.plain_attention import Problem, attend, pair, problem
+
+ROWS = P(None, "sequence")
+slow = pytest.mark.slow
+PACKED = problem(0, B=2, T=32, N=4, K=2, H=8)
+
+
+def mesh_of(n: int, devices=None) -> Mesh:
+    devices = jax.devices()[:n] if devices is None else devices
+    return Mesh(np.asarray(devices), ("sequence",), axis_types=(AxisType.Explicit,))
+
+
+def spread(n: int, attention, given: Problem, packed: bool = True, check_vma: bool = True):
+    """(out, dq, dk, dv) of `attention(q, k, v, segments=...)` inside shard_map over n devices."""
+    mesh = mesh_of(n)
+    inside = jax.shard_map(
+        lambda q, k, v, segments: attention(q, k, v, segments=segments if packed else None),
+        mesh=mesh, in_specs=(ROWS,) * 4, out_specs=ROWS, check_vma=check_vma,
+    )  # fmt: skip
+
+    @jax.jit
+    def both(q, k, v, dout, segments):
+        out, pull = jax.vjp(lambda q, k, v: inside(q, k, v, segments), q, k, v)
+        return out, *pull(dout)
+
+    with jax.set_mesh(mesh):
+        return both(*(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in given))
+
+
+def one_device(given: Problem, packed: bool = True, causal: bool = True, window: int | None = None):
+    """The same of whole rows on one device, differentiated by JAX."""
+    segments = given.segments_BT if packed else None
+
+    @jax.jit
+    def both(q, k, v, dout):
+        whole = partial(attend, offset=0, q_segments=segments, k_segments=segments, causal=causal, window=window)
+        out, pull = jax.vjp(lambda q, k, v: whole(q, k, v)[0], q, k, v)
+        return out, *pull(dout)
+
+    return both(*given[:4])
+
+
+alone = cache(partial(one_device, PACKED))
+
+
+def same(found, expected, tolerance: float = 1e-5):
+    """Within `tolerance` of the largest entry, or of 1, the size of what goes in, where that is less."""
+    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1), err_msg=name)
+
+
+def test_the_oracles_two_halves_agree():
+    """The backward pass that the ring is given here, on whole rows, is the gradient that JAX derives."""
+    options = dict(offset=0, q_segments=PACKED.segments_BT, k_segments=PACKED.segments_BT)
+    out, lse = attend(*PACKED[:3], **options)
+    same((out, *plain.attend_backward(*PACKED[:3], out, lse, PACKED.dout_BTNH, **options)), alone())
+
+
+# ------------------------------------------------------------------------------------------------- the ring
+
+
+@pytest.mark.parametrize(
+    "n, causal, zigzag, packed",
+    [
+        (2, True, True, True), (8, True, True, True), (4, True, False, True), (8, False, True, True),
+        *(pytest.param(*way, marks=slow) for way in [(4, True, True, True), (4, True, True, False), (2, False, True, False)]),
+    ],
+)  # fmt: skip
+def test_n_devices_give_what_one_gives(n, causal, zigzag, packed):
+    """Two query heads a key head; packed documents cross the borders of chunks."""
+    found = spread(n, partial(ring_attention, **pair(causal=causal), causal=causal, zigzag=zigzag), PACKED, packed)
+    same(found, alone(packed, causal))
+
+
+def test_a_ring_of_one_is_plain_attention():
+    same(spread(1, partial(ring_attention, **pair()), PACKED), alone())
+
+
+def test_without_checked_types_the_results_are_the_same():
+    """Kernels whose results carry no varying axes need check_vma=False around them."""
+    same(spread(4, partial(ring_attention, **pair()), PACKED, check_vma=False), alone())
+
+
+def test_half_precision_is_rounded_once_a_part():
+    """bfloat16 keeps 8 bits: each part's output is rounded before it is merged in float32, the gradients once at the end."""
+    given = Problem(*(x.astype(jnp.bfloat16) for x in PACKED[:4]), PACKED.segments_BT)
+    exact = Problem(*(x.astype(jnp.float32) for x in given[:4]), PACKED.segments_BT)
+    found = spread(4, partial(ring_attention, **pair()), given)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    same(found, one_device(exact), 1e-2)
+
+
+@pytest.mark.parametrize("window, steps", [(1, 1), (8, 2), (9, 2), (10, 3), (100, 4)])
+def test_a_window_ends_the_ring_early(window, steps):
+    """Eight rows a device: with window 9 the first of them sees eight keys of the device before."""
+    attention = partial(ring_attention, **pair(window=window), zigzag=False, window=window)
+    assert met(4, attention) == steps
+    if window == 9:
+        same(spread(4, attention, PACKED), alone(window=window))
+
+
+def met(n: int, attention) -> int:
+    """How many devices' keys a query meets: the last hop of the backward pass, home, says how far they came."""
+
+    def gradients(q, k, v):
+        out, pull = jax.vjp(attention, q, k, v)
+        return pull(out)
+
+    hops = [eqn.params["perm"] for eqn in equations(traced(n, gradients, *PACKED[:3]).jaxpr) if eqn.primitive.name == "ppermute"]
+    return n - dict(hops[-1])[0] + 1 if hops else 1
+
+
+def traced(n: int, function, *arrays):
+    """The jaxpr of `function` inside shard_map over n devices, for arrays of these shapes."""
+    mesh = mesh_of(n)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, ROWS)) for x in arrays]
+    return jax.make_jaxpr(jax.shard_map(function, mesh=mesh, in_specs=ROWS, out_specs=ROWS))(*shapes)
+
+
+def equations(jaxpr):
+    """Every equation, those inside of others too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_sinks_are_counted_once():
+    sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
+    mesh = mesh_of(4)
+
+    def on_one(q, k, v, sinks):
+        out, lse = attend(q, k, v, offset=0, q_segments=None, k_segments=None)
+        return out * jnp.exp(lse - jnp.logaddexp(lse, sinks[:, None])).transpose(0, 2, 1)[..., None]
+
+    def on_four(q, k, v, sinks):
+        ring = lambda q, k, v, sinks: ring_attention(q, k, v, sinks_N=sinks, **pair())
+        return jax.shard_map(ring, mesh=mesh, in_specs=(ROWS, ROWS, ROWS, P()), out_specs=ROWS)(q, k, v, sinks)
+
+    def both(f, *x):
+        return jax.jit(lambda *x: jax.tree.leaves(((y := jax.vjp(f, *x))[0], y[1](PACKED.dout_BTNH))))(*x)
+
+    expected = both(on_one, *PACKED[:3], sinks)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda *x: jax.vjp(on_four, *x[:4])[1](x[4]))(
+            *(jax.device_put(x, NamedSharding(mesh, ROWS)) for x in PACKED[:3]), sinks,
+            jax.device_put(PACKED.dout_BTNH, NamedSharding(mesh, ROWS)),
+        )  # fmt: skip
+    for a, b in zip(found, expected[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def test_other_axes_of_the_mesh_keep_their_meaning():
+    """Rows over `data`, heads over `tensor`, positions over `sequence`."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3)
+    heads, ids = P("data", "sequence", "tensor"), P("data", "sequence")
+    ring = lambda q, k, v, segments: ring_attention(q, k, v, segments=segments, **pair())
+    inside = jax.shard_map(ring, mesh=mesh, in_specs=(heads, heads, heads, ids), out_specs=heads)
+
+    @jax.jit
+    def both(q, k, v, dout, segments):
+        out, pull = jax.vjp(lambda q, k, v: inside(q, k, v, segments), q, k, v)
+        return out, *pull(dout)
+
+    specs = (heads,) * 4 + (ids,)
+    with jax.set_mesh(mesh):
+        found = both(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(PACKED, specs, strict=True)))
+    same(found, alone())
+
+
+# ------------------------------------------------------------------------------------------------- zig-zag
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_zigzag_gives_device_i_chunks_i_and_2n_minus_1_minus_i_and_back(n):
+    x = jnp.arange(2 * 4 * n).reshape(1, -1)  # chunks of 4
+    inside = partial(jax.shard_map, mesh=mesh_of(n), in_specs=ROWS, out_specs=ROWS)
+    with jax.set_mesh(mesh_of(n)):
+        laid = jax.jit(inside(to_zigzag))(jax.device_put(x, NamedSharding(mesh_of(n), ROWS)))
+        back = jax.jit(inside(from_zigzag))(laid)
+    chunks = np.asarray(laid).reshape(n, 2, 4)[:, :, 0] // 4
+    np.testing.assert_array_equal(chunks, [(i, 2 * n - 1 - i) for i in range(n)])
+    np.testing.assert_array_equal(back, x)
+
+
+def test_rows_that_lie_in_zigzag_stay_so():
+    """No exchange: the whole rows are permuted before and after."""
+    n, T = 4, 32
+    order = np.concatenate([np.arange(T).reshape(2 * n, -1)[[i, 2 * n - 1 - i]].ravel() for i in range(n)])
+    laid = Problem(*(jnp.asarray(np.asarray(x)[:, order]) for x in PACKED))
+    found = spread(n, partial(ring_attention, **pair(), layout="zigzag"), laid)
+    same([np.asarray(x)[:, np.argsort(order)] for x in found], alone())
+
+
+@pytest.mark.parametrize("n", [pytest.param(2, marks=slow), 4])
+def test_zigzag_work_is_equal_and_none_of_it_is_masked(n):
+    """Parts are masked only where a chunk meets itself: elsewhere an attention without mask gives the same. There is
+    no branch, so every device computes the same pairs: over all steps, exactly the causal half."""
+    sizes = []
+
+    def unmasked(function):
+        def inner(q, k, *rest, offset, **segments):
+            own = isinstance(offset, int)
+            assert not own or offset == 0
+            sizes.append(q.shape[1] * k.shape[1] / (2 if own else 1))
+            return function(q, k, *rest, offset=offset, causal=own, **segments)
+
+        return inner
+
+    attention = partial(ring_attention, attend=unmasked(attend), attend_backward=unmasked(plain.attend_backward))
+    same(spread(n, attention, PACKED), alone())
+    first, later = sizes[:3], sizes[3:5]  # of the forward pass; its loop and its last step are traced apart
+    assert n * (sum(first) + (n - 1) * sum(later)) == 32 * 32 / 2
+    names = {eqn.primitive.name for eqn in equations(traced(n, attention, *PACKED[:3]).jaxpr)}
+    assert "dot_general" in names and "cond" not in names
+
+
+# ------------------------------------------------------------------------------------------------- what is compiled
+
+
+def compiled(n: int, T: int, devices=None, dtype=jnp.float32, **options):
+    """The compiled gradient for T rows a device, 4 heads of 32."""
+    mesh = mesh_of(n, devices)
+    ring = jax.shard_map(partial(ring_attention, **pair(), **options), mesh=mesh, in_specs=ROWS, out_specs=ROWS)
+    x = jax.ShapeDtypeStruct((1, n * T, 4, 32), dtype, sharding=NamedSharding(mesh, ROWS))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(jax.grad(lambda q, k, v: ring(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))).lower(x, x, x).compile()
+
+
+def test_memory_does_not_grow_with_the_number_of_devices_and_nothing_is_gathered():
+    """256 rows a device, so that rows of 1,024 and of 2,048; temporaries of a device are the same."""
+    sizes = {}
+    for n in (4, 8):
+        program = compiled(n, 256, layout="zigzag")
+        text = program.as_text()
+        assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
+        sizes[n] = program.memory_analysis().temp_size_in_bytes
+    assert sizes[8] < 1.01 * sizes[4]
+
+
+@slow
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")  # of a device that is not here
+def test_the_tpu_compiler_takes_it_and_overlaps_the_exchange(monkeypatch):
+    """For four v5p chips that are not here: keys are on their way while attention is computed."""
+    pytest.importorskip("libtpu")
+    jax.devices()  # the CPU's flags are read by now; the TPU's compiler ends the process at one that it does not know
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    text = compiled(4, 256, topology.devices, jnp.bfloat16, layout="zigzag").as_text()
+    assert "all-gather" not in text
+    loop = next(part for part in text.split("\n\n") if "collective-permute-start" in part and not part.startswith("ENTRY"))
+    lines = loop.splitlines()
+    start = next(i for i, line in enumerate(lines) if " collective-permute-start(" in line)
+    done = next(i for i, line in enumerate(lines) if " collective-permute-done(" in line)
+    assert any(" fusion(" in line or " convolution(" in line for line in lines[start:done])
+
+
+# ------------------------------------------------------------------------------------------------- all-to-all
+
+
+@pytest.mark.parametrize("n, N, K", [(2, 4, 2), (8, 8, 2), pytest.param(4, 4, 1, marks=slow)])
+def test_all_to_all_gives_what_one_device_gives(n, N, K):
+    """Key heads that divide over the devices, and fewer of them than devices."""
+    given = problem(1, B=2, T=32, N=N, K=K, H=4)
+    found = spread(n, partial(ulysses_attention, attend=attend), given)
+    same(found, one_device(given))
+
+
+def test_all_to_all_sends_each_device_only_its_heads():
+    """One key head for eight query heads on four devices: each is sent one, not the four that all have in common."""
+    shapes = []
+
+    def seeing(q, k, v, **options):
+        shapes.append((q.shape, k.shape))
+        return attend(q, k, v, **options)
+
+    q, k = jnp.zeros((1, 32, 8, 4)), jnp.zeros((1, 32, 2, 4))
+    traced(4, partial(ulysses_attention, attend=seeing), q, k, k)
+    assert shapes == [((1, 32, 2, 4), (1, 32, 1, 4))]
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "attention, shapes, message",
+    [
+        (partial(ulysses_attention, attend=attend), (6, 2), "6 query heads"),
+        (partial(ulysses_attention, attend=attend), (12, 3), "3 key/value heads"),
+        (partial(ring_attention, **pair(), layout="striped"), (4, 4), "layout = 'striped'"),
+        (partial(ring_attention, **pair(), layout="zigzag", zigzag=False), (4, 4), "layout = 'zigzag' with zigzag = False"),
+        (partial(ring_attention, **pair(), window=3), (4, 4), "window = 3"),
+        (partial(ring_attention, **pair()), (4, 4, 12), "3 queries a device"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(attention, shapes, message):
+    N, K, T = (*shapes, 16)[:3]
+    q, k = jnp.zeros((1, T, N, 4)), jnp.zeros((1, T, K, 4))
+    with pytest.raises(ValueError, match=message):
+        traced(4, attention, q, k, k)
+
+
+def test_keyword_defaults_are_the_balanced_causal_ring():
+    defaults = {name: p.default for name, p in inspect.signature(ring_attention).parameters.items()}
+    assert (defaults["causal"], defaults["zigzag"], defaults["layout"]) == (True, True, "contiguous")
