@@ -3,7 +3,7 @@
 Forward: one program for each tile of queries of each head, which loops over the tiles of keys that it sees. Backward: the
 same for dq, and for dk and dv one program for each tile of keys of each key/value head, which loops over the query heads and
 the tiles of queries that see it; no atomics, so the result is the same each time. Tiles where nothing is seen are not
-visited, tiles where all is seen are worked on without a mask.
+visited, tiles where all is seen are worked on without a mask. jax 0.12 warns that this lowering is deprecated.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; I tiles of
 queries, J tiles of keys.
@@ -98,11 +98,11 @@ class _Call:
         tile_q, tile_k, self.warps, self.stages = sizes(direction, spec, T, S, max(H, V), q.dtype)
         kinds_BNIJ = tile_kinds(mask, data, T, S, tile_q, tile_k)
         static = isinstance(kinds_BNIJ, np.ndarray)
+        xp = np if static else jnp
         if self.grid_of_keys:
-            # There the queries of a last tile that reach beyond T must be told apart.
-            if T % tile_q:
-                whole = (jnp, np)[static].arange(kinds_BNIJ.shape[2]) < T // tile_q
-                kinds_BNIJ = (jnp, np)[static].where(whole[:, None], kinds_BNIJ, kinds_BNIJ.clip(max=PARTIAL))
+            if T % tile_q:  # the queries of the last tile that reach beyond T must be told apart
+                whole = xp.arange(kinds_BNIJ.shape[2]) < T // tile_q
+                kinds_BNIJ = xp.where(whole[:, None], kinds_BNIJ, kinds_BNIJ.clip(max=PARTIAL))
             kinds_BNIJ = kinds_BNIJ.swapaxes(2, 3)
         in_ranges = mask.strided is None and all(part is None for part in data[1:])
         walk = list_tiles(kinds_BNIJ, in_ranges)
@@ -193,7 +193,7 @@ def _block(spec: Spec, name: str) -> int | None:
     return None if shape is None else shape[name.startswith("k")]
 
 
-def list_tiles(kinds_BNIJ, in_ranges: bool):
+def list_tiles(kinds_BNIJ: np.ndarray | Array, in_ranges: bool) -> np.ndarray | Array:
     """What each tile of queries (or, turned, of keys) meets, int32 [B|1, N|1, I, W]: how many FULL tiles, how many PARTIAL
     ones, and then
     - `in_ranges`, for masks that see one stretch of tiles, FULL in the middle: the first tile, and how many PARTIAL ones lie

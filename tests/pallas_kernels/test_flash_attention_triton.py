@@ -20,7 +20,9 @@ from pallas_kernels.flash_attention import (
     Tiles,
     flash_attention,
     flash_attention_backward,
+    tile_kinds,
 )
+from pallas_kernels.flash_attention.mask import MaskData
 from pallas_kernels.flash_attention.shapes import CASES, Case
 from pallas_kernels.flash_attention.triton import list_tiles
 from pallas_kernels.flash_attention.triton_kernels import parts
@@ -186,6 +188,21 @@ def test_ranges_meet_each_tile_once(before, left, full, right, after):
         full, partial, start, left = np.asarray(made)[0, 0, 0]
         assert [start + left + j for j in range(full)] == list(np.flatnonzero(row == FULL))
         assert [start + j + (0 if j < left else full) for j in range(partial)] == list(np.flatnonzero(row == PARTIAL))
+
+
+@settings(deadline=None)
+@given(
+    st.booleans(), st.none() | st.integers(1, 90), st.integers(-90, 90), st.integers(1, 90), st.integers(1, 90),
+    st.sampled_from((8, 16, 32)), st.sampled_from((8, 16, 32)), st.booleans(),
+)  # fmt: skip
+def test_ranges_hold_every_mask_they_are_used_for(causal, window, offset, T, S, tile_q, tile_k, turned):
+    """causal and window at any offset leave one stretch of tiles, FULL in the middle, by queries and by keys."""
+    kinds = tile_kinds(Mask(causal, window), MaskData(offset), T, S, tile_q, tile_k)[0, 0]
+    kinds = kinds.T if turned else kinds
+    for line, row in zip(list_tiles(kinds[None, None], True)[0, 0], kinds, strict=True):
+        full, partial_, start, left = line
+        assert [start + left + j for j in range(full)] == list(np.flatnonzero(row == FULL))
+        assert [start + j + (0 if j < left else full) for j in range(partial_)] == list(np.flatnonzero(row == PARTIAL))
 
 
 @given(st.integers(1, 256), st.sampled_from((64, 256)))
