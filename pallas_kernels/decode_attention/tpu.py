@@ -144,6 +144,7 @@ def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Array, cache: Cache) 
     return buffers + state + 3 * rows * block * 4 + widened
 
 
+@partial(jax.jit, static_argnames=("spec", "out_dtype"))  # eagerly, jax 0.10 does not take the word on HBM below
 def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
     """See spec.py."""
     B, K, R, H = q_BKRH.shape
