@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from model.config import AttentionConfig, ModelConfig
 from model.positions import alibi_slopes
 from pallas_kernels.decode_attention import MAX_QUERIES, decode_attention
-from pallas_kernels.flash_attention import Mask, Strided, flash_attention
+from pallas_kernels.flash_attention import Mask, Strided, flash_attention, flash_attention_backward
+from sharding.ring import ring_attention
 from sharding.rules import ShardingRules, no_mesh, reshard
+from sharding.ulysses import ulysses_attention
 
 
 class Places(NamedTuple):
@@ -54,12 +56,20 @@ def attend(
     places: Places,
 ) -> Float[Array, "B T N H"]:
     """Each query over the keys of its row that its layer's mask shows it, on one device or on a mesh: batch and heads
-    divide, and where a row is spread over devices its keys are gathered."""
+    divide; where a row is spread over devices its keys are gathered, passed around, or exchanged for heads (`context`)."""
     a = config.attention
     mask = layer_mask(a, layer)
     segments_BT, prefix_BT = places.segment_ids_BT, places.prefix_BT if a.mask == "prefix" else None
     positions_BT = places.positions_BT if mask.strided is not None else None
     rows, whole_rows = ("batch", "sequence"), ("batch", None)
+
+    if _spread(rules) and a.context != "gather":
+        local = _ring(config, rules, mask) if a.context == "ring" else _ulysses(config, rules, mask)
+        return _on_devices(
+            local, rules, (*rows, "heads", None),
+            (q_BTNH, (*rows, "heads", None)), (k_BSKH, (*rows, "kv_heads", None)), (v_BSKH, (*rows, "kv_heads", None)),
+            (sinks_N, ("heads",)), (_slopes(config), ("heads",)), (segments_BT, rows),
+        )  # fmt: skip
 
     def local(q, k, v, sinks, alibi, q_segments, k_segments, q_positions, k_positions, prefix):
         return flash_attention(
@@ -119,6 +129,54 @@ def attend_cache(
     )  # fmt: skip
 
 
+def _ring(config: ModelConfig, rules: ShardingRules, mask: Mask) -> Callable:
+    options = {**_options(config), "mask": mask}
+
+    def pair(ids, *arrays, call, offset, **more):
+        q_segments, k_segments = ids
+        segments = None if q_segments is None else (q_segments, k_segments)
+        return call(*arrays, offset=offset, segment_ids=segments, **options, **more)
+
+    def forward(q, k, v, *, offset, q_segments, k_segments):
+        return pair((q_segments, k_segments), q, k, v, call=flash_attention, offset=offset, return_lse=True)
+
+    def backward(q, k, v, out, lse, dout, *, offset, q_segments, k_segments):
+        return pair((q_segments, k_segments), q, k, v, out, lse, dout, call=flash_attention_backward, offset=offset)
+
+    def local(q, k, v, sinks, alibi, segments):
+        return ring_attention(
+            q, *_heads_of(q, k, v, config.attention, rules), attend=forward, attend_backward=backward,
+            axis=rules.activations.sequence[0], segments=segments, sinks_N=sinks, causal=mask.causal,
+            zigzag=mask.window is None and q.shape[1] % 2 == 0, window=mask.window if mask.causal else None,
+        )  # fmt: skip
+
+    return local
+
+
+def _ulysses(config: ModelConfig, rules: ShardingRules, mask: Mask) -> Callable:
+    axis = rules.activations.sequence[0] if rules.activations.sequence else ""
+
+    def local(q, k, v, sinks, alibi, segments):
+        def whole_rows(q, k, v, *, offset, q_segments, k_segments):
+            N = q.shape[2]
+            mine = lambda x: None if x is None else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * N, N)
+            return flash_attention(
+                q, k, v, mask=mask, segment_ids=None if q_segments is None else (q_segments, k_segments),
+                sinks_N=mine(sinks), alibi_N=mine(alibi), return_lse=True, **_options(config),
+            )  # fmt: skip
+
+        k, v = _heads_of(q, k, v, config.attention, rules)
+        return ulysses_attention(q, k, v, attend=whole_rows, axis=axis, segments=segments)
+
+    return local
+
+
+def _spread(rules: ShardingRules) -> bool:
+    """True where rows are spread over devices."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return any(sizes.get(axis, 1) > 1 for axis in rules.activations.sequence)
+
+
 def _options(config: ModelConfig) -> dict:
     a = config.attention
     return {
@@ -145,10 +203,7 @@ def _on_devices(fn: Callable, rules: ShardingRules, out_axes: tuple, *inputs: tu
 
 def _first_slot(q_BTNH: Array, rules: ShardingRules) -> int | Array:
     """How far into the rows of the call this device's queries start."""
-    axes = () if no_mesh() else rules.activations.sequence
-    if not axes or all(jax.lax.axis_size(axis) == 1 for axis in axes):
-        return 0
-    return jax.lax.axis_index(axes) * q_BTNH.shape[1]
+    return jax.lax.axis_index(rules.activations.sequence) * q_BTNH.shape[1] if _spread(rules) else 0
 
 
 def _heads_of(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, a: AttentionConfig, rules: ShardingRules) -> tuple[Array, Array]:

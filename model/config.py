@@ -77,9 +77,12 @@ class AttentionConfig:
     window: int = 1024
     block_size: int = 64  # block_sparse: positions a block
     local_blocks: int = 4  # block_sparse: a query sees the last `local_blocks` blocks, its own included (Child 2019)
+    block_stride: int = 8  # block_sparse: and every `block_stride`-th block (its index % stride == stride - 1)
     # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton': GPUs).
     implementation: Literal["auto", "tpu", "hopper", "triton", "xla", "reference"] = "auto"
-    block_stride: int = 8  # block_sparse: and every `block_stride`-th block (its index % stride == stride - 1)
+    # Rows spread over the mesh axis 'sequence': keys are gathered, passed around (Liu et al. 2023), or exchanged for heads
+    # (Jacobs et al. 2023).
+    context: Literal["gather", "ring", "ulysses"] = "gather"
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,12 @@ class ModelConfig:
             )
         if not a.layers:
             raise ValueError("model.attention.layers = (): give at least one of global, sliding, block_sparse")
+        if a.context != "gather" and ("block_sparse" in a.layers or a.mask == "prefix"):
+            raise ValueError(
+                f"model.attention.context = {a.context!r}: rows spread so take no block_sparse layers and no prefix; use 'gather'"
+            )
+        if a.context == "ring" and p.kind == "alibi":
+            raise ValueError("model.attention.context = 'ring': takes no model.position.kind = 'alibi'; use 'ulysses' or 'gather'")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout = {self.dropout}: a probability in [0, 1)")
         if not 0.0 < p.rotary_fraction <= 1.0:

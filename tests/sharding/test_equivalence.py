@@ -17,6 +17,12 @@ from tests.models import TINY_ATTENTION, random_model, tiny_config
 
 RULES = ShardingRules()
 
+
+def around(config: ModelConfig, context: str) -> ModelConfig:
+    """`config` with another way to attend over rows that are spread."""
+    return replace(config, attention=replace(config.attention, context=context))
+
+
 # Between them, every kind of weight that there is.
 DENSE = tiny_config(
     norm=NormConfig("layernorm", bias=True, placement="sandwich"),
@@ -66,6 +72,8 @@ WAYS = [
     (DENSE, {"data": 2, "fsdp": 2, "tensor": 2}),
     (SPARSE, {"fsdp": 2, "expert": 2, "tensor": 2}),
     (SPARSE, {"data": 2, "sequence": 2, "expert": 2, "fsdp": 1}),
+    (around(DENSE, "ring"), {"fsdp": 2, "sequence": 4}),
+    (around(SPARSE, "ulysses"), {"fsdp": 2, "sequence": 2, "tensor": 2}),
     *(
         pytest.param(config, axes, marks=slow)
         for config, axes in [
@@ -77,13 +85,15 @@ WAYS = [
             (SPARSE, {"data": 2, "fsdp": 1, "expert": 4}),
             (SPARSE, {"data": 2, "fsdp": 2, "tensor": 2}),
             (SPARSE, {"fsdp": 2, "sequence": 2, "tensor": 2}),
+            (around(SPARSE, "ring"), {"fsdp": 1, "sequence": 4, "expert": 2}),
+            (around(DENSE, "ulysses"), {"fsdp": 2, "sequence": 4}),
         ]
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    "config, axes", WAYS, ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else ""
+    "config, axes", WAYS, ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x.attention.context
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     batch = packed_batch()
