@@ -147,6 +147,14 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+def test_a_contiguous_causal_ring_does_not_compute_what_no_query_sees():
+    """One of two branches has no matmul."""
+    names = lambda jaxpr: [eqn.primitive.name for eqn in equations(jaxpr)]
+    ring = traced(4, partial(ring_attention, **pair(), zigzag=False), *PACKED[:3])
+    choices = [eqn.params["branches"] for eqn in equations(ring.jaxpr) if eqn.primitive.name == "cond"]
+    assert choices and all(sorted("dot_general" in names(b.jaxpr) for b in branches) == [False, True] for branches in choices)
+
+
 def test_sinks_are_counted_once():
     sinks = jnp.asarray([0.5, -1.0, 2.0, 0.0])
     mesh = mesh_of(4)
