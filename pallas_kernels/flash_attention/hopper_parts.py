@@ -128,6 +128,7 @@ def products(pairs, interpret: bool, meanwhile: Callable[[], None] = lambda: Non
     if interpret:
         rows_by_rows = (((1,), (1,)), ((), ()))
         results = [lax.dot_general(a[...], b[...], rows_by_rows, preferred_element_type=jnp.float32) for a, b in pairs]
+        plgpu.commit_smem()  # wgmma reads as TMA writes, which loads do not: for the interpreter's search for races
         meanwhile()
         return results
 
@@ -143,7 +144,9 @@ def products(pairs, interpret: bool, meanwhile: Callable[[], None] = lambda: Non
 def accumulate(terms, interpret: bool) -> tuple[Any, ...]:
     """sum + a @ b for each (sum, a, b): float32 sum and 16-bit a in registers, b in shared memory."""
     if interpret:
-        return tuple(total + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for total, a, b in terms)
+        results = tuple(total + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for total, a, b in terms)
+        plgpu.commit_smem()
+        return results
 
     def body(sums):
         for out, (_, a, b) in zip(sums, terms, strict=True):
@@ -209,7 +212,7 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
             spec.mask, *slots, tile_of("q_segments"), tile_of("k_segments"), tile_of("q_positions"),
             tile_of("k_positions"), None if prefix is None else prefix != 0,
         )  # fmt: skip
-        if S % TILE:
+        if memory["k"].shape[1] > S:  # padded
             seen = indices[1] < S if seen is None else seen & (indices[1] < S)
         if seen is not None:
             s = jnp.where(seen, s, MASKED)

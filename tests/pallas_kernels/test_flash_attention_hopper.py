@@ -106,6 +106,13 @@ def test_every_case(case, gradient):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tile_k", [64, 128, 192, 256])
+def test_any_tile_of_keys(tile_k):
+    case = Case("keys", T=128, S=384, N=1, K=1, dtype="float16", mask=Mask(causal=False), segments=2)
+    assert_close(case, gradient=False, tiles=Tiles(k=tile_k))
+
+
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     T=st.integers(1, 200), S=st.integers(1, 300), offset=st.integers(-60, 200), group=st.sampled_from([1, 2]),
@@ -123,6 +130,18 @@ def test_the_same_bits_each_time():
     for gradient in (False, True):
         first, second = run(SMALL, "hopper", gradient), run(SMALL, "hopper", gradient)
         assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.slow
+def test_no_two_warpgroups_race(monkeypatch):
+    """The ring wraps: more tiles than slots, which differ in number. Without one of the waits this raises."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    watching = InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
+    monkeypatch.setattr(hopper_parts, "interpreter", lambda interpret: watching)
+    assert_close(Case("ring", T=320, S=320, N=2, K=1, dtype="bfloat16", mask=Mask(causal=False)), gradient=True)
+    assert not interpret_pallas_call.get_races().races_found
 
 
 def lowered(case, gradient):
