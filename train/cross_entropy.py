@@ -58,8 +58,8 @@ def cross_entropy(
     spread = jax.typeof(head).sharding.spec[vocab_axis]
     vocab_axes = spread if isinstance(spread, tuple) else (spread,) if spread else ()
     specs = P(*rows, None), P(None, spread) if vocab_axis else P(spread, None), rows
-    local = jax.shard_map(partial(local, vocab_axes=vocab_axes), in_specs=specs, out_specs=(rows, rows))
-    return local(*(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True)))
+    on_devices = jax.shard_map(partial(local, vocab_axes=vocab_axes), in_specs=specs, out_specs=(rows, rows))
+    return on_devices(*(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True)))
 
 
 def _tokens(

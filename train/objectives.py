@@ -180,12 +180,13 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, sp
 
 def make_objective(config: TrainConfig, ids: int) -> Objective:
     """The configured objective for a tokenizer of so many ids."""
-    special, common = SpecialTokens(), dict(z_loss=config.z_loss, chunk=config.loss_chunk)
+    special, z_loss, chunk = SpecialTokens(), config.z_loss, config.loss_chunk
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=special, ids=ids, **common)
+        return partial(masked, rate=config.mask_rate, special=special, ids=ids, z_loss=z_loss, chunk=chunk)
     if config.objective == "fill_in_middle":
-        return partial(fill_in_middle, rate=config.fim_rate, spm_rate=config.fim_spm_rate, special=special, **common)
-    return partial(prefix_lm if config.objective == "prefix" else next_token, **common)
+        rates = config.fim_rate, config.fim_spm_rate
+        return partial(fill_in_middle, rate=rates[0], spm_rate=rates[1], special=special, z_loss=z_loss, chunk=chunk)
+    return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=z_loss, chunk=chunk)
 
 
 def scoring_objective(config: TrainConfig, ids: int) -> Objective:
