@@ -8,6 +8,8 @@ Bundles are a static estimate: transfers from HBM that the pipeline does not hid
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import json
 import os
@@ -15,7 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +50,38 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
         importlib.import_module("libtpu")
     except ImportError as error:
         raise RuntimeError("compiling for a TPU needs its compiler: pip install libtpu") from error
-    # The compiler parses XLA_FLAGS of the environment when it is loaded and ends the process at a flag of another backend.
+    _load()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+    devices = np.asarray(topology.devices[:1])
+    return jax.sharding.Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """A program for a device that is not here can be written to JAX's cache of programs, but not read from it."""
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache", UserWarning)
+            yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+
+
+@functools.cache
+def _load() -> None:
+    """The compiler reads XLA_FLAGS of the environment at its first program, and ends the process at a flag that is of
+    another backend's: let it compile one, as small as may be, without."""
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"])
+        sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+        with _uncached():
+            jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), np.int32, sharding=sharding)).compile()
     finally:
         if flags is not None:
             os.environ["XLA_FLAGS"] = flags
-    devices = np.asarray(topology.devices[:1])
-    return jax.sharding.Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
@@ -65,7 +91,7 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> j
     mesh = mesh_of(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _uncached():
         return jax.jit(function).lower(*placed).compile()
 
 
@@ -90,7 +116,12 @@ def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) ->
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=.*(utiliz|post-bundle-packing-post-ra).*"
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        environment = {**os.environ, **ENVIRONMENT, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"{given} {flags}".strip()}
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "JAX_PLATFORMS": "cpu",
+            "LIBTPU_INIT_ARGS": f"{given} {flags}".strip(),
+        }
         for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # a program that is found in a cache is not dumped
             environment.pop(name, None)
         command = [sys.executable, "-m", "pallas_kernels.ahead_of_time", target, maker, json.dumps(arguments)]
@@ -134,7 +165,9 @@ def _utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
     lines = head.splitlines()
     names = tuple(name.strip() for name in lines[1].split(","))
     if names != SLOTS:
-        raise RuntimeError(f"the compiler's table has columns {names}, not {SLOTS}: another libtpu; mend ahead_of_time.py")
+        raise RuntimeError(
+            f"the compiler's table has columns {names}, not {SLOTS}: another libtpu; mend ahead_of_time.py"
+        )
     return np.array(lines[2].split(), int), np.array([row.split() for row in rows.splitlines() if row.strip()], int)
 
 
@@ -149,7 +182,9 @@ def _regions(kernel: str, text: str, capacity: np.ndarray, table: np.ndarray) ->
         sums = table[a:b].sum(0)
         share = {name: float(s / (c * max(b - a, 1))) for name, s, c in zip(SLOTS, sums, capacity, strict=True)}
         fills, spills = (int(sums[SLOTS.index(name)]) for name in ("VLOAD:FILL", "VSTORE:SPILL"))
-        regions.append(Region(kernel, int(number), int(parent) if parent else None, kind or "", a, b - a, share, fills, spills))
+        regions.append(
+            Region(kernel, int(number), int(parent) if parent else None, kind or "", a, b - a, share, fills, spills)
+        )
     return regions
 
 

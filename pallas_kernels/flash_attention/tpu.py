@@ -10,7 +10,6 @@ tpu_pairs.py.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -45,31 +44,21 @@ def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str |
 
 def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extra) -> tuple[Array, Array]:
     """See spec.py."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     S, V = v_BSKV.shape[1], v_BSKV.shape[3]
     dtype = _working(q_BTNH.dtype)
     cut, pairs = _plan(spec, q_BTNH, k_BSKH, v_BSKV, extra, backward=False)
     wide = generation().mxu > LANES
     multiply = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
     q, k, v = (_by_head(x, tile, dtype) for x, tile in ((q_BTNH, cut.q), (k_BSKH, cut.k), (v_BSKV, cut.k)))
-    # The factor goes into q where that is exact enough: in float32, or as two bfloat16, where the matrix unit has columns
-    # to spare for the second.
-    doubled = dtype == jnp.bfloat16 and (H == LANES // 2 or (wide and H == LANES))
-    if doubled:
-        q = q.astype(jnp.float32) * multiply
-        # `reduce_precision` rather than two casts, which the compiler may take for none.
-        high = lax.reduce_precision(q, exponent_bits=8, mantissa_bits=7)
-        q = jnp.concatenate([high, q - high], -1).astype(dtype)
-        k = jnp.concatenate([k, k], -1) if H < LANES else k
-    elif dtype == jnp.float32:
-        q = q * multiply
     sums = not spec.dropout and (V % LANES != 0 or (wide and V % (2 * LANES) != 0))
     if V % LANES:
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, up(V) - V)), constant_values=1.0 if sums else 0.0)
+    late = spec.softcap is None and multiply > 0
     job = _job(
         spec, cut, pairs, S, V, N // k.shape[1], dtype,
-        multiply=None if doubled or dtype == jnp.float32 else multiply,
-        doubled=doubled, ones=LANES if sums and V % LANES == 0 else 0, sums=sums,
+        multiply=None if late else multiply, late=multiply if late else None,
+        ones=LANES if sums and V % LANES == 0 else 0, sums=sums,
     )  # fmt: skip
     arrays = {"q": q, "k": k, "v": v, **_ints(extra, cut, lanes_of_queries=False), **_floats(extra)}
     if extra.sinks_N is not None:
@@ -80,7 +69,7 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
 
 def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
     """See spec.py."""
-    B, T, N, H = q_BTNH.shape
+    B, T, N, _ = q_BTNH.shape
     S, V = v_BSKV.shape[1], v_BSKV.shape[3]
     K = k_BSKH.shape[2]
     dtype = _working(q_BTNH.dtype)
@@ -89,7 +78,7 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     q, do = (_by_head(x, cut.q, dtype) for x in (q_BTNH, dout_BTNV))
     k, v = (_by_head(x, cut.k, dtype) for x in (k_BSKH, v_BSKV))
     rows = lambda x, fill: _pad(x.astype(jnp.float32), 2, cut.q, fill)[:, :, None, :]
-    job = _job(spec, cut, pairs, S, V, N // K, dtype, multiply=multiply, doubled=False, ones=0, sums=False)
+    job = _job(spec, cut, pairs, S, V, N // K, dtype, multiply=multiply, late=None, ones=0, sums=False)
     arrays = {
         "q": q, "k": k, "v": v, "do": do, "lse": rows(lse_BNT * LOG2E, 1e30), "delta": rows(delta_BNT, 0.0),
         **_ints(extra, cut, lanes_of_queries=True), **_floats(extra),

@@ -41,7 +41,9 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     """Grid (B, K, P, heads of the group that share the list's entries)."""
     words_ref, numbers_ref = refs[:2]
     inputs = dict(zip(names, refs[2:], strict=False))
-    dq_hbm, dk_ref, dv_ref, dk_acc, dv_acc, part_ref, buffer_ref, state_ref, read_sem, write_sems = refs[2 + len(names) :]
+    dq_hbm, dk_ref, dv_ref, dk_acc, dv_acc, part_ref, buffer_ref, state_ref, read_sem, write_sems = refs[
+        2 + len(names) :
+    ]
     q_ref, k_ref, v_ref, do_ref = (inputs[name] for name in ("q", "k", "v", "do"))
     lse_ref, delta_ref = inputs["lse"], inputs["delta"]
     spec, cut = job.spec, job.cut
@@ -63,7 +65,9 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
     def piece_of_work(piece, masked: bool):
         q0, q1, k0, k1 = piece
-        dot = lambda a, b, dims: lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, precision=job.precision)
+        dot = lambda a, b, dims: lax.dot_general(
+            a, b, dims, preferred_element_type=jnp.float32, precision=job.precision
+        )
         q_qH, do_qV, k_kH = q_ref[q0:q1, :], do_ref[q0:q1, :], k_ref[k0:k1, :]
         s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * job.multiply
         if spec.softcap is not None:
@@ -171,7 +175,7 @@ def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int
     """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N, T, H],
     k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments, q_positions
     [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
-    cut, (R, C, P) = job.cut, words.shape
+    cut, (_, C, P) = job.cut, words.shape
     T, H = arrays["q"].shape[2:]
     S, V = arrays["v"].shape[2:]
     dtype = arrays["q"].dtype
@@ -235,9 +239,7 @@ def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=cut.vmem
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * (3 * H + 2 * V), transcendentals=pairs, bytes_accessed=traffic
-        ),
+        cost_estimate=pl.CostEstimate(flops=2 * pairs * (3 * H + 2 * V), transcendentals=pairs, bytes_accessed=traffic),
         name="flash_attention_backward",
         interpret=interpret,
     )(words.reshape(-1), numbers, *arrays.values())

@@ -46,8 +46,10 @@ class Job:
     full: bool
     shifts: tuple[int, ...]
     only_shifts: bool
-    multiply: float | None  # of q k^T, where q has not been multiplied beforehand
-    doubled: bool  # q is [high | low], two bfloat16 that add up to it
+    # The scale times log2(e) multiplies q k^T at once or, where it is above 0 and no soft cap follows, after the running
+    # maximum has been taken from it: the matrix unit's results are then stored once, not twice.
+    multiply: float | None
+    late: float | None
     ones: int  # columns of ones that the kernel puts beside v; those already in v do not count
     sums: bool  # the row sums are in the accumulator's columns from V on
     precision: lax.Precision | None
@@ -95,7 +97,9 @@ def when_kind(job: Job, word, offset, do) -> None:
 
 def word_at(job: Job, words_ref, row, head, number, count: int, heads: int):
     """The entry of the list. `heads`: how many the list would have."""
-    place = number + count * ((head if job.heads_differ else 0) + (row * (heads if job.heads_differ else 1) if job.rows_differ else 0))
+    place = number + count * (
+        (head if job.heads_differ else 0) + (row * (heads if job.heads_differ else 1) if job.rows_differ else 0)
+    )
     return words_ref[place]
 
 
@@ -105,7 +109,7 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     inputs = dict(zip(names, refs[2:], strict=False))
     out_ref, lse_ref, max_ref, sum_ref, acc_ref = refs[2 + len(names) :]
     q_ref, k_ref, v_ref = inputs["q"], inputs["k"], inputs["v"]
-    spec, V = job.spec, job.V
+    spec, cut, V = job.spec, job.cut, job.V
     row, n, number = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     word = word_at(job, words_ref, row, n, number, count, heads)
     W = acc_ref.shape[1]
@@ -114,7 +118,8 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     def _():
         # A sink is a key that was seen before all others, with value zero.
         sink = inputs["sinks"][n] if "sinks" in inputs else None
-        max_ref[...] = jnp.full(max_ref.shape, MASKED if sink is None else sink, jnp.float32)
+        top = MASKED if sink is None else sink if job.late is None else sink * (1.0 / job.late)
+        max_ref[...] = jnp.full(max_ref.shape, top, jnp.float32)
         sum_ref[...] = jnp.full(sum_ref.shape, 0.0 if sink is None else 1.0, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         if sink is not None and job.sums:
@@ -124,8 +129,6 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     def logits(piece):
         q0, q1, k0, k1 = piece
         k_kH = k_ref[k0:k1, :]
-        if job.doubled and k_ref.shape[1] < q_ref.shape[1]:
-            k_kH = jnp.concatenate([k_kH, k_kH], 1)
         s_qk = lax.dot_general(
             q_ref[q0:q1, :], k_kH, TRANSPOSED_RHS, preferred_element_type=jnp.float32, precision=job.precision
         )
@@ -140,7 +143,8 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         if masked or "alibi" in inputs or spec.dropout:
             q_index, k_index, offset = positions(job, numbers_ref, row, word, s_qk.shape, q0, k0, 0)
         if "alibi" in inputs:
-            s_qk = s_qk - inputs["alibi"][n] * jnp.abs(q_index + offset - k_index).astype(jnp.float32)
+            slope = inputs["alibi"][n] * (1.0 if job.late is None else 1.0 / job.late)
+            s_qk = s_qk - slope * jnp.abs(q_index + offset - k_index).astype(jnp.float32)
         if masked:
             ints = {name: jnp.tile(inputs[name][q0:q1, :], (1, repeats)) for name in names if name.startswith("q_")}
             ints |= {name: inputs[name][:1, k0:k1] for name in names if name.startswith("k_") or name == "prefix"}
@@ -149,8 +153,9 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         before_qL = max_ref[q0:q1, :]
         now_qL = jnp.maximum(before_qL, s_qk.max(-1)[:, None])
         max_ref[q0:q1, :] = now_qL
-        shrink_qL = jnp.exp2(before_qL - now_qL)
-        p_qk = jnp.exp2(s_qk - jnp.tile(now_qL, (1, repeats)))
+        power = lambda x: jnp.exp2(x if job.late is None else x * job.late)
+        shrink_qL = power(before_qL - now_qL)
+        p_qk = power(s_qk - jnp.tile(now_qL, (1, repeats)))
         if not job.sums:
             sum_ref[q0:q1, :] = sum_ref[q0:q1, :] * shrink_qL + p_qk.sum(-1)[:, None]
         if spec.dropout:
@@ -168,14 +173,19 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         acc_ref[q0:q1, :] = acc_ref[q0:q1, :] * jnp.tile(shrink_qL, (1, W // LANES)) + pv_qW
 
     def tile(pieces, masked: bool):
-        s, waiting = logits(pieces[0]), None
+        s, waiting = None, None
         for number, piece in enumerate(pieces):
-            ahead = logits(pieces[number + 1]) if number + 1 < len(pieces) else None
+            s = logits(piece) if s is None else s
+            ahead = logits(pieces[number + 1]) if (cut.ahead or masked) and number + 1 < len(pieces) else None
             if waiting is not None:
                 add(*waiting)
             waiting = (*weights(s, piece, masked), piece)
             s = ahead
-        add(*waiting)
+            if not (cut.ahead or masked):
+                add(*waiting)
+                waiting = None
+        if waiting is not None:
+            add(*waiting)
 
     when_kind(job, word, numbers_ref[row], tile)
 
@@ -188,14 +198,15 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         if spec.dropout:
             scale = scale * (1.0 / (1.0 - spec.dropout))
         out_ref[...] = (acc_ref[:, :V] * scale).astype(out_ref.dtype)
-        lse_qL = jnp.where(sees, (max_ref[...] + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
+        top_qL = max_ref[...] if job.late is None else max_ref[...] * job.late
+        lse_qL = jnp.where(sees, (top_qL + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
         lse_ref[...] = lse_qL.T[:1, :]
 
 
 def forward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
     """out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles. `arrays`: q [B, N, T, H], k, v [B, K, S, H or V];
     q_segments, q_positions [B, T, 128]; k_segments, k_positions, prefix [B, 8, S], int32; alibi, sinks [N], times log2(e)."""
-    cut, (R, C, P) = job.cut, words.shape
+    cut, (_, C, P) = job.cut, words.shape
     T, dtype = arrays["q"].shape[2], arrays["q"].dtype
     heads = N if C > 1 else 1
     entry = lambda b, n, p, words: word_at(job, words, b, n, p, P, heads)
@@ -226,7 +237,9 @@ def forward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int,
             in_specs=[spec_of[name](x) for name, x in arrays.items()],
             out_specs=[
                 pl.BlockSpec((None, None, cut.q, job.V), q_of),
-                pl.BlockSpec((None, None, 1, cut.q), lambda b, n, p, words, _: (b, n, 0, tpu_pairs.q_tile(entry(b, n, p, words)))),
+                pl.BlockSpec(
+                    (None, None, 1, cut.q), lambda b, n, p, words, _: (b, n, 0, tpu_pairs.q_tile(entry(b, n, p, words)))
+                ),
             ],
             scratch_shapes=[
                 pltpu.VMEM((cut.q, LANES), jnp.float32),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -167,16 +166,22 @@ def steps(
     for i, row in enumerate(np.asarray(kinds)[0, 0]):
         seen = np.flatnonzero(row > EMPTY)
         if seen.size:
-            found.append((i * edge_q, min((i + 1) * edge_q, tile_q), int(seen[0]) * edge_k, min(int(seen[-1] + 1) * edge_k, tile_k)))
+            found.append(
+                (
+                    i * edge_q,
+                    min((i + 1) * edge_q, tile_q),
+                    int(seen[0]) * edge_k,
+                    min(int(seen[-1] + 1) * edge_k, tile_k),
+                )
+            )
     return tuple(found)
 
 
 def zero_unvisited(dq_BNTH: Array, visited_RCm, tile_q: int, group: int) -> Array:
     """Rows of tiles that no entry visits hold whatever was in memory: make them zero. Backward's result is padded to tiles."""
-    B, N, T, _ = dq_BNTH.shape
+    T = dq_BNTH.shape[2]
     R, C, m = visited_RCm.shape
     I = T // tile_q
     per_head = visited_RCm.reshape(R, C, I, m // I).transpose(0, 1, 3, 2).reshape(R, -1, I)  # [R, heads or 1, I]
     rows = jnp.repeat(jnp.asarray(per_head), tile_q, axis=-1)[..., None]
     return jnp.where(rows, dq_BNTH, jnp.zeros((), dq_BNTH.dtype))
-

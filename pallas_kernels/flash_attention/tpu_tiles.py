@@ -47,6 +47,7 @@ class Cut:
     sub_q: int
     sub_k: int
     edge: int  # queries a row of pieces, in tiles at the edge of causal and window
+    ahead: bool  # whether a piece's first product is stated before the softmax of the piece before it
     vmem: int  # bytes, an upper estimate; given to the compiler as the kernel's limit
 
 
@@ -70,7 +71,7 @@ def forward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_i
         live = 4 * (q * width + 2 * q * LANES)  # accumulator, running maximum and sum
         work = sub_q * sub_k * (4 * 3 + bytes_each) + 4 * sub_q * width
         work = work * (2 if bytes_each == 4 else 1)
-        cut = Cut(q, k, sub_q, sub_k, min(edge, q), 2 * blocks + live + work + MIB)
+        cut = Cut(q, k, sub_q, sub_k, min(edge, q), wide, 2 * blocks + live + work + MIB)
         if cut.vmem <= device.vmem:
             return cut
         q, k = _smaller(spec, device, cut, ("q", spec.tiles.q), ("k", spec.tiles.k))
@@ -86,13 +87,15 @@ def backward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_
         blocks += 4 * (k_ints * k * LANES + q_ints * q * 8)
         live = 4 * k * (up(H) + up(V)) + 3 * 4 * q * up(H)  # dk, dv; dq of this tile and of two visits in flight
         work = sub_q * sub_k * (4 * 4 + 2 * bytes_each) * (2 if bytes_each == 4 else 1)
-        cut = Cut(q, k, sub_q, sub_k, min(edge, q), 2 * blocks + live + work + MIB)
+        cut = Cut(q, k, sub_q, sub_k, min(edge, q), False, 2 * blocks + live + work + MIB)
         if cut.vmem <= device.vmem:
             return cut
         q, k = _smaller(spec, device, cut, ("q_dkv", spec.tiles.q_dkv), ("k_dkv", spec.tiles.k_dkv))
 
 
-def _smaller(spec: Spec, device: Generation, cut: Cut, q: tuple[str, int | None], k: tuple[str, int | None]) -> tuple[int, int]:
+def _smaller(
+    spec: Spec, device: Generation, cut: Cut, q: tuple[str, int | None], k: tuple[str, int | None]
+) -> tuple[int, int]:
     """The next smaller tiles, where the caller left the choice to us."""
     halves = {n: _divisor(n, n // 2) for n in (cut.q, cut.k)}
     if k[1] is None and cut.k > LANES and (cut.k >= cut.q or q[1] is not None) and halves[cut.k] < cut.k:
@@ -105,7 +108,9 @@ def _smaller(spec: Spec, device: Generation, cut: Cut, q: tuple[str, int | None]
     )
 
 
-def _sizes(spec: Spec, T: int, S: int, q: int | None, k: int | None, q_name: str, k_name: str, most_q: int, most_k: int):
+def _sizes(
+    spec: Spec, T: int, S: int, q: int | None, k: int | None, q_name: str, k_name: str, most_q: int, most_k: int
+):
     shape = spec.mask.block_shape or (None, None)
     return (
         _size(T, q, q_name, most_q, shape[0], "queries"),
