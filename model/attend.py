@@ -112,8 +112,9 @@ def attend_cache(
         k, v = (x.transpose(0, 2, 1, 3) for x in _heads_of(q, *(x.transpose(0, 2, 1, 3) for x in (k, v)), a, rules))
         options = _options(config)
         if few:
-            del options["implementation"]
-            return decode_attention(q, k, v, start_B + T, window=mask.window, alibi_N=alibi, sinks_N=sinks, **options)
+            # Caches start as zeros and only keys and values are written: unseen slots are finite.
+            options |= {"window": mask.window, "alibi_N": alibi, "sinks_N": sinks, "finite": True, "implementation": None}
+            return decode_attention(q, k, v, start_B + T, **options)
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         return flash_attention(
             q, k, v, mask=mask, offset=start_B + _first_slot(q, rules), prefix_BS=prefix, alibi_N=alibi, sinks_N=sinks, **options

@@ -77,19 +77,19 @@ def rates(quick: bool) -> dict[str, float]:
     """FLOPs a second of a large matmul, by dtype, and bytes a second of a large copy, on this device now."""
     n, found = (1024 if quick or jax.default_backend() == "cpu" else 8192), {}
     for dtype in ("float32", "bfloat16"):
-        x = jnp.ones((n, n), dtype)
+        x = jnp.full((n, n), 1 / n, dtype)  # whose square is itself
         found[dtype] = 2 * n**3 / _fastest(jax.jit(lambda x: x @ x), x)
     x = jnp.ones(1 << (24 if quick else 27), jnp.float32)
-    found["copy"] = 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1.0), x)
+    # In place: new memory would be timed as it is first touched.
+    found["copy"] = 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1.0, donate_argnums=0), x)
     return found
 
 
 def _fastest(fn: Callable, x) -> float:
-    jax.block_until_ready(fn(x))
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        jax.block_until_ready(fn(x))
+        x = jax.block_until_ready(fn(x))
         times.append(time.perf_counter() - start)
     return min(times)
 

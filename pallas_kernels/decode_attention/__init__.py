@@ -52,6 +52,7 @@ def decode_attention(
     interpret: bool = False,
     return_lse: bool = False,
     slots_innermost: bool = False,
+    finite: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention of the last T tokens of each row over the row, whose keys and values are in the cache already.
 
@@ -69,6 +70,7 @@ def decode_attention(
     `implementation`: None takes the backend's kernel where it can run the call, else the reference; a named one that cannot
     raises ValueError. `interpret` runs a named kernel on the CPU, slowly, for tests.
 
+    `finite`: a promise that slots which no query sees hold finite numbers, which spares the reference a copy of the values.
     `slots_innermost`: for 'tpu' and H (or V) that is no multiple of 128: the caches lie with their slots innermost, as XLA
     keeps arguments of a program, rather than as it keeps what a loop updates. A wrong word costs copies of the cache on
     the way into the kernel (tpu.py says more), never the result. Caches of 128 or 256 wide heads are best: no copies.
@@ -84,7 +86,7 @@ def decode_attention(
     B, T, N, H = q_BTNH.shape
     K, V = k_cache.shape[1], v_cache.shape[-1]
     G = N // K
-    spec = Spec(T, H**-0.5 if scale is None else float(scale), window, softcap, splits or 1, interpret, slots_innermost)
+    spec = Spec(T, H**-0.5 if scale is None else float(scale), window, softcap, splits or 1, interpret, slots_innermost, finite)
     name = _choose(implementation, spec, q_BTNH, cache)
     module = _module(name)
     if splits is None and name != "reference":

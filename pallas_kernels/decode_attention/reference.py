@@ -44,7 +44,9 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     held_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
     if cache.v_scales is not None:
         weights = weights * jnp.where(held_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
-    v = jnp.where(held_BS[:, None, :, None], cache.v.astype(jnp.float32), 0.0)
+    v = cache.v.astype(jnp.float32)
+    if not spec.finite:
+        v = jnp.where(held_BS[:, None, :, None], v, 0.0)
     sees = total > 0
     out = jnp.einsum("bkrs,bksv->bkrv", weights, v, precision="highest") / jnp.where(sees, total, 1.0)
     lse = jnp.where(sees, top + jnp.log(jnp.where(sees, total, 1.0)), MASKED)[..., 0]

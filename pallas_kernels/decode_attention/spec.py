@@ -35,6 +35,7 @@ class Spec:
     splits: int
     interpret: bool
     slots_innermost: bool = False  # how caches lie on a TPU whose H is no multiple of 128
+    finite: bool = False  # slots that no query sees hold numbers: the reference cleans no copy of the values
 
 
 class Cache(NamedTuple):
