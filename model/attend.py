@@ -64,9 +64,8 @@ def attend(
     rows, whole_rows = ("batch", "sequence"), ("batch", None)
 
     if _spread(rules) and a.context != "gather":
-        local = _ring(config, rules, mask) if a.context == "ring" else _ulysses(config, rules, mask)
         return _on_devices(
-            local, rules, (*rows, "heads", None),
+            (_ring if a.context == "ring" else _ulysses)(config, rules, mask), rules, (*rows, "heads", None),
             (q_BTNH, (*rows, "heads", None)), (k_BSKH, (*rows, "kv_heads", None)), (v_BSKH, (*rows, "kv_heads", None)),
             (sinks_N, ("heads",)), (_slopes(config), ("heads",)), (segments_BT, rows),
         )  # fmt: skip
@@ -220,4 +219,5 @@ def _heads_of(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, a: AttentionConfig, r
     first = jax.lax.axis_index(rules.activations.heads) * N // group
     if rules.activations.kv_heads:
         first = first % K
-    return tuple(jax.lax.dynamic_slice_in_dim(x, first, max(N // group, 1), axis=2) for x in (k_BSKH, v_BSKH))
+    mine = lambda x: jax.lax.dynamic_slice_in_dim(x, first, max(N // group, 1), axis=2)
+    return mine(k_BSKH), mine(v_BSKH)

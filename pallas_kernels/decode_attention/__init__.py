@@ -103,7 +103,7 @@ def decode_attention(
     out, lse = (outs[0], lses[0]) if spec.splits == 1 else merge(outs, lses)
     if sinks_N is not None:
         # The sink is one more part: a key of value zero, for those who see any key at all.
-        sinks = jnp.broadcast_to(jnp.tile(in_float32(sinks_N).reshape(1, K, 1, G), (1, 1, T, 1)).reshape(1, K, T * G), lse.shape)
+        sinks = jnp.broadcast_to(jnp.tile(sinks_N.astype(jnp.float32).reshape(1, K, 1, G), (1, 1, T, 1)).reshape(1, K, T * G), lse.shape)
         sinks = jnp.where(lse > MASKED / 2, sinks, MASKED)
         out, lse = merge(jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sinks]))
     out_BTNV = jnp.moveaxis(out.reshape(B, K, T, G, V), 2, 1).reshape(B, T, N, V).astype(q_BTNH.dtype)

@@ -50,7 +50,7 @@ class Mask:
 class MaskData(NamedTuple):
     """The part of a mask that is data. A query's slot is its index + offset, a key's slot is its index."""
 
-    offset: int | Int[Array, "B"] = 0  # slot of the first query; an int is known when compiling, an array is not
+    offset: int | Int[Array, "B"] | None = 0  # slot of the first query; an int is known when compiling, an array is not
     q_segments_BT: Int[Array, "B T"] | None = None  # only keys of the query's own segment are seen
     k_segments_BS: Int[Array, "B S"] | None = None
     q_positions_BT: Int[Array, "B T"] | None = None  # of `strided`; None: slots
