@@ -3,12 +3,15 @@
 Forward in hopper_forward.py; backward in hopper_backward.py where H + V <= 256, else by the Triton kernels: the sums for dk
 and dv, [64, H] and [64, V], then leave a warpgroup no registers. That pairing is fixed by the shapes, it is no fallback.
 
-These kernels have never run on a GPU. What stands behind them: jax's Mosaic GPU interpreter runs them on a CPU, barriers and
-TMA copies included, against the reference (wgmma, whose transposed operands the interpreter lacks, is replaced there by a dot
-of the same shared memory: hopper_parts.py); they lower for CUDA; and compiled for sm_90a by XLA and ptxas 13.0 without a
-device, no kernel has a serialized wgmma, and only dk and dv spill (at H = V = 128 44 bytes a thread, with windows and
-segments 156). CUDA 12.8.0 to 12.9.0 are said to miscompile causal masks of Mosaic GPU kernels (jax's attention_mgpu.py);
-use 12.9.1 or later.
+These kernels have never run on a GPU. What stands behind them:
+- jax's Mosaic GPU interpreter runs them on a CPU, barriers, rings and TMA copies included, against the reference, and finds no
+  race; wgmma, whose transposed and register operands it lacks, is replaced there by a dot of the same shared memory, and
+  layouts are left out (hopper_parts.py has the four stand-ins);
+- they lower for CUDA on jax 0.10.2 and 0.12.0.1;
+- XLA, Mosaic and ptxas 13.0 compile them for sm_90a without a device: ptxas reports no serialized wgmma, and spills in the
+  kernel for dk and dv alone (at H = V = 128 44 bytes a thread with jax 0.10.2, 184 with 0.12.0.1; with masks up to 224), but for
+  4 bytes forward with windows and segments.
+jax's attention_mgpu.py refuses causal masks under CUDA 12.8.0 to 12.9.0 for a miscompilation by ptxas; use 12.9.1 or later.
 """
 
 from __future__ import annotations
