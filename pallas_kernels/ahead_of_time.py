@@ -108,6 +108,7 @@ class Region:
     occupancy: dict[str, float]  # share of each kind of slot that is taken, 0 to 1
     fills: int  # loads and stores of spilled vector registers
     spills: int
+    vmem: int  # bytes of vector memory of the whole kernel: the end of its last allocation
 
 
 def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) -> dict[str, list[Region]]:
@@ -173,6 +174,8 @@ def _utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _regions(kernel: str, text: str, capacity: np.ndarray, table: np.ndarray) -> list[Region]:
     regions = []
+    places = re.finditer(r"space=vmem, size = (0x[0-9a-f]+|0), offset = (0x[0-9a-f]+|0)", text)
+    vmem = max((int(size, 16) + int(offset, 16) for size, offset in (place.groups() for place in places)), default=0)
     heads = re.finditer(
         r"\$region(\d+): #\{[^}]*\}(?: parent=(\d+))?(?: // (\w+))?\n(?:(?!\s*\$region).*\n)*?\s*// region range: \[(\d+), (\d+)\)",
         text,
@@ -183,7 +186,9 @@ def _regions(kernel: str, text: str, capacity: np.ndarray, table: np.ndarray) ->
         share = {name: float(s / (c * max(b - a, 1))) for name, s, c in zip(SLOTS, sums, capacity, strict=True)}
         fills, spills = (int(sums[SLOTS.index(name)]) for name in ("VLOAD:FILL", "VSTORE:SPILL"))
         regions.append(
-            Region(kernel, int(number), int(parent) if parent else None, kind or "", a, b - a, share, fills, spills)
+            Region(
+                kernel, int(number), int(parent) if parent else None, kind or "", a, b - a, share, fills, spills, vmem
+            )
         )
     return regions
 

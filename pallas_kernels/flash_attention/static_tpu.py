@@ -91,11 +91,14 @@ def bodies(target: str, kernel: str, window: int | None) -> dict[str, Any]:
         full, edges = work[0], work
         if kernel == "ours" and window is None:
             edges = work[1:]
-        here = found.setdefault(direction, {"full": 0, "edge": 0, "spills": 0, "fills": 0, "multiplications": 0.0})
+        here = found.setdefault(
+            direction, {"full": 0, "edge": 0, "spills": 0, "fills": 0, "multiplications": 0.0, "vmem": 0}
+        )
         here["full"] += full.bundles
         here["edge"] += int(np.ceil(np.mean([r.bundles for r in edges])))
         here["spills"] += full.spills
         here["fills"] += full.fills
+        here["vmem"] = max(here["vmem"], full.vmem)
         here["multiplications"] += full.occupancy["MATMUL"] * full.bundles
     return found
 
@@ -117,7 +120,7 @@ def rows(targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
                             "bundles_full": body["full"], "bundles_edge": body["edge"],
                             "bundles_total": full * body["full"] + edge * body["edge"],
                             "matmul_occupancy": round(body["multiplications"] / body["full"], 3),
-                            "spills": body["spills"], "fills": body["fills"],
+                            "spills": body["spills"], "fills": body["fills"], "vmem_mib": round(body["vmem"] / 2**20, 1),
                         })  # fmt: skip
                         print(json.dumps(made[-1]), flush=True)
     return made
