@@ -159,12 +159,9 @@ def flash_attention_backward(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Implementations for a backend, the fastest first. `device_kind` as jax.Device says it."""
-    if platform == "tpu":
-        return ("tpu", "xla")
-    if platform in ("gpu", "cuda"):
-        return ("hopper", "triton", "xla") if any(f"H{n}00" in device_kind for n in (1, 2, 8)) else ("triton", "xla")
-    return ("xla",)
+    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not among
+    them: it has never run on a device, and must be named."""
+    return {"tpu": ("tpu", "xla"), "gpu": ("triton", "xla"), "cuda": ("triton", "xla")}.get(platform, ("xla",))
 
 
 def _choose(implementation: str | None, spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str:

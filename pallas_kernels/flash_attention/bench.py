@@ -81,7 +81,8 @@ def _with_gradients(way: Callable) -> Callable:
 
 
 def _ours(case: Case, segments) -> Iterator[tuple[str, Callable]]:
-    for name in (*best_implementation(*target()), "reference"):
+    hopper = ("hopper",) if any(f"H{n}00" in target()[1] for n in (1, 2)) else ()
+    for name in (*best_implementation(*target()), *hopper, "reference"):
         if name != "reference" or case.B * case.N * case.T**2 <= 2**28:
             yield f"ours: {name}", lambda q, k, v, name=name: flash_attention(
                 q, k, v, mask=case.mask, segment_ids=segments, implementation=name

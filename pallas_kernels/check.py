@@ -1,0 +1,95 @@
+"""Do the kernels compute on this device what the reference does? python -m pallas_kernels.check [OPERATION ...]
+
+Every case of an operation's shapes.py, every implementation that the device has; flash attention's gradients too. The
+reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest entry, and
+ends with status 1 where one is too large. A CPU has no kernels: there only flash attention's tiles in plain JAX are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import decode_attention, flash_attention
+from pallas_kernels.decode_attention.shapes import CASES as DECODE_CASES
+from pallas_kernels.flash_attention.shapes import CASES as FLASH_CASES
+from pallas_kernels.target import target
+
+# bfloat16 and float16 round weights and results; float32 products may run in three passes of a narrower type.
+BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
+
+
+def flash(case, implementation: str) -> list[np.ndarray]:
+    """Output, log-sum-exp and gradients of a case, float32."""
+    (q, k, v), kwargs = case.arguments()
+    kwargs = {name: jax.tree.map(jnp.asarray, x) if isinstance(x, np.ndarray | tuple) else x for name, x in kwargs.items()}
+    r = np.random.default_rng(1)
+    dout = jnp.asarray(r.normal(size=(*q.shape[:3], v.shape[3])), jnp.float32)
+
+    def loss(q, k, v):
+        out, lse = flash_attention.flash_attention(q, k, v, **kwargs, implementation=implementation, return_lse=True)
+        return (out.astype(jnp.float32) * dout).sum(), (out, jnp.where(lse < -1e29, 0.0, lse))
+
+    gradients, results = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*(jnp.asarray(x, case.dtype) for x in (q, k, v)))
+    return [np.asarray(x, np.float32) for x in (*results, *gradients)]
+
+
+def decode(case, implementation: str) -> list[np.ndarray]:
+    """Output and log-sum-exp of a case, float32."""
+    splits = None if implementation == "reference" else case.splits
+    choices = case.choices() | {"splits": splits, "implementation": implementation}
+    run = jax.jit(lambda arrays: decode_attention.decode_attention(**arrays, **choices, return_lse=True))
+    out, lse = run(case.arguments())
+    return [np.asarray(out, np.float32), np.where(np.asarray(lse) < -1e29, 0.0, np.asarray(lse))]
+
+
+def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
+    """(case, implementation, error or the reason of a refusal, bound)."""
+    platform, kind = target()
+    if operation == "flash_attention":
+        run, cases, names = flash, FLASH_CASES, [*flash_attention.best_implementation(platform, kind)]
+        names += ["hopper"] if "H100" in kind or "H200" in kind else []
+    else:
+        run, cases = decode, DECODE_CASES
+        names = [name for name in decode_attention.best_implementation(platform) if name != "reference"]
+    for case in cases:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            exact = run(case, "reference")
+        for name in names:
+            try:
+                found = run(case, name)
+            except ValueError as refusal:
+                yield case.name, name, str(refusal), 0.0
+                continue
+            error = max(
+                float(abs(x - y).max() / max(abs(y).max(), 1e-6)) if np.isfinite(x).all() else float("inf")
+                for x, y in zip(found, exact, strict=True)
+            )
+            yield case.name, name, error, BOUNDS[case.dtype]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=__doc__.splitlines()[0])
+    parser.add_argument("operation", nargs="*", default=["flash_attention", "decode_attention"])
+    wrong = 0
+    print(f"{target()[1]}, jax {jax.__version__}")
+    for operation in parser.parse_args().operation:
+        for case, name, error, bound in errors(operation):
+            if isinstance(error, str):
+                print(f"{operation:16} {case:28} {name:10} refused: {error}", flush=True)
+                continue
+            bad = not error <= bound
+            wrong += bad
+            print(f"{operation:16} {case:28} {name:10} {error:.1e}{f'  above {bound:.0e}' if bad else ''}", flush=True)
+    print(f"{wrong} too large" if wrong else "all within bounds")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
