@@ -146,8 +146,7 @@ def test_no_two_warpgroups_race(monkeypatch):
 
 def lowered(case, gradient):
     """The program for CUDA as text."""
-    (q, k, v), kwargs = case.arguments()
-    inputs = [jax.ShapeDtypeStruct(x.shape, case.dtype) for x in (q, k, v)]
+    inputs, kwargs = arrays(case)
     call = partial(flash_attention, implementation="hopper", **kwargs)
     if gradient:
         function = jax.grad(lambda *a: call(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2))
