@@ -113,6 +113,7 @@ def flash_attention(
     _check_shape("bias_BNTS", bias_BNTS, ((1, B), (1, N), (T,), (S,)))
     _check_shape("alibi_N", alibi_N, ((N,),))
     _check_shape("sinks_N", sinks_N, ((N,),))
+    prefix_BS, blocks_BNIJ = (None if x is None else jnp.asarray(x, bool) for x in (prefix_BS, blocks_BNIJ))
     data = MaskData(offset, q_segments, k_segments, q_positions, k_positions, prefix_BS, blocks_BNIJ)
     in_float32 = lambda x: None if x is None else x.astype(jnp.promote_types(x.dtype, jnp.float32))
     extra = Extra(
