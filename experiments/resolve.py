@@ -43,6 +43,15 @@ def resolve_from(experiment: Experiment, overrides: Sequence[str], device_count:
 
         device_count = jax.device_count()
     experiment.validate(device_count)
+    wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu"}.get(experiment.model.attention.implementation)
+    if wanted is not None:
+        import jax
+
+        if jax.default_backend() != wanted:
+            raise ConfigError(
+                f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, and here is a "
+                f"{jax.default_backend()}; use 'auto', 'xla' or 'reference'"
+            )
     return experiment
 
 

@@ -64,6 +64,11 @@ def attend(
     rows, whole_rows = ("batch", "sequence"), ("batch", None)
 
     if _spread(rules) and a.context != "gather":
+        if len(rules.activations.sequence) > 1:
+            raise ValueError(
+                f"model.attention.context = {a.context!r}: rows lie over one mesh axis, but sharding.activations.sequence = "
+                f"{rules.activations.sequence}; name one, or use 'gather'"
+            )
         return _on_devices(
             (_ring if a.context == "ring" else _ulysses)(config, rules, mask), rules, (*rows, "heads", None),
             (q_BTNH, (*rows, "heads", None)), (k_BSKH, (*rows, "kv_heads", None)), (v_BSKH, (*rows, "kv_heads", None)),

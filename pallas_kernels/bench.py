@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-REFUSALS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)  # of a rival, each its own way
+REFUSALS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError, AttributeError, KeyError)  # of a rival, each its own way
 OPERATIONS = ("flash_attention", "decode_attention")
 
 

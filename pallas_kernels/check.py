@@ -80,7 +80,10 @@ def main() -> int:
     wrong = 0
     print(f"{target()[1]}, jax {jax.__version__}")
     for operation in parser.parse_args().operation:
-        for case, name, error, bound in errors(operation):
+        results = list(errors(operation))
+        if not results:
+            print(f"{operation}: no kernel for {target()[0]}, nothing to compare")
+        for case, name, error, bound in results:
             if isinstance(error, str):
                 print(f"{operation:16} {case:28} {name:10} refused: {error}", flush=True)
                 continue

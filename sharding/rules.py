@@ -72,6 +72,12 @@ class ShardingRules:
                         f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in one "
                         "array; give one of them another axis or ()"
                     )
+        heads, kv_heads = self.activations.heads, self.activations.kv_heads
+        if heads[: len(kv_heads)] != kv_heads:
+            raise ValueError(
+                f"sharding.activations.kv_heads = {kv_heads}: must be the first of sharding.activations.heads = {heads}, so that "
+                f"a device's queries find their keys; use {heads[: len(kv_heads)]}"
+            )
 
     def spec(self, side: str, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array whose dimensions are the logical `axes` (None: not sharded), on side 'weights' or

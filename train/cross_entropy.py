@@ -57,6 +57,9 @@ def cross_entropy(
     rows = P(*jax.typeof(hidden_BTD).sharding.spec[: targets_BT.ndim])
     spread = jax.typeof(head).sharding.spec[vocab_axis]
     vocab_axes = spread if isinstance(spread, tuple) else (spread,) if spread else ()
+    shared = {axis for part in rows for axis in (part if isinstance(part, tuple) else (part,))} & set(vocab_axes)
+    if shared:
+        raise ValueError(f"mesh axis {shared.pop()!r} spreads both the tokens and the vocabulary: give one of them another axis")
     specs = P(*rows, None), P(None, spread) if vocab_axis else P(spread, None), rows
     on_devices = jax.shard_map(partial(local, vocab_axes=vocab_axes), in_specs=specs, out_specs=(rows, rows))
     return on_devices(*(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True)))

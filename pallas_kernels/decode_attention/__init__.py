@@ -15,6 +15,7 @@ P pages of a row.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from dataclasses import replace
 from types import ModuleType
@@ -88,6 +89,8 @@ def decode_attention(
     G = N // K
     spec = Spec(T, H**-0.5 if scale is None else float(scale), window, softcap, splits or 1, interpret, slots_innermost, finite)
     name = _choose(implementation, spec, q_BTNH, cache)
+    if implementation is None and name == "reference":
+        spec = dataclasses.replace(spec, splits=1)  # it has no parts, and needs none
     module = _module(name)
     if splits is None and name != "reference":
         spec = replace(spec, splits=module.default_splits(q_BTNH, cache))
@@ -122,9 +125,8 @@ def _choose(implementation: str | None, spec: Spec, q_BTNH: Array, cache: Cache)
         if spec.interpret:
             raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu' or 'gpu'")
         for name in best_implementation(target()[0]):
-            if _module(name).unsupported(spec, q_BTNH, cache) is None:
+            if name == "reference" or _module(name).unsupported(spec, q_BTNH, cache) is None:
                 return name
-        implementation = "reference"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None")
     reason = _module(implementation).unsupported(spec, q_BTNH, cache)

@@ -37,6 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 IMPLEMENTATIONS = ("tpu", "hopper", "triton", "xla", "reference")
+BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
 CAUSAL, DEFAULT_TILES = Mask(), Tiles()
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -81,12 +82,13 @@ def flash_attention(
     `dropout`: probability that a weight is dropped, the others scaled by 1 / (1 - dropout); needs `seed`, int32; the same
     seed drops the same weights in every implementation and tiling.
     `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises ValueError.
-    `interpret` runs a Pallas kernel on the CPU, slowly, for tests.
+    `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
+    Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
 
     Differentiable with respect to q, k, v, bias and sinks, through both results; not to alibi. Memory beside inputs and
     outputs: O(B N T), except with 'reference', or where a bias is given, whose gradient is as large as it is.
     Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included; a query
-    that sees nothing has out 0 and lse MASKED. Raises ValueError on arguments that do not fit, naming them.
+    that sees no key has out 0 and lse MASKED, or its sink's logit where there are sinks. Raises ValueError on arguments that do not fit, naming them.
     """
     B, T, N, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     S = k_BSKH.shape[1]
@@ -96,14 +98,13 @@ def flash_attention(
         raise ValueError(f"softcap = {softcap}: must be above 0; None for none")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout = {dropout}: a probability in [0, 1)")
-    if dropout and seed is None:
-        raise ValueError(f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer")
+    if dropout and (seed is None or jnp.shape(seed) != () or not jnp.issubdtype(jnp.asarray(seed).dtype, jnp.integer)):
+        raise ValueError(f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer; not {seed}")
+    if interpret and implementation is None:
+        raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu', 'hopper' or 'triton'")
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, S))
     q_positions, k_positions = _pair("positions", positions, (B, T), (B, S))
-    if not isinstance(offset, int):
-        if offset.shape not in ((), (B,)):
-            raise ValueError(f"offset of shape {offset.shape}: an int, a scalar, or one a row, ({B},)")
-        offset = jnp.broadcast_to(offset.astype(jnp.int32), (B,))
+    offset = _offset(offset, B)
     _check_shape("prefix_BS", prefix_BS, ((B,), (S,)))
     if (blocks_BNIJ is None) != (mask.block_shape is None):
         raise ValueError(f"blocks_BNIJ and mask.block_shape = {mask.block_shape} go together: give both or neither")
@@ -152,8 +153,16 @@ def flash_attention_backward(
     `flash_attention`."""
     B, T, _, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, k_BSKH.shape[1]))
-    offset = offset if isinstance(offset, int) else jnp.broadcast_to(offset.astype(jnp.int32), (B,))
-    extra = Extra(MaskData(offset, q_segments, k_segments), alibi_N=alibi_N)
+    if mask.strided is not None or mask.block_shape is not None:
+        raise ValueError(f"mask = {mask}: keys in parts take no strided pattern and no blocks; use flash_attention on whole rows")
+    mask.validate()
+    tiles.validate()
+    _check_shape("alibi_N", alibi_N, ((q_BTNH.shape[2],),))
+    _check_shape("lse_BNT", lse_BNT, ((B,), (q_BTNH.shape[2],), (T,)))
+    for name, x in (("out_BTNV", out_BTNV), ("dout_BTNV", dout_BTNV)):
+        _check_shape(name, x, tuple((n,) for n in (*q_BTNH.shape[:3], v_BSKV.shape[3])))
+    alibi_N = None if alibi_N is None else alibi_N.astype(jnp.promote_types(alibi_N.dtype, jnp.float32))
+    extra = Extra(MaskData(_offset(offset, B), q_segments, k_segments), alibi_N=alibi_N)
     spec = Spec(mask, H**-0.5 if scale is None else float(scale), softcap, 0.0, tiles, interpret)
     name = _choose(implementation, spec, q_BTNH, k_BSKH, v_BSKV, extra)
     return _backward(name, spec, q_BTNH, k_BSKH, v_BSKV, extra, out_BTNV, lse_BNT, dout_BTNV, None)[:3]
@@ -161,8 +170,10 @@ def flash_attention_backward(
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
     """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not among
-    them: it has never run on a device, and must be named."""
-    return {"tpu": ("tpu", "xla"), "gpu": ("triton", "xla"), "cuda": ("triton", "xla")}.get(platform, ("xla",))
+    them: its matrix instructions have neither run on a device nor been interpreted, and so it must be named."""
+    if platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE):
+        return ("triton", "xla")
+    return ("tpu", "xla") if platform == "tpu" else ("xla",)
 
 
 def _choose(implementation: str | None, spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str:
@@ -243,10 +254,21 @@ def _check_qkv(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
     return B, T, N, H
 
 
+def _offset(given, B: int) -> int | Array:
+    if isinstance(given, int):
+        return given
+    array = jnp.asarray(given)
+    if array.shape not in ((), (B,)) or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"offset of shape {array.shape} and dtype {array.dtype}: an int, an integer scalar, or one a row, ({B},)")
+    return jnp.broadcast_to(array.astype(jnp.int32), (B,))
+
+
 def _pair(name: str, given, q_shape: tuple[int, int], k_shape: tuple[int, int]):
     if given is None:
         return None, None
-    q, k = given if isinstance(given, tuple) else (given, given)
+    q, k = (jnp.asarray(x) for x in (given if isinstance(given, tuple) else (given, given)))
+    if not (jnp.issubdtype(q.dtype, jnp.integer) and jnp.issubdtype(k.dtype, jnp.integer)):
+        raise ValueError(f"{name} of dtypes {q.dtype} and {k.dtype}: must be integers")
     if q.shape != q_shape or k.shape != k_shape:
         raise ValueError(
             f"{name} of shapes {q.shape} and {k.shape}: must be {q_shape} for queries and {k_shape} for keys; "

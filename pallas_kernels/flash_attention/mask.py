@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 MASKED = -1e30  # logit of an unseen key, and the log-sum-exp of a query that sees none; finite, so never NaN
+FIRST_SLOT = 1 << 24  # queries may stand so many slots before the first key
 EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of tiles: no pair is seen, some may be, all are
 
 
@@ -76,8 +77,10 @@ def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_positi
             seen = both(seen, k_slot - q_slot < mask.window)
     if mask.strided is not None:
         s = mask.strided
-        q_block = jax.lax.div(q_slot if q_position is None else q_position, s.size)
-        k_block = jax.lax.div(k_slot if k_position is None else k_position, s.size)
+        # Blocks of slots before the first key too: division truncates, so whole periods are added, which change nothing.
+        ahead = s.size * s.stride * -(-FIRST_SLOT // (s.size * s.stride))
+        q_block = jax.lax.div((q_slot if q_position is None else q_position) + ahead, s.size)
+        k_block = jax.lax.div((k_slot if k_position is None else k_position) + ahead, s.size)
         far = jax.lax.rem(k_block, s.stride) == s.stride - 1
         seen = both(seen, (jnp.abs(q_block - k_block) < s.local) | far)
     if prefix is not None and seen is not None:

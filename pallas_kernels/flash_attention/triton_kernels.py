@@ -21,6 +21,10 @@ from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import MASKED, visible
 from pallas_kernels.flash_attention.spec import Spec
 
+# Far below the first running maximum, MASKED: GPUs make x * unit - top one operation, whose product is not rounded as `top`
+# is, so that with equal numbers the difference could be large and positive, and its exponential infinite.
+UNSEEN = 2 * MASKED
+
 LOG2E = log2(2.718281828459045)
 LEAST_PART = 16  # the least size of a matrix product in Triton
 
@@ -110,8 +114,7 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
         top, total = jnp.full((p.tile_q,), MASKED, jnp.float32), jnp.zeros((p.tile_q,), jnp.float32)
     out = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in p.parts(p.V))
     top, total, out = _sweep(p, refs["walk"], n, step, (top, total, out))
-    # While a query has seen nothing, `top` is MASKED and the weights are 1, not 0: the first key that is seen shrinks
-    # them to nothing. Where none came, they are thrown away here.
+    # While a query has seen nothing, `top` is MASKED and its weights are exp2(UNSEEN - MASKED) = 0.
     blind = top <= MASKED / 2
     factor = jnp.where(blind, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
     _store(p, out_ref, first, p.tile_q, n, p.V, p.T, tuple(o * factor[:, None] for o in out))
@@ -208,7 +211,7 @@ def _sweep(p: Plan, walk, n, step, carry):
 
 def _logits(p: Plan, refs, b, n):
     """A function that turns products q.k into (x, unit, slope): the logits in base 2 are x * unit, those of unseen pairs
-    about MASKED; slope is d logit / d (scale * q.k)."""
+    about UNSEEN; slope is d logit / d (scale * q.k)."""
     spec, offset = p.spec, refs["offset"][0] if p.offset is None else p.offset
     alibi = refs["alibi"][n] * LOG2E if "alibi" in refs else None
 
@@ -231,7 +234,7 @@ def _logits(p: Plan, refs, b, n):
                 inside = keys.index < p.S
                 seen = inside if seen is None else seen & inside
             if seen is not None:
-                x = jnp.where(seen, x, MASKED / unit)
+                x = jnp.where(seen, x, UNSEEN / unit)
         return x, unit, slope
 
     return logits

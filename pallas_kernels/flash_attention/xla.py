@@ -227,7 +227,9 @@ class _Walk:
 
 
 def _dot(equation: str, a: Array, b: Array, wide) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+    # float32 stays float32 on accelerators too, whose default would round it to fewer bits.
+    precision = "highest" if a.dtype == b.dtype == wide else None
+    return jnp.einsum(equation, a, b, preferred_element_type=wide, precision=precision)
 
 
 def _fill(x: Array, axis: int, length: int, value: float) -> Array:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from model.config import ModelConfig, MoEConfig, PositionConfig, RopeScalingConfig
 from tests.model.test_reference import CASES, changed
-from tests.models import tiny_config
+from tests.models import TINY_ATTENTION, tiny_config
 
 MOE = tiny_config(moe=MoEConfig(4, 2, 24))
 SCALED = tiny_config(position=PositionConfig(scaling=RopeScalingConfig()))
@@ -25,6 +27,11 @@ BAD = [
     (tiny_config(), "attention.softcap", 0.0),
     (tiny_config(), "attention.query_scale", 0.0),
     (tiny_config(), "attention.head_dim", 7),
+    (tiny_config(), "attention.implementation", "cuda"),
+    (tiny_config(), "attention.context", "rings"),
+    (tiny_config(attention=replace(TINY_ATTENTION, layers=("block_sparse",))), "attention.context", "ulysses"),
+    (tiny_config(attention=replace(TINY_ATTENTION, mask="prefix")), "attention.context", "ring"),
+    (tiny_config(position=PositionConfig("alibi")), "attention.context", "ring"),
     (tiny_config(), "vocab_size", -5),
     (tiny_config(), "final_softcap", -1.0),
     (tiny_config(), "dropout", 1.0),

@@ -93,7 +93,7 @@ def calls(draw):
     mask = Mask(draw(st.booleans()), draw(st.none() | st.integers(1, 40)), strided)
     return Case(
         "drawn", B=draw(st.integers(1, 2)), T=T, S=S, N=K * G, K=K, H=draw(st.sampled_from((8, 16, 24))), V=16, mask=mask,
-        offset=max(0, S - T) if draw(st.booleans()) else draw(st.integers(-20, 20)) if not strided else 0,
+        offset=max(0, S - T) if draw(st.booleans()) else draw(st.integers(-20, 20)),
         prefix=draw(st.integers(0, S)), segments=draw(st.integers(0, min(3, S))), sinks=draw(st.booleans()),
         softcap=draw(st.sampled_from((None, 3.0))), alibi=draw(st.booleans()),
     )  # fmt: skip

@@ -137,3 +137,12 @@ def test_initial_values_follow_the_config_and_not_the_mesh():
     }
     for name, (weight, std) in expected.items():
         np.testing.assert_allclose(jnp.std(weight[...]), std, rtol=0.1, err_msg=name)
+
+
+def test_rows_over_two_mesh_axes_are_refused_by_the_ring():
+    config = around(DENSE, "ring")
+    rules = replace(RULES, activations=replace(RULES.activations, batch=("data",), sequence=("sequence", "expert")))
+    with use_mesh(make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))):
+        model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, rules))
+        with pytest.raises(ValueError, match=r"context = 'ring'.*name one"):
+            jax.eval_shape(lambda model: forward(model, jnp.zeros((8, 16), jnp.int32)), model)

@@ -1,0 +1,63 @@
+"""The commands for a device: what they print here, and that an error shows."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bench, check
+from pallas_kernels.flash_attention import Mask
+from pallas_kernels.flash_attention.bench import _error, seen_pairs
+from pallas_kernels.flash_attention.shapes import Case
+
+SMALL = (Case("small", T=32, S=32, H=16, V=16), Case("small_window", T=40, S=40, H=16, V=16, mask=Mask(window=8)))
+
+
+def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(check, "FLASH_CASES", SMALL)
+    monkeypatch.setattr(sys, "argv", ["check"])
+    assert check.main() == 0
+    told = capsys.readouterr().out
+    assert told.count("xla") == 2 and "all within bounds" in told and "decode_attention: no kernel for cpu" in told
+
+    right = check.flash
+    monkeypatch.setattr(check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)])
+    assert check.main() == 1
+    assert "2 too large" in capsys.readouterr().out
+
+
+def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
+    contest = bench.Contest(
+        "add", 1e9, 4e6, "float32", (jnp.ones(1000),),
+        {"ours": lambda x: x + 1, "theirs": lambda x: x.reshape(7)}, lambda result: float(abs(np.asarray(result) - 2).max()),
+    )  # fmt: skip
+    ours, theirs = bench.measure(contest, rounds=3, seconds=0.001)
+    assert ours["seconds"] > 0 and ours["error"] == 0 and "refused" not in ours
+    assert "reshape" in theirs["refused"] and "seconds" not in theirs
+    lines = list(bench.table([{**ours, "dtype": "float32"}, {**theirs, "dtype": "float32"}], {"float32": 1e12, "copy": 1e9}))
+    share = 4e6 / 1e9 / ours["seconds"]
+    assert f"{share:.0%}" in lines[2] and "refused" in lines[3]
+
+
+@pytest.mark.parametrize("case", [*SMALL, Case("packed", T=32, S=32, segments=3), Case("full", T=8, S=8, mask=Mask(causal=False))])
+def test_the_bench_counts_pairs_and_sees_errors(case):
+    arrays, kwargs = case.arguments()
+    segments = kwargs.get("segment_ids")
+    t, s = np.arange(case.T)[:, None], np.arange(case.S)
+    seen = (s <= t) | (not case.mask.causal)
+    if case.mask.window:
+        seen &= t - s < case.mask.window
+    if segments is not None:
+        seen = seen & (segments[0][0][:, None] == segments[1][0])
+    assert seen_pairs(case, segments) == seen.sum()
+    q, k, v = (x[0, :, 0].astype(np.float64) for x in arrays)
+    logits = np.where(seen, q @ k.T * case.H**-0.5, -np.inf)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    exact = (weights / weights.sum(1, keepdims=True)) @ v
+    out = np.zeros((1, case.T, case.N, case.V))
+    out[0, :, 0] = exact
+    inputs = [x.astype(np.float64) for x in arrays]
+    assert _error(case, inputs, segments, out) < 1e-12
+    out[0, -1, 0, 0] += 0.5
+    assert _error(case, inputs, segments, out) > 0.01
