@@ -72,3 +72,9 @@ def test_a_run_folder_gives_its_experiment_back(tmp_path):
     run = RunFolder(tmp_path)
     save_json(experiment, run.config)
     assert load_experiment(run) == experiment
+
+
+@pytest.mark.parametrize("name, device", [("tpu", "tpu"), ("hopper", "gpu"), ("triton", "gpu")])
+def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, device):
+    with pytest.raises(ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"):
+        resolve("smoke", [f"model.attention.implementation={name}"], 1)

@@ -238,3 +238,14 @@ def test_sinks_go_to_one_part_of_a_cache():
     out, lse = jax.jit(merge_parts)(*(jnp.stack(x) for x in ([h[0][:, 0] for h in halves], [h[1][..., 0] for h in halves])))
     np.testing.assert_allclose(out, whole[0][:, 0], atol=1e-6)
     np.testing.assert_allclose(lse, whole[1][..., 0], rtol=1e-6)
+
+
+def test_parts_asked_of_no_kernel_in_particular_are_the_reference_where_there_is_none():
+    r = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((2, 1, 2, 8), (2, 1, 16, 8), (2, 1, 16, 8)))
+    lengths = jnp.asarray([3, 16])
+    np.testing.assert_array_equal(decode_attention(q, k, v, lengths, splits=2), decode_attention(q, k, v, lengths))
+    with pytest.raises(ValueError, match="the reference has no parts"):
+        decode_attention(q, k, v, lengths, splits=2, implementation="reference")
+    dirty = v.at[0, :, 3:].set(1e30)  # finite, unseen: a promise kept gives the same numbers
+    np.testing.assert_array_equal(decode_attention(q, k, dirty, lengths, finite=True), decode_attention(q, k, v, lengths))

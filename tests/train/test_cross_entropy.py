@@ -189,6 +189,15 @@ def test_a_mesh_gives_what_one_device_gives(axes, chunk, vocab_axis):
         assert x.sharding == like.sharding
 
 
+def test_tokens_and_vocabulary_over_one_mesh_axis_are_refused():
+    hidden, head, targets, *_ = problem(2, (8, 4), 16, 48, 1)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    with use_mesh(mesh):
+        lay = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
+        with pytest.raises(ValueError, match="mesh axis 'data' spreads both"):
+            cross_entropy(lay(hidden, "data", None, None), lay(head, None, "data"), lay(targets, "data", None))
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 
