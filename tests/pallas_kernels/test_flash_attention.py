@@ -29,7 +29,7 @@ from pallas_kernels.flash_attention.triton_kernels import UNSEEN
 
 TINY = [replace(c, T=min(c.T, 96), S=min(c.S, 96 if c.T == c.S else 150)) for c in CASES if c.name != "chunked_prefill"]
 TINY = [replace(c, mask=replace(c.mask, block_shape=(32, 32))) if c.blocks else c for c in TINY]
-TINY += [Case("chunked_prefill", T=30, S=100, offset=70), Case("padded_tiles", T=50, S=70, mask=Mask(causal=False))]
+TINY += [Case("chunked_prefill", T=30, S=100, offset=70), Case("sees_nothing_within_a_tile", T=64, S=64, offset=-40), Case("padded_tiles", T=50, S=70, mask=Mask(causal=False))]
 TILES = Tiles(q=32, k=32)
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}  # of the largest entry
 
