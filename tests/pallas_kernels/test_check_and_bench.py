@@ -19,12 +19,31 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["check"])
     assert check.main() == 0
     told = capsys.readouterr().out
-    assert told.count("xla") == 2 and "all within bounds" in told and "decode_attention: no kernel for cpu" in told
+    assert told.count("xla") == 2 and "all 2 within bounds" in told and "decode_attention: no kernel for cpu" in told
 
     right = check.flash
     monkeypatch.setattr(check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)])
     assert check.main() == 1
-    assert "2 too large" in capsys.readouterr().out
+    assert "2 of 2 too large" in capsys.readouterr().out
+
+
+def test_the_check_knows_its_operations_and_a_defect_from_a_refusal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check", "flash_atention"])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert "unknown; use flash_attention or decode_attention" in capsys.readouterr().err
+    right = check.flash
+    monkeypatch.setattr(check, "FLASH_CASES", SMALL)
+
+    def broken(case, name):
+        if name == "xla":
+            raise ValueError("a defect")
+        return right(case, name)
+
+    monkeypatch.setattr(check, "flash", broken)
+    monkeypatch.setattr(sys, "argv", ["check"])
+    with pytest.raises(ValueError, match="a defect"):
+        check.main()
 
 
 def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
@@ -38,6 +57,16 @@ def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
     lines = list(bench.table([{**ours, "dtype": "float32"}, {**theirs, "dtype": "float32"}], {"float32": 1e12, "copy": 1e9}))
     share = 4e6 / 1e9 / ours["seconds"]
     assert f"{share:.0%}" in lines[2] and "refused" in lines[3]
+
+
+def test_a_defect_of_ours_is_no_refusal():
+    def broken(x):
+        raise TypeError("a defect")
+
+    ways = {"theirs": broken}
+    assert "a defect" in bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), ways), 1, 0.001)[0]["refused"]
+    with pytest.raises(TypeError, match="a defect"):
+        bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), {"ours: xla": broken}), 1, 0.001)
 
 
 @pytest.mark.parametrize("case", [*SMALL, Case("packed", T=32, S=32, segments=3), Case("full", T=8, S=8, mask=Mask(causal=False))])
