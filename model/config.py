@@ -7,6 +7,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.moe_config import MoEConfig
+
 
 @dataclass(frozen=True)
 class NormConfig:
@@ -90,21 +92,6 @@ class MLPConfig:
     kind: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "reglu"] = "swiglu"  # Shazeer 2020; So et al. 2021
     hidden_dim: int = 1024
     bias: bool = False
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture of experts in place of the MLP (Shazeer et al. 2017); the experts take `mlp.kind`, without biases."""
-
-    num_experts: int = 8
-    top_k: int = 2
-    hidden_dim: int = 256
-    renormalize: bool = True  # the k weights sum to one (Mixtral) or stay softmax values (OLMoE)
-    first_dense: int = 0  # layers before the first MoE layer
-    every: int = 1  # a MoE layer every so many layers, counted from `first_dense`
-    load_balance: float = 0.01  # coefficient; 1 at perfect balance (Fedus et al. 2021, eq. 4, over k choices)
-    balance_scope: Literal["batch", "sequence"] = "batch"  # tokens that are to be balanced together
-    z_loss: float = 0.001  # coefficient of mean logsumexp(router logits)^2 (Zoph et al. 2022, eq. 5)
 
 
 @dataclass(frozen=True)
@@ -223,21 +210,7 @@ class ModelConfig:
                 f"model.remat_names = (): model.remat = {self.remat!r} keeps what it names; name one, or set remat to full"
             )
         if m is not None:
-            if m.num_experts < 1:
-                raise ValueError(f"model.moe.num_experts = {m.num_experts}: must be at least 1")
-            if not 1 <= m.top_k <= m.num_experts:
-                raise ValueError(
-                    f"model.moe.top_k = {m.top_k}: must be between 1 and model.moe.num_experts = {m.num_experts}"
-                )
-            if not (m.load_balance >= 0 and m.z_loss >= 0):
-                raise ValueError(
-                    f"model.moe.load_balance = {m.load_balance} and model.moe.z_loss = {m.z_loss}: must be 0 or more"
-                )
-            if m.every < 1 or m.first_dense < 0 or m.hidden_dim < 1:
-                raise ValueError(
-                    f"model.moe: every = {m.every} and hidden_dim = {m.hidden_dim} must be at least 1, first_dense = "
-                    f"{m.first_dense} at least 0"
-                )
+            m.validate(causal=a.mask != "bidirectional")
 
 
 def _refuse_unknown_choices(config, path: str) -> None:
@@ -279,12 +252,9 @@ def rotary_dim(config: ModelConfig) -> int:
 
 def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     """The layers from first to last."""
-    pattern, moe = config.attention.layers, config.moe
+    attention, kinds = config.attention.layers, ("dense",) if config.moe is None else config.moe.layers
     return [
-        LayerSpec(
-            attention=pattern[i % len(pattern)],
-            moe=moe is not None and i >= moe.first_dense and (i - moe.first_dense) % moe.every == 0,
-        )
+        LayerSpec(attention=attention[i % len(attention)], moe=kinds[i % len(kinds)] == "moe")
         for i in range(config.num_layers)
     ]
 

@@ -48,9 +48,10 @@ def activate(kind: str, h: Float[Array, "*lead G F"]) -> Float[Array, "*lead F"]
 class MLP(nnx.Module):
     """The gate and the up projection are one weight: one large matmul instead of two."""
 
-    def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
+    def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, hidden_dim: int | None = None):
+        """`hidden_dim`: default `config.mlp.hidden_dim`."""
         self.config, self.rules = config, rules
-        D, F, G = config.embed_dim, config.mlp.hidden_dim, gates(config.mlp.kind)
+        D, F, G = config.embed_dim, hidden_dim or config.mlp.hidden_dim, gates(config.mlp.kind)
         up_key, down_key = jax.random.split(key)
         self.up = normal(up_key, (D, G, F), ("embed", None, "mlp"), weight_std(config, D), rules)
         self.down = normal(down_key, (F, D), ("mlp", "embed"), weight_std(config, F, residual=True), rules)

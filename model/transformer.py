@@ -14,11 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from model.attend import LayerCache, Places
 from model.attention import Attention, weight_std
+from model.balance import RouterStats
 from model.config import LayerSpec, ModelConfig, segments
 from model.mlp import MLP
-from model.moe import MoE, RouterStats
+from model.moe import MoE, Tokens
 from model.norms import Norm
 from model.positions import sinusoids
+from model.routers import stochastic
 from model.weights import matmul, normal, use
 from sharding.rules import ShardingRules, activation_spec, no_mesh, reshard
 
@@ -39,7 +41,7 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         places: Places,
-        valid_BT: Bool[Array, "B T"],
+        tokens: Tokens,
         cache: LayerCache | None,
         dropout_key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterStats | None]:
@@ -50,7 +52,8 @@ class Block(nnx.Module):
         h = _apply(self.mlp_norm, x_BTD)
         stats = None
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(h, valid_BT)
+            router_key = None if dropout_key is None else jax.random.fold_in(dropout_key, 2)
+            y, stats = self.mlp(h, tokens, router_key)
         else:
             y = self.mlp(h)
         return x_BTD + dropout(_apply(self.mlp_post_norm, y), rate, keys[1]), cache, stats
@@ -129,7 +132,7 @@ def forward(
     tokens continue each row where it stands (its length grows by T; rows of uneven prompts set the length themselves);
     positions are then slots. `valid_BT` leaves tokens (padding) out of the router's statistics and of the length that
     'dynamic_ntk' scales by (default: segment_ids > 0).
-    `dropout_key` switches dropout on.
+    `dropout_key` switches dropout on, and what routers draw at random in training.
     """
     config, rules = model.config, model.rules
     B, T = tokens_BT.shape
@@ -147,10 +150,11 @@ def forward(
     valid_BT = lay(valid_BT)
     length_B = jnp.where(valid_BT, positions_BT + 1, 0).max(1)
     places = Places(slots_BT, positions_BT, segment_ids_BT, None if prefix_BT is None else lay(prefix_BT), length_B)
+    tokens = Tokens(tokens_BT, positions_BT, valid_BT)
 
     x_BTD = _embed(model, tokens_BT, positions_BT)
     keys = None
-    if dropout_key is not None and config.dropout > 0:
+    if dropout_key is not None and (config.dropout > 0 or stochastic(config.moe)):
         dropout_key, embed_key = jax.random.split(dropout_key)
         x_BTD = dropout(x_BTD, config.dropout, embed_key)
         keys = jax.random.split(dropout_key, config.num_layers)
@@ -163,7 +167,7 @@ def forward(
         if keys is not None:
             unit_keys = keys[layer : layer + repeats * period].reshape(repeats, period)
         layer += repeats * period
-        x_BTD, caches, unit_stats = _run_stack(config, tuple(unit), x_BTD, places, valid_BT, caches, unit_keys)
+        x_BTD, caches, unit_stats = _run_stack(config, tuple(unit), x_BTD, places, tokens, caches, unit_keys)
         new_stacks.append(caches)
         if unit_stats is not None:
             stats.append(unit_stats)
@@ -236,7 +240,7 @@ def _embed(model: Transformer, tokens_BT: Array, positions_BT: Array) -> Array:
     return x_BTD
 
 
-def _run_stack(config, unit, x_BTD, places, valid_BT, caches, keys):
+def _run_stack(config, unit, x_BTD, places, tokens, caches, keys):
     """A scan over the R repetitions of a unit of layers; no scan where R is 1."""
 
     def layers(x_BTD, scanned):
@@ -244,7 +248,7 @@ def _run_stack(config, unit, x_BTD, places, valid_BT, caches, keys):
         new_caches, stats = [], []
         for i, block in enumerate(blocks):
             cache = None if caches is None else caches[i]
-            x_BTD, cache, router = block(x_BTD, places, valid_BT, cache, None if keys is None else keys[i])
+            x_BTD, cache, router = block(x_BTD, places, tokens, cache, None if keys is None else keys[i])
             new_caches.append(cache)
             if router is not None:
                 stats.append(router)

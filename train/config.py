@@ -196,7 +196,7 @@ class Experiment:
             ("model.embed_dim", "embed", model.embed_dim),
             ("data.sequence_length", "sequence", self.data.sequence_length),
         ]
-        if moe is None or moe.first_dense or moe.every > 1:
+        if moe is None or "dense" in moe.layers:
             sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
         if moe is not None:
             sizes += [("model.moe.num_experts", "expert", moe.num_experts), ("model.moe.hidden_dim", "mlp", moe.hidden_dim)]

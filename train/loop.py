@@ -25,7 +25,7 @@ from train.checkpoint import Checkpointer, CheckpointError, Restored
 from train.config import Experiment
 from train.config_io import ConfigError
 from train.evaluate import Evaluation, evaluate, make_score
-from train.objectives import make_objective, scoring_objective
+from train.objectives import ROUTER_METRICS, make_objective, scoring_objective
 from train.optimizers import make_optimizer, schedule
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
@@ -330,7 +330,7 @@ def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: 
         row["loss_scale"] = float(values["loss_scale"])
     if "expert_load" in values:
         load_LE = np.asarray(values["expert_load"], np.float64)
-        row |= {name: float(values[name]) for name in ("load_balance_loss", "router_z_loss", "router_entropy")}
+        row |= {name: float(values[name]) for name in ROUTER_METRICS}
         row["max_violation"] = float((load_LE.max(1) / load_LE.mean(1) - 1).mean())  # Wang et al. 2024: MaxVio
         row["expert_load"] = np.round(load_LE, 4).tolist()
     return row

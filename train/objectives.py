@@ -25,6 +25,11 @@ from train.cross_entropy import cross_entropy
 
 Batch = dict[str, Array]
 
+ROUTER_METRICS = {  # metric, field of RouterStats: the mean over the MoE layers is told
+    "load_balance_loss": "load_balance", "router_z_loss": "z", "router_entropy": "entropy",
+    "router_confidence": "confidence", "dropped_fraction": "dropped",
+}  # fmt: skip
+
 
 class Loss(NamedTuple):
     total: Float[Array, ""]  # what is differentiated: the sum over tokens, auxiliary losses included
@@ -211,12 +216,8 @@ def _loss(
         moe = model.config.moe
         assert moe is not None
         total = total + routed * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
-        metrics |= {
-            "load_balance_loss": out.router.load_balance.mean(),
-            "router_z_loss": out.router.z.mean(),
-            "router_entropy": out.router.entropy.mean(),
-            "expert_load": out.router.load_E,
-        }
+        metrics |= {name: getattr(out.router, field).mean() for name, field in ROUTER_METRICS.items()}
+        metrics["expert_load"] = out.router.load_E
     return Loss(total, count, metrics)
 
 

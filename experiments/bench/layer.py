@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from experiments.bench.contest import serve
 from experiments.resolve import resolve
 from model.mlp import MLP
-from model.moe import MoE
+from model.moe import MoE, Tokens
 from sharding.rules import ShardingRules
 from train.host_memory import keep_freed_memory
 
@@ -23,14 +23,15 @@ def main(kind: str) -> None:
     experiment = resolve("quickstart" if kind == "moe" else "quickstart_dense", [], 1)
     config, data = experiment.model, experiment.data
     x_BTD = jax.random.normal(jax.random.key(1), (data.batch_size, data.sequence_length, config.embed_dim))
-    valid_BT = jnp.ones(x_BTD.shape[:2], bool)
+    ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
+    tokens = Tokens(ids_BT, ids_BT, jnp.ones_like(ids_BT, bool))
 
     @jax.jit
     def gradient(layer, x_BTD):
         def total(layer, x_BTD):
             if isinstance(layer, MLP):
                 return jnp.square(layer(x_BTD)).sum()
-            y, stats = layer(x_BTD, valid_BT)
+            y, stats = layer(x_BTD, tokens)
             return jnp.square(y).sum() + stats.load_balance + stats.z
 
         return jax.grad(total, argnums=(0, 1))(layer, x_BTD)

@@ -18,7 +18,7 @@ from sharding.rules import ShardingRules
 from tests.models import TINY_ATTENTION, random_model, tiny_config
 
 ATTENTION = dataclasses.replace(TINY_ATTENTION, layers=("sliding", "global"))
-CONFIG = tiny_config(attention=ATTENTION, moe=MoEConfig(num_experts=4, hidden_dim=32, first_dense=1))
+CONFIG = tiny_config(attention=ATTENTION, moe=MoEConfig(num_experts=4, hidden_dim=32, layers=("dense", "moe")))
 MODEL = unstack(random_model(CONFIG))
 WIDTH = 40
 PROMPTS = [np.random.default_rng(n).integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 1, 11, 7, 5)]

@@ -190,7 +190,7 @@ def moe(x_TD, w: Weights, m: MoEConfig, mlp: MLPConfig) -> tuple[np.ndarray, np.
         top = np.argsort(-p)[: m.top_k]
         chosen_TE[t, top] = 1
         for e in top:
-            weight = p[e] / p[top].sum() if m.renormalize else p[e]
+            weight = p[e] / p[top].sum() if m.weights == "renormalized" else p[e]
             y[t] += weight * feed_forward(x_TD[t : t + 1], w["up"][e], w["down"][e], mlp.kind)[0]
     return y, scores_TE, chosen_TE
 
@@ -242,7 +242,7 @@ def transformer(
             return attention(row, attend, c, kind, positions_BT[b], segments, prefix)
 
         def mlp_row(row, b, mlp=mlp, i=i, routed=routed):
-            if c.moe is not None and i >= c.moe.first_dense and (i - c.moe.first_dense) % c.moe.every == 0:
+            if c.moe is not None and c.moe.layers[i % len(c.moe.layers)] == "moe":
                 y, *route = moe(row, mlp, c.moe, c.mlp)
                 routed.append(route)
                 return y

@@ -12,15 +12,22 @@ import pytest
 from hypothesis import given, settings
 
 from model import experts
-from model.config import MoEConfig
+from model.balance import router_stats as stats_of
 from model.experts import expert_mlp
-from model.moe import route as eager_route
+from model.moe_config import MoEConfig
+from model.routers import route as choose_experts
 from model.transformer import forward, logits
 from tests.model.reference import feed_forward, router_stats
 from tests.models import random_model, tiny_config
 
 D, F = 8, 6
-route = jax.jit(eager_route, static_argnums=2)  # one program, not dozens of single operations
+WEIGHTS = {True: "renormalized", False: "softmax"}
+
+
+@partial(jax.jit, static_argnums=2)  # one program, not dozens of single operations
+def route(logits_BTE, valid_BT, config):
+    routing = choose_experts(logits_BTE, valid_BT, config)
+    return routing.indices_BTC, routing.weights_BTC, stats_of(routing, routing.indices_BTC, valid_BT, config)
 
 
 @partial(jax.jit, static_argnames=("kind", "implementation"))
@@ -103,13 +110,15 @@ def test_route_equals_the_reference(shape, k, seed, scope, renormalize):
     x_BTE = 3 * rng.standard_normal(shape).astype(np.float32)
     valid_BT = rng.random(shape[:2]) < 0.7
     valid_BT[:, 0] = True
-    config = MoEConfig(num_experts=shape[-1], top_k=k, balance_scope=scope, renormalize=renormalize)
+    config = MoEConfig(num_experts=shape[-1], top_k=k, balance_scope=scope, weights=WEIGHTS[renormalize])
     indices, weights, stats = route(jnp.asarray(x_BTE), jnp.asarray(valid_BT), config)
     order = np.argsort(-x_BTE, -1)[..., :k]
-    np.testing.assert_array_equal(np.sort(indices, -1), np.sort(order, -1))
+    np.testing.assert_array_equal(np.sort(indices, -1)[valid_BT], np.sort(order, -1)[valid_BT])
+    np.testing.assert_array_equal(np.asarray(indices)[~valid_BT], shape[-1])
     p = np.exp(x_BTE) / np.exp(x_BTE).sum(-1, keepdims=True)
-    p = np.take_along_axis(p, np.asarray(indices), -1)
-    np.testing.assert_allclose(weights, p / p.sum(-1, keepdims=True) if renormalize else p, rtol=1e-5)
+    p = np.take_along_axis(p, np.minimum(indices, shape[-1] - 1), -1)
+    expected = p / p.sum(-1, keepdims=True) if renormalize else p
+    np.testing.assert_allclose(np.asarray(weights)[valid_BT], expected[valid_BT], rtol=1e-5)
     chosen = np.zeros(shape)
     np.put_along_axis(chosen, order, 1, -1)
     expected = router_stats(x_BTE.astype(np.float64), chosen, valid_BT, config)
@@ -145,13 +154,13 @@ def test_router_losses_carry_gradients_and_the_load_does_not():
 def test_a_router_logit_that_is_not_finite_shows(poison, renormalize):
     x = np.array(jax.random.normal(jax.random.key(0), (1, 3, 5)))
     x[0, 1, 2] = poison
-    _, weights, _ = route(jnp.asarray(x), jnp.ones((1, 3), bool), MoEConfig(5, 2, renormalize=renormalize))
+    _, weights, _ = route(jnp.asarray(x), jnp.ones((1, 3), bool), MoEConfig(5, 2, weights=WEIGHTS[renormalize]))
     assert not np.isfinite(weights[0, 1]).any()
     assert np.isfinite(weights[0, [0, 2]]).all()
 
 
 def test_a_nan_in_the_router_reaches_the_logits():
-    model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, first_dense=1)))
+    model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, layers=("dense", "moe"))))
     router = model.stacks[1][0].mlp.router
     router[...] = router[...].at[0, 3, 1].set(jnp.nan)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)

@@ -90,7 +90,7 @@ def test_packed_rows_equal_rows_of_their_own(position):
         num_layers=3,
         position=PositionConfig(position),
         attention=replace(TINY_ATTENTION, layers=("global", "sliding", "block_sparse"), sinks=True, block_size=2, local_blocks=1),
-        moe=MoEConfig(4, 2, 24, first_dense=1),
+        moe=MoEConfig(4, 2, 24, layers=("dense", "moe")),
     )
     model, together = random_model(config), packed()
     ids, T = together["segment_ids_BT"], together["tokens_BT"].shape[1]
@@ -164,20 +164,18 @@ def test_dropout_keeps_the_expectation():
 @given(
     pattern=st.lists(st.sampled_from(["global", "sliding", "block_sparse"]), min_size=1, max_size=4),
     layers=st.integers(1, 14),
-    first=st.integers(0, 5),
-    every=st.integers(1, 4),
-    sparse=st.booleans(),
+    experts=st.none() | st.lists(st.sampled_from(["dense", "moe"]), min_size=1, max_size=5),
 )
 @hypothesis_settings(deadline=None, max_examples=150)
-def test_the_plan_gives_the_layers_with_the_fewest_bodies(pattern, layers, first, every, sparse):
+def test_the_plan_gives_the_layers_with_the_fewest_bodies(pattern, layers, experts):
     config = tiny_config(
         num_layers=layers,
         attention=replace(TINY_ATTENTION, layers=tuple(pattern)),
-        moe=MoEConfig(first_dense=first, every=every) if sparse else None,
+        moe=None if experts is None else MoEConfig(layers=tuple(experts)),
     )
     specs = layer_specs(config)
     assert [s.attention for s in specs] == [pattern[i % len(pattern)] for i in range(layers)]
-    assert [s.moe for s in specs] == [sparse and i in range(first, layers, every) for i in range(layers)]
+    assert [s.moe for s in specs] == [experts is not None and experts[i % len(experts)] == "moe" for i in range(layers)]
     plan = segments(config)
     assert [spec for s in plan for _ in range(s.repeats) for spec in s.unit] == specs
     fewest = min(
@@ -192,7 +190,7 @@ def test_the_plan_gives_the_layers_with_the_fewest_bodies(pattern, layers, first
 
 # --- layouts and policies change no value
 
-DEEP = tiny_config(num_layers=4, moe=MoEConfig(4, 2, 24, every=2))
+DEEP = tiny_config(num_layers=4, moe=MoEConfig(4, 2, 24, layers=("moe", "dense")))
 
 
 def with_config(model, config):

@@ -124,7 +124,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
             norm=NormConfig(placement="post"),
             attention=replace(TINY_ATTENTION, qk_norm="full"),
             position=PositionConfig(rotary_fraction=0.5, scaling=replace(SCALING, kind="ntk")),
-            moe=MoEConfig(5, 3, 24, renormalize=False, balance_scope="sequence"),
+            moe=MoEConfig(5, 3, 24, weights="softmax", balance_scope="sequence"),
         ),
         tokens,
         {
@@ -146,7 +146,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
                 rotary_fraction=0.75,
                 scaling=replace(SCALING, kind="yarn", original_length=32, beta_fast=4.0, beta_slow=0.5),
             ),
-            moe=MoEConfig(6, 2, 24, first_dense=1),
+            moe=MoEConfig(6, 2, 24, layers=("dense", "moe")),
         ),
         tokens,
         {
@@ -155,7 +155,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
             "position.scaling.beta_fast": 1.0,
             "position.scaling.beta_slow": 0.05,
             "position.scaling.attention_factor": 1.0,
-            "moe.renormalize": False,
+            "moe.weights": "softmax",
         },
     ),
     "alibi": (
@@ -212,10 +212,10 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
             num_layers=3,
             attention=replace(TINY_ATTENTION, layers=("global", "sliding", "sliding")),
             position=PositionConfig(scaling=replace(SCALING, kind="linear")),
-            moe=MoEConfig(4, 1, 24, renormalize=False, every=2),
+            moe=MoEConfig(4, 1, 24, weights="softmax", layers=("moe", "dense")),
         ),
         packed,
-        {"position.scaling.kind": "ntk", "attention.window": 4, "moe.renormalize": True, "moe.num_experts": 3},
+        {"position.scaling.kind": "ntk", "attention.window": 4, "moe.weights": "renormalized", "moe.num_experts": 3},
     ),
 }
 

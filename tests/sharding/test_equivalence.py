@@ -32,7 +32,7 @@ DENSE = tiny_config(
 )
 SPARSE = tiny_config(
     attention=replace(TINY_ATTENTION, qk_norm="head", layers=("global", "sliding")),
-    moe=MoEConfig(4, 2, 24, first_dense=1, load_balance=0.1),
+    moe=MoEConfig(4, 2, 24, layers=("dense", "moe"), load_balance=0.1),
     tied_embeddings=True,
 )
 

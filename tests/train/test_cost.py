@@ -49,13 +49,13 @@ def test_a_dense_network_by_hand():
     assert count_parameters(config).total == 2 * V * D + L * layer + D
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.integers(1, 6))
+@given(st.integers(1, 4), st.lists(st.sampled_from(["dense", "moe"]), min_size=1, max_size=3), st.integers(1, 6))
 @settings(max_examples=8, deadline=None)
-def test_experts_that_are_not_chosen_are_not_active(top_k, every, first_dense, layers):
-    moe = MoEConfig(num_experts=4, top_k=top_k, hidden_dim=20, every=every, first_dense=first_dense)
+def test_experts_that_are_not_chosen_are_not_active(top_k, kinds, layers):
+    moe = MoEConfig(num_experts=4, top_k=top_k, hidden_dim=20, layers=tuple(kinds))
     config = ModelConfig(vocab_size=50, num_layers=layers, embed_dim=16, mlp=MLPConfig(hidden_dim=12), moe=moe)
     counts = count_parameters(config)
-    moe_layers = len(range(first_dense, layers, every))
+    moe_layers = sum(kinds[i % len(kinds)] == "moe" for i in range(layers))
     assert counts.total - counts.active == moe_layers * (4 - top_k) * 3 * 16 * 20
     # One expert of the size of the MLP, without its router, is the dense network.
     dense = count_parameters(dataclasses.replace(config, moe=None))

@@ -1,0 +1,168 @@
+"""Grouped matmul: each run of rows times the matrix of its group (Gale et al. 2022, MegaBlocks; `jax.lax.ragged_dot`).
+
+The rows of group 0 come first, then those of group 1, and so on: any number of rows a group, none too, aligned to nothing.
+Implementations: 'tpu' (Mosaic), 'triton' (GPUs), 'xla' (plain JAX in blocks of rows, for CPUs), 'reference' (ragged_dot).
+
+Shapes: M rows, E groups, K contraction, G gates, N columns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.spec import Activation, Spec, Tiles
+from pallas_kernels.target import target
+
+__all__ = ["IMPLEMENTATIONS", "Activation", "Tiles", "best_implementation", "grouped_glu", "grouped_matmul"]
+
+IMPLEMENTATIONS = ("tpu", "triton", "xla", "reference")
+BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
+DEFAULT_TILES = Tiles()
+
+
+def grouped_matmul(
+    lhs_MK: Float[Array, "M K"],
+    rhs_EKN: Float[Array, "E K N"],
+    sizes_E: Int[Array, "E"],
+    *,
+    scale_EN: Float[Array, "E N"] | None = None,
+    transpose: bool = False,
+    tiles: Tiles = DEFAULT_TILES,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """lhs[m] @ rhs[e] for every row m of group e; rows after the last group are zero.
+
+    lhs: float32, bfloat16 or float16; rhs of the same dtype, or int8 or float8 with `scale_EN`, which multiplies the columns
+    of the product (such weights get no gradient). Sums in float32; the result has the dtype of lhs. `transpose`: rhs is
+    [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
+    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises ValueError.
+    `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
+    Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
+
+    Differentiable with respect to lhs and rhs. Raises ValueError on arguments that do not fit, naming them.
+    """
+    if rhs_EKN.ndim != 3:
+        raise ValueError(f"rhs of shape {rhs_EKN.shape}: must be [E, K, N], or [E, N, K] with transpose")
+    columns = rhs_EKN.shape[1 if transpose else 2]
+    if scale_EN is not None and scale_EN.shape != (rhs_EKN.shape[0], columns):
+        raise ValueError(f"scale_EN of shape {scale_EN.shape}: must be ({rhs_EKN.shape[0]}, {columns})")
+    rhs = rhs_EKN if transpose else rhs_EKN[:, :, None]
+    scale = None if scale_EN is None else scale_EN[:, None]
+    return _call(Spec(transpose, None, tiles, interpret), implementation, lhs_MK, rhs, scale, sizes_E)
+
+
+def grouped_glu(
+    lhs_MK: Float[Array, "M K"],
+    rhs_EKGN: Float[Array, "E K G N"],
+    sizes_E: Int[Array, "E"],
+    activation: Activation,
+    *,
+    scale_EGN: Float[Array, "E G N"] | None = None,
+    tiles: Tiles = DEFAULT_TILES,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """activation(lhs[m] @ rhs[e, :, 0], ...) of the G products, which need not reach memory: the first half of a gated MLP
+    (Shazeer 2020), or of a plain one where G is 1.
+
+    `activation`: a function of G arrays, element by element, the same object in every call (it is compiled in). It is
+    applied in float32. The rest as in `grouped_matmul`. For a gradient the products are kept, in the dtype of lhs.
+    """
+    if rhs_EKGN.ndim != 4:
+        raise ValueError(f"rhs of shape {rhs_EKGN.shape}: must be [E, K, G, N]")
+    E, _, G, N = rhs_EKGN.shape
+    if scale_EGN is not None and scale_EGN.shape != (E, G, N):
+        raise ValueError(f"scale_EGN of shape {scale_EGN.shape}: must be ({E}, {G}, {N})")
+    return _call(Spec(False, activation, tiles, interpret), implementation, lhs_MK, rhs_EKGN, scale_EGN, sizes_E)
+
+
+def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
+    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it."""
+    if platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE):
+        return ("triton", "xla")
+    return ("tpu", "xla") if platform == "tpu" else ("xla",)
+
+
+def _call(spec: Spec, implementation: str | None, lhs, rhs, scale, sizes):
+    spec.tiles.validate()
+    inner = rhs.shape[2] if spec.transpose else rhs.shape[1]
+    if lhs.ndim != 2 or lhs.shape[1] != inner:
+        raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: must be [M, K] and [E, K, N], of one K")
+    if 0 in lhs.shape or 0 in rhs.shape:
+        raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: no dimension may be empty")
+    if lhs.dtype.name not in DTYPES or rhs.dtype.name not in (lhs.dtype.name, *QUANTIZED):
+        raise ValueError(f"lhs is {lhs.dtype}, rhs {rhs.dtype}: must share one of {', '.join(DTYPES)}, or rhs be one of {', '.join(QUANTIZED)}")
+    if (scale is not None) != (rhs.dtype.name in QUANTIZED):
+        raise ValueError(f"rhs of {rhs.dtype} with{'out' if scale is None else ''} a scale: a scale belongs to {', '.join(QUANTIZED)} alone")
+    if sizes.shape != rhs.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise ValueError(f"sizes of shape {sizes.shape} and {sizes.dtype}: must be one integer a group, ({rhs.shape[0]},)")
+    if spec.interpret and implementation is None:
+        raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu' or 'triton'")
+    scale = None if scale is None else jax.lax.stop_gradient(scale.astype(jnp.float32))
+    name = _choose(implementation, spec, lhs, rhs, scale)
+    return _matmul(name, spec, lhs, rhs, scale, sizes.astype(jnp.int32))
+
+
+def _choose(implementation: str | None, spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str:
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None")
+        reason = _module(implementation).unsupported(spec, lhs, rhs, scale)
+        if reason is not None:
+            raise ValueError(f"implementation = {implementation!r}: {reason}")
+        return implementation
+    for name in best_implementation(*target()):
+        if _module(name).unsupported(spec, lhs, rhs, scale) is None:
+            return name
+    raise AssertionError("xla supports every call")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.grouped_matmul.{name}")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(name: str, spec: Spec, lhs, rhs, scale, sizes):
+    return _module(name).forward(spec, lhs, rhs, scale, sizes, False)[0]
+
+
+def _matmul_forward(name, spec, lhs, rhs, scale, sizes):
+    out, products = _module(name).forward(spec, lhs, rhs, scale, sizes, spec.activation is not None)
+    return out, (lhs, rhs, scale, sizes, products)
+
+
+def _matmul_backward(name, spec, kept, dout):
+    lhs, rhs, scale, sizes, products = kept
+    if spec.activation is not None:
+        wide = jnp.promote_types(products.dtype, jnp.float32)
+        gates = [products[:, g].astype(wide) for g in range(products.shape[1])]
+        _, pull = jax.vjp(spec.activation, *gates)
+        dout = jnp.stack(pull(dout.astype(wide)), 1).astype(lhs.dtype).reshape(lhs.shape[0], -1)
+    plain = Spec(not spec.transpose, None, spec.tiles, spec.interpret)
+    module, E = _module(name), rhs.shape[0]
+    # [E, K, G N] read as [E, N, K] of the way back; [E, N, K] read as [E, K, 1, N]
+    back = rhs[:, :, None] if spec.transpose else rhs.reshape(E, rhs.shape[1], -1)
+    scaled = dout
+    if scale is not None:  # the columns that are now contracted
+        expert_M = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=lhs.shape[0])
+        scaled = (dout * scale.reshape(E, -1)[expert_M]).astype(lhs.dtype)
+    dlhs = module.forward(plain, scaled, back, None, sizes, False)[0]
+    if rhs.dtype.name in QUANTIZED:
+        drhs = np.zeros(rhs.shape, jax.dtypes.float0) if jnp.issubdtype(rhs.dtype, jnp.integer) else jnp.zeros_like(rhs)
+    else:
+        pair = (dout, lhs) if spec.transpose else (lhs, dout)
+        drhs = module.weights_gradient(plain, *pair, sizes).astype(rhs.dtype).reshape(rhs.shape)
+    return dlhs, drhs, None, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
