@@ -24,6 +24,7 @@ class RouterStats(NamedTuple):
     entropy: Float[Array, ""]  # mean entropy of the routing distribution, nats
     confidence: Float[Array, ""]  # mean of the largest probability
     dropped: Float[Array, ""]  # fraction of the choices that found no place
+    choices_BTC: Int[Array, "B T C"]  # as routed, before any is dropped; E: none
 
 
 def router_stats(
@@ -54,4 +55,4 @@ def router_stats(
     chosen, kept = ((indices < E).sum() for indices in (routing.indices_BTC, kept_BTC))
     dropped = 1.0 - kept / jnp.maximum(chosen, 1)
     rest = jax.lax.stop_gradient((entropy, confidence, dropped))
-    return RouterStats(balance, z, load_E, *rest)
+    return RouterStats(balance, z, load_E, *rest, routing.indices_BTC)
