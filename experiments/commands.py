@@ -81,7 +81,7 @@ def eval(args: argparse.Namespace) -> int:
     print(f"weights of step {trained.step}")
     for name, result in evaluate_all(program, trained.model, prepared, full=True).items():
         files = [text.encode() for _, text in heldout_files(prepared, name)]
-        print(heldout_table(name, {**result._asdict(), "compressors": compressed_sizes(files)}))
+        print(heldout_table(name, {**result.row(), "compressors": compressed_sizes(files)}))
     return 0
 
 

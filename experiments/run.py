@@ -116,8 +116,8 @@ def finish(program: Program, prepared: Prepared, run: RunFolder, trained: Traine
     with MetricsWriter(run, process_index=jax.process_index()) as metrics:
         for name, result in results.items():
             compressors = compressed_sizes([text.encode() for _, text in heldout_files(prepared, name)])
-            sets[name] = {**result._asdict(), "compressors": compressors}
-            metrics.write({"kind": "eval", "step": trained.step, "set": name, **result._asdict()})
+            sets[name] = {**result.row(), "compressors": compressors}
+            metrics.write({"kind": "eval", "step": trained.step, "set": name, **result.row()})
             say(heldout_table(name, sets[name]))
         rows = complete_heldout(program, trained, prepared)
         if jax.process_index() == 0:

@@ -22,7 +22,7 @@ CONVENTION = "2 per multiply-add, matmuls and attention, causal attention half, 
 
 class ParameterCount(NamedTuple):
     total: int
-    active: int  # used by one token: of the experts the top k
+    active: int  # used by one token: of the experts the chosen ones
     embedding: int  # of the total: token and position embeddings and the head
 
 
@@ -45,7 +45,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     if config.moe is not None:
         per_expert = config.embed_dim * config.moe.hidden_dim * (gates(config.mlp.kind) + 1)
         layers = sum(spec.moe for spec in layer_specs(config))
-        idle = layers * (config.moe.num_experts - config.moe.top_k) * per_expert
+        idle = int(layers * (config.moe.num_experts - experts_per_token(config)) * per_expert)
     return ParameterCount(total, total - idle, embedding)
 
 
@@ -57,11 +57,21 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
         flops += 2 * D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
         flops += 4 * a.num_heads * a.head_dim * keys_seen(config, spec.attention, length)
         if spec.moe and config.moe is not None:
-            flops += 2 * D * config.moe.num_experts
-            flops += 2 * D * config.moe.hidden_dim * (gates(config.mlp.kind) + 1) * config.moe.top_k
+            chosen = experts_per_token(config) + config.moe.shared_experts
+            flops += 2 * D * config.moe.num_experts if config.moe.router not in ("hash", "random") else 0
+            flops += 2 * D * config.moe.hidden_dim * (gates(config.mlp.kind) + 1) * chosen
         else:
             flops += 2 * D * config.mlp.hidden_dim * (gates(config.mlp.kind) + 1)
     return flops
+
+
+def experts_per_token(config: ModelConfig) -> float:
+    """Experts that a token goes to, on average; a capacity's drops are not counted. Soft: slots a token of `max_length`."""
+    moe = config.moe
+    assert moe is not None
+    if moe.router == "soft":
+        return moe.num_experts * moe.top_k / config.max_length
+    return moe.num_experts if moe.router == "dense" else moe.top_k
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:

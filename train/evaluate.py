@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
@@ -17,16 +19,36 @@ from model.transformer import Transformer
 from sharding.mesh import put_batch
 from train.objectives import Objective
 
+ROUTED = ("load_LE", "dropped_L")  # means over the routed tokens of a batch
+
 
 class Evaluation(NamedTuple):
     loss: float  # nats per token
     bits_per_byte: float
     tokens: int
     bytes: int
+    # Of a mixture of experts, over the whole set, a mean over its layers: how far the most loaded expert is above the mean
+    # (Wang et al. 2024: MaxVio_global), and the part of the choices that found no place.
+    max_violation: float | None = None
+    dropped_fraction: float | None = None
+
+    def row(self) -> dict[str, float]:
+        """What there is, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+class Score(NamedTuple):
+    """Of one batch."""
+
+    loss: Float[Array, ""]  # sum over the scored tokens, nats
+    tokens: Float[Array, ""]
+    routed: Float[Array, ""]  # tokens that were no padding
+    load_LE: Float[Array, "L E"] | None  # of a mixture of experts: each layer's choices over its experts, summing to one
+    dropped_L: Float[Array, "L"] | None
 
 
 def evaluate(
-    score: Callable[[Transformer, dict], tuple[jax.Array, jax.Array]],
+    score: Callable[[Transformer, dict], Score],
     model: Transformer,
     prepared: Prepared,
     name: str,
@@ -45,9 +67,16 @@ def evaluate(
     is scored as if the others cost the same.
     """
     lengths = byte_lengths(prepared.tokenizer)
-    loss = count = 0.0
+    total: Score | None = None
     size = targets = 0
-    parts = []
+    pending: list[Score] = []
+
+    def read() -> None:
+        nonlocal total
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(pending.pop(0)))
+        found = found._replace(**{k: getattr(found, k) * found.routed for k in ROUTED if getattr(found, k) is not None})
+        total = found if total is None else jax.tree.map(np.add, total, found)
+
     for batch in heldout_windows(
         prepared,
         name,
@@ -59,26 +88,33 @@ def evaluate(
     ):
         if jax.process_count() == 1:
             size, targets = _add_targets(batch, lengths, size, targets)
-        parts.append(score(model, put_batch(batch, mesh, spec)))
-        if len(parts) > 1:  # read one batch late, so that the device never waits
-            total, tokens = parts.pop(0)
-            loss, count = loss + float(total), count + float(tokens)
+        pending.append(score(model, put_batch(batch, mesh, spec)))
+        if len(pending) > 1:  # read one batch late, so that the device never waits
+            read()
         between()
-    for total, tokens in parts:
-        loss, count = loss + float(total), count + float(tokens)
+    while pending:
+        read()
     if jax.process_count() > 1:
         for batch in heldout_windows(prepared, name, batch_size=batch_size, stride=stride, max_windows=max_windows):
             size, targets = _add_targets(batch, lengths, size, targets)
-    return Evaluation(loss / count, loss / count / math.log(2) * targets / size, int(count), size)
+    assert total is not None, "a held-out set has at least one window"
+    loss = float(total.loss / total.tokens)
+    found = Evaluation(loss, loss / math.log(2) * targets / size, int(total.tokens), size)
+    if total.load_LE is None or total.dropped_L is None:
+        return found
+    violation = (total.load_LE.max(1) / total.load_LE.mean(1) - 1).mean()
+    return found._replace(max_violation=float(violation), dropped_fraction=float((total.dropped_L / total.routed).mean()))
 
 
-def make_score(objective: Objective) -> Callable[[Transformer, dict], tuple[jax.Array, jax.Array]]:
-    """`score(model, batch) -> (sum of losses in nats, tokens)` of the objective without its auxiliary losses."""
+def make_score(objective: Objective) -> Callable[[Transformer, dict], Score]:
+    """`score(model, batch)` by the objective without its auxiliary losses."""
 
     def score(model, batch):
         # The objectives that draw at random draw the same for every batch of an evaluation.
         loss = objective(model, batch, jax.random.key(0))
-        return loss.metrics["loss"] * loss.count, loss.count
+        routed = (batch["segment_ids"][:, :-1] > 0).sum().astype(jnp.float32)
+        load, dropped = (loss.metrics.get(name) for name in ("expert_load", "expert_dropped"))
+        return Score(loss.metrics["loss"] * loss.count, loss.count, routed, load, dropped)
 
     return score
 

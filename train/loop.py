@@ -29,6 +29,7 @@ from train.objectives import ROUTER_METRICS, make_objective, scoring_objective
 from train.optimizers import make_optimizer, schedule
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
+from train.routing import make_probe
 from train.signals import StopSignal, Watchdog
 from train.step import TrainState, init_state, make_step
 
@@ -65,10 +66,11 @@ class Trained:
         return self.state.model if self.state.ema is None else self.state.ema
 
 
-def build(experiment: Experiment) -> Program:
-    """The program of a resolved experiment (its vocabulary known), over all the devices there are. Raises ConfigError."""
+def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
+    """The program of a resolved experiment (its vocabulary known), over all the devices there are, or over `mesh`, whose
+    devices may be a topology's, to be compiled for alone. Raises ConfigError."""
     model, config = experiment.model, experiment.train
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh) if mesh is None else mesh
     slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in experiment.sharding.activations.batch)
     if slices % jax.process_count():
         raise ConfigError(
@@ -229,6 +231,10 @@ def train(
                 record(row)
             progress.update(done, row)
 
+        probe = None
+        if experiment.model.moe is not None:
+            probe = make_probe(experiment, prepared, run, program.mesh, program.batch_spec)
+
         with Progress(
             config.steps,
             start_step=first,
@@ -249,12 +255,16 @@ def train(
                     if evaluating or saving:
                         read()  # a step that is not finite must not be saved as if it were
                     metric = None
+                    model = state.model if state.ema is None else state.ema
+                    if probe is not None and (evaluating or step == config.steps) and not stopped:
+                        watchdog.rest()
+                        probe(model, step)
+                        clock.pause()
                     if evaluating and not stopped:
-                        model = state.model if state.ema is None else state.ema
                         watchdog.rest()  # the first evaluation compiles
                         results = evaluate_all(program, model, prepared, full=False, between=watchdog.beat)
                         for name, result in results.items():
-                            row = {"kind": "eval", "step": step, "set": name, **result._asdict()}
+                            row = {"kind": "eval", "step": step, "set": name, **result.row()}
                             record(row)
                             progress.update(step, row)
                         metric = next((r.bits_per_byte for r in results.values()), None)
@@ -333,6 +343,8 @@ def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: 
         row |= {name: float(values[name]) for name in ROUTER_METRICS}
         row["max_violation"] = float((load_LE.max(1) / load_LE.mean(1) - 1).mean())  # Wang et al. 2024: MaxVio
         row["expert_load"] = np.round(load_LE, 4).tolist()
+        if experiment.model.moe is not None and experiment.model.moe.capacity_factor is not None:
+            row["expert_dropped"] = np.round(np.asarray(values["expert_dropped"], np.float64), 4).tolist()
     return row
 
 

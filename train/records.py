@@ -54,6 +54,7 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     tokenizer = property(lambda self: self.path / "tokenizer")
     plots = property(lambda self: self.path / "plots")
+    routing = property(lambda self: self.path / "routing")  # choices of the experts, by step
     lock = property(lambda self: self.path / ".lock")
 
     @property

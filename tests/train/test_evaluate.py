@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from data.prepare import heldout_files, prepare
-from model.config import AttentionConfig
+from model.config import AttentionConfig, MoEConfig
 from model.transformer import forward, logits
 from tests.data.conftest import byte_config, write_corpus
 from tests.models import random_model, tiny_config
@@ -116,3 +118,22 @@ def test_masked_prediction_is_scored_per_byte_of_what_it_predicts(prepared):
     assert found.bits_per_byte == pytest.approx(math.log2(272), rel=0.1)
 
 
+
+
+def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
+    """Router weights of zero tie all experts: the first two take everything. A capacity of half of it drops the rest."""
+    moe = MoEConfig(num_experts=6, top_k=2, hidden_dim=8)
+    found = []
+    for capacity in (None, 1.5):
+        network = random_model(tiny_config(vocab_size=272, num_layers=1, moe=dataclasses.replace(moe, capacity_factor=capacity)))
+        router = network.stacks[0][0].mlp.router
+        router[...] = jnp.zeros_like(router[...])
+        found.append(evaluate(jax.jit(make_score(next_token)), network, prepared, "code", batch_size=8))
+    assert [f.max_violation for f in found] == pytest.approx([6 / 2 - 1] * 2, rel=1e-6)
+    assert found[0].dropped_fraction == 0
+    assert found[1].dropped_fraction == pytest.approx(0.5, abs=0.05)
+    assert set(found[0].row()) == {"loss", "bits_per_byte", "tokens", "bytes", "max_violation", "dropped_fraction"}
+
+
+def test_a_dense_network_has_no_load(model, prepared, score):
+    assert set(evaluate(score, model, prepared, "code", batch_size=8, max_windows=4).row()) == {"loss", "bits_per_byte", "tokens", "bytes"}
