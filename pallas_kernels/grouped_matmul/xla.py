@@ -1,0 +1,130 @@
+"""The grouped matmul in plain JAX, for CPUs: a loop over the groups that have rows, in it loops over blocks of their rows.
+
+A group is cut into as many large blocks as fit, then into smaller ones, so that what is computed beyond its end is little.
+The last blocks of a group may reach over its end (or, where the rows end, lie before its start): what they compute of other
+rows is not written. So groups need no alignment, no row is copied to another place, and a group without rows is not read.
+
+Shapes: M rows, E groups, K contraction, X = G * N gates by columns, R rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.grouped_matmul.spec import Spec, sum_dtype
+
+BLOCKS = (256, 64, 16)  # rows; a matmul of 16 rows still runs at more than half of the rate of a large one
+Carry = TypeVar("Carry")
+
+
+def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
+    """Why the call cannot run here; None: it can."""
+    if spec.tiles.n is not None or spec.tiles.k is not None:
+        return f"tiles = {spec.tiles}: it cuts rows alone (tiles.m)"
+    return "interpret = True: it is no Pallas kernel" if spec.interpret else None
+
+
+def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool) -> tuple[Array, Array | None]:
+    """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs."""
+    wide, dtype, M = sum_dtype(lhs_MK.dtype), lhs_MK.dtype, lhs_MK.shape[0]
+    E, G = rhs_EKGN.shape[0], 1 if spec.transpose else rhs_EKGN.shape[2]
+    rhs = rhs_EKGN if spec.transpose else rhs_EKGN.reshape(E, rhs_EKGN.shape[1], -1)
+    dims = (((1,), (1 if spec.transpose else 0,)), ((), ()))
+    X = rhs.shape[1 if spec.transpose else 2]
+    keep = keep and spec.activation is not None
+
+    def product(lhs_RK: Array, rhs_KX: Array, scale_X: Array | None) -> tuple[Array, ...]:
+        h_RX = jax.lax.dot_general(lhs_RK.astype(wide), rhs_KX, dims, precision=jax.lax.Precision.HIGHEST)
+        h_RX = h_RX if scale_X is None else h_RX * scale_X
+        if spec.activation is None:
+            return (h_RX.astype(dtype),)
+        out_RN = spec.activation(*jnp.split(h_RX, G, axis=1)).astype(dtype)
+        return (out_RN, h_RX.astype(dtype)) if keep else (out_RN,)
+
+    def group(e: Array, start: Array, size: Array, outs: tuple[Array, ...]) -> tuple[Array, ...]:
+        rhs_KX = jax.lax.dynamic_index_in_dim(rhs, e, keepdims=False).astype(wide)
+        scale_X = None if scale_EGN is None else jax.lax.dynamic_index_in_dim(scale_EGN, e, keepdims=False).reshape(-1)
+
+        def block(first: Array, rows: int, inside_R1: Array | None, outs: tuple[Array, ...]) -> tuple[Array, ...]:
+            new = product(jax.lax.dynamic_slice_in_dim(lhs_MK, first, rows), rhs_KX, scale_X)
+            if inside_R1 is not None:
+                old = (jax.lax.dynamic_slice_in_dim(out, first, rows) for out in outs)
+                new = tuple(jnp.where(inside_R1, n, o) for n, o in zip(new, old, strict=True))
+            return tuple(jax.lax.dynamic_update_slice_in_dim(out, n, first, 0) for out, n in zip(outs, new, strict=True))
+
+        return _blocks(_cuts(M, spec.tiles.m), start, size, M, block, outs)
+
+    columns = (X // G, X) if keep else (X // G,)
+    empty = tuple(_zeros((M, n), dtype, lhs_MK) for n in columns)
+    outs = _groups(sizes_E, M, group, empty)
+    return outs[0], outs[1].reshape(M, G, -1) if keep else None
+
+
+def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) -> Array:
+    """[E, K, N] float32: of each group lhs^T dout; zero of an empty one."""
+    wide, (M, K), N = sum_dtype(lhs_MK.dtype), lhs_MK.shape, dout_MN.shape[1]
+
+    def group(e: Array, start: Array, size: Array, drhs_EKN: Array) -> Array:
+        def block(first: Array, rows: int, inside_R1: Array | None, drhs_KN: Array) -> Array:
+            parts = (jax.lax.dynamic_slice_in_dim(y, first, rows).astype(wide) for y in (lhs_MK, dout_MN))
+            if inside_R1 is not None:  # both, for 0 * NaN is NaN
+                parts = (jnp.where(inside_R1, y, 0) for y in parts)
+            lhs_RK, dout_RN = parts
+            return drhs_KN + jax.lax.dot_general(
+                lhs_RK, dout_RN, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+            )
+
+        drhs_KN = _blocks(_cuts(M, spec.tiles.m), start, size, M, block, _zeros((K, N), wide, lhs_MK))
+        return jax.lax.dynamic_update_index_in_dim(drhs_EKN, drhs_KN, e, 0)
+
+    return _groups(sizes_E, M, group, _zeros((sizes_E.shape[0], K, N), wide, lhs_MK))
+
+
+def _cuts(M: int, largest: int | None) -> tuple[int, ...]:
+    """Rows of the blocks, descending; none exceeds M."""
+    rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
+    return tuple(sorted({min(size, M) for size in rows}, reverse=True))
+
+
+def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
+    """`group(e, start, size, carry)` for the groups that have rows: most have none in decoding."""
+    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    (filled_E,) = jnp.nonzero(sizes_E, size=min(M, sizes_E.shape[0]), fill_value=0)
+
+    def step(i: Array, carry: Carry) -> Carry:
+        e = filled_E[i]
+        return group(e, starts_E[e], sizes_E[e], carry)
+
+    return jax.lax.fori_loop(0, (sizes_E > 0).sum(dtype=jnp.int32), step, carry)
+
+
+def _blocks(
+    cuts: tuple[int, ...], start: Array, size: Array, M: int, block: Callable[[Array, int, Array | None, Carry], Carry], carry: Carry
+) -> Carry:
+    """`block(first, rows, inside [rows, 1], carry)` over a group's rows; `inside` None: all of them are the group's."""
+    end = start + size
+    for rows in cuts[:-1]:
+        count = (end - start) // rows
+        carry = jax.lax.fori_loop(0, count, lambda i, c, s=start, r=rows: block(s + i * r, r, None, c), carry)
+        start = start + count * rows
+    rows = cuts[-1]
+
+    def last(i: Array, carry: Carry) -> Carry:
+        wanted = start + i * rows
+        first = jnp.minimum(wanted, M - rows)
+        row_R1 = first + jnp.arange(rows)[:, None]
+        return block(first, rows, (row_R1 >= wanted) & (row_R1 < end), carry)
+
+    return jax.lax.fori_loop(0, -(-(end - start) // rows), last, carry)
+
+
+def _zeros(shape: tuple[int, ...], dtype, like: Array) -> Array:
+    """Zeros that inside shard_map vary over the axes that `like` varies over."""
+    zeros = jnp.zeros(shape, dtype)
+    axes = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
