@@ -1,0 +1,121 @@
+"""Our layer of experts beside transformers' Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (tests/parity): outputs, choices,
+losses and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.balance import router_stats
+from model.config import MLPConfig, ModelConfig
+from model.moe import MoE, Tokens
+from model.moe_config import MoEConfig
+from model.routers import route
+from sharding.rules import ShardingRules
+from tests.models import weight_names
+from tests.parity.cases import CASES, B, Case, D, T, draw, load
+
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+TOKENS = Tokens(jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), bool))
+
+
+def ours(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights (or their gradients) in transformers' layout, by our names in our layout."""
+
+    def fused(gate_FD, up_FD):
+        return np.stack([gate_FD, up_FD]).transpose(2, 0, 1)  # [D, G, F]
+
+    halves = np.split(drawn["gate_up"], 2, axis=1)
+    weights = {
+        "router": drawn["router"].T,
+        "up": np.stack([fused(gate, up) for gate, up in zip(*halves, strict=True)]),
+        "down": drawn["down"].transpose(0, 2, 1),
+    }
+    if "shared_up" in drawn:
+        weights |= {"shared.up": fused(drawn["shared_gate"], drawn["shared_up"]), "shared.down": drawn["shared_down"].T}
+    return weights
+
+
+def layer(moe: MoEConfig, drawn: dict[str, np.ndarray]) -> MoE:
+    """The layer of `moe` with the drawn weights; nothing is compiled."""
+    config = ModelConfig(embed_dim=D, mlp=MLPConfig("swiglu"), moe=moe, dtype="float32")
+    abstract = jax.eval_shape(lambda: MoE(jax.random.key(0), config, ShardingRules()))
+    weights = ours(drawn) | ({"router_bias": drawn["bias"]} if "bias" in drawn else {})
+    leaves = [jnp.asarray(weights[name]) for name, _ in weight_names(abstract)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+@jax.jit
+def apply(layer: MoE, x_BTD: jax.Array) -> jax.Array:
+    return layer(x_BTD, TOKENS)[0]
+
+
+@jax.jit
+def gradients(layer: MoE, x_BTD: jax.Array, functional_BTD: jax.Array):
+    return jax.grad(lambda layer, x: (layer(x, TOKENS)[0] * functional_BTD).sum(), argnums=(0, 1))(layer, x_BTD)
+
+
+@by_name
+def test_outputs_and_gradients_are_the_published_layers(case: Case):
+    drawn, want = draw(case), load(case)
+    mine = layer(case.moe, drawn)
+    close(apply(mine, drawn["x"]), want["y"])
+    d_layer, d_x = gradients(mine, drawn["x"], drawn["functional"])
+    close(d_x, want["d_x"])
+    wanted = ours({name.removeprefix("d_"): value for name, value in want.items() if name.startswith("d_")})
+    found = dict(weight_names(d_layer))
+    if "bias" in drawn:
+        assert not np.any(found.pop("router_bias"))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert np.abs(value).max() > 1e-2, f"{name}: the reference's gradient says nothing"
+        close(found[name], value, err_msg=name)
+
+
+@by_name
+def test_choices_and_their_weights_are_the_published_ones(case: Case):
+    drawn, want = draw(case), load(case)
+    logits_BTE = jnp.asarray(want["logits"]).reshape(B, T, -1)
+    routing = route(logits_BTE, TOKENS.valid_BT, case.moe, bias_E=drawn.get("bias"))
+    order = np.argsort(routing.indices_BTC, axis=-1)
+    indices, weights = (np.take_along_axis(np.asarray(y), order, -1).reshape(B * T, -1) for y in routing[:2])
+    np.testing.assert_array_equal(indices, want["indices"])
+    close(weights, want["weights"])
+
+
+@pytest.mark.parametrize(
+    "case, wrong", [(c, w) for c in CASES for w in c.wrong], ids=lambda x: x.name if isinstance(x, Case) else str(x)
+)
+def test_a_wrong_option_does_not_pass_for_the_right_one(case: Case, wrong: dict):
+    drawn = draw(case)
+    if "bias_rate" in wrong:
+        drawn.pop("bias")
+    y_BTD = apply(layer(replace(case.moe, **wrong), drawn), drawn["x"])
+    assert np.abs(y_BTD - load(case)["y"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", [c for c in CASES if not c.moe.weights.startswith("sigmoid")], ids=lambda case: case.name)
+def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case, masked: bool):
+    """transformers sums a token's choices, and so its loss is top_k at perfect balance where ours is 1."""
+    drawn, want = draw(case), load(case)
+    valid_BT = jnp.asarray(drawn["mask"]) if masked else TOKENS.valid_BT
+
+    def losses(logits_BTE):
+        routing = route(logits_BTE, valid_BT, case.moe)
+        stats = router_stats(routing, routing.indices_BTC, valid_BT, case.moe)
+        return case.moe.top_k * stats.load_balance, stats.z
+
+    (balance, z), pull = jax.vjp(losses, jnp.asarray(want["logits"]).reshape(B, T, -1))
+    name = "load_balance_masked" if masked else "load_balance"
+    close(balance, want[name])
+    close(pull((1.0, 0.0))[0].reshape(B * T, -1), want[f"d_logits_{name}"], atol=1e-7)
+    if not masked:
+        close(z, want["z"])
+        close(pull((0.0, 1.0))[0].reshape(B * T, -1), want["d_logits_z"], atol=1e-7)
