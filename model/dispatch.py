@@ -1,16 +1,19 @@
 """Runs the experts on the choices of a router, over the mesh.
 
-Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width.
+Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width, N tokens of a device.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig
+from model.exchange import exchanged_experts
 from model.experts import expert_mlp
-from sharding.manual import vary, varying_axes
 from sharding.rules import ShardingRules, no_mesh, reshard
 
 
@@ -27,41 +30,33 @@ def run_experts(
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
     `place_BTC`: where the choice stands in its expert's buffer, of config.moe.capacity(T) places; None without a capacity.
-    Gradients flow to x, weights, up and down.
+    Gradients flow to x, weights, up and down. On a mesh experts lie over the axes of `rules.activations.expert`. Where those
+    also divide the tokens, either the pairs travel (`config.moe.exchange` a number: model/exchange.py) or all tokens are
+    gathered on each device of the group (None). Tokens are gathered too where only some of those axes divide them; where
+    none does, each device has the group's tokens already, and its experts' part of the results is summed.
     """
-    return _dispatch(x_BTD, indices_BTC, weights_BTC, up_EDGF, down_EFD, config.mlp.kind, rules)
+    moe = config.moe
+    assert moe is not None
+    if moe.dispatch in ("gather", "einsum"):
+        if place_BTC is None:
+            raise ValueError(
+                f"model.moe.dispatch = {moe.dispatch!r}: its buffers need places; set model.moe.capacity_factor, or use 'sort'"
+            )
+        from model.buffers import buffered_experts
 
-
-def _dispatch(x_BTD, indices_BTC, weights_BTC, up, down, kind: str, rules: ShardingRules) -> Array:
-    """Runs the experts where they are: tokens are gathered over the devices that share a batch slice's experts, each
-    device computes the pairs of its own experts (and its own columns of them), and the sums return to the tokens' owners.
-    """
-    D, C = x_BTD.shape[-1], indices_BTC.shape[-1]
+        return buffered_experts(
+            x_BTD, indices_BTC, weights_BTC, place_BTC, moe.capacity(x_BTD.shape[1]), up_EDGF, down_EFD,
+            config.mlp.kind, rules, moe.dispatch,
+        )  # fmt: skip
+    run = partial(expert_mlp, kind=config.mlp.kind, implementation="dense" if moe.dispatch == "dense" else None)
     if no_mesh():
         x_ND, indices_NC, weights_NC = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
-        return expert_mlp(x_ND, indices_NC, weights_NC, up, down, kind).reshape(x_BTD.shape)
-
-    activations = rules.activations
-    expert_axes, mlp_axes = activations.expert, activations.mlp
-    gathered = tuple(a for a in expert_axes if a in activations.batch)  # experts spread over devices with other tokens
-
-    def local(x, indices, weights, up, down):
-        first = jax.lax.axis_index(expert_axes) * up.shape[0] if expert_axes else 0
-        if gathered:
-            x, indices, weights = (jax.lax.all_gather(y, gathered, axis=0, tiled=True) for y in (x, indices, weights))
-        # Weights are used by tokens that differ between devices: said here, so that their gradients are summed over them.
-        axes = varying_axes(x) | varying_axes(up)
-        x, indices, weights, up, down = (vary(y, axes) for y in (x, indices, weights, up, down))
-        y = expert_mlp(x.reshape(-1, D), indices.reshape(-1, C) - first, weights.reshape(-1, C), up, down, kind)
-        y = y.reshape(x.shape)
-        if gathered:
-            y = jax.lax.psum_scatter(y, gathered, scatter_dimension=0, tiled=True)
-        rest = mlp_axes + tuple(a for a in expert_axes if a not in gathered)
-        return jax.lax.psum(y, rest) if rest else y
-
+        return run(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD).reshape(x_BTD.shape)
     token_spec = rules.spec("activations", ("batch", "sequence", None))
+    # Unchecked: kernels' results do not carry the types of varying axes. The gradients of weights are then summed over
+    # every axis that their specs do not name, as they have to be.
     return jax.shard_map(
-        local,
+        partial(_on_a_device, run=run, rules=rules, factor=moe.exchange),
         in_specs=(
             token_spec,
             token_spec,
@@ -70,4 +65,51 @@ def _dispatch(x_BTD, indices_BTC, weights_BTC, up, down, kind: str, rules: Shard
             rules.spec("activations", ("expert", "mlp", None)),
         ),
         out_specs=token_spec,
-    )(reshard(x_BTD, rules, "batch", "sequence", None), indices_BTC, weights_BTC, up, down)
+        check_vma=False,
+    )(reshard(x_BTD, rules, "batch", "sequence", None), indices_BTC, weights_BTC, up_EDGF, down_EFD)
+
+
+def _on_a_device(x_BTD, indices_BTC, weights_BTC, up, down, *, run, rules: ShardingRules, factor: float | None) -> Array:
+    """The device's tokens through their experts. Each device holds some experts, and some columns of them."""
+    activations = rules.activations
+    expert_axes, token_axes = activations.expert, activations.batch + activations.sequence
+    x, indices, weights = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
+    apart = tuple(a for a in expert_axes if a in token_axes)  # experts lie over devices with other tokens
+    whole = tuple(a for a in expert_axes if a not in token_axes)
+    peers = jax.lax.axis_size(expert_axes) if expert_axes else 1
+    if peers > 1 and factor is not None and not whole:
+        y = exchanged_experts(
+            x, indices, weights, up, down, partial(_rows, run), axes=expert_axes, agree=token_axes, factor=factor
+        )
+    else:
+        first = jax.lax.axis_index(expert_axes) * up.shape[0] if expert_axes else 0
+        if apart:
+            x, indices, weights = (jax.lax.all_gather(y, apart, axis=0, tiled=True) for y in (x, indices, weights))
+        y = run(x, indices - first, weights, up, down)
+        if apart:
+            y = jax.lax.psum_scatter(y, apart, scatter_dimension=0, tiled=True)
+    rest = activations.mlp + whole
+    # Columns of experts, and experts, summed at the end: a row for each token, fewer than the pairs.
+    return (_total(y, rest) if rest else y).reshape(x_BTD.shape)
+
+
+def _rows(run, x_RD: Array, expert_R: Array, up: Array, down: Array) -> Array:
+    return run(x_RD, expert_R[:, None], jnp.ones((x_RD.shape[0], 1), jnp.float32), up, down)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _total(y: Array, axes: tuple[str, ...]) -> Array:
+    """`jax.lax.psum` whose gradient needs no communication: shard_map, unchecked, divides that of a result by the devices
+    that hold copies of it, for a psum to put together again. Each has it all."""
+    return jax.lax.psum(y, axes)
+
+
+def _total_forward(y, axes):
+    return _total(y, axes), None
+
+
+def _total_backward(axes, _, dy):
+    return (dy * jax.lax.axis_size(axes),)
+
+
+_total.defvjp(_total_forward, _total_backward)
