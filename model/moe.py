@@ -5,6 +5,7 @@ Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,9 +20,11 @@ from model.capacity import places
 from model.config import ModelConfig
 from model.dispatch import run_experts
 from model.mlp import MLP, gates
-from model.routers import route
+from model.moe_config import WITHOUT_LOGITS
+from model.routers import noisy_input, route
+from model.soft import soft_moe
 from model.weights import constant, matmul, normal, use
-from sharding.rules import ShardingRules
+from sharding.rules import ShardingRules, no_mesh
 
 
 class Tokens(NamedTuple):
@@ -40,7 +43,10 @@ class MoE(nnx.Module):
         self.config, self.rules = config, rules
         D, E, F, G = config.embed_dim, config.moe.num_experts, config.moe.hidden_dim, gates(config.mlp.kind)
         keys = jax.random.split(key, 3)
-        self.router = normal(keys[0], (D, E), ("embed", None), D**-0.5, rules)
+        # Soft: a logit for each of an expert's slots.
+        logits = E * config.moe.top_k if config.moe.router == "soft" else E
+        learned = config.moe.router not in WITHOUT_LOGITS
+        self.router = normal(keys[0], (D, logits), ("embed", None), D**-0.5, rules) if learned else None
         self.up = normal(keys[1], (E, D, G, F), ("expert", "embed", None, "mlp"), weight_std(config, D), rules)
         self.down = normal(keys[2], (E, F, D), ("expert", "mlp", "embed"), weight_std(config, F, residual=True), rules)
         # Moved by the train step, never by a gradient (model/balance.py).
@@ -56,20 +62,48 @@ class MoE(nnx.Module):
         """`key`: given in training alone, for what is random in the router."""
         moe, rules, dtype = self.config.moe, self.rules, x_BTD.dtype
         assert moe is not None
-        router_dtype = jnp.dtype(moe.router_dtype)
-        router = use(self.router, ("embed", None), router_dtype, rules)
-        logits_BTE = matmul(x_BTD.astype(router_dtype), router, 1, ("batch", "sequence", None), rules)
-        routing = route(
-            logits_BTE, tokens.valid_BT, moe, ids_BT=tokens.ids_BT, positions_BT=tokens.positions_BT, key=key
-        )
-        kept_BTC, place_BTC = routing.indices_BTC, None
-        if moe.capacity_factor is not None:
-            capacity = moe.capacity(x_BTD.shape[1])
-            kept_BTC, place_BTC = places(routing.indices_BTC, moe.num_experts, capacity)
+        input_key, route_key = (None, None) if key is None else jax.random.split(key)
+        logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
         up = use(self.up, ("expert", "embed", None, "mlp"), dtype, rules)
         down = use(self.down, ("expert", "mlp", "embed"), dtype, rules)
-        out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, self.config, rules)
+        if moe.router == "soft":
+            assert logits_BTE is not None
+            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, self.config, rules)
+            kept_BTC = routing.indices_BTC
+        else:
+            bias_E = None if self.router_bias is None else use(self.router_bias, (None,), jnp.float32, rules)
+            routing = route(
+                logits_BTE, tokens.valid_BT, moe, bias_E=bias_E, noise_BTE=noise_BTE,
+                ids_BT=tokens.ids_BT, positions_BT=tokens.positions_BT, key=route_key,
+            )  # fmt: skip
+            kept_BTC, place_BTC = routing.indices_BTC, None
+            if moe.bounded:
+                kept_BTC, place_BTC = places(routing.indices_BTC, moe.num_experts, moe.capacity(x_BTD.shape[1]))
+            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, self.config, rules)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
-        stats = router_stats(routing, kept_BTC, tokens.valid_BT, moe)
+        stats = router_stats(routing, kept_BTC, tokens.valid_BT, moe, _batch_slices(rules))
         return checkpoint_name(out_BTD, "mlp_out"), stats
+
+    def _logits(self, x_BTD: Array, key: PRNGKeyArray | None) -> tuple[Array | None, Array | None]:
+        """Router logits and what noisy_top_k's noise is scaled by, in router_dtype; None where there is none."""
+        moe = self.config.moe
+        assert moe is not None
+        if self.router is None:
+            return None, None
+        dtype = jnp.dtype(moe.router_dtype)
+        x_BTD = noisy_input(x_BTD.astype(dtype), moe, key)
+
+        def times(weight: nnx.Param) -> Array:
+            return matmul(x_BTD, use(weight, ("embed", None), dtype, self.rules), 1, ("batch", "sequence", None), self.rules)
+
+        noisy = self.router_noise is not None and key is not None
+        return times(self.router), times(self.router_noise) if noisy else None
+
+
+def _batch_slices(rules: ShardingRules) -> int:
+    """How many slices of rows the mesh makes of a batch."""
+    if no_mesh():
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in rules.activations.batch)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 # Routers whose choice for a token depends on later tokens, in scoring too: no decoder can have them.
 NONCAUSAL = ("expert_choice", "soft")
 SIGMOID = ("sigmoid", "sigmoid_renormalized")
+ALWAYS_ONE = ("renormalized", "softmax_top_k", "sigmoid_renormalized")  # `weights` that are 1 where one expert is chosen
+WITHOUT_LOGITS = ("hash", "random")  # routers that have no weights of their own and learn nothing
+# Routers that read `weights`; the others weight their experts as their papers do, which is the form that is named here
+# where there is one.
+WEIGHTED = ("top_k", "sinkhorn")
+PAPER_WEIGHTS = {"switch": "softmax", "gshard": "renormalized", "noisy_top_k": "softmax_top_k", "dense": "softmax", "expert_choice": "softmax"}
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,16 @@ class MoEConfig:
     # rounds; nothing is lost). None: tokens are gathered on every device instead.
     exchange: float | None = 2.0
 
+    @property
+    def bounded(self) -> bool:
+        """Whether an expert has a bounded number of places in a sequence: `capacity` of them."""
+        return self.capacity_factor is not None or self.router == "expert_choice"
+
     def capacity(self, tokens: int) -> int:
         """Places of an expert for a sequence of so many tokens: `capacity_factor` (1 where a router needs one and there
-        is none) * top_k * tokens / num_experts, rounded up, at least 1 and at most all."""
-        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        is none) * top_k * tokens / num_experts, rounded up, at least 1 and at most all. The factor is taken as the
+        decimal number that it is written as, so that 1.1 * 10 / 11 is 1 place and not 2."""
+        factor = Fraction(1) if self.capacity_factor is None else Fraction(repr(self.capacity_factor))
         return max(1, min(tokens, math.ceil(factor * self.top_k * tokens / self.num_experts)))
 
     def validate(self, causal: bool) -> None:
@@ -72,3 +85,110 @@ class MoEConfig:
             raise ValueError(f"model.moe.layers = {self.layers}: name 'moe' at least once, or set model.moe to none")
         if self.hidden_dim < 1:
             raise ValueError(f"model.moe.hidden_dim = {self.hidden_dim}: must be at least 1")
+        if self.shared_experts < 0:
+            raise ValueError(f"model.moe.shared_experts = {self.shared_experts}: must be 0 or more")
+        for name in ("scale", "capacity_factor", "exchange"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"model.moe.{name} = {value}: must be a number above 0")
+        for name in ("jitter", "router_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.moe.{name} = {getattr(self, name)}: must be in [0, 1); 0 for none")
+        self._validate_router(causal)
+        self._validate_groups()
+        self._validate_places()
+
+    def validate_length(self, tokens: int) -> None:
+        """Refuses a capacity below one token in sequences of so many: it would be rounded up to one, which is not what was
+        asked for. Raises ValueError."""
+        if self.capacity_factor is None:
+            return
+        share = Fraction(repr(self.capacity_factor)) * self.top_k * tokens / self.num_experts
+        if share < 1:
+            least = self.num_experts / (self.top_k * tokens)
+            raise ValueError(
+                f"model.moe.capacity_factor = {self.capacity_factor}: with model.moe.top_k = {self.top_k} of {self.num_experts} "
+                f"experts and data.sequence_length = {tokens} an expert has room for {float(share):.3g} tokens, less than one; "
+                f"use {least:.3g} or more, or none"
+            )
+
+    def _validate_router(self, causal: bool) -> None:
+        router, k = self.router, self.top_k
+        if causal and router in NONCAUSAL:
+            why = "each expert picks its tokens among the whole sequence" if router == "expert_choice" else (
+                "every expert is given mixtures of the whole sequence"
+            )
+            raise ValueError(
+                f"model.moe.router = {router!r}: {why}, so that a token's output tells of later ones, which a decoder is to "
+                "predict; use another router, or model.attention.mask='bidirectional' with train.objective='masked'"
+            )
+        for name, needed in (("switch", 1), ("gshard", 2), ("dense", self.num_experts)):
+            if router == name and k != needed:
+                raise ValueError(
+                    f"model.moe.top_k = {k}: model.moe.router = {name!r} sends a token to {needed} of the "
+                    f"{self.num_experts} experts; set top_k to {needed}, or router to top_k"
+                )
+        allowed = ("renormalized", PAPER_WEIGHTS.get(router))  # the default, which says nothing, and its own
+        if router not in WEIGHTED and self.weights not in allowed:
+            raise ValueError(
+                f"model.moe.weights = {self.weights!r}: model.moe.router = {router!r} has weights of its own; leave this at "
+                f"renormalized, or use one of the routers {', '.join(WEIGHTED)}"
+            )
+        if router in WEIGHTED and k == 1 < self.num_experts and self.weights in ALWAYS_ONE:
+            raise ValueError(
+                f"model.moe.weights = {self.weights!r}: with model.moe.top_k = 1 every weight is 1 and the router learns nothing "
+                "from the loss; set weights to softmax (Switch) or sigmoid"
+            )
+        if self.bias_rate is not None and not 0 <= self.bias_rate < math.inf:
+            raise ValueError(f"model.moe.bias_rate = {self.bias_rate}: must be 0 or more, or none for no bias")
+        if self.bias_rate is not None and router != "top_k":
+            raise ValueError(
+                f"model.moe.bias_rate = {self.bias_rate}: only model.moe.router = 'top_k' has a bias on its choice, this is "
+                f"{router!r}; set bias_rate to none"
+            )
+        for name in ("jitter", "router_dropout"):
+            if router in WITHOUT_LOGITS and getattr(self, name) > 0:
+                raise ValueError(
+                    f"model.moe.{name} = {getattr(self, name)}: model.moe.router = {router!r} does not look at its input; "
+                    "set it to 0"
+                )
+
+    def _validate_groups(self) -> None:
+        groups, E, k = self.groups, self.num_experts, self.top_k
+        if len(groups) != 2 or min(groups) < 1 or groups[1] > groups[0]:
+            raise ValueError(
+                f"model.moe.groups = {groups}: give two numbers, how many groups there are and how many a token uses, e.g. (8, 4)"
+            )
+        count, used = groups
+        if E % count:
+            divisors = ", ".join(str(d) for d in range(1, E + 1) if E % d == 0)
+            raise ValueError(
+                f"model.moe.groups = {groups}: {count} groups do not divide model.moe.num_experts = {E}; use one of {divisors} groups"
+            )
+        if used * (E // count) < k:
+            raise ValueError(
+                f"model.moe.groups = {groups}: {used} groups of {E // count} experts hold fewer than model.moe.top_k = {k}; use "
+                f"{-(-k // (E // count))} groups or more"
+            )
+        if count > 1 and self.router != "top_k":
+            raise ValueError(
+                f"model.moe.groups = {groups}: only model.moe.router = 'top_k' limits the groups of a token, this is "
+                f"{self.router!r}; set groups to (1, 1)"
+            )
+
+    def _validate_places(self) -> None:
+        if self.dispatch in ("gather", "einsum") and not self.bounded:
+            raise ValueError(
+                f"model.moe.dispatch = {self.dispatch!r}: fills a buffer for each expert, which needs a size; set "
+                "model.moe.capacity_factor, or dispatch to sort"
+            )
+        if self.router == "soft" and (self.capacity_factor is not None or self.dispatch in ("gather", "einsum")):
+            raise ValueError(
+                f"model.moe.router = 'soft': an expert's slots are model.moe.top_k of them, with model.moe.capacity_factor = "
+                f"{self.capacity_factor} and model.moe.dispatch = {self.dispatch!r}; set these to none and auto"
+            )
+        if self.router == "dense" and self.capacity_factor is not None:
+            raise ValueError(
+                f"model.moe.capacity_factor = {self.capacity_factor}: model.moe.router = 'dense' sends every token to every "
+                "expert; set it to none"
+            )

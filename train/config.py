@@ -130,6 +130,8 @@ class Experiment:
                 f"data.sequence_length = {self.data.sequence_length}: longer than model.max_length = "
                 f"{self.model.max_length}; raise the latter or shorten the windows"
             )
+        if self.model.moe is not None:
+            self.model.moe.validate_length(self.data.sequence_length)
         self._validate_samples()
         self._validate_objective()
         stride = self.train.eval_stride
@@ -200,6 +202,8 @@ class Experiment:
             sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
         if moe is not None:
             sizes += [("model.moe.num_experts", "expert", moe.num_experts), ("model.moe.hidden_dim", "mlp", moe.hidden_dim)]
+            if moe.router == "soft":  # slots are laid out as tokens are
+                sizes.append(("model.moe.num_experts * model.moe.top_k", "sequence", moe.num_experts * moe.top_k))
         if model.vocab_size:
             sizes.append(("model.vocab_size", "vocab", model.vocab_size))
         for field, axis, size in sizes:

@@ -17,7 +17,8 @@ from train.config import OptimizerConfig
 # Trailing dimensions of each matrix: (inputs, outputs); what stands before them is stacked matrices.
 MATRIX_DIMS = {
     "attention/q": (1, 2), "attention/k": (1, 2), "attention/v": (1, 2), "attention/out": (2, 1),
-    "mlp/up": (1, 2), "mlp/down": (1, 1), "mlp/router": (1, 1), "embedding": (1, 1), "positions": (1, 1), "head": (1, 1),
+    "mlp/up": (1, 2), "mlp/down": (1, 1), "shared/up": (1, 2), "shared/down": (1, 1), "mlp/router": (1, 1),
+    "mlp/router_noise": (1, 1), "embedding": (1, 1), "positions": (1, 1), "head": (1, 1),
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
     Under muP (Yang et al. 2022, table 8; Adam-like optimizers) matrices inside the network learn at
     mup_base_dim / embed_dim times the rate; embeddings, norms, biases and the head at the rate itself.
+    Biases of routers are left as they are, by decay too: the train step moves them (model/balance.py).
     """
 
     def decayed(params):
@@ -99,7 +101,13 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
     if model.mup_base_dim is not None:
         ratio = model.mup_base_dim / model.embed_dim
         parts.append(optax.stateless(lambda updates, _: tree_map_with_path(lambda p, u: u * _mup_rate(p, ratio), updates)))
+    if model.moe is not None and model.moe.bias_rate is not None:
+        parts.append(optax.stateless(lambda updates, _: tree_map_with_path(_without_router_bias, updates)))
     return optax.chain(*parts)
+
+
+def _without_router_bias(path, update: jax.Array) -> jax.Array:
+    return jnp.zeros_like(update) if parameter_name(path).endswith("/router_bias") else update
 
 
 def _mup_rate(path, ratio: float) -> float:
@@ -109,10 +117,10 @@ def _mup_rate(path, ratio: float) -> float:
 
 def _muon_dimensions(path, weight: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     kind = matrix_kind(path)
-    if kind is None or "/" not in kind or kind == "mlp/router":
+    if kind is None or "/" not in kind or kind in ("mlp/router", "mlp/router_noise"):
         return None
     inputs, outputs = MATRIX_DIMS[kind]
-    if kind == "mlp/up":  # gate and up are two matrices: [..., D, G, F]
+    if kind in ("mlp/up", "shared/up"):  # gate and up are two matrices: [..., D, G, F]
         return optax.contrib.MuonDimensionNumbers(weight.ndim - 3, weight.ndim - 1)
     first_out = weight.ndim - outputs
     return optax.contrib.MuonDimensionNumbers(
