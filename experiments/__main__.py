@@ -1,4 +1,4 @@
-"""The command line: python -m experiments list | show | train | eval | generate | report."""
+"""The command line: python -m experiments list | show | train | eval | generate | upcycle | report."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     settable(show)
     show.add_argument("--devices", type=int, help="as if so many devices were here (default: those that are)")
 
+    compile_ = command("compile", "compile the train step for TPUs that are not here: memory and collectives", "EXPERIMENT")
+    settable(compile_)
+    compile_.add_argument("--topology", required=True, help="generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16")
+    compile_.add_argument("--save", metavar="FILE", help="write the figures as JSON, too")
+
     train = command("train", "train, evaluate, sample and report; the same command again resumes", "EXPERIMENT")
     settable(train)
     train.add_argument("--run", metavar="NAME", help="name of the run under runs/, or a path (default: the experiment's name)")
@@ -95,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
     generate.add_argument("--stream", action="store_true", help="print the text as it is made")
     generate.add_argument("--logprobs", action="store_true", help="print each token with its log-probability (nats)")
+
+    upcycle = command("upcycle", "write a run whose experts start as the MLPs of a dense run", "DENSE_RUN")
+    settable(upcycle)
+    upcycle.add_argument("--run", metavar="NEW", required=True, help="name of the new run under runs/, or a path")
+    upcycle.add_argument("--step", type=int, help="of this checkpoint of the dense run (default: the newest good one)")
 
     command("report", "write the run's report.html anew", "RUN")
     return parser

@@ -41,6 +41,19 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def compile(args: argparse.Namespace) -> int:
+    """What a train step takes on a topology of TPUs, which need not be here."""
+    from experiments.compile import compile_step, print_compiled, save, topology_devices
+
+    devices = len(topology_devices(args.topology))
+    experiment = _checked(lambda: resolve(args.subject, args.overrides, devices, platform="tpu"))
+    compiled = compile_step(experiment, args.topology)
+    print_compiled(compiled, _console())
+    if args.save:
+        save(compiled, experiment, args.overrides, Path(args.save))
+    return 0
+
+
 def train(args: argparse.Namespace) -> int:
     """Trains a run to its end, or resumes it."""
     use_compilation_cache()
@@ -123,6 +136,18 @@ def generate(args: argparse.Namespace) -> int:
             for token, logprob in zip(result.tokens, result.logprobs, strict=True):
                 print(f"  {logprob:8.4f}  {text_of(tokenizer, [token])!r}")
         print(f"[{len(result.tokens)} tokens, finished by {result.finished}]")
+    return 0
+
+
+def upcycle(args: argparse.Namespace) -> int:
+    """Writes a run with experts that starts from a dense run's weights."""
+    from experiments.upcycle import upcycle_run, with_experts
+
+    use_compilation_cache()
+    run = find_run(args.subject)
+    dense = load_experiment(run)
+    experiment = _checked(lambda: with_experts(dense, args.overrides))
+    upcycle_run(run, dense, experiment, _run_path(args.run), overrides=args.overrides, step=args.step)
     return 0
 
 

@@ -81,7 +81,7 @@ CASES = (
 def draw(case: Case) -> dict[str, np.ndarray]:
     """Float32. Matrices N(0, 1 / inputs), tokens and the functional that is differentiated N(0, 1); biases as large as
     the scores differ, so that they decide. `mask`: the tokens that are no padding, where a statistic takes one."""
-    random = np.random.RandomState(case.seed)  # noqa: NPY002
+    random = np.random.RandomState(case.seed)
 
     def normal(*shape: int, std: float = 1.0) -> np.ndarray:
         return (random.standard_normal(shape) * std).astype(np.float32)

@@ -1,0 +1,164 @@
+"""A run with experts that starts from the weights of a dense run: its folder, with a checkpoint at step 0."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from data.pipeline import heldout_windows, train_batches
+from data.prepare import Prepared
+from experiments.resolve import resolve_from
+from experiments.run import open_trained, prepare_data
+from model.config import MoEConfig
+from model.cost import CONVENTION, count_parameters, train_flops_per_token
+from model.transformer import Transformer, forward, logits
+from model.upcycle import check, upcycle
+from sharding.mesh import put_batch, use_mesh
+from train.checkpoint import Checkpointer, CheckpointError
+from train.config import Experiment
+from train.config_io import ConfigError
+from train.loop import Trained, build
+from train.optimizers import make_optimizer
+from train.records import (
+    MetricsWriter,
+    RunFolder,
+    RunFolderError,
+    describe_environment,
+    open_run,
+    write_environment,
+)
+from train.step import TrainState, init_state
+
+TOLERANCE = 1e-4  # of the largest logit; float32 rounding gives 1e-6
+
+
+def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
+    """The dense run's experiment with experts as wide as its MLP, and `overrides` on top. Raises ValueError by field."""
+    if dense.model.moe is not None:
+        raise ConfigError(f"run of {dense.name!r}: its model has experts already; upcycling starts from a dense run")
+    base = replace(
+        dense,
+        question=f"What does {dense.name} gain when its MLPs become experts?",
+        source="Komatsuzaki et al. 2022; He et al. 2024",
+        cost="",
+        model=replace(dense.model, moe=MoEConfig(hidden_dim=dense.model.mlp.hidden_dim)),
+    )
+    experiment = resolve_from(base, overrides)
+    check(dense.model, experiment.model)
+    return experiment
+
+
+def upcycle_run(
+    run: RunFolder, dense: Experiment, experiment: Experiment, path: Path, *, overrides: Sequence[str], step: int | None = None,
+    say: Callable[[str], None] = print,
+) -> float:  # fmt: skip
+    """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
+    `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data from
+    their start. Read back, the largest difference of its logits from the dense run's is told and returned.
+
+    The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run` cannot be
+    read or the logits differ.
+    """
+    if path.exists():
+        raise RunFolderError(f"run folder {path} exists already; choose another name with --run, or delete it")
+    prepared = prepare_data(experiment, say)
+    # On the new run's mesh, where both are then compared.
+    dense = replace(dense, mesh=experiment.mesh, sharding=experiment.sharding)
+    _, trained = open_trained(run, dense, prepared.tokenizer, step)
+    origin = {"run": str(run.path), "step": trained.step, "name": dense.name}
+
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with open_run(partial, experiment, overrides=overrides) as new:
+        write_environment(new, describe_environment())
+        prepared.tokenizer.save(new.tokenizer)
+        _write(experiment, trained, prepared, new, origin, say)
+        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
+    partial.rename(path)
+    say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
+    return far
+
+
+def _write(
+    experiment: Experiment, trained: Trained, prepared: Prepared, new: RunFolder, origin: dict, say: Callable[[str], None]
+) -> None:
+    """The checkpoint at step 0, and the event that the report reads."""
+    moe, mlp, counts = experiment.model.moe, experiment.model.mlp, count_parameters(experiment.model)
+    assert moe is not None
+    shards = mlp.hidden_dim // moe.hidden_dim
+    told = (
+        f"{counts.total:,} parameters ({counts.active:,} active per token) from {origin['run']} at step {origin['step']}: "
+        f"{moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its layer's MLP"
+    )
+    say(told)
+    with Checkpointer(str(new.checkpoints), warn=say) as checkpoints, MetricsWriter(new) as metrics:
+        with train_batches(prepared, experiment.data) as batches:
+            position = batches.get_state()
+        metadata = {
+            "data": {**position, "step": 0}, "tokenizer": prepared.tokenizer.identity, "seconds": 0.0, "upcycled_from": origin,
+        }  # fmt: skip
+        if not checkpoints.save(0, _state(experiment, trained.model), metadata=metadata, wait=True):
+            raise CheckpointError(f"{new.path}: the checkpoint was not written (the warning above says why); free the disk")
+        metrics.write({
+            "kind": "event", "step": 0, "event": "started", "message": f"upcycled: {told}", "upcycled_from": origin,
+            "parameters_total": counts.total, "parameters_active": counts.active,
+            "flops_per_token": train_flops_per_token(experiment.model, experiment.data.sequence_length),
+            "mfu_convention": f"FLOPs {CONVENTION}",
+        })  # fmt: skip
+
+
+def _state(experiment: Experiment, dense: Transformer) -> TrainState:
+    """The state before the first step, on the experiment's mesh, whose network has the dense one's weights."""
+    program = build(experiment)
+    optimizer = make_optimizer(experiment.optimizer, experiment.model, experiment.train.steps)
+
+    def make(dense: Transformer) -> TrainState:
+        router_key, state_key = jax.random.split(jax.random.key(experiment.train.seed))
+        model = upcycle(dense, experiment.model, router_key, experiment.sharding)
+        return init_state(state_key, model, optimizer, experiment.train)
+
+    with use_mesh(program.mesh):
+        return jax.jit(make)(dense)
+
+
+def _compare(
+    experiment: Experiment, dense: Experiment, old: RunFolder, step: int, new: RunFolder, prepared: Prepared,
+    say: Callable[[str], None],
+) -> float:  # fmt: skip
+    """Both networks as they lie on disk, in float32, on held-out windows."""
+
+    def load(run: RunFolder, experiment: Experiment, step: int):
+        exact = replace(experiment, model=replace(experiment.model, dtype="float32"))
+        return open_trained(run, exact, prepared.tokenizer, step)
+
+    program, sparse = load(new, experiment, 0)
+    _, before = load(old, dense, step)
+
+    @jax.jit
+    def differences(models: tuple[Transformer, Transformer], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        given, segments = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+        places = dict(segment_ids_BT=segments, positions_BT=batch["positions"][:, :-1])
+        first, second = (logits(model, forward(model, given, **places).hidden_BTD) for model in models)
+        seen = segments[..., None] > 0
+        return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
+
+    mesh = program.mesh
+    slices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in experiment.sharding.activations.batch)
+    rows = max(slices, 2)
+    batch = next(iter(heldout_windows(prepared, prepared.heldout_names[0], batch_size=rows, max_windows=rows)))
+    batch.pop("weights")
+    with use_mesh(mesh), jax.default_matmul_precision("highest"):
+        far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))
+    say(f"largest difference of the logits from the dense run's, {rows} held-out windows: {far:.1e} (logits up to {largest:.3g})")
+    if not far <= TOLERANCE * max(1.0, largest):
+        raise CheckpointError(
+            f"upcycled logits differ from those of {old.path} by {far:.3g} where {TOLERANCE * max(1.0, largest):.1g} is rounding: "
+            "nothing was kept; report it with the two configs"
+        )
+    return far

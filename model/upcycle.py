@@ -1,0 +1,172 @@
+"""Upcycling: a mixture of experts that starts as a trained dense network (Komatsuzaki et al. 2022).
+
+Every expert starts as a copy of its layer's MLP, the router is drawn anew, everything else is taken over. A token's chosen
+experts are then equal, and where their weights sum to one the layer computes what the MLP did: whatever the router
+chooses, the logits are the dense network's.
+
+Fine-grained experts (He et al. 2024, "Upcycling large language models into mixture of experts", virtual groups): of width
+F / m an expert holds one of m shards of the MLP's hidden columns, since y = sum over shards of act(x up_s) down_s. Experts
+g m .. g m + m - 1 are the shards of one copy and share a router column, so that a token's top_k = k m choices are k whole
+copies, their equal logits side by side in the order in which top-k breaks ties. A shard's weight is the m-th part of its
+copy's, so `down` is multiplied by m (and divided by `scale`, which all the weights carry).
+
+Shapes: R layers of a stack, D width, G 2 if gated else 1, F hidden width of the MLP, E experts, M shards, f hidden width of
+an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from model.config import ModelConfig
+from model.moe import MoE
+from model.transformer import Block, Transformer, unstack
+from sharding.rules import ShardingRules, no_mesh
+
+# Routers whose weights for a token sum to `scale` whatever it is and whoever else is there, in training too.
+WHOLE = ("top_k", "noisy_top_k", "hash", "random", "dense")
+# Of those, the ones that take experts of equal logits together.
+TOGETHER = ("top_k", "dense")
+SUM_TO_ONE = ("renormalized", "softmax_top_k", "sigmoid_renormalized")
+# What may differ between the two networks: it changes how the function is trained or computed, not the function.
+FREE = ("moe", "init", "dropout", "dtype", "remat", "remat_names", "scan_unroll")
+
+
+def upcycle(dense: Transformer, config: ModelConfig, key: PRNGKeyArray, rules: ShardingRules) -> Transformer:
+    """The network of `config` (with experts) that computes what `dense` (without) does, to rounding. `key` draws its routers.
+
+    Under a mesh the weights are laid out as `rules` says. Meant to be jitted: what is drawn only to be replaced is then not
+    computed. Raises ValueError that names field, value and fix where the logits could not be those of `dense`.
+    """
+    shards = check(dense.config, config)
+    fresh = Transformer(key, config, rules)
+    layers = [unit[0] for unit in unstack(dense).stacks]  # each with a leading axis of 1
+    first = 0
+    for unit in fresh.stacks:
+        repeats = unit[0].attention.q.shape[0]
+        for i, block in enumerate(unit):
+            unit[i] = _block(block, layers[first + i : first + repeats * len(unit) : len(unit)], shards)
+        first += repeats * len(unit)
+    taken = _weights(dense)
+    return _replace(fresh, {name: taken[name] for name in _weights(fresh) if not name.startswith("stacks")})
+
+
+def check(dense: ModelConfig, config: ModelConfig) -> int:
+    """Into how many experts the MLP is cut (1: each is all of it). Raises ValueError that names field, value and fix where
+    a network of `config` cannot start as one of `dense`."""
+    moe = config.moe
+    if dense.moe is not None:
+        raise ValueError("model.moe: the network to upcycle has experts already; give one whose model.moe is none")
+    if moe is None:
+        raise ValueError("model.moe = none: say which experts the network is to have, like model.moe.num_experts=8")
+    for field in fields(ModelConfig):
+        old, new = getattr(dense, field.name), getattr(config, field.name)
+        if field.name == "attention":
+            new = replace(new, implementation=old.implementation, context=old.context)
+        if field.name not in FREE and old != new:
+            raise ValueError(f"model.{field.name} = {new}: the dense network has {old}; upcycling changes model.moe alone")
+    if config.mlp.bias:
+        raise ValueError("model.mlp.bias = True: experts have no biases to take over; only an MLP without them can be upcycled")
+    if moe.shared_experts:
+        raise ValueError(
+            f"model.moe.shared_experts = {moe.shared_experts}: what they add, the dense network does not have; set it to 0"
+        )
+    if moe.capacity_factor is not None:
+        raise ValueError(
+            f"model.moe.capacity_factor = {moe.capacity_factor}: a token that finds no place loses its MLP; set it to none "
+            "(and model.moe.dispatch to auto)"
+        )
+    if moe.router not in WHOLE:
+        raise ValueError(
+            f"model.moe.router = {moe.router!r}: the weights of a token's experts do not always sum to one, so that the logits "
+            f"would change; use one of {', '.join(WHOLE)}"
+        )
+    if moe.router in ("top_k",) and moe.weights not in SUM_TO_ONE:
+        raise ValueError(
+            f"model.moe.weights = {moe.weights!r}: the weights of a token's experts do not sum to one, so that the logits would "
+            f"change; use one of {', '.join(SUM_TO_ONE)}"
+        )
+    return _check_shards(config)
+
+
+def _check_shards(config: ModelConfig) -> int:
+    moe, hidden = config.moe, config.mlp.hidden_dim
+    assert moe is not None
+    if hidden % moe.hidden_dim:
+        divisors = [str(hidden // m) for m in range(1, 17) if hidden % m == 0]
+        raise ValueError(
+            f"model.moe.hidden_dim = {moe.hidden_dim}: does not divide model.mlp.hidden_dim = {hidden}, which the experts "
+            f"are cut from; set it to {', '.join(divisors)}"
+        )
+    shards = hidden // moe.hidden_dim
+    if shards == 1:
+        return 1
+    if moe.router not in TOGETHER:
+        raise ValueError(
+            f"model.moe.router = {moe.router!r}: does not choose the {shards} shards of an MLP together (model.moe.hidden_dim = "
+            f"{moe.hidden_dim} of {hidden}); use one of {', '.join(TOGETHER)}, or experts of width {hidden}"
+        )
+    chosen = {"model.moe.num_experts": moe.num_experts} | ({} if moe.router == "dense" else {"model.moe.top_k": moe.top_k})
+    for name, count in chosen.items():
+        if count % shards:
+            raise ValueError(
+                f"{name} = {count}: experts of width {moe.hidden_dim} are {shards} to an MLP of width {hidden}, and come by whole "
+                f"MLPs; set it to a multiple of {shards}, like {-(-count // shards) * shards}"
+            )
+    groups = moe.groups[0]
+    if groups > 1 and moe.num_experts // groups % shards:
+        raise ValueError(
+            f"model.moe.groups = {moe.groups}: groups of {moe.num_experts // groups} experts would cut the {shards} shards of "
+            f"an MLP apart; use groups of a multiple of {shards} experts, or (1, 1)"
+        )
+    return shards
+
+
+def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
+    """The block `fresh` [R, ...] with the weights of R dense layers [1, ...]."""
+    dense = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
+    taken = _weights(dense)
+    if not isinstance(fresh.mlp, MoE):
+        return _replace(fresh, taken)
+    moe = fresh.mlp.config.moe
+    assert moe is not None
+    shared = {name: weight for name, weight in taken.items() if not name.startswith("mlp.")}
+    mlp = _weights(dense.mlp)
+    up_RDGF, down_RFD = _gathered(mlp["up"], dense.rules, "embed", None, None), _gathered(mlp["down"], dense.rules, None, "embed")
+    (R, D, G, _), E, f = up_RDGF.shape, moe.num_experts, moe.hidden_dim
+    up_RMDGf = jnp.moveaxis(up_RDGF.reshape(R, D, G, shards, f), 3, 1)
+    down_RMfD = down_RFD.reshape(R, shards, f, D) * (shards / moe.scale)
+    copies = E // shards
+    router_RDE = _weights(fresh.mlp)["router"]
+    experts = {
+        "mlp.up": jnp.concatenate([up_RMDGf] * copies, axis=1),
+        "mlp.down": jnp.concatenate([down_RMfD] * copies, axis=1),
+        "mlp.router": jnp.repeat(router_RDE[..., :copies], shards, axis=-1),
+    }
+    kept = {name: weight for name, weight in _weights(fresh).items() if name in ("mlp.router_bias", "mlp.router_noise")}
+    return _replace(fresh, shared | experts | kept)
+
+
+def _gathered(weight: Float[Array, "R ..."], rules: ShardingRules, *axes: str | None) -> Array:
+    """The weight with its hidden columns on every device, so that they can be cut anew."""
+    return weight if no_mesh() else jax.sharding.reshard(weight, rules.spec("weights", (None, *axes)))
+
+
+def _weights(module: nnx.Module) -> dict[str, Array]:
+    """Every weight by its dotted name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): w for path, w in leaves}
+
+
+def _replace(module, weights: dict[str, Array]):
+    """`module` with the weights that are named, all the others as they are; each in its own layout."""
+    own = _weights(module)
+    new = own | weights
+    assert new.keys() == own.keys() and all(new[n].shape == own[n].shape for n in own), "the networks do not fit"
+    leaves = [new[n] if no_mesh() else jax.sharding.reshard(new[n], jax.typeof(own[n]).sharding) for n in own]
+    return jax.tree.unflatten(jax.tree.structure(module), leaves)

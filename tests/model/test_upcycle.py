@@ -1,0 +1,126 @@
+"""A network with experts that starts as a dense one: the same logits, and a refusal by name where they could not be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
+from model.routers import route
+from model.transformer import Transformer, forward, logits
+from model.upcycle import upcycle
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.rules import ShardingRules
+from tests.models import TINY_ATTENTION, random_model, tiny_config, weight_names
+
+RULES = ShardingRules()
+DENSE = tiny_config(mlp=MLPConfig(hidden_dim=48))
+DEEP = tiny_config(
+    num_layers=5, tied_embeddings=True, norm=NormConfig("layernorm", bias=True, placement="sandwich"),
+    attention=replace(TINY_ATTENTION, qk_norm="head", sinks=True, layers=("global", "sliding")), mlp=MLPConfig("relu2", 48),
+)  # fmt: skip
+FINE = MoEConfig(num_experts=8, top_k=4, hidden_dim=24)
+tokens_BT = np.random.default_rng(0).integers(0, 64, (2, 17)).astype(np.int32)
+
+
+@jax.jit
+def predict(model: Transformer) -> jax.Array:
+    return logits(model, forward(model, tokens_BT).hidden_BTD)
+
+
+def with_experts(dense: ModelConfig, moe: MoEConfig, seed: int = 1) -> Transformer:
+    config = replace(dense, moe=moe)
+    return jax.jit(lambda model: upcycle(model, config, jax.random.key(seed), RULES))(random_model(dense))
+
+
+@pytest.mark.parametrize(
+    "dense, moe",
+    [
+        (DENSE, MoEConfig(num_experts=4, top_k=2, hidden_dim=48)),
+        (DENSE, MoEConfig(num_experts=3, top_k=1, hidden_dim=48, weights="softmax_top_k")),
+        (DENSE, FINE),
+        # Layers of both kinds in a scanned unit and after it; shards of a plain activation.
+        (DEEP, MoEConfig(num_experts=12, top_k=6, hidden_dim=16, layers=("dense", "moe"))),
+        (DEEP, MoEConfig(num_experts=4, top_k=4, hidden_dim=24, layers=("moe", "dense", "dense"))),
+        (DENSE, replace(FINE, weights="sigmoid_renormalized", scale=2.5, groups=(2, 2), bias_rate=0.01)),
+        (DENSE, replace(FINE, router="dense", top_k=8)),
+    ],
+    ids=["copies", "top_1", "shards", "mixed_layers", "mostly_dense", "deepseek", "dense_router"],
+)
+def test_the_logits_are_those_of_the_dense_network(dense, moe):
+    want = predict(random_model(dense))
+    assert np.abs(want).max() > 0.5
+    np.testing.assert_allclose(predict(with_experts(dense, moe)), want, atol=1e-5)
+
+
+def test_a_fine_grained_router_takes_whole_copies_of_the_mlp():
+    layer = with_experts(DENSE, FINE).stacks[0][0].mlp
+    router_DE = layer.router[...][1]  # of the second layer of the stack
+    x_BTD = np.random.default_rng(2).standard_normal((2, 50, 32)).astype(np.float32)
+    x_BTD[0, :7] = 0  # all the logits tie
+    indices_BTC = np.asarray(route(x_BTD @ router_DE, jnp.ones((2, 50), bool), layer.config.moe).indices_BTC)
+    assert len(np.unique(indices_BTC)) == 8, "every expert is in use"
+    copies = np.sort(indices_BTC, -1).reshape(2, 50, 2, 2)
+    assert np.all(copies[..., 0] % 2 == 0) and np.all(copies[..., 1] == copies[..., 0] + 1)
+
+
+def test_routers_are_drawn_anew_and_the_rest_is_taken_over():
+    model, other = dict(weight_names(with_experts(DENSE, FINE))), dict(weight_names(with_experts(DENSE, FINE, seed=2)))
+    router_RDE = model["stacks.0.0.mlp.router"]
+    assert len(np.unique(router_RDE)) == router_RDE.size / 2, "one column for the two shards of a copy, no other equal"
+    assert 0.8 < np.std(router_RDE) * 32**0.5 < 1.2
+    changed = [name for name in model if not np.array_equal(model[name], other[name])]
+    assert changed == ["stacks.0.0.mlp.router"]
+    dense = dict(weight_names(random_model(DENSE)))
+    for name in dense.keys() - {"stacks.0.0.mlp.up", "stacks.0.0.mlp.down"}:
+        np.testing.assert_array_equal(model[name], dense[name], err_msg=name)
+
+
+def test_on_a_mesh_the_logits_and_the_layout_are_those_of_a_network_born_there():
+    config = replace(DENSE, moe=FINE)
+    want, dense = predict(random_model(DENSE)), random_model(DENSE)
+    with use_mesh(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))):
+        born = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
+        layout = jax.eval_shape(lambda: Transformer(jax.random.key(0), DENSE, RULES))
+        dense = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding.spec), dense, layout)
+        model = jax.jit(lambda dense: upcycle(dense, config, jax.random.key(1), RULES))(dense)
+        for (name, weight), (_, like) in zip(weight_names(model), weight_names(born), strict=True):
+            assert weight.sharding.spec == like.sharding.spec, name
+        found = jax.jit(lambda model: logits(model, forward(model, jnp.tile(tokens_BT, (2, 1))).hidden_BTD))(model)
+    np.testing.assert_allclose(np.asarray(found)[:2], want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, names",
+    [
+        ({"moe": None}, ["model.moe = none"]),
+        ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "set it to 0"]),
+        ({"moe": replace(FINE, capacity_factor=1.5)}, ["model.moe.capacity_factor = 1.5", "none"]),
+        ({"moe": replace(FINE, weights="softmax")}, ["model.moe.weights = 'softmax'", "renormalized"]),
+        ({"moe": replace(FINE, router="switch", top_k=1)}, ["model.moe.router = 'switch'", "top_k"]),
+        ({"moe": replace(FINE, router="hash")}, ["model.moe.router = 'hash'", "of width 48"]),
+        ({"moe": replace(FINE, hidden_dim=20)}, ["model.moe.hidden_dim = 20", "48, 24, 16, 12"]),
+        ({"moe": replace(FINE, num_experts=7)}, ["model.moe.num_experts = 7", "like 8"]),
+        ({"moe": replace(FINE, top_k=3)}, ["model.moe.top_k = 3", "like 4"]),
+        ({"moe": replace(FINE, groups=(8, 4))}, ["model.moe.groups = (8, 4)", "(1, 1)"]),
+        ({"moe": FINE, "mlp": MLPConfig(hidden_dim=48, bias=True)}, ["model.mlp = ", "upcycling changes model.moe alone"]),
+        ({"moe": FINE, "attention": AttentionConfig()}, ["model.attention = "]),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_by_name(change, names):
+    with pytest.raises(ValueError) as refused:
+        upcycle(random_model(DENSE), replace(DENSE, **change), jax.random.key(0), RULES)
+    assert all(name in str(refused.value) for name in names), refused.value
+
+
+def test_only_a_dense_network_without_biases_is_upcycled():
+    biased = replace(DENSE, mlp=MLPConfig(hidden_dim=48, bias=True))
+    with pytest.raises(ValueError, match=r"model\.mlp\.bias = True"):
+        upcycle(random_model(biased), replace(biased, moe=FINE), jax.random.key(0), RULES)
+    sparse = replace(DENSE, moe=FINE)
+    with pytest.raises(ValueError, match=r"has experts already"):
+        upcycle(random_model(sparse), sparse, jax.random.key(0), RULES)
