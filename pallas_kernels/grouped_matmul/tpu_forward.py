@@ -1,0 +1,169 @@
+"""The forward kernel of the TPU: the visits of tpu_walk.py for each tile of columns.
+
+A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies the smallest power-of-two part of
+its tile of rows that holds the group's (see tpu_tiles.py) and writes those alone: the tile of the result stays in VMEM
+from one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays there.
+
+Shapes: M rows, E groups, K contraction, N columns, G gates; m, n, k as suffixes: a tile of them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.grouped_matmul import tpu_walk
+from pallas_kernels.grouped_matmul.spec import Spec
+from pallas_kernels.grouped_matmul.tpu_tiles import ROWS, Cut
+from pallas_kernels.grouped_matmul.tpu_walk import GROUP, START, STOP, TILE, word
+
+
+def widen(x: Array, dtype) -> Array:
+    """8-bit weights in the dtype of the rows: exact, through float32, which is what the vector units convert to."""
+    return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
+
+
+def for_part(cut: Cut, start, stop, do) -> None:
+    """Calls do(first row, rows) for the smallest part of the tile that holds rows start to stop; not if there are none."""
+    begin = start // ROWS * ROWS if isinstance(start, int) else lax.div(start, ROWS) * ROWS
+    below = 0
+    for size in cut.parts():
+        need = stop - begin
+        here = (stop > start) & (need > below) & (need <= size)
+        at = pl.multiple_of(jnp.minimum(begin, cut.m - size), ROWS)
+        pl.when(here)(lambda at=at, size=size: do(at, size))
+        below = size
+
+
+def for_pieces(cut: Cut, do) -> None:
+    """Calls do(first column, columns) for each piece of a tile of columns: a loop, and what is left."""
+    count, left = divmod(cut.n, cut.piece)
+    if count == 1:
+        do(0, cut.piece)
+    else:
+        lax.fori_loop(0, count, lambda i, _: do(pl.multiple_of(i * cut.piece, cut.piece), cut.piece), None)
+    if left:
+        do(count * cut.piece, left)
+
+
+def inside(at, size: int, start, stop) -> Array:
+    """[size, 1]: which rows from `at` on are the group's."""
+    rows = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+    return (rows >= start) & (rows < stop)
+
+
+def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], words_ref, lhs_ref, *refs) -> None:
+    """Grid (tiles of columns, visits, pieces of K)."""
+    rhs_refs, rest = refs[:G], dict(zip(names, refs[G:], strict=True))
+    out_ref, products_ref, acc_ref = rest["out"], rest.get("products"), rest.get("acc")
+    visit, k = pl.program_id(1), pl.program_id(2)
+    start, stop = word(words_ref, START, visit), word(words_ref, STOP, visit)
+    precision = lax.Precision.HIGHEST if lhs_ref.dtype == jnp.float32 else None
+    contract = (((1,), (1 if spec.transpose else 0,)), ((), ()))
+
+    @pl.when((k == 0) & tpu_walk.changes(words_ref, TILE, visit) & (stop - start < cut.m))
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+        if products_ref is not None:
+            products_ref[...] = jnp.zeros_like(products_ref)
+
+    def put(ref, place, mine, new) -> None:
+        ref[place] = jnp.where(mine, new, ref[place].astype(jnp.float32)).astype(ref.dtype)
+
+    def write(at, size, column, columns, products) -> None:
+        rows, place = pl.ds(at, size), pl.ds(column, columns)
+        mine = inside(at, size, start, stop)
+        if "scale0" in rest:
+            products = [h * rest[f"scale{g}"][:, place] for g, h in enumerate(products)]
+        if products_ref is not None:
+            for g, h in enumerate(products):
+                put(products_ref, (g, rows, place), mine, h)
+        put(out_ref, (rows, place), mine, products[0] if spec.activation is None else spec.activation(*products))
+
+    def multiply(at, size) -> None:
+        def piece(column, columns):
+            rows, place = pl.ds(at, size), pl.ds(column, columns)
+            products = []
+            for g, rhs_ref in enumerate(rhs_refs):
+                weights = widen(rhs_ref[place, :] if spec.transpose else rhs_ref[:, place], lhs_ref.dtype)
+                h = lax.dot_general(
+                    lhs_ref[rows, :], weights, contract, precision=precision, preferred_element_type=jnp.float32
+                )
+                if acc_ref is not None:
+                    h += jnp.where(k == 0, 0.0, acc_ref[g, rows, place])
+                    acc_ref[g, rows, place] = h
+                products.append(h)
+            if acc_ref is None:
+                write(at, size, column, columns, products)
+
+        for_pieces(cut, piece)
+
+    def finish(at, size) -> None:
+        def piece(column, columns):
+            write(at, size, column, columns, [acc_ref[g, pl.ds(at, size), pl.ds(column, columns)] for g in range(G)])
+
+        for_pieces(cut, piece)
+
+    for_part(cut, start, stop, multiply)
+    if acc_ref is not None:
+        pl.when(k == pieces - 1)(lambda: for_part(cut, start, stop, finish))
+
+
+def forward_call(
+    spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array, G: int, N: int, keep: bool,
+    moved: int,
+) -> list[Array]:  # fmt: skip
+    """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a multiple
+    of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""
+    M, K = lhs_MK.shape
+    columns = rhs.shape[1 if spec.transpose else 2]
+    tiles_n, pieces = -(-(columns // G) // cut.n), K // cut.k
+    tile = lambda n, v, k, words: (word(words, TILE, v), n)
+
+    def rhs_spec(g: int):
+        at = lambda n, v, k, words: (word(words, GROUP, v), k, g * tiles_n + n)
+        if spec.transpose:
+            return pl.BlockSpec((None, cut.n, cut.k), lambda n, v, k, words: (word(words, GROUP, v), n, k))
+        return pl.BlockSpec((None, cut.k, cut.n), at)
+
+    arrays = [lhs_MK, *[rhs] * G]
+    in_specs = [pl.BlockSpec((cut.m, cut.k), lambda n, v, k, words: (word(words, TILE, v), k)), *map(rhs_spec, range(G))]
+    names = []
+    if scale_X1N is not None:
+        for g in range(G):
+            in_specs.append(
+                pl.BlockSpec((None, 1, cut.n), lambda n, v, k, words, g=g: (word(words, GROUP, v) * G + g, 0, n))
+            )
+        arrays += [scale_X1N] * G
+        names += [f"scale{g}" for g in range(G)]
+    names.append("out")
+    out_specs = [pl.BlockSpec((cut.m, cut.n), tile)]
+    out_shape = [jax.ShapeDtypeStruct((M, N), lhs_MK.dtype)]
+    if keep:
+        names.append("products")
+        out_specs.append(pl.BlockSpec((G, cut.m, cut.n), lambda *at: (0, *tile(*at))))
+        out_shape.append(jax.ShapeDtypeStruct((G, M, N), lhs_MK.dtype))
+    scratch = [pltpu.VMEM((G, cut.m, cut.n), jnp.float32)] if pieces > 1 else []
+    names += ["acc"] * len(scratch)
+    return pl.pallas_call(
+        lambda *refs: _kernel(spec, cut, G, pieces, tuple(names), *refs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiles_n, visits, pieces),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        # A tile of the result is revisited by group after group: in order. Cores that share a device share the columns.
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=cut.vmem
+        ),
+        cost_estimate=pl.CostEstimate(flops=2 * M * K * columns, transcendentals=0, bytes_accessed=moved),
+        interpret=spec.interpret,
+        name="grouped_matmul",
+    )(words, *arrays)

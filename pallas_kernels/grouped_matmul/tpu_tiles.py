@@ -1,0 +1,199 @@
+"""How the TPU kernels cut a call into tiles, and the vector memory (VMEM) that a choice needs.
+
+The choice is the least of an estimate over all tiles that fit: max(cycles of the matrix units, bytes from and to memory).
+What the estimate knows, of which small experts make the difference (all by the compiler's bundles, none measured):
+
+- a product of a piece costs 170 to 250 cycles beside its multiplications, whatever its size: few large pieces;
+- a visit works on the smallest power-of-two part of the tile of rows that holds its group's, down to `edge`: large tiles of
+  rows are no loss for small groups, as they are where each visit pays for a whole tile;
+- with K whole in VMEM a group's weights are read once and the rows once for each tile of columns; with K in pieces both are
+  read at every visit.
+
+Shapes: M rows, E groups, K contraction, N columns, G gates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pallas_kernels.flash_attention.tpu_tiles import LANES, MIB, Generation, up
+from pallas_kernels.grouped_matmul.spec import Tiles
+
+ROWS = 16  # of a tile of bfloat16: where a part of a tile may begin
+STEP, PIECE = 400, 250  # cycles of a grid step, of the first and last rows of a product
+MOST_BUNDLES = 8500  # of one body: what is compiled, and must be brought into the core's instruction memory
+# Bytes of memory a cycle of one core: published bandwidth over the clock that follows from the published peak.
+BYTES_A_CYCLE = {"v4": 585, "v5e": 546, "v5p": 790, "v6e": 937, "7x": 1677}
+CORES = {"v4": 2, "v5p": 2}  # cores that share one device's grid
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Tiles of one kernel. The forward's: m rows, n columns, k of the contraction. Those of the weights' gradient: m rows,
+    which are summed over, k by n of the result."""
+
+    m: int
+    n: int
+    k: int
+    piece: int  # columns of one product
+    edge: int  # the fewest rows of one product
+    vmem: int  # bytes, an upper estimate; given to the compiler as the kernel's limit
+
+    def parts(self) -> list[int]:
+        """Numbers of rows that a product may have, from few to many: the tile, its half, ..."""
+        sizes = [self.m]
+        while sizes[0] % (2 * ROWS) == 0 and sizes[0] // 2 >= self.edge:
+            sizes.insert(0, sizes[0] // 2)
+        return sizes
+
+
+@dataclass(frozen=True)
+class Call:
+    """What tiles are chosen for. `b`, `wb`: bytes of an element of lhs and of the weights."""
+
+    M: int
+    E: int
+    K: int
+    N: int
+    G: int = 1
+    b: int = 2
+    wb: int = 2
+    keep: bool = False
+
+
+def macs_a_cycle(device: Generation) -> int:
+    """Multiplications of bfloat16 a cycle of one core: four units of 128 x 128 or of 256 x 256."""
+    return 4 * device.mxu**2
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
+    """Tiles of the forward kernel. Raises ValueError where none fits, or a given one is not allowed."""
+    made = [
+        cut
+        for m in _rows(call.M, tiles.m, (1024, 512, 256, 128))
+        for n in _columns(call.N, tiles.n, "n", 4096)
+        for k in _columns(call.K, tiles.k, "k", 1 << 20)
+        for cut in [_forward(device, call, m, n, k)]
+    ]
+    return _best(device, made, lambda cut: forward_cycles(device, call, cut))
+
+
+@functools.lru_cache(maxsize=4096)
+def gradient_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
+    """Tiles of the weights' gradient; as `forward_cut`."""
+    made = [
+        cut
+        for m in _rows(call.M, tiles.m, (512, 256, 128))
+        for n in _columns(call.N, tiles.n, "n", 2048)
+        for k in _columns(call.K, tiles.k, "k", 2048)
+        for cut in [_gradient(device, call, m, n, k)]
+    ]
+    return _best(device, made, lambda cut: gradient_cycles(device, call, cut))
+
+
+def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
+    """The estimate for one core, groups taken as equal and aligned to nothing."""
+    tiles_m, tiles_n, pieces = _up(call.M, cut.m), _up(call.N, cut.n), _up(call.K, cut.k)
+    groups = min(call.E, call.M)
+    visits = tiles_m + groups - 1
+    whole = pieces == 1
+    share = _share(device, tiles_n)
+    width = tiles_n * (cut.n // cut.piece * up(cut.piece, device.mxu) + up(cut.n % cut.piece, device.mxu))
+    work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
+    steps = tiles_n * visits * pieces * (STEP + call.G * _up(cut.n, cut.piece) * PIECE)
+    sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
+    return max((work + steps + sums) * share, forward_bytes(call, cut) / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1))
+
+
+def forward_bytes(call: Call, cut: Cut) -> float:
+    """Bytes from and to memory, likewise."""
+    tiles_m, tiles_n = _up(call.M, cut.m), _up(call.N, cut.n)
+    groups = min(call.E, call.M)
+    visits = tiles_m + groups - 1
+    whole = _up(call.K, cut.k) == 1
+    lhs = tiles_n * (tiles_m if whole else visits) * cut.m * call.K * call.b
+    rhs = (groups if whole else visits) * call.K * call.G * call.N * call.wb
+    return lhs + rhs + call.M * call.N * call.b * (1 + call.G * call.keep)
+
+
+def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
+    """The estimate for one core, likewise."""
+    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
+    visits = _up(call.M, cut.m) + call.E - 1
+    work = (call.M + visits * device.mxu / 2) * tiles_k * cut.k * tiles_n * up(cut.n, device.mxu) * _passes(call) / macs_a_cycle(device)
+    steps = tiles_k * tiles_n * visits * (STEP + 2 * PIECE + cut.k * cut.n / 1024)
+    share = _share(device, tiles_k)
+    return max((work + steps) * share, gradient_bytes(call, cut) / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1))
+
+
+def gradient_bytes(call: Call, cut: Cut) -> float:
+    """Bytes from and to memory, likewise."""
+    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
+    return call.M * call.b * (tiles_n * call.K + tiles_k * call.N) + 4 * call.E * call.K * call.N
+
+
+def _forward(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+    bundles = m * k * _passes(call) / macs_a_cycle(device)
+    piece = _piece(device, n, bundles)
+    blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
+    sums = 4 * call.G * m * n if k < up(call.K) else 0
+    # One product in flight: its sums by gate, what the activation makes of them, and the weights widened or turned.
+    work = 4 * m * piece * (call.G + 2) + k * piece * call.G * (call.b + 4 * (call.wb != call.b)) + 4 * m * k * (call.b == 4)
+    return Cut(m, n, k, piece, 64 if device.mxu == LANES else 128, 2 * blocks + sums + work + 2 * MIB)
+
+
+def _gradient(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+    piece = _piece(device, n, m * k * _passes(call) / macs_a_cycle(device))
+    blocks = m * (k + n) * call.b + 4 * k * n
+    work = 4 * k * piece + 2 * m * (k + piece) * (4 + call.b)
+    return Cut(m, n, k, piece, device.mxu, 2 * blocks + work + 2 * MIB)
+
+
+def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
+    """Columns of a product: as many as keep its body within MOST_BUNDLES, whole matrix units where it can be."""
+    fits = int(min(MOST_BUNDLES / bundles_a_column, 1024))
+    return min(n, max(fits // device.mxu * device.mxu, device.mxu if fits >= device.mxu // 2 else LANES))
+
+
+def _best(device: Generation, made: list[Cut], cycles) -> Cut:
+    fit = [cut for cut in made if cut.vmem <= device.vmem]
+    if fit:
+        return min(fit, key=lambda cut: (cycles(cut), cut.vmem))
+    least = min(made, key=lambda cut: cut.vmem)
+    raise ValueError(
+        f"tiles of {least.m} x {least.n} x {least.k} need {least.vmem / MIB:.1f} MiB of VMEM, more than the "
+        f"{device.vmem / MIB:.0f} MiB of a TPU {device.name}: give smaller ones, or None"
+    )
+
+
+def _rows(M: int, given: int | None, choices: tuple[int, ...]) -> list[int]:
+    if given is not None and given % ROWS:
+        raise ValueError(f"tiles.m = {given}: a TPU's tiles of rows are multiples of {ROWS}")
+    return sorted({min(m, up(M, ROWS)) for m in ([given] if given else choices)})
+
+
+def _columns(N: int, given: int | None, name: str, most: int) -> Iterator[int]:
+    """Multiples of 128 that divide N, rounded up to one."""
+    if given is not None:
+        if given % LANES:
+            raise ValueError(f"tiles.{name} = {given}: a TPU's tiles of columns are multiples of {LANES}")
+        return iter([min(given, up(N))])
+    units = up(N) // LANES
+    return (size * LANES for size in range(1, units + 1) if units % size == 0 and size * LANES <= most)
+
+
+def _share(device: Generation, tiles: int) -> float:
+    """Of the work, that of the core which has most."""
+    cores = CORES.get(device.name, 1)
+    return _up(tiles, cores) / tiles
+
+
+def _passes(call: Call) -> int:
+    return 6 if call.b == 4 else 1  # float32 in six products of bfloat16
+
+
+def _up(n: int, size: int) -> int:
+    return -(-n // size)
