@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from experiments.quickstart import EXPERIMENTS
+from experiments.named import EXPERIMENTS
 from experiments.resolve import find_run, load_experiment, resolve, resolve_from
 from train.config import Experiment
 

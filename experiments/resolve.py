@@ -7,7 +7,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from experiments.quickstart import EXPERIMENTS
+from experiments.named import EXPERIMENTS
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
 from train.records import RunFolder, RunFolderError
@@ -23,8 +23,9 @@ MAY_DIFFER_ON_RESUME = (
 )  # fmt: skip
 
 
-def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Experiment:
-    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices.
+def resolve(name: str, overrides: Sequence[str], device_count: int | None, platform: str | None = None) -> Experiment:
+    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices of
+    `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
     """
@@ -32,10 +33,12 @@ def resolve(name: str, overrides: Sequence[str], device_count: int | None) -> Ex
         near = get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"experiment {name!r} is unknown; {hint}there are {', '.join(EXPERIMENTS)}")
-    return resolve_from(EXPERIMENTS[name](), overrides, device_count)
+    return resolve_from(EXPERIMENTS[name](), overrides, device_count, platform)
 
 
-def resolve_from(experiment: Experiment, overrides: Sequence[str], device_count: int | None = None) -> Experiment:
+def resolve_from(
+    experiment: Experiment, overrides: Sequence[str], device_count: int | None = None, platform: str | None = None
+) -> Experiment:
     """`resolve` for an experiment at hand, such as that of a run folder."""
     experiment = fill_vocabulary(apply_overrides(experiment, overrides))
     if device_count is None:
@@ -47,10 +50,10 @@ def resolve_from(experiment: Experiment, overrides: Sequence[str], device_count:
     if wanted is not None:
         import jax
 
-        if jax.default_backend() != wanted:
+        if (platform or jax.default_backend()) != wanted:
             raise ConfigError(
                 f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, and here is a "
-                f"{jax.default_backend()}; use 'auto', 'xla' or 'reference'"
+                f"{platform or jax.default_backend()}; use 'auto', 'xla' or 'reference'"
             )
     return experiment
 

@@ -38,12 +38,10 @@ ENVIRONMENT = {
 SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VSTORE", "VSTORE:SPILL", "SALU")
 
 
-def mesh_of(target: str) -> jax.sharding.Mesh:
-    """A mesh of one device, which is not here, of `target`: a key of TOPOLOGIES. Its one axis is named 'device'.
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a TPU topology, such as 'v5p:4x4x4', that is not here: for meshes and shardings to compile for.
 
-    Raises ValueError for an unknown target, RuntimeError where libtpu is not installed."""
-    if target not in TOPOLOGIES:
-        raise ValueError(f"target = {target!r}: unknown; use one of {', '.join(TOPOLOGIES)}")
+    Raises ValueError for a name the compiler does not know, RuntimeError where libtpu is not installed."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -51,13 +49,27 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
     except ImportError as error:
         raise RuntimeError("compiling for a TPU needs its compiler: pip install libtpu") from error
     _load()
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[target])
-    devices = np.asarray(topology.devices[:1])
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); name a generation and its "
+            f"chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, v5p:8x8x8)"
+        ) from error
+
+
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    """A mesh of one device, which is not here, of `target`: a key of TOPOLOGIES. Its one axis is named 'device'.
+
+    Raises ValueError for an unknown target, RuntimeError where libtpu is not installed."""
+    if target not in TOPOLOGIES:
+        raise ValueError(f"target = {target!r}: unknown; use one of {', '.join(TOPOLOGIES)}")
+    devices = np.asarray(devices_of(TOPOLOGIES[target])[:1])
     return jax.sharding.Mesh(devices, ("device",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     """A program for a device that is not here can be written to JAX's cache of programs, but not read from it."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
@@ -77,7 +89,7 @@ def _load() -> None:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"])
         sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-        with _uncached():
+        with uncached():
             jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((), np.int32, sharding=sharding)).compile()
     finally:
         if flags is not None:
@@ -91,7 +103,7 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> j
     mesh = mesh_of(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _uncached():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), uncached():
         return jax.jit(function).lower(*placed).compile()
 
 

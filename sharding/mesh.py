@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.rules import MESH_AXES
@@ -53,17 +54,29 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh | None:
     """A mesh of all `devices` (default: every device of every process) with explicit axes; None for a single device."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    if len(devices) == 1:
-        return None
+    return None if len(devices) == 1 else lay_out(sizes, devices)
+
+
+def lay_out(sizes: tuple[int, ...], devices: list) -> Mesh:
+    """A mesh with explicit axes of these sizes, in MESH_AXES order. On a TPU's torus neighbours in the mesh are linked where
+    that can be; a mesh axis may take part of a torus axis (8 x 8 on a torus of 4 x 4 x 4), which jax.make_mesh refuses."""
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(sizes)
-        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def use_mesh(mesh: Mesh | None):
-    """Context in which `mesh` is the current one; with None, nothing is set."""
-    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+    """Context in which `mesh` is the current one; with None, nothing is set. Of a topology that is not here only the shape
+    and the kind of device are set: nothing can run on it."""
+    if mesh is None:
+        return nullcontext()
+    return jax.set_mesh(mesh) if _here(mesh) else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _here(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == jax.default_backend() and mesh.devices.flat[0] in jax.devices()
 
 
 def concrete_shardings(tree, mesh: Mesh | None):

@@ -1,0 +1,6 @@
+"""Every named experiment: a function that returns it."""
+
+from experiments.pods import PODS
+from experiments.quickstart import EXPERIMENTS as QUICKSTART
+
+EXPERIMENTS = {**QUICKSTART, **PODS}

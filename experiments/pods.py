@@ -1,0 +1,102 @@
+"""Mixtures of experts that need a pod: compiled ahead of time here (`python -m experiments compile`), trained where the pod is.
+
+On the mesh `expert` x `fsdp` the experts are spread over `expert`, each a slice a device over `fsdp`; all other weights over
+`fsdp` alone. A layer gathers its own experts over the `fsdp` group and sends tokens over the `expert` group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from data.config import DataConfig, TokenizerConfig
+from model.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
+from sharding.mesh import MeshConfig
+from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
+
+
+def mixtral_8x7b() -> Experiment:
+    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, 8 experts, top-2, 2 sequences of 4,096 a chip of v5p-128.
+
+    Command: python -m experiments compile mixtral_8x7b --topology v5p:4x4x4
+    """
+    return Experiment(
+        name="mixtral_8x7b",
+        question="What does a step of Mixtral 8x7B take of each of 64 v5p chips, and what does it send?",
+        source="Jiang et al. 2024 (Mixtral), table 1",
+        cost="compiles in minutes on 2 CPU cores; trains on 64 v5p chips",
+        model=ModelConfig(
+            vocab_size=32_000,
+            num_layers=32,
+            embed_dim=4096,
+            max_length=4096,
+            attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
+            position=PositionConfig(theta=1e6),
+            norm=NormConfig(epsilon=1e-5),
+            moe=MoEConfig(num_experts=8, top_k=2, hidden_dim=14_336, load_balance=0.02, exchange=1.25),
+            init=InitConfig(scheme="normal", scale=0.02),
+            dtype="bfloat16",
+            remat="full",
+        ),
+        mesh=MeshConfig(expert=8, fsdp=-1),
+        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=32_000), sequence_length=4096, batch_size=128),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+        train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=1000),
+        samples=SampleConfig(count=0),
+    )
+
+
+def deepseek_v3_like() -> Experiment:
+    """The experts of DeepSeek-V3 (DeepSeek-AI 2024, sec. 4.2), 16 of its 61 layers, for 64 v5p chips.
+
+    As there: 256 experts of width 2,048 of which 8 in 4 of 8 groups, one shared, sigmoid weights scaled by 2.5, balanced
+    by a bias, three dense layers of width 18,432 first. Not as there: grouped-query attention, 128 heads of 128 with 16 key heads, in
+    place of latent attention; no prediction of further tokens; AdamW's state in float32. At full depth that state alone,
+    12 bytes for each of 671 B parameters, is 126 GB a chip of 64, and a v5p chip has 95: `deepseek_v3_like_full` is for 512.
+    Command: python -m experiments compile deepseek_v3_like --topology v5p:4x4x4
+    """
+    return Experiment(
+        name="deepseek_v3_like",
+        question="What does a step with 256 experts take of each of 64 v5p chips, and what does it send?",
+        source="DeepSeek-AI 2024 (DeepSeek-V3), sec. 4.2",
+        cost="compiles in minutes on 2 CPU cores; trains on 64 v5p chips",
+        model=ModelConfig(
+            vocab_size=129_280,
+            num_layers=16,
+            embed_dim=7168,
+            max_length=4096,
+            attention=AttentionConfig(num_heads=128, num_kv_heads=16, head_dim=128),
+            mlp=MLPConfig(kind="swiglu", hidden_dim=18_432),
+            moe=MoEConfig(
+                num_experts=256, top_k=8, hidden_dim=2048, shared_experts=1, layers=("dense",) * 3 + ("moe",) * 58,
+                weights="sigmoid_renormalized", scale=2.5, groups=(8, 4), bias_rate=1e-3, load_balance=1e-4,
+                balance_scope="sequence", z_loss=0.0, exchange=1.25,
+            ),
+            init=InitConfig(scheme="normal", scale=0.006, embedding_std=0.006),
+            dtype="bfloat16",
+            remat="full",
+        ),
+        mesh=MeshConfig(expert=64, fsdp=-1),
+        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=129_280), sequence_length=4096, batch_size=128),
+        optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000),
+        train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=1000),
+        samples=SampleConfig(count=0),
+    )
+
+
+def deepseek_v3_like_full() -> Experiment:
+    """All 61 layers, for 512 v5p chips.
+
+    Command: python -m experiments compile deepseek_v3_like_full --topology v5p:8x8x8
+    """
+    base = deepseek_v3_like()
+    return replace(
+        base,
+        name="deepseek_v3_like_full",
+        question="The same at the full depth of 61 layers: does it fit 512 v5p chips?",
+        cost="compiles in minutes on 2 CPU cores; trains on 512 v5p chips",
+        model=replace(base.model, num_layers=61),
+        data=replace(base.data, batch_size=1024),
+    )
+
+
+PODS = {function.__name__: function for function in (mixtral_8x7b, deepseek_v3_like, deepseek_v3_like_full)}
