@@ -34,25 +34,27 @@ Experts = Callable[[Array, Array, Array, Array], Array]  # (x_RD, local expert o
 
 
 class Plan(NamedTuple):
-    """The pairs of a device in order of their destination, and how many there are for and from whom."""
+    """The pairs of a device in order of their experts, and so of their destinations, and how many every device has for every
+    expert: from that a device knows which expert the rows that it receives are for."""
 
     order_A: Int[Array, "A"]  # pair at each place of that order; those that go nowhere at the end
     place_NC: Int[Array, "N C"]  # place of each pair in that order; A for those that go nowhere
-    expert_A: Int[Array, "A"]  # expert of each pair, in pair order, as its device counts them
-    counts_P: Int[Array, "P"]  # pairs for each peer
-    sent_PP: Int[Array, "P P"] | None  # [source, destination], of the whole group; ragged alone
+    peer_NC: Int[Array, "N C"]  # destination of each pair; P for those that go nowhere
+    counts_PPE: Int[Array, "P P E"]  # [source, destination, expert there]
 
 
-def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int) -> Plan:
-    """Sorts the pairs by destination, in the order of tokens. `experts`: of one device. Indices outside go nowhere."""
-    A = indices_NC.size
-    index_A = indices_NC.reshape(-1)
-    peer_A = jnp.where((index_A >= 0) & (index_A < peers * experts), index_A // experts, peers)
-    order_A = jnp.argsort(peer_A, stable=True).astype(jnp.int32)
+def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tuple[str, ...]) -> Plan:
+    """Sorts the pairs by expert, in the order of tokens, and tells the peers along `axes` how many there are. `experts`: of
+    one device. Indices outside [0, peers * experts) go nowhere."""
+    A, last = indices_NC.size, peers * experts
+    index_A = jnp.where((indices_NC >= 0) & (indices_NC < last), indices_NC, last).reshape(-1).astype(jnp.int32)
+    order_A = jnp.argsort(index_A, stable=True).astype(jnp.int32)
     place_A = jnp.zeros(A, jnp.int32).at[order_A].set(jnp.arange(A, dtype=jnp.int32), unique_indices=True)
-    place_A = jnp.where(peer_A < peers, place_A, A)
-    counts_P = (peer_A[:, None] == jnp.arange(peers)).sum(0, dtype=jnp.int32)
-    return Plan(order_A, place_A.reshape(indices_NC.shape), (index_A % experts).astype(jnp.int32), counts_P, None)
+    place_A = jnp.where(index_A < last, place_A, A)
+    first_X = jnp.searchsorted(index_A[order_A], jnp.arange(last + 1)).astype(jnp.int32)
+    counts_PE = jnp.diff(first_X).reshape(peers, experts)
+    there = jax.lax.all_gather(counts_PE, axes)
+    return Plan(order_A, place_A.reshape(indices_NC.shape), (index_A // experts).reshape(indices_NC.shape), there)
 
 
 def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
@@ -86,94 +88,87 @@ def exchanged_experts(
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
     rows = room(indices_NC.size, *indices_NC.shape, E, peers, factor)
-    plan = make_plan(indices_NC, peers, E)
     ragged = target()[0] in ("tpu", "gpu", "cuda") if ragged is None else ragged
-    if ragged:
-        plan = plan._replace(sent_PP=jax.lax.all_gather(plan.counts_P, axes))
-        needed = -(-plan.sent_PP.sum(0).max() // rows)
-    else:
-        needed = -(-plan.counts_P.max() // (rows // peers))
-    needed = jax.lax.pmax(needed, agree) if agree else needed
-    step = partial(_round, _Static(experts, axes, rows, E))
+    plan = make_plan(indices_NC, peers, E, axes)
+    sent_PP = plan.counts_PPE.sum(-1)
+    needed = -(-sent_PP.sum(0).max() // rows) if ragged else -(-sent_PP.max() // (rows // peers))
+    others = tuple(a for a in agree if a not in axes)
+    needed = jax.lax.pmax(needed, others) if others else needed
+    step = partial(_round, experts, _ragged if ragged else _padded, axes, rows)
     return _rounds(step, needed, plan, (x_ND, weights_NC, up_EDGF, down_EFD))
 
 
-class _Static(NamedTuple):
-    experts: Experts
-    axes: tuple[str, ...]
-    rows: int
-    E: int
+def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, up, down) -> Array:
+    """What the pairs of round r add: those that the first r rounds left and the buffers hold."""
+    way = carrier(axes, rows, r, plan)
+    x_SD = spread(x_ND, way.slot_NC, way.pair_S, weights_NC.shape[1])
+    x_RD = checkpoint_name(way.there(x_SD), "expert_in")
+    y_SD = checkpoint_name(way.back(experts(x_RD, way.expert_R, up, down)), "expert_out")
+    return collect(y_SD, weights_NC, way.slot_NC, way.pair_S)
 
 
-def _round(static: _Static, r: int | Array, plan: Plan, x_ND, weights_NC, up, down) -> Array:
-    """What the pairs of round r add: those are the pairs that the first r rounds left and the buffers hold."""
-    there, back = (_padded if plan.sent_PP is None else _ragged)(static, r, plan)
-    slot_NC, pair_S = there.slot_NC, there.pair_S
-    expert_S = plan.expert_A.at[pair_S].get(mode="fill", fill_value=static.E)
-    x_RD = checkpoint_name(there.carry(spread(x_ND, slot_NC, pair_S, weights_NC.shape[1]), 0), "expert_in")
-    y_RD = static.experts(x_RD, there.carry(expert_S, static.E), up, down)
-    y_SD = checkpoint_name(back(y_RD, 0), "expert_out")
-    return collect(y_SD, weights_NC, slot_NC, pair_S)
+class _Way(NamedTuple):
+    """How the rows of a round travel."""
 
-
-class _There(NamedTuple):
     slot_NC: Array  # row to send of each pair; out of range for those that are not of this round
     pair_S: Array  # pair of each row to send; out of range for empty ones
-    carry: Callable[[Array, int], Array]  # (rows to send, what fills rows that nothing arrives in) -> rows received
+    expert_R: Array  # expert, of those here, of each row received; E for empty ones
+    there: Callable[[Array], Array]  # rows to send -> rows received
+    back: Callable[[Array], Array]  # what became of them -> in the places they were sent from
 
 
-def _padded(static: _Static, r, plan: Plan) -> tuple[_There, Callable[[Array, int], Array]]:
-    peers, A = plan.counts_P.shape[0], plan.order_A.shape[0]
-    bound = static.rows // peers
-    first_P = jnp.cumsum(plan.counts_P) - plan.counts_P
-    within_PS = r * bound + jnp.arange(bound, dtype=jnp.int32)[None]
-    pair_PS = plan.order_A.at[first_P[:, None] + within_PS].get(mode="fill", fill_value=A)
-    pair_S = jnp.where(within_PS < plan.counts_P[:, None], pair_PS, A).reshape(-1)
-    peer_NC = jnp.searchsorted(first_P, plan.place_NC, side="right").astype(jnp.int32) - 1
-    within_NC = plan.place_NC - first_P[peer_NC] - r * bound
-    here = (plan.place_NC < A) & (within_NC >= 0) & (within_NC < bound)
-    slot_NC = jnp.where(here, peer_NC * bound + within_NC, static.rows)
-
-    def carry(rows, fill):
-        del fill  # empty rows are sent too
-        return jax.lax.all_to_all(rows, static.axes, 0, 0, tiled=True)
-
-    return _There(slot_NC, pair_S, carry), carry
+def _padded(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Way:
+    peers, A = plan.counts_PPE.shape[0], plan.order_A.shape[0]
+    me, bound = jax.lax.axis_index(axes), rows // peers
+    size_P = plan.counts_PPE[me].sum(-1)
+    first_P = jnp.cumsum(size_P) - size_P
+    within_B = r * bound + jnp.arange(bound, dtype=jnp.int32)
+    pair_PB = plan.order_A.at[first_P[:, None] + within_B].get(mode="fill", fill_value=A)
+    pair_S = jnp.where(within_B < size_P[:, None], pair_PB, A).reshape(-1)
+    within_NC = plan.place_NC - first_P.at[plan.peer_NC].get(mode="fill", fill_value=0) - r * bound
+    here_NC = (plan.peer_NC < peers) & (within_NC >= 0) & (within_NC < bound)
+    ends_PE = jnp.cumsum(plan.counts_PPE[:, me], 1)
+    expert_R = (within_B[:, None] >= ends_PE[:, None]).sum(-1, dtype=jnp.int32).reshape(-1)
+    carry = lambda x: jax.lax.all_to_all(x, axes, 0, 0, tiled=True)  # its own inverse
+    return _Way(jnp.where(here_NC, plan.peer_NC * bound + within_NC, rows), pair_S, expert_R, carry, carry)
 
 
-def _ragged(static: _Static, r, plan: Plan) -> tuple[_There, Callable[[Array, int], Array]]:
-    """Rows arrive in the order of sources and, of a source, of tokens: round r takes those from r * rows on."""
-    A, sent = plan.order_A.shape[0], plan.sent_PP
-    assert sent is not None
-    me = jax.lax.axis_index(static.axes)
-    leave = jnp.cumsum(sent, 1) - sent  # where in the source's order the pairs for a destination start
-    arrive = jnp.cumsum(sent, 0) - sent  # where in the destination's
-    low, high = (jnp.clip(limit * static.rows - arrive, 0, sent) for limit in (r, r + 1))
-    sizes = high - low
-    source, destination = leave + low, jnp.clip(arrive + low - r * static.rows, 0, static.rows)
-    there = (source[me], sizes[me], destination[me], sizes[:, me])
-    home = (destination[:, me], sizes[:, me], source[:, me], sizes[me])
-    pair_S = jnp.where(jnp.arange(A) < plan.counts_P.sum(), plan.order_A, A)
-    return _There(
-        plan.place_NC, pair_S, lambda rows, fill: carry_ragged(static.axes, static.rows, fill, rows, there, home)
-    ), lambda rows, fill: carry_ragged(static.axes, A, fill, rows, home, there)
+def _ragged(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Way:
+    """Rows arrive in the order of sources and, of a source, of experts: round r takes those from r * rows on."""
+    A, me = plan.order_A.shape[0], jax.lax.axis_index(axes)
+    sent_PP, E = plan.counts_PPE.sum(-1), plan.counts_PPE.shape[-1]
+    leave = jnp.cumsum(sent_PP, 1) - sent_PP  # where the pairs for a destination start in their source's order
+    arrive = jnp.cumsum(sent_PP, 0) - sent_PP  # where those of a source start in their destination's
+    low, high = (jnp.clip(limit * rows - arrive, 0, sent_PP) for limit in (r, r + 1))
+    sizes, start, end = high - low, leave + low, jnp.clip(arrive + low - r * rows, 0, rows)
+    there = (start[me], sizes[me], end[me], sizes[:, me])
+    home = (end[:, me], sizes[:, me], start[:, me], sizes[me])
+    ends_X = jnp.cumsum(plan.counts_PPE[:, me].reshape(-1))
+    run_R = jnp.searchsorted(ends_X, r * rows + jnp.arange(rows), side="right", method="compare_all").astype(jnp.int32)
+    return _Way(
+        plan.place_NC,  # rows that are not sent come back as zeros
+        jnp.where(jnp.arange(A) < sent_PP[me].sum(), plan.order_A, A),
+        jnp.where(run_R < ends_X.shape[0], run_R % E, E),
+        lambda x: carry_ragged(axes, rows, x, there, home),
+        lambda y: carry_ragged(axes, A, y, home, there),
+    )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def carry_ragged(axes: tuple[str, ...], size: int, fill: int, rows: Array, there: tuple, home: tuple) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def carry_ragged(axes: tuple[str, ...], size: int, rows: Array, there: tuple, home: tuple) -> Array:
     """`rows` sent as `there` says (input offsets, send sizes, output offsets, receive sizes of `jax.lax.ragged_all_to_all`)
-    into a buffer of `size` rows of `fill`. The gradient takes the way `home`; that of rows that are not sent is zero."""
-    out = jnp.full((size, *rows.shape[1:]), fill, rows.dtype)
+    into a buffer of `size` rows, zero where nothing arrives. The gradient takes the way `home`."""
+    out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, out, *there, axis_name=axes)
 
 
-def _carry_ragged_forward(axes, size, fill, rows, there, home):
-    return carry_ragged(axes, size, fill, rows, there, home), (there, home, rows.shape[0])
+def _carry_ragged_forward(axes, size, rows, there, home):
+    return carry_ragged(axes, size, rows, there, home), (there, home, rows.shape[0])
 
 
-def _carry_ragged_backward(axes, size, fill, saved, dout):
+def _carry_ragged_backward(axes, size, saved, dout):
     there, home, rows = saved
-    return carry_ragged(axes, rows, 0, dout, home, there), None, None
+    return carry_ragged(axes, rows, dout, home, there), None, None
 
 
 carry_ragged.defvjp(_carry_ragged_forward, _carry_ragged_backward)
