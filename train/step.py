@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from model.balance import update_biases
 from model.transformer import Transformer, compute_dtype
 from train.config import TrainConfig
 from train.objectives import Batch, Loss, Objective
@@ -49,6 +50,7 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        moe = state.model.config.moe
         key = jax.random.fold_in(state.key, state.step)
         loss, grads = summed_gradients(objective, state.model, batch, key, config.microbatches, state.loss_scale)
         count = jnp.maximum(loss.count, 1.0)
@@ -60,6 +62,8 @@ def make_step(
         def update():
             updates, opt_state = optimizer.update(grads, state.optimizer, state.model)
             model = optax.apply_updates(state.model, updates)
+            if moe is not None and moe.bias_rate is not None:
+                model = update_biases(model, loss.metrics["expert_load"], moe)
             ema = state.ema
             if ema is not None:
                 ema = optax.incremental_update(model, ema, 1.0 - config.ema_decay)

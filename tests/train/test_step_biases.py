@@ -1,0 +1,61 @@
+"""Balancing without a loss, in the train step: the biases move by the rate and by nothing else, and they balance."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from model.config import MoEConfig
+from tests.models import random_model, tiny_config
+from tests.train.batches import whole_rows
+from train.config import OptimizerConfig, TrainConfig
+from train.objectives import next_token
+from train.optimizers import make_optimizer, schedule
+from train.step import init_state, make_step
+
+RATE = 0.02
+MOE = MoEConfig(
+    num_experts=8, top_k=2, hidden_dim=16, layers=("dense", "moe"), weights="sigmoid_renormalized", bias_rate=RATE, load_balance=0.0
+)
+TRAIN = TrainConfig(nonfinite="skip")
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def run(request):
+    """(step, state): decay on everything, and a rate that leaves the rest of the network almost as it is."""
+    config = tiny_config(num_layers=4, moe=MOE)
+    optimizer = OptimizerConfig(name=request.param, learning_rate=1e-4, schedule="constant", warmup_steps=0, decay="all", weight_decay=10.0)
+    made = make_optimizer(optimizer, config, 100)
+    state = jax.jit(lambda model: init_state(jax.random.key(1), model, made, TRAIN))(random_model(config))
+    return jax.jit(make_step(next_token, made, schedule(optimizer, 100), TRAIN)), state
+
+
+def biases(state) -> np.ndarray:
+    """[L, E] of the MoE layers in order."""
+    return np.concatenate([np.asarray(block.mlp.router_bias[...]) for unit in state.model.stacks for block in unit if hasattr(block.mlp, "router_bias")])
+
+
+def test_a_bias_moves_by_its_rate_against_its_load_and_the_load_evens_out(run):
+    step, state = run
+    batch = whole_rows(0, 8, 33, 64)
+    violations = []
+    for _ in range(40):
+        before = biases(state)
+        state, metrics = step(state, batch)
+        load_LE = np.asarray(metrics["expert_load"])
+        expected = before + np.float32(RATE) * np.sign(load_LE.mean(1, keepdims=True) - load_LE)
+        assert load_LE.shape == before.shape == (2, 8)
+        np.testing.assert_allclose(biases(state), expected, atol=1e-7)
+        violations.append((load_LE.max(1) / load_LE.mean(1) - 1).mean())
+    assert np.mean(violations[-5:]) < 0.5 * violations[0], violations
+
+
+def test_a_refused_update_moves_no_bias(run):
+    step, state = run
+    state, _ = step(state, whole_rows(0, 8, 33, 64))
+    before = biases(state)
+    bad = whole_rows(1, 8, 33, 64) | {"weights": np.full((8, 32), np.nan, np.float32)}
+    state, metrics = step(state, bad)
+    assert int(metrics["nonfinite"]) == 1
+    np.testing.assert_array_equal(biases(state), before)
