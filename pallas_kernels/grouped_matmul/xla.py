@@ -60,7 +60,7 @@ def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None,
         return _blocks(_cuts(M, spec.tiles.m), start, size, M, block, outs)
 
     columns = (X // G, X) if keep else (X // G,)
-    empty = tuple(_zeros((M, n), dtype, lhs_MK) for n in columns)
+    empty = tuple(jnp.zeros((M, n), dtype) for n in columns)
     outs = _groups(sizes_E, M, group, empty)
     return outs[0], outs[1].reshape(M, G, -1) if keep else None
 
@@ -75,14 +75,15 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
             if inside_R1 is not None:  # both, for 0 * NaN is NaN
                 parts = (jnp.where(inside_R1, y, 0) for y in parts)
             lhs_RK, dout_RN = parts
-            return drhs_KN + jax.lax.dot_general(
-                lhs_RK, dout_RN, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-            )
+            # Written out transposed where that is the smaller side: XLA's CPU matmul contracts first dimensions at half of
+            # its rate (128 x 512: 40 % faster so; 256 x 128: no gain).
+            lhs_KR = jax.lax.optimization_barrier(lhs_RK.T) if K < N else lhs_RK.T
+            return drhs_KN + jnp.matmul(lhs_KR, dout_RN, precision=jax.lax.Precision.HIGHEST)
 
-        drhs_KN = _blocks(_cuts(M, spec.tiles.m), start, size, M, block, _zeros((K, N), wide, lhs_MK))
+        drhs_KN = _blocks(_cuts(M, spec.tiles.m), start, size, M, block, jnp.zeros((K, N), wide))
         return jax.lax.dynamic_update_index_in_dim(drhs_EKN, drhs_KN, e, 0)
 
-    return _groups(sizes_E, M, group, _zeros((sizes_E.shape[0], K, N), wide, lhs_MK))
+    return _groups(sizes_E, M, group, jnp.zeros((sizes_E.shape[0], K, N), wide))
 
 
 def _cuts(M: int, largest: int | None) -> tuple[int, ...]:
@@ -121,10 +122,3 @@ def _blocks(
         return block(first, rows, (row_R1 >= wanted) & (row_R1 < end), carry)
 
     return jax.lax.fori_loop(0, -(-(end - start) // rows), last, carry)
-
-
-def _zeros(shape: tuple[int, ...], dtype, like: Array) -> Array:
-    """Zeros that inside shard_map vary over the axes that `like` varies over."""
-    zeros = jnp.zeros(shape, dtype)
-    axes = tuple(sorted(jax.typeof(like).manual_axis_type.varying))
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros

@@ -1,4 +1,4 @@
-"""Three implementations of the experts and the router: equal values and gradients, nothing lost, nothing hidden."""
+"""The experts, sorted, beside every expert on every token: equal values and gradients, nothing lost. The router."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from model.experts import expert_mlp
 from model.moe_config import MoEConfig
 from model.routers import route as choose_experts
 from model.transformer import forward, logits
+from pallas_kernels.grouped_matmul import xla
 from tests.model.reference import feed_forward, router_stats
 from tests.models import random_model, tiny_config
 
@@ -52,10 +53,10 @@ def choose(style: str, rng, N: int, C: int, E: int) -> np.ndarray:
     return np.stack([rng.permutation(E)[:C] for _ in range(N)])
 
 
-# Few shapes, as each is compiled; blocks of 4 rows put runs across, at and below block borders.
+# Few shapes, as each is compiled; blocks of 4 and 2 rows put runs across, at and below block borders.
 @pytest.mark.parametrize("N, C, E, kind", [(13, 2, 3, "swiglu"), (8, 1, 4, "relu2"), (1, 3, 5, "geglu")])
-def test_blocked_ragged_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
-    monkeypatch.setattr(experts, "BLOCK_ROWS", 4)
+def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
+    monkeypatch.setattr(xla, "BLOCKS", (4, 2))
     G = 2 if kind.endswith("glu") else 1
 
     @given(style=st.sampled_from(["any", "one", "few", "foreign", "none"]), seed=st.integers(0, 1000))
@@ -72,7 +73,7 @@ def test_blocked_ragged_and_dense_agree_with_the_formula(N, C, E, kind, monkeypa
                 expected[n] += weights[n, c] * feed_forward(x[n : n + 1], up[e], down[e], kind)[0]
         results = {
             how: value_and_gradients(x, indices, weights, up, down, dy, kind, how)
-            for how in ("dense", "ragged", "blocked")
+            for how in ("dense", "reference", "xla")
         }
         scale = max(1.0, np.abs(expected).max())
         for how, (y, gradients) in results.items():
@@ -84,17 +85,44 @@ def test_blocked_ragged_and_dense_agree_with_the_formula(N, C, E, kind, monkeypa
     check()
 
 
-def test_blocked_at_its_real_block_size():
+def test_many_tokens_many_choices_and_the_way_for_many_experts():
+    """Blocks of real size; more choices than are written out; so many pairs and experts that one integer holds not both."""
     rng = np.random.default_rng(0)
-    N, E = experts.BLOCK_ROWS + 9, 3
-    shapes = [(N, D), (N, 2), (E, D, 2, F), (E, F, D), (N, D)]
-    x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    for indices in (np.full((N, 2), 1, np.int32), rng.integers(0, E, (N, 2)).astype(np.int32)):
-        dense, blocked = (
-            value_and_gradients(x, indices, weights, up, down, dy, "reglu", how) for how in ("dense", "blocked")
-        )
-        for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(blocked), strict=True):
-            np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+    for N, C, E in ((300, 2, 3), (40, experts.UNROLLED + 1, 12)):
+        shapes = [(N, D), (N, C), (E, D, 2, F), (E, F, D), (N, D)]
+        x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        for indices in (np.full((N, C), 1, np.int32), rng.integers(-1, E + 1, (N, C)).astype(np.int32)):
+            dense, ours = (value_and_gradients(x, indices, weights, up, down, dy, "reglu", how) for how in ("dense", None))
+            for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(ours), strict=True):
+                np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+
+
+def test_layout_is_the_stable_sort_by_expert():
+    rng = np.random.default_rng(1)
+    for E in (5, 2**29):  # the second does not fit one integer with the pair's number
+        few = np.array([-3, 0, 2, 4, E - 1, E, E + 7])
+        indices = rng.choice(few, (9, 3)).astype(np.int32)
+        sorted_by = np.where((indices >= 0) & (indices < E), indices, E).ravel()
+        pairs = np.argsort(sorted_by, kind="stable")
+        if E == 5:
+            plan = experts.layout(jnp.asarray(indices), E)
+            np.testing.assert_array_equal(plan.sizes_E, np.bincount(sorted_by, minlength=E + 1)[:E])
+        else:
+            plan = jax.jit(lambda i: experts.layout(i, 2**29)._replace(sizes_E=None))(indices)
+        np.testing.assert_array_equal(plan.pair_S, pairs)
+        np.testing.assert_array_equal(np.asarray(plan.slot_NC).ravel()[pairs], np.arange(pairs.size))
+
+
+@pytest.mark.parametrize("tokens, experts_read", [(1, 2), (3, 6)])
+def test_bfloat16_sums_in_float32(tokens, experts_read):
+    rng = np.random.default_rng(2)
+    shapes = [(tokens, 64), (tokens, 2), (8, 64, 2, 32), (8, 32, 64)]
+    x, weights, up, down = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
+    indices = jnp.arange(experts_read, dtype=jnp.int32).reshape(tokens, 2)
+    exact = expert_mlp(*(y.astype(jnp.float32) for y in (x,)), indices, *(y.astype(jnp.float32) for y in (weights, up, down)), "swiglu", "dense")
+    ours = expert_mlp(x, indices, weights, up, down, "swiglu")
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=8e-3 * np.abs(exact).max())
 
 
 @given(
