@@ -44,8 +44,8 @@ class MeshConfig:
         if total != device_count or -1 in sizes.values():
             shape = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size != 1) or "1"
             raise ValueError(
-                f"mesh = ({shape}): needs {'a multiple of ' if wild else ''}{fixed} devices, but there are {device_count} "
-                f"({jax.devices()[0].platform}); set mesh.* so that the product is {device_count}"
+                f"mesh = ({shape}): needs {'a multiple of ' if wild else ''}{fixed} devices, but there are {device_count}; "
+                f"set mesh.* so that the product is {device_count}"
             )
         return tuple(sizes[name] for name in MESH_AXES)
 
