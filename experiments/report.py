@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from experiments.routing import study
 from train.config_io import flatten
 from train.progress import count, duration
 from train.records import RunFolder, RunFolderError, read_metrics
@@ -74,7 +75,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
     Raises RunFolderError when `run_dir` holds no config.json.
     """
-    from experiments import plots
+    from experiments import plot_style, plots
 
     run = RunFolder(Path(run_dir))
     if not run.config.exists():
@@ -86,10 +87,12 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     # Level lines in the plot are fair for one held-out set only: compressors differ from set to set.
     compressors = next(iter(sets.values())).get("compressors", {}) if len(sets) == 1 else {}
 
+    moe = (config.get("model") or {}).get("moe") or {}
+    choices = study(run, moe["num_experts"]) if "num_experts" in moe else None
     run.plots.mkdir(exist_ok=True)
     images = {}
-    for appearance, theme in (("light", plots.LIGHT), ("dark", plots.DARK)):
-        for name, figure in plots.figures(rows, theme, compressors).items():
+    for appearance, theme in (("light", plot_style.LIGHT), ("dark", plot_style.DARK)):
+        for name, figure in plots.figures(rows, theme, compressors, choices).items():
             images[name, appearance] = plots.png(figure)
             if appearance == "light":
                 (run.plots / f"{name}.png").write_bytes(images[name, appearance])
@@ -198,7 +201,7 @@ def _plots(images: Mapping[tuple[str, str], bytes]) -> str:
     parts = []
     for name in dict.fromkeys(name for name, _ in images):
         light, dark = (base64.b64encode(images[name, appearance]).decode() for appearance in ("light", "dark"))
-        wide = ' class="wide"' if name == "expert_load" else ""
+        wide = ' class="wide"' if name in ("expert_load", "co_activation") else ""
         parts.append(
             f'<figure{wide}><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
             f'<img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{light}"></picture></figure>'

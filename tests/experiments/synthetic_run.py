@@ -46,7 +46,7 @@ def make_run(
     config = {
         "name": name,
         "question": question,
-        "model": {"num_layers": layers, "moe": {"top_k": 2}},
+        "model": {"num_layers": layers, "moe": {"top_k": 2, "num_experts": experts}},
         "train": {"steps": steps},
     }
     run.config.write_text(json.dumps(config))
@@ -66,7 +66,8 @@ def make_run(
                 load = np.exp(skew * (0.2 + np.exp(-step / (0.2 * steps))) + random.normal(size=skew.shape) * 0.15)
                 load /= load.sum(1, keepdims=True)
                 row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1),
-                        "load_balance_loss": float((load**2).sum(1).mean() * experts), "router_z_loss": 1 / (1 + step / 9)}  # fmt: skip
+                        "load_balance_loss": float((load**2).sum(1).mean() * experts), "router_z_loss": 1 / (1 + step / 9),
+                        "router_entropy": 1.5 + 0.5 / step, "router_confidence": 0.4, "expert_dropped": [0.1] * layers}  # fmt: skip
             writer.write(row)
             if step == 40:
                 writer.write(
@@ -77,6 +78,11 @@ def make_run(
             if evaluations and step % max(1, steps // 8) == 0:
                 bits = 1.5 + 1.5 * np.exp(-step / (0.2 * steps))
                 writer.write({"kind": "eval", "step": step, "set": "stdlib", "loss": bits * 2.1, "bits_per_byte": bits})
+        if experts:
+            run.routing.mkdir()
+            for step in range(max(1, steps // 4), steps + 1, max(1, steps // 4)):
+                choices = np.argsort(random.random((layers, 64, experts)) + np.arange(experts) * step / steps)[..., :2]
+                np.savez_compressed(run.routing / f"{step:08d}.npz", choices=choices.astype(np.int16))
         if finished:
             figures = {"bits_per_byte": 1.532, "loss": 3.2, "bytes": 1_790_000, "compressors": compressors}
             writer.write({"kind": "final", "step": steps, "sets": {"stdlib": figures}, "parameters_total": 5.2e6,

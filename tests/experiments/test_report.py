@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.plots import smooth, thin
+from experiments.plot_style import smooth, thin
 from experiments.report import write_report
+from experiments.routing import study
 from tests.experiments.synthetic_run import make_run
 from train.records import MetricsWriter, RunFolder, RunFolderError, write_samples
 
@@ -67,7 +68,7 @@ def test_a_whole_run_tells_everything(tmp_path):
         "model.num_layers",
     ):
         assert word in page.text, word
-    assert page.tags.count("img") == page.tags.count("source") == 7
+    assert page.tags.count("img") == page.tags.count("source") == 11
     assert {p.name for p in run.plots.iterdir()} == {
         f"{n}.png"
         for n in (
@@ -77,11 +78,30 @@ def test_a_whole_run_tells_everything(tmp_path):
             "gradient_norm",
             "tokens_per_second",
             "router_losses",
+            "router_certainty",
+            "dropped",
+            "saturation",
             "expert_load",
+            "co_activation",
         )
     }
     raw = run.report.read_text()
     assert re.search(r"class=set><td>model.num_layers<", raw) and not re.search(r"class=set><td>name<", raw)
+
+
+def test_what_routers_chose_is_studied_against_the_last_step(tmp_path):
+    """Saturation and co-activation by hand, of two layers, three tokens, and a token without a second choice (index 4)."""
+    run = RunFolder(tmp_path)
+    run.routing.mkdir()
+    last = [[[0, 1], [0, 2], [3, 4]], [[0, 1], [0, 1], [0, 1]]]
+    early = [[[1, 0], [2, 3], [3, 4]], [[2, 3], [0, 3], [1, 0]]]
+    for step, choices in ((20, last), (10, early)):
+        np.savez(run.routing / f"{step:08d}.npz", choices=np.array(choices, np.int16))
+    found = study(run, 4)
+    assert found.steps.tolist() == [10, 20] and found.choices_a_token == 2 and found.chance == 0.5
+    np.testing.assert_allclose(found.saturation_SL, [[4 / 5, 3 / 6], [1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(found.co_activation_LEE[0, 0], [np.nan, 0.5, 0.5, 0])
+    np.testing.assert_allclose(found.co_activation_LEE[1, 1], [1, np.nan, 0, 0])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])

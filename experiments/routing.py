@@ -1,0 +1,36 @@
+"""What the routers of a run chose for the same held-out tokens, step by step.
+
+Shapes: S evaluations, L MoE layers, N tokens, C choices of a token, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from model.balance import co_activation, saturation
+from train.records import RunFolder
+from train.routing import read_choices
+
+
+class Study(NamedTuple):
+    steps: np.ndarray  # [S]
+    saturation_SL: np.ndarray  # part of the choices of each step that are the last step's too
+    co_activation_LEE: np.ndarray  # at the last step: of the tokens that chose i, the part that chose j; NaN on the diagonal
+    chance: float  # the saturation of routers that have nothing to do with each other, C / E
+    choices_a_token: int
+
+
+def study(run: RunFolder, num_experts: int) -> Study | None:
+    """Of the choices kept in RUN/routing; None where there are none."""
+    found = read_choices(run)
+    if not found:
+        return None
+    steps, choices = np.array(list(found), np.float64), list(found.values())
+    last_LNC = choices[-1]
+    shared = [[saturation(a, b, num_experts) for a, b in zip(now, last_LNC, strict=True)] for now in choices]
+    together = np.stack([np.array(co_activation(layer, num_experts)) for layer in last_LNC])
+    together[:, np.arange(num_experts), np.arange(num_experts)] = np.nan  # one, and so of no interest
+    per_token = float((last_LNC < num_experts).sum(-1).max())
+    return Study(steps, np.asarray(shared, np.float64), together, per_token / num_experts, int(per_token))
