@@ -1,0 +1,206 @@
+"""The Triton kernels of the grouped matmul, interpreted on the CPU against the reference; and lowered for CUDA."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import Tiles, grouped_matmul
+from pallas_kernels.grouped_matmul.shapes import CASES, Case
+from pallas_kernels.grouped_matmul.spec import Spec
+from pallas_kernels.grouped_matmul.triton import most_visits, tile_sizes, visits
+from pallas_kernels.grouped_matmul.triton_kernels import band, widen
+
+SMALL = Tiles(m=16, n=16, k=16)
+# Relative to the largest entry; the reference sums in another order. 16-bit: one rounding of the result, and of the
+# products that the backward reads.
+BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+QUICK = {"rows_after", "all_empty", "transpose_odd", "glu_rows_after", "plain_activation", "int8_glu", "float8_e4m3fn", "bfloat16_glu"}
+
+
+def outcome(case: Case, implementation: str, tiles: Tiles = Tiles(), poison: bool = False) -> dict[str, np.ndarray]:
+    """The result and the gradients of lhs and rhs, float32. `poison`: NaN in the rows after the last group."""
+    arrays = case.arguments()
+    dout = jnp.asarray(np.random.default_rng(1).normal(size=(case.M, case.N)), case.dtype)
+    if poison:
+        after = sum(case.sizes)
+        arrays["lhs"], dout = arrays["lhs"].at[after:].set(jnp.nan), dout.at[after:].set(jnp.nan)
+    learned = ("lhs",) if case.weights else ("lhs", "rhs")
+
+    def both_ways(arrays, dout):
+        rest = {name: x for name, x in arrays.items() if name not in learned}
+        how = {"tiles": tiles, "implementation": implementation, "interpret": implementation == "triton"}
+        out, pull = jax.vjp(lambda these: case.call(**these, **rest, **how), {name: arrays[name] for name in learned})
+        return {"out": out} | {f"d{name}": x for name, x in pull(dout)[0].items()}
+
+    return {name: np.asarray(x, np.float32) for name, x in jax.jit(both_ways)(arrays, dout).items()}
+
+
+def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], dtype: str) -> None:
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        np.testing.assert_allclose(found[name], x, atol=BOUNDS[dtype] * max(abs(x).max(), 1e-6), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in CASES]
+)
+def test_equals_the_reference_and_keeps_poison_out(case):
+    """Every entry is written, zeros too: the interpreter's outputs are NaN before."""
+    agree(outcome(case, "triton", SMALL, poison=True), outcome(case, "reference"), case.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("unaligned", "glu_rows_after", "bfloat16_transpose")], ids=str)
+def test_equals_the_reference_in_its_own_tiles(case):
+    agree(outcome(case, "triton", poison=True), outcome(case, "reference"), case.dtype)
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 20), st.integers(1, 40), st.integers(1, 40),
+    st.sampled_from((None, 1, 2)), st.sampled_from((Tiles(16, 16, 16), Tiles(32, 16, 32))), st.booleans(),
+)  # fmt: skip
+def test_equals_the_reference_whatever_the_call(sizes, after, K, N, G, tiles, transpose):
+    case = Case("drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None)
+    agree(outcome(case, "triton", tiles, poison=True), outcome(case, "reference"), case.dtype)
+
+
+def test_is_the_same_each_time():
+    case = next(c for c in CASES if c.name == "bfloat16_glu")
+    first, second = (outcome(case, "triton", SMALL) for _ in range(2))
+    for name, x in first.items():
+        np.testing.assert_array_equal(x, second[name])
+
+
+def test_sizes_beyond_the_rows_stay_in_the_array():
+    """A caller's mistake, but no program may read or write outside."""
+    lhs, rhs = jnp.ones((20, 8)), jnp.ones((3, 8, 8))
+    out = grouped_matmul(lhs, rhs, jnp.array([10, 300, 5]), implementation="triton", interpret=True, tiles=SMALL)
+    np.testing.assert_array_equal(out, np.full((20, 8), 8.0))
+    listed = np.asarray(visits(jnp.array([10, 300, 5]), 20, 16))
+    assert listed[:, 1:].max() <= 20
+
+
+@given(st.lists(st.integers(0, 50), min_size=5, max_size=5), st.integers(0, 30), st.sampled_from((16, 32)))
+@settings(deadline=None)
+def test_visits_hold_each_row_once(sizes, after, tile):
+    """Each row lies in one visit, of its group; an empty group has none; the bound is kept."""
+    M, E = 300, len(sizes)
+    sizes[-1] += max(M - after - sum(sizes), 0)  # of one length, or JAX would compile anew for each
+    listed = np.asarray(jax.jit(visits, static_argnums=(1, 2))(jnp.array(sizes), M, tile))
+    group_M = np.repeat(np.arange(E + 1), [*sizes, M - sum(sizes)])
+    seen = np.zeros(M, int)
+    for group, start, end in listed:
+        assert 0 <= start <= end <= M and end - start <= tile
+        assert (group_M[start:end] == group).all()
+        seen[start:end] += 1
+    assert (seen == 1).all()
+    used = listed[listed[:, 1] < listed[:, 2]]
+    assert len(used) == sum(-(-n // tile) for n in (*sizes, M - sum(sizes)))
+    assert len(listed) == most_visits(M, E, tile)
+    in_groups = used[used[:, 0] < E]
+    assert len(in_groups) <= -(-sum(sizes) // tile) + E - 1
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 64))
+def test_no_sizes_ask_for_more_visits(M, E, tile):
+    """The bound is met by the worst sizes: as many groups as there are with one row over whole tiles."""
+    filled = min(E + 1, M)
+    worst = [1] * filled
+    worst[0] += (M - filled) // tile * tile
+    worst[-1] += (M - filled) % tile
+    assert sum(worst) == M
+    assert sum(-(-n // tile) for n in worst) == most_visits(M, E, tile)
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+@settings(deadline=None, max_examples=20)
+def test_a_band_meets_every_tile_once(rows, columns):
+    found = [tuple(int(x) for x in band(jnp.int32(i), rows, columns)) for i in range(min(rows * columns, 60))]
+    assert len(set(found)) == len(found)
+    assert all(0 <= row < rows and 0 <= column < columns for row, column in found)
+    assert {row for row, _ in found[: 8 * columns]} == set(range(min(rows, 8, len(found))))
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_float8_is_read_as_jax_reads_it(name, dtype):
+    """All 256, with subnormals, infinities and NaN."""
+    bits = jnp.arange(256, dtype=jnp.uint8)
+    wanted = np.asarray(jax.lax.bitcast_convert_type(bits, jnp.dtype(name)).astype(dtype), np.float32)
+    found = np.asarray(widen(jax.lax.bitcast_convert_type(bits, jnp.int8), name, jnp.dtype(dtype)), np.float32)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(("forward", "weights_gradient")), st.integers(1, 10**5), st.integers(1, 300), st.integers(1, 10**4),
+    st.integers(1, 10**4), st.integers(1, 8), st.sampled_from(("float32", "bfloat16")),
+)  # fmt: skip
+def test_tiles_fit_the_smallest_gpus(direction, M, E, K, N, G, dtype):
+    """Powers of two of 16 or more; a pipeline of operands within 99 KiB of shared memory, sums within the registers."""
+    s = tile_sizes(direction, Spec(), M, E, K, N, G, dtype)
+    assert all(size >= 16 and size & (size - 1) == 0 for size in (s.m, s.n, s.k))
+    operands = s.m * s.k + s.k * s.n * G if direction == "forward" else s.m * (s.k + s.n)
+    assert operands * s.stages * jnp.dtype(dtype).itemsize <= 99 * 1024
+    sums = s.m * s.n * G if direction == "forward" else s.k * s.n
+    assert sums <= 64 * 32 * s.warps
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [({"tiles": Tiles(k=8)}, "tiles.k = 8"), ({"dtype": "float64"}, "float64"), ({"G": 9}, "9 gates")],
+)
+def test_refuses_what_it_cannot_run(change, wanted):
+    case = Case("refused", (16,), dtype=change.get("dtype", "float32"), G=change.get("G"))
+    with jax.enable_x64(True), pytest.raises(ValueError, match=f"implementation = 'triton': .*{wanted}"):
+        case.call(**case.arguments(), tiles=change.get("tiles", Tiles()), implementation="triton", interpret=True)
+
+
+LOWERED = [
+    Case("mixtral", (1000, 24, 0, 1024), K=512, N=256, G=2, dtype="bfloat16"),
+    Case("transpose", (100, 24, 0, 68), K=64, N=1024, dtype="float16", transpose=True),
+    Case("odd", (3, 0, 70), K=41, N=27, G=2, after=10),
+    Case("int8", (3, 0, 70), K=64, N=32, weights="int8", dtype="bfloat16"),
+    Case("float8", (3, 0, 70), K=64, N=32, G=1, weights="float8_e4m3fn", dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_lowers_for_cuda(case, monkeypatch):
+    """The Triton programs, forward and backward, for a GPU that is not here; Triton's own dialect accepts them."""
+    from jax._src.pallas.triton import lowering
+
+    modules, lower = [], lowering.lower_jaxpr_to_triton_module
+    # Pallas hands the module on unverified, and so a loop over an i1, which Triton would refuse on the device.
+    keep = lambda *args, **kwargs: modules.append(lower(*args, **kwargs)) or modules[-1]
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", keep)
+    learned = ("lhs",) if case.weights else ("lhs", "rhs")
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case.arguments().items()}
+
+    def loss(these, rest):
+        return case.call(**these, **rest, implementation="triton").astype(jnp.float32).sum()
+
+    here = nullcontext()
+    if hasattr(jax.sharding, "AbstractDevice") and not jax.__version__.startswith("0.10."):
+        device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+        here = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
+    with here:
+        step = jax.jit(jax.value_and_grad(loss)).trace(
+            {name: shapes[name] for name in learned}, {name: x for name, x in shapes.items() if name not in learned}
+        )
+        text = step.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = 2 if case.weights else 3
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels == len(modules)
+    assert all(name in text for name in ("grouped_matmul_forward", "grouped_matmul_weights_gradient")[: kernels - 1])
+    assert all(made.module.operation.verify() for made in modules)
+    assert f"<{len(case.sizes)}x{case.M}x" not in text, "a copy of the rows for each group"
