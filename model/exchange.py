@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from model.experts import collect, spread
 from pallas_kernels.target import target
 
 ROW_MULTIPLE = 8  # buffers are whole tiles of a TPU's memory
@@ -65,6 +64,12 @@ def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor
     return peers * max(1, min(share, most))
 
 
+def rounds(counts_PPE: Int[Array, "P P E"], rows: int, ragged: bool) -> Int[Array, ""]:
+    """Rounds until every pair has travelled, with buffers of so many rows: 1 or more, unless there are no pairs."""
+    sent_PP = counts_PPE.sum(-1)
+    return -(-sent_PP.sum(0).max() // rows) if ragged else -(-sent_PP.max() // (rows // counts_PPE.shape[0]))
+
+
 def exchanged_experts(
     x_ND: Float[Array, "N D"],
     indices_NC: Int[Array, "N C"],
@@ -90,8 +95,7 @@ def exchanged_experts(
     rows = room(indices_NC.size, *indices_NC.shape, E, peers, factor)
     ragged = target()[0] in ("tpu", "gpu", "cuda") if ragged is None else ragged
     plan = make_plan(indices_NC, peers, E, axes)
-    sent_PP = plan.counts_PPE.sum(-1)
-    needed = -(-sent_PP.sum(0).max() // rows) if ragged else -(-sent_PP.max() // (rows // peers))
+    needed = rounds(plan.counts_PPE, rows, ragged)
     others = tuple(a for a in agree if a not in axes)
     needed = jax.lax.pmax(needed, others) if others else needed
     step = partial(_round, experts, _ragged if ragged else _padded, axes, rows)
@@ -101,10 +105,10 @@ def exchanged_experts(
 def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, up, down) -> Array:
     """What the pairs of round r add: those that the first r rounds left and the buffers hold."""
     way = carrier(axes, rows, r, plan)
-    x_SD = spread(x_ND, way.slot_NC, way.pair_S, weights_NC.shape[1])
+    x_SD = _pack(x_ND, way.slot_NC, way.pair_S)
     x_RD = checkpoint_name(way.there(x_SD), "expert_in")
     y_SD = checkpoint_name(way.back(experts(x_RD, way.expert_R, up, down)), "expert_out")
-    return collect(y_SD, weights_NC, way.slot_NC, way.pair_S)
+    return _unpack(y_SD, weights_NC, way.slot_NC, way.pair_S)
 
 
 class _Way(NamedTuple):
@@ -152,6 +156,49 @@ def _ragged(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Wa
         lambda x: carry_ragged(axes, rows, x, there, home),
         lambda y: carry_ragged(axes, A, y, home, there),
     )
+
+
+def _rows(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _pack(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
+    """x_SD: each token's row in the slots of its pairs, zeros in empty ones. Both directions are gathers, never scatters."""
+    return _rows(x_ND, pair_S // slot_NC.shape[1])
+
+
+def _pack_forward(x_ND, slot_NC, pair_S):
+    return _pack(x_ND, slot_NC, pair_S), slot_NC
+
+
+def _pack_backward(slot_NC, dx_SD):
+    dx_ND = _rows(dx_SD, slot_NC).sum(1, dtype=jnp.promote_types(dx_SD.dtype, jnp.float32))
+    return dx_ND.astype(dx_SD.dtype), None, None
+
+
+_pack.defvjp(_pack_forward, _pack_backward)
+
+
+@jax.custom_vjp
+def _unpack(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
+    """y_ND: the weighted sum of each token's pairs, in float32; pairs without a slot count nothing."""
+    wide = jnp.promote_types(y_SD.dtype, jnp.float32)
+    return jnp.einsum("ncd,nc->nd", _rows(y_SD, slot_NC), weights_NC, preferred_element_type=wide).astype(y_SD.dtype)
+
+
+def _unpack_forward(y_SD, weights_NC, slot_NC, pair_S):
+    return _unpack(y_SD, weights_NC, slot_NC, pair_S), (y_SD, weights_NC, slot_NC, pair_S)
+
+
+def _unpack_backward(saved, dy_ND):
+    y_SD, weights_NC, slot_NC, pair_S = saved
+    dy_SD = _rows(dy_ND, pair_S // slot_NC.shape[1]) * _rows(weights_NC.reshape(-1), pair_S)[:, None]
+    dweights_NC = jnp.einsum("ncd,nd->nc", _rows(y_SD, slot_NC), dy_ND, preferred_element_type=jnp.float32)
+    return dy_SD.astype(y_SD.dtype), dweights_NC.astype(weights_NC.dtype), None, None
+
+
+_unpack.defvjp(_unpack_forward, _unpack_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,201 @@
+"""Experts over eight devices: values and gradients of one device, whatever the mesh and however skewed the routing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from model import exchange
+from model.config import MLPConfig, ModelConfig, MoEConfig
+from model.dispatch import run_experts
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.rules import AxisRules, ShardingRules
+
+E, D, F, B, T = 8, 8, 6, 8, 8
+RULES = ShardingRules()
+TOKENS = ("batch", "sequence", None)
+AXES = [TOKENS, TOKENS, TOKENS, ("expert", None, None, "mlp"), ("expert", "mlp", None), TOKENS]
+NAMES = ["y", "gradient of x", "of weights", "of up", "of down"]
+
+
+def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """jax.lax.ragged_all_to_all as its documentation has it, of collectives that CPUs have; NaN where its rules are broken."""
+    sent, start, size, end = (jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets))
+    me, row = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    broken = (recv_sizes != size[:, me]).any() | (size < 0).any() | (start < 0).any() | (end < 0).any()
+    broken |= (input_offsets + send_sizes > operand.shape[0]).any() | (end[:, me] + size[:, me] > output.shape[0]).any()
+    for s in range(sent.shape[0]):
+        here = (row >= end[s, me]) & (row < end[s, me] + size[s, me])
+        output = jnp.where(here[:, None], sent[s].at[start[s, me] + row - end[s, me]].get(mode="clip"), output)
+    return jnp.where(broken, jnp.nan, output)
+
+
+def inputs(style: str, k: int, seed: int = 0) -> list[np.ndarray]:
+    """x, indices, weights, up, down and the gradient of y. A tenth of the pairs goes nowhere, as capacity and padding have it."""
+    rng = np.random.default_rng(seed)
+    shapes = [(B, T, D), (B, T, k), (E, D, 2, F), (E, F, D), (B, T, D)]
+    x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    indices = np.stack([rng.permutation(E)[:k] for _ in range(B * T)]).reshape(B, T, k)
+    if style == "same":  # the same experts for all: most devices get nothing
+        indices[:] = np.arange(k)
+    if style == "half":  # rows of half of the devices to the last experts
+        indices[: B // 2] = E - 1 - np.arange(k)
+    indices = np.where(rng.random(indices.shape) < (1.0 if style == "none" else 0.1), E, indices).astype(np.int32)
+    return [x, indices, weights, up, down, dy]
+
+
+def values_and_gradients(config: ModelConfig, rules: ShardingRules = RULES):
+    def f(x, indices, weights, up, down, dy):
+        run = lambda x, weights, up, down: run_experts(x, indices, weights, None, up, down, config, rules)
+        y, pull = jax.vjp(run, x, weights, up, down)
+        return y, *pull(dy)
+
+    return jax.jit(f)
+
+
+def spread_over(mesh, arrays, rules=RULES):
+    return [
+        jax.device_put(x, jax.NamedSharding(mesh, rules.spec("activations", axes)))
+        for x, axes in zip(arrays, AXES, strict=True)
+    ]
+
+
+def config_of(k: int, factor: float | None, **changes) -> ModelConfig:
+    return ModelConfig(mlp=MLPConfig("swiglu"), moe=MoEConfig(E, k, F, exchange=factor, **changes), dtype="float32")
+
+
+def check(config: ModelConfig, axes: dict[str, int], rules: ShardingRules = RULES, styles=("any", "same", "half", "none")):
+    k = config.moe.top_k
+    alone = values_and_gradients(replace(config, moe=replace(config.moe, dispatch="dense")))
+    with use_mesh(mesh := make_mesh(MeshConfig(**{"fsdp": 1, **axes}))):
+        together = values_and_gradients(config, rules)
+    for style in styles:
+        expected = alone(*inputs(style, k))
+        with use_mesh(mesh):
+            found = together(*spread_over(mesh, inputs(style, k), rules))
+        for name, a, b in zip(NAMES, found, expected, strict=True):
+            message = f"{style}: {name}"
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-6), rtol=0, err_msg=message)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize(
+    "axes, k, factor",
+    [
+        ({"expert": 8}, 2, 1.0),
+        ({"data": 2, "expert": 4}, 3, 0.5),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, 1, 1.25),
+        ({"sequence": 2, "expert": 4}, 2, 2.0),
+    ],
+    ids=str,
+)
+def test_the_exchange_gives_what_one_device_gives(axes, k, factor, ragged, monkeypatch):
+    monkeypatch.setattr(exchange, "ROW_MULTIPLE", 1)  # so that a few tokens overflow
+    if ragged:
+        monkeypatch.setattr(exchange, "target", lambda: ("tpu", "emulated"))
+        monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
+    check(config_of(k, factor), axes)
+
+
+SEQUENCE = replace(RULES, activations=AxisRules(batch=("data",), sequence=("sequence",), expert=("sequence",)))
+TENSOR = replace(RULES, activations=AxisRules(batch=("data",), expert=("tensor",), mlp=()))
+BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("expert", "tensor"), mlp=()))
+
+
+@pytest.mark.parametrize(
+    "axes, rules, factor",
+    [
+        ({"expert": 4, "tensor": 2}, RULES, None),
+        ({"data": 2, "sequence": 4}, SEQUENCE, None),  # experts where the parts of a sequence are
+        ({"data": 2, "sequence": 4}, SEQUENCE, 1.0),
+        ({"data": 2, "tensor": 4}, TENSOR, 1.0),  # each device has the group's tokens already
+        ({"data": 2, "expert": 2, "tensor": 2}, BOTH, 1.0),
+    ],
+    ids=["gathered", "sequence-gathered", "sequence", "tensor", "both"],
+)
+def test_experts_may_lie_over_any_axis(axes, rules, factor):
+    rules.validate()
+    check(config_of(2, factor), axes, rules, styles=("any", "same"))
+
+
+def test_the_oracle_runs_on_a_mesh():
+    check(config_of(2, 1.0, dispatch="dense"), {"data": 2, "expert": 4}, styles=("any",))
+
+
+def test_buffers_without_a_capacity_are_refused():
+    with pytest.raises(ValueError, match="capacity_factor"):
+        jax.eval_shape(values_and_gradients(config_of(2, None, dispatch="gather")), *inputs("any", 2))
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+def test_tokens_come_back_bit_for_bit_to_where_they_were(ragged, monkeypatch):
+    """Experts that return their rows, and NaN for a row of another's: in several rounds, and in place."""
+    monkeypatch.setattr(exchange, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
+    rng = np.random.default_rng(0)
+    indices = np.where(rng.random((64, 1)) < 0.7, 5, rng.integers(0, 9, (64, 1))).astype(np.int32)  # 8: nowhere
+    x = np.concatenate([indices, np.arange(64)[:, None], rng.standard_normal((64, 6))], 1).astype(np.float32)
+
+    def local(x, indices, up, down):
+        def experts(x_RD, expert_R, up, down):
+            mine = (x_RD[:, 0] == jax.lax.axis_index("expert") * 2 + expert_R) | (expert_R == 2)
+            return jnp.where(mine[:, None], x_RD, jnp.nan)
+
+        ones = jnp.ones(indices.shape, jnp.float32)
+        options = {"axes": ("expert",), "agree": ("data", "expert"), "factor": 1.0, "ragged": ragged}
+        return exchange.exchanged_experts(x, indices, ones, up, down, experts, **options)
+
+    with use_mesh(mesh := make_mesh(MeshConfig(data=2, fsdp=1, expert=4))):
+        rows, held = jax.P(("data", "expert")), jax.P("expert")
+        arrays = [
+            jax.device_put(a, jax.NamedSharding(mesh, spec))
+            for a, spec in [(x, rows), (indices, rows), (np.zeros((8, 8, 2, 2)), held), (np.zeros((8, 2, 8)), held)]
+        ]
+        call = jax.shard_map(local, in_specs=(rows, rows, held, held), out_specs=rows, check_vma=False)
+        y = jax.jit(call)(*arrays)
+    np.testing.assert_array_equal(y, np.where(indices == 8, 0, x))
+
+
+@given(
+    tokens=st.integers(1, 300), k=st.integers(1, 4), experts=st.integers(1, 4), peers=st.sampled_from([2, 4, 8]),
+    factor=st.floats(0.1, 8), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_buffers_hold_their_share_and_rounds_hold_the_rest(tokens, k, experts, peers, factor, seed):
+    k = min(k, experts * peers)
+    rows = exchange.room(tokens * k, tokens, k, experts, peers, factor)
+    bound, most = rows // peers, tokens * min(k, experts)
+    assert rows % peers == 0 and 1 <= bound <= most
+    assert bound >= min(most, factor * tokens * k / peers)
+    assert bound == most or bound % exchange.ROW_MULTIPLE == 0
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(tokens * k, rng.dirichlet(np.full(peers * experts, 0.3)), peers).reshape(peers, peers, -1)
+    for ragged in (False, True):
+        n = int(exchange.rounds(jnp.asarray(counts), rows, ragged))
+        fullest = counts.sum(-1).sum(0).max() / rows if ragged else counts.sum(-1).max() / bound
+        assert n - 1 < fullest <= n
+    even = np.full((peers, peers, experts), 16)
+    assert exchange.rounds(jnp.asarray(even), peers * experts * 16, True) == 1
+
+
+def test_only_pairs_travel():
+    """No collective over the group moves all of its tokens, where the exchange does not have room for them."""
+    collectives = {}
+    for factor in (1.0, None):
+        config = config_of(1, factor)
+        with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=8))):
+            x, indices, weights, up, down, dy = inputs("any", 1)
+            x, indices, weights, dy = (np.repeat(a, 8, 1) for a in (x, indices, weights, dy))
+            arrays = spread_over(mesh, [x, indices, weights, up, down, dy])
+            text = values_and_gradients(config).lower(*arrays).compile().as_text()
+        collectives[factor] = re.findall(r"= (\w+)\[[\d,]*\]\S* (all-gather|all-to-all|reduce-scatter)\(", text)
+        collectives[factor] += [("f32", kind) for kind in re.findall(r"= \(f32.*\) (all-to-all)\(", text)]
+    assert {kind for dtype, kind in collectives[1.0] if dtype == "f32"} == {"all-to-all"}
+    assert {kind for dtype, kind in collectives[None] if dtype == "f32"} == {"all-gather", "reduce-scatter"}
