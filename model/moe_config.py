@@ -15,7 +15,9 @@ WITHOUT_LOGITS = ("hash", "random")  # routers that have no weights of their own
 # Routers that read `weights`; the others weight their experts as their papers do, which is the form that is named here
 # where there is one.
 WEIGHTED = ("top_k", "sinkhorn")
-PAPER_WEIGHTS = {"switch": "softmax", "gshard": "renormalized", "noisy_top_k": "softmax_top_k", "dense": "softmax", "expert_choice": "softmax"}
+PAPER_WEIGHTS = {
+    "switch": "softmax", "gshard": "renormalized", "noisy_top_k": "softmax_top_k", "dense": "softmax", "expert_choice": "softmax",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class MoEConfig:
     def capacity(self, tokens: int) -> int:
         """Places of an expert for a sequence of so many tokens: `capacity_factor` (1 where a router needs one and there
         is none) * top_k * tokens / num_experts, rounded up, at least 1 and at most all. The factor is taken as the
-        decimal number that it is written as, so that 1.1 * 10 / 11 is 1 place and not 2."""
+        decimal number that it is written as, so that 1.1 * 100 / 10 is 11 places and not 12."""
         factor = Fraction(1) if self.capacity_factor is None else Fraction(repr(self.capacity_factor))
         return max(1, min(tokens, math.ceil(factor * self.top_k * tokens / self.num_experts)))
 

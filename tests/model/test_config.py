@@ -13,6 +13,13 @@ from tests.models import TINY_ATTENTION, tiny_config
 MOE = tiny_config(moe=MoEConfig(4, 2, 24))
 SCALED = tiny_config(position=PositionConfig(scaling=RopeScalingConfig()))
 
+
+
+def router(name: str, k: int, weights: str = "renormalized", bidirectional: bool = False) -> ModelConfig:
+    attention = replace(TINY_ATTENTION, mask="bidirectional" if bidirectional else "causal")
+    return tiny_config(moe=MoEConfig(4, k, 24, router=name, weights=weights), attention=attention)
+
+
 BAD = [
     *((tiny_config(), f, 0) for f in ("num_layers", "embed_dim", "max_length", "mlp.hidden_dim")),
     *(
@@ -66,6 +73,29 @@ BAD = [
     (MOE, "moe.hidden_dim", 0),
     (MOE, "moe.load_balance", -0.1),
     (MOE, "moe.z_loss", -0.1),
+    (MOE, "moe.shared_experts", -1),
+    *((MOE, f"moe.{f}", value) for f in ("scale", "capacity_factor", "exchange") for value in (0.0, -1.0, float("inf"))),
+    *((MOE, f"moe.{f}", value) for f in ("jitter", "router_dropout") for value in (1.0, -0.1)),
+    (MOE, "moe.router", "topk"),
+    (MOE, "moe.router", "expert_choice"),  # see later tokens
+    (MOE, "moe.router", "soft"),
+    (MOE, "moe.top_k", 1),  # every weight 1
+    (router("switch", 1), "moe.top_k", 2),
+    (router("gshard", 2), "moe.top_k", 3),
+    (router("dense", 4), "moe.top_k", 2),
+    (router("gshard", 2), "moe.weights", "sigmoid"),
+    (router("hash", 2), "moe.weights", "softmax"),
+    (router("hash", 2), "moe.jitter", 0.01),
+    (router("random", 2), "moe.router_dropout", 0.1),
+    (router("sinkhorn", 1, weights="sigmoid"), "moe.weights", "softmax_top_k"),
+    (router("gshard", 2), "moe.bias_rate", 0.1),
+    (MOE, "moe.bias_rate", -0.1),
+    *((MOE, "moe.groups", value) for value in ((3, 1), (2, 3), (0, 1), (2,), (4, 1))),
+    (router("sinkhorn", 2), "moe.groups", (2, 1)),
+    *((MOE, "moe.dispatch", value) for value in ("gather", "einsum", "scatter")),
+    (router("soft", 2, bidirectional=True), "moe.capacity_factor", 1.0),
+    (router("soft", 2, bidirectional=True), "moe.dispatch", "gather"),
+    (router("dense", 4), "moe.capacity_factor", 1.0),
 ]
 
 
@@ -85,3 +115,25 @@ def test_a_bad_field_is_named_with_its_value_and_a_fix(config, path, value):
 @pytest.mark.parametrize("name", CASES)
 def test_the_published_architectures_are_accepted(name):
     CASES[name][0].validate()
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(256, 8, weights="sigmoid_renormalized", groups=(8, 4), scale=2.5, bias_rate=0.001, shared_experts=1),
+        MoEConfig(4, 1, router="switch", capacity_factor=1.0, dispatch="einsum", jitter=0.01),
+        MoEConfig(4, 1, weights="sigmoid"),
+        MoEConfig(4, 2, dispatch="dense", capacity_factor=0.5),
+        MoEConfig(1, 1),  # one expert: nothing to weigh
+        *(MoEConfig(4, 2, router=name) for name in ("gshard", "noisy_top_k", "sinkhorn", "hash", "random")),
+    ],
+)
+def test_what_decoders_may_have(moe):
+    moe.validate(causal=True)
+
+
+def test_what_only_encoders_may_have():
+    for moe in (MoEConfig(4, 2, router="expert_choice", dispatch="gather"), MoEConfig(4, 2, router="soft", scale=2.0)):
+        moe.validate(causal=False)
+        with pytest.raises(ValueError, match=r"model\.moe\.router = .*later ones.*train\.objective='masked'"):
+            moe.validate(causal=True)

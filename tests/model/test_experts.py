@@ -12,23 +12,14 @@ import pytest
 from hypothesis import given, settings
 
 from model import experts
-from model.balance import router_stats as stats_of
 from model.experts import expert_mlp
 from model.moe_config import MoEConfig
-from model.routers import route as choose_experts
 from model.transformer import forward, logits
 from pallas_kernels.grouped_matmul import xla
-from tests.model.reference import feed_forward, router_stats
+from tests.model.reference import feed_forward
 from tests.models import random_model, tiny_config
 
 D, F = 8, 6
-WEIGHTS = {True: "renormalized", False: "softmax"}
-
-
-@partial(jax.jit, static_argnums=2)  # one program, not dozens of single operations
-def route(logits_BTE, valid_BT, config):
-    routing = choose_experts(logits_BTE, valid_BT, config)
-    return routing.indices_BTC, routing.weights_BTC, stats_of(routing, routing.indices_BTC, valid_BT, config)
 
 
 @partial(jax.jit, static_argnames=("kind", "implementation"))
@@ -123,68 +114,6 @@ def test_bfloat16_sums_in_float32(tokens, experts_read):
     ours = expert_mlp(x, indices, weights, up, down, "swiglu")
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=8e-3 * np.abs(exact).max())
-
-
-@given(
-    shape=st.sampled_from([(2, 5, 4), (3, 3, 6)]),
-    k=st.sampled_from([1, 3]),
-    seed=st.integers(0, 1000),
-    scope=st.sampled_from(["batch", "sequence"]),
-    renormalize=st.booleans(),
-)
-@settings(max_examples=15, deadline=None)
-def test_route_equals_the_reference(shape, k, seed, scope, renormalize):
-    rng = np.random.default_rng(seed)
-    x_BTE = 3 * rng.standard_normal(shape).astype(np.float32)
-    valid_BT = rng.random(shape[:2]) < 0.7
-    valid_BT[:, 0] = True
-    config = MoEConfig(num_experts=shape[-1], top_k=k, balance_scope=scope, weights=WEIGHTS[renormalize])
-    indices, weights, stats = route(jnp.asarray(x_BTE), jnp.asarray(valid_BT), config)
-    order = np.argsort(-x_BTE, -1)[..., :k]
-    np.testing.assert_array_equal(np.sort(indices, -1)[valid_BT], np.sort(order, -1)[valid_BT])
-    np.testing.assert_array_equal(np.asarray(indices)[~valid_BT], shape[-1])
-    p = np.exp(x_BTE) / np.exp(x_BTE).sum(-1, keepdims=True)
-    p = np.take_along_axis(p, np.minimum(indices, shape[-1] - 1), -1)
-    expected = p / p.sum(-1, keepdims=True) if renormalize else p
-    np.testing.assert_allclose(np.asarray(weights)[valid_BT], expected[valid_BT], rtol=1e-5)
-    chosen = np.zeros(shape)
-    np.put_along_axis(chosen, order, 1, -1)
-    expected = router_stats(x_BTE.astype(np.float64), chosen, valid_BT, config)
-    np.testing.assert_allclose(stats.load_E.sum(), 1, rtol=1e-6)
-    for name, value in vars(expected).items():
-        np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_balance_is_one_when_even_and_e_over_k_when_collapsed(scope):
-    config = MoEConfig(num_experts=6, top_k=2, balance_scope=scope)
-    valid = jnp.ones((2, 3), bool)
-    # Token t prefers experts 2t and 2t + 1: each sequence of three uses every expert once.
-    even = 5.0 * jnp.repeat(jnp.eye(3), 2, axis=1)[None].repeat(2, 0)
-    np.testing.assert_allclose(route(even, valid, config)[2].load_balance, 1, rtol=1e-5)
-    collapsed = jnp.zeros((2, 3, 6)).at[..., :2].set(50.0)
-    np.testing.assert_allclose(route(collapsed, valid, config)[2].load_balance, 6 / 2, rtol=1e-5)
-
-
-def test_router_losses_carry_gradients_and_the_load_does_not():
-    x = jax.random.normal(jax.random.key(0), (2, 4, 5))
-    valid = jnp.ones((2, 4), bool)
-
-    def gradient(name):
-        return np.abs(jax.grad(lambda x: getattr(route(x, valid, MoEConfig(5, 2))[2], name).sum())(x)).max()
-
-    assert gradient("load_balance") > 1e-3 and gradient("z") > 1e-3
-    assert gradient("load_E") == 0
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_a_router_logit_that_is_not_finite_shows(poison, renormalize):
-    x = np.array(jax.random.normal(jax.random.key(0), (1, 3, 5)))
-    x[0, 1, 2] = poison
-    _, weights, _ = route(jnp.asarray(x), jnp.ones((1, 3), bool), MoEConfig(5, 2, weights=WEIGHTS[renormalize]))
-    assert not np.isfinite(weights[0, 1]).any()
-    assert np.isfinite(weights[0, [0, 2]]).all()
 
 
 def test_a_nan_in_the_router_reaches_the_logits():
