@@ -43,7 +43,7 @@ def layout(indices_NC: Int[Array, "N C"], num_experts: int) -> Layout:
 
 
 def _rows(x_ND: Array, index: Array) -> Array:
-    return x_ND.at[index].get(mode="promise_in_bounds")
+    return x_ND.at[index].get(mode="fill", fill_value=0)
 
 
 def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
@@ -63,7 +63,8 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
 
 @jax.custom_vjp
 def spread(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """x_SD: each token's row in the slots of its pairs. Both directions are gathers, never scatters."""
+    """x_SD: each token's row in the slots of its pairs; zero in a slot whose pair is N * C (none). A pair whose slot is S has
+    none. Both directions are gathers, never scatters."""
     return _rows(x_ND, pair_S // slot_NC.shape[1])
 
 
@@ -80,7 +81,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def collect(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """y_ND: the weighted sum of each token's pairs."""
+    """y_ND: the weighted sum of each token's pairs, those without a slot left out."""
     return _sum(y_SD, slot_NC, weights_NC)
 
 

@@ -1,0 +1,138 @@
+"""Experts with a bounded number of places: each has a buffer of so many rows for each sequence, filled from the tokens and
+read back into them, by one-hot matmuls (GShard, Lepikhin et al. 2020, sec. 3.2) or by gathers.
+
+A place that no token took is computed too: the cost is that of the capacity, whatever the router does, and all shapes are
+known when the program is compiled. On a mesh explicit shardings do the rest: buffers are born where their sequence is, laid out
+anew so that experts lie over their axes (the all-to-all of GShard), multiplied, and laid out back.
+
+Shapes: B batch, T time, D width, E experts, C choices of a token, P places, G 2 if gated else 1, F hidden width, N = B * T.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from model.experts import collect, spread
+from model.mlp import activate
+from sharding.manual import vary, varying_axes
+from sharding.rules import ShardingRules, no_mesh, reshard
+
+How = Literal["gather", "einsum"]
+
+
+def buffered_experts(
+    x_BTD: Float[Array, "B T D"],
+    indices_BTC: Int[Array, "B T C"],
+    weights_BTC: Float[Array, "B T C"],
+    place_BTC: Int[Array, "B T C"],
+    capacity: int,
+    up_EDGF: Float[Array, "E D G F"],
+    down_EFD: Float[Array, "E F D"],
+    kind: str,
+    rules: ShardingRules,
+    how: How,
+) -> Float[Array, "B T D"]:
+    """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
+
+    `place_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it means
+    nothing (model/capacity.py). Gradients flow to x, weights, up and down. With 'einsum' a token that is not finite spoils its
+    whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
+    """
+    E = up_EDGF.shape[0]
+    fill = partial(_fill if how == "gather" else _fill_by_matmul, experts=E, capacity=capacity)
+    combine = _combine if how == "gather" else _combine_by_matmul
+    if no_mesh():
+        buffer_EBPD = fill(x_BTD, indices_BTC, place_BTC)
+        return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, kind), weights_BTC, indices_BTC, place_BTC)
+
+    x, indices, weights, place = (
+        reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, place_BTC)
+    )
+    tokens, buffers = rules.spec("activations", ("batch", None, None)), rules.spec("activations", (None, "batch", None, None))
+    apart = _expert_spec(rules, capacity)
+    buffer_EBPD = jax.shard_map(fill, in_specs=(tokens, tokens, tokens), out_specs=buffers)(x, indices, place)
+    y_EBPD = _mlp(jax.sharding.reshard(buffer_EBPD, apart), up_EDGF, down_EFD, kind, apart, rules)
+    y_EBPD = jax.sharding.reshard(y_EBPD, buffers)
+    out = jax.shard_map(combine, in_specs=(buffers, tokens, tokens, tokens), out_specs=tokens)(y_EBPD, weights, indices, place)
+    return reshard(out, rules, "batch", "sequence", None)
+
+
+def _expert_spec(rules: ShardingRules, capacity: int) -> PartitionSpec:
+    """How buffers [E, B, P, D] lie while experts work: experts over their axes, sequences over the other axes of the batch, and
+    places over those of the sequence where these divide them (else devices of a sequence repeat each other's work)."""
+    a, sizes = rules.activations, jax.sharding.get_abstract_mesh().shape
+    batch = tuple(axis for axis in a.batch if axis not in a.expert)
+    places = tuple(axis for axis in a.sequence if axis not in a.expert)
+    if capacity % math.prod(sizes[axis] for axis in places):
+        places = ()
+    return PartitionSpec(a.expert or None, batch or None, places or None, None)
+
+
+def _mlp(
+    buffer_EBPD: Array, up_EDGF: Array, down_EFD: Array, kind: str,
+    spec: PartitionSpec | None = None, rules: ShardingRules | None = None,
+) -> Array:  # fmt: skip
+    """Each expert's MLP on its buffers, which on a mesh lie as `spec`."""
+    E, B, P, D = buffer_EBPD.shape
+    G, F = up_EDGF.shape[2:]
+    if spec is None or rules is None:  # as matrices: faster on CPU
+        h_EXGF = (buffer_EBPD.reshape(E, B * P, D) @ up_EDGF.reshape(E, D, G * F)).reshape(E, B * P, G, F)
+        return (activate(kind, h_EXGF) @ down_EFD).reshape(E, B, P, D)
+    dims = (((3,), (1,)), ((0,), (0,)))
+    hidden = PartitionSpec(*spec[:3], None, rules.activations.mlp or None)
+    h_EBPGF = jax.lax.dot_general(buffer_EBPD, up_EDGF, dims, out_sharding=hidden)
+    return jax.lax.dot_general(activate(kind, h_EBPGF), down_EFD, dims, out_sharding=spec)
+
+
+def _fill(x_BTD: Array, indices_BTC: Array, place_BTC: Array, *, experts: int, capacity: int) -> Array:
+    """Buffers [E, B, P, D]: each token's row in the places of its choices, zeros elsewhere."""
+    B, T, D = x_BTD.shape
+    slot_NC, pair_S = _slots(indices_BTC, place_BTC, experts, capacity)
+    return spread(x_BTD.reshape(B * T, D), slot_NC, pair_S).reshape(experts, B, capacity, D)
+
+
+def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, place_BTC: Array) -> Array:
+    """The weighted sum of each token's choices, [B, T, D]."""
+    E, B, P, D = y_EBPD.shape
+    slot_NC, pair_S = _slots(indices_BTC, place_BTC, E, P)
+    weights_NC = weights_BTC.reshape(slot_NC.shape)
+    return collect(y_EBPD.reshape(E * B * P, D), weights_NC, slot_NC, pair_S).reshape(*indices_BTC.shape[:2], D)
+
+
+def _slots(indices_BTC: Array, place_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
+    """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C where
+    it has none)."""
+    B, T, C = indices_BTC.shape
+    slots, pairs = E * B * P, B * T * C
+    row_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
+    taken = (indices_BTC >= 0) & (indices_BTC < E) & (place_BTC < P)
+    slot_NC = jnp.where(taken, (indices_BTC * B + row_B11) * P + place_BTC, slots).reshape(B * T, C).astype(jnp.int32)
+    empty_S = vary(jnp.full(slots, pairs, jnp.int32), varying_axes(slot_NC))
+    pair_S = empty_S.at[slot_NC.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
+    return slot_NC, pair_S
+
+
+def _one_hots(indices_BTC: Array, place_BTC: Array, E: int, P: int, dtype) -> tuple[Array, Array]:
+    return jax.nn.one_hot(indices_BTC, E, dtype=dtype), jax.nn.one_hot(place_BTC, P, dtype=dtype)
+
+
+def _fill_by_matmul(x_BTD: Array, indices_BTC: Array, place_BTC: Array, *, experts: int, capacity: int) -> Array:
+    """As `_fill`, with GShard's mask [B, T, E, P]."""
+    expert_BTCE, place_BTCP = _one_hots(indices_BTC, place_BTC, experts, capacity, x_BTD.dtype)
+    mask_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE, place_BTCP)
+    return jnp.einsum("btep,btd->ebpd", mask_BTEP, x_BTD)
+
+
+def _combine_by_matmul(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, place_BTC: Array) -> Array:
+    """As `_combine`, with GShard's combine weights [B, T, E, P]."""
+    E, _, P, _ = y_EBPD.shape
+    expert_BTCE, place_BTCP = _one_hots(indices_BTC, place_BTC, E, P, weights_BTC.dtype)
+    combine_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE * weights_BTC[..., None], place_BTCP)
+    return jnp.einsum("btep,ebpd->btd", combine_BTEP.astype(y_EBPD.dtype), y_EBPD)
