@@ -81,7 +81,7 @@ def co_activation(study: Study, theme: Theme) -> Figure | None:
     colours = LinearSegmentedColormap.from_list("together", [theme.paper, theme.lines[0]])
     for i, layer in enumerate(layers):
         axes = figure.add_axes((0.055 + i * 0.218, 0.14, 0.185, 0.68))
-        style(figure, axes, theme, f"Chosen together, MoE layer {layer}", "expert" if i == 0 else "", x="with expert")
+        style(figure, axes, theme, f"Together, MoE layer {layer}", "expert" if i == 0 else "", x="with expert")
         axes.grid(False)
         image = axes.imshow(study.co_activation_LEE[layer], cmap=colours, vmin=0, vmax=most, interpolation="nearest")
     bar = figure.colorbar(image, cax=figure.add_axes((0.935, 0.14, 0.01, 0.68)))

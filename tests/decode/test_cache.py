@@ -29,10 +29,14 @@ CONFIGS = {
     # Later layers see keys made from hidden states of a shorter context: equal to a recomputation for one layer only.
     "dynamic_ntk": config(scaling={"kind": "dynamic_ntk", **STRETCHED}, num_layers=1),
     "alibi, block sparse, softcap": config("alibi", attention={"layers": ("block_sparse",), "softcap": 5.0}),
-    "learned, one key head, sandwich norms": config(
-        "learned", attention={"num_kv_heads": 1}, norm=NormConfig("layernorm", bias=True, placement="sandwich")
+    "learned, one key head, sandwich norms, hashed experts": config(
+        "learned", attention={"num_kv_heads": 1}, norm=NormConfig("layernorm", bias=True, placement="sandwich"),
+        moe=MoEConfig(num_experts=4, hidden_dim=16, router="hash"),
     ),
-    "sinusoidal, q/k norm, sinks": config("sinusoidal", attention={"qk_norm": "head", "sinks": True}),
+    "sinusoidal, q/k norm, sinks, random and shared experts": config(
+        "sinusoidal", attention={"qk_norm": "head", "sinks": True},
+        moe=MoEConfig(num_experts=4, hidden_dim=16, router="random", shared_experts=1),
+    ),
     "prefix, sliding": config("none", attention={"mask": "prefix", "layers": ("sliding",)}),
 }
 LENGTHS, WIDTH, TOTAL, CAPACITY = np.asarray([1, 4, 9]), 10, 16, 18
