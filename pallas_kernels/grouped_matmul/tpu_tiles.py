@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul.spec import Tiles
 
 ROWS = 16  # of a tile of bfloat16: where a part of a tile may begin
 STEP, PIECE = 400, 250  # cycles of a grid step, of the first and last rows of a product
-MOST_BUNDLES = 8500  # of one body: what is compiled, and must be brought into the core's instruction memory
+MOST_BUNDLES = 8500  # of one piece: what is compiled, and must be brought into the core's instruction memory
 # Bytes of memory a cycle of one core: published bandwidth over the clock that follows from the published peak.
 BYTES_A_CYCLE = {"v4": 585, "v5e": 546, "v5p": 790, "v6e": 937, "7x": 1677}
 CORES = {"v4": 2, "v5p": 2}  # cores that share one device's grid
@@ -39,6 +39,7 @@ class Cut:
     k: int
     piece: int  # columns of one product
     edge: int  # the fewest rows of one product
+    bundles: float  # of a piece, at least
     vmem: int  # bytes, an upper estimate; given to the compiler as the kernel's limit
 
     def parts(self) -> list[int]:
@@ -100,12 +101,11 @@ def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
     groups = min(call.E, call.M)
     visits = tiles_m + groups - 1
     whole = pieces == 1
-    share = _share(device, tiles_n)
     width = tiles_n * (cut.n // cut.piece * up(cut.piece, device.mxu) + up(cut.n % cut.piece, device.mxu))
     work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
     steps = tiles_n * visits * pieces * (STEP + call.G * _up(cut.n, cut.piece) * PIECE)
     sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
-    return max((work + steps + sums) * share, forward_bytes(call, cut) / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1))
+    return max((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
 
 
 def forward_bytes(call: Call, cut: Cut) -> float:
@@ -123,10 +123,10 @@ def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
     """The estimate for one core, likewise."""
     tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
     visits = _up(call.M, cut.m) + call.E - 1
-    work = (call.M + visits * device.mxu / 2) * tiles_k * cut.k * tiles_n * up(cut.n, device.mxu) * _passes(call) / macs_a_cycle(device)
+    outputs = tiles_k * cut.k * tiles_n * up(cut.n, device.mxu)
+    work = (call.M + visits * device.mxu / 2) * outputs * _passes(call) / macs_a_cycle(device)
     steps = tiles_k * tiles_n * visits * (STEP + 2 * PIECE + cut.k * cut.n / 1024)
-    share = _share(device, tiles_k)
-    return max((work + steps) * share, gradient_bytes(call, cut) / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1))
+    return max((work + steps) * _share(device, tiles_k), memory_cycles(device, gradient_bytes(call, cut)))
 
 
 def gradient_bytes(call: Call, cut: Cut) -> float:
@@ -135,21 +135,27 @@ def gradient_bytes(call: Call, cut: Cut) -> float:
     return call.M * call.b * (tiles_n * call.K + tiles_k * call.N) + 4 * call.E * call.K * call.N
 
 
+def memory_cycles(device: Generation, moved: float) -> float:
+    """Cycles that `moved` bytes take at the published bandwidth."""
+    return moved / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1)
+
+
 def _forward(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
-    bundles = m * k * _passes(call) / macs_a_cycle(device)
-    piece = _piece(device, n, bundles)
+    column = call.G * m * k * _passes(call) / macs_a_cycle(device)
+    piece = _piece(device, n, column)
     blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
     sums = 4 * call.G * m * n if k < up(call.K) else 0
     # One product in flight: its sums by gate, what the activation makes of them, and the weights widened or turned.
     work = 4 * m * piece * (call.G + 2) + k * piece * call.G * (call.b + 4 * (call.wb != call.b)) + 4 * m * k * (call.b == 4)
-    return Cut(m, n, k, piece, 64 if device.mxu == LANES else 128, 2 * blocks + sums + work + 2 * MIB)
+    return Cut(m, n, k, piece, 64 if device.mxu == LANES else 128, column * piece, 2 * blocks + sums + work + 2 * MIB)
 
 
 def _gradient(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
-    piece = _piece(device, n, m * k * _passes(call) / macs_a_cycle(device))
+    column = m * k * _passes(call) / macs_a_cycle(device)
+    piece = _piece(device, n, column)
     blocks = m * (k + n) * call.b + 4 * k * n
     work = 4 * k * piece + 2 * m * (k + piece) * (4 + call.b)
-    return Cut(m, n, k, piece, device.mxu, 2 * blocks + work + 2 * MIB)
+    return Cut(m, n, k, piece, device.mxu, column * piece, 2 * blocks + work + 2 * MIB)
 
 
 def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
@@ -160,8 +166,9 @@ def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
 
 def _best(device: Generation, made: list[Cut], cycles) -> Cut:
     fit = [cut for cut in made if cut.vmem <= device.vmem]
+    short = [cut for cut in fit if cut.bundles <= MOST_BUNDLES]
     if fit:
-        return min(fit, key=lambda cut: (cycles(cut), cut.vmem))
+        return min(short or fit, key=lambda cut: (cycles(cut), cut.vmem))
     least = min(made, key=lambda cut: cut.vmem)
     raise ValueError(
         f"tiles of {least.m} x {least.n} x {least.k} need {least.vmem / MIB:.1f} MiB of VMEM, more than the "
@@ -187,8 +194,7 @@ def _columns(N: int, given: int | None, name: str, most: int) -> Iterator[int]:
 
 def _share(device: Generation, tiles: int) -> float:
     """Of the work, that of the core which has most."""
-    cores = CORES.get(device.name, 1)
-    return _up(tiles, cores) / tiles
+    return _up(tiles, CORES.get(device.name, 1)) / tiles
 
 
 def _passes(call: Call) -> int:
