@@ -2,7 +2,8 @@
 
 Every expert starts as a copy of its layer's MLP, the router is drawn anew, everything else is taken over. A token's chosen
 experts are then equal, and where their weights sum to one the layer computes what the MLP did: whatever the router
-chooses, the logits are the dense network's.
+chooses, the logits are the dense network's. (For the same reason the loss gives routers of whole copies no gradient at the
+first step, only the balance does: the copies part by the tokens that they are given.)
 
 Fine-grained experts (He et al. 2024, "Upcycling large language models into mixture of experts", virtual groups): of width
 F / m an expert holds one of m shards of the MLP's hidden columns, since y = sum over shards of act(x up_s) down_s. Experts
@@ -25,14 +26,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from model.config import ModelConfig
 from model.moe import MoE
+from model.moe_config import ALWAYS_ONE, WEIGHTED
 from model.transformer import Block, Transformer, unstack
 from sharding.rules import ShardingRules, no_mesh
 
-# Routers whose weights for a token sum to `scale` whatever it is and whoever else is there, in training too.
-WHOLE = ("top_k", "noisy_top_k", "hash", "random", "dense")
+# Routers whose weights for a token sum to `scale`, in training too; those that read `weights` only with some of its forms.
+WHOLE = ("top_k", "noisy_top_k", "sinkhorn", "hash", "random", "dense")
 # Of those, the ones that take experts of equal logits together.
-TOGETHER = ("top_k", "dense")
-SUM_TO_ONE = ("renormalized", "softmax_top_k", "sigmoid_renormalized")
+TOGETHER = ("top_k", "sinkhorn", "dense")
 # What may differ between the two networks: it changes how the function is trained or computed, not the function.
 FREE = ("moe", "init", "dropout", "dtype", "remat", "remat_names", "scan_unroll")
 
@@ -86,10 +87,11 @@ def check(dense: ModelConfig, config: ModelConfig) -> int:
             f"model.moe.router = {moe.router!r}: the weights of a token's experts do not always sum to one, so that the logits "
             f"would change; use one of {', '.join(WHOLE)}"
         )
-    if moe.router in ("top_k",) and moe.weights not in SUM_TO_ONE:
+    if moe.router in WEIGHTED and moe.weights not in ALWAYS_ONE:
+        more = " and model.moe.top_k = 2 or more" if moe.top_k == 1 else ""
         raise ValueError(
             f"model.moe.weights = {moe.weights!r}: the weights of a token's experts do not sum to one, so that the logits would "
-            f"change; use one of {', '.join(SUM_TO_ONE)}"
+            f"change; use one of {', '.join(ALWAYS_ONE)}{more}"
         )
     return _check_shards(config)
 
@@ -142,14 +144,13 @@ def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
     up_RMDGf = jnp.moveaxis(up_RDGF.reshape(R, D, G, shards, f), 3, 1)
     down_RMfD = down_RFD.reshape(R, shards, f, D) * (shards / moe.scale)
     copies = E // shards
-    router_RDE = _weights(fresh.mlp)["router"]
     experts = {
         "mlp.up": jnp.concatenate([up_RMDGf] * copies, axis=1),
         "mlp.down": jnp.concatenate([down_RMfD] * copies, axis=1),
-        "mlp.router": jnp.repeat(router_RDE[..., :copies], shards, axis=-1),
     }
-    kept = {name: weight for name, weight in _weights(fresh).items() if name in ("mlp.router_bias", "mlp.router_noise")}
-    return _replace(fresh, shared | experts | kept)
+    if fresh.mlp.router is not None:  # hash and random have none
+        experts["mlp.router"] = jnp.repeat(fresh.mlp.router[...][..., :copies], shards, axis=-1)
+    return _replace(fresh, shared | experts)
 
 
 def _gathered(weight: Float[Array, "R ..."], rules: ShardingRules, *axes: str | None) -> Array:
@@ -164,7 +165,7 @@ def _weights(module: nnx.Module) -> dict[str, Array]:
 
 
 def _replace(module, weights: dict[str, Array]):
-    """`module` with the weights that are named, all the others as they are; each in its own layout."""
+    """`module` with the weights that are named, all the others as they are; each in the layout that it has there."""
     own = _weights(module)
     new = own | weights
     assert new.keys() == own.keys() and all(new[n].shape == own[n].shape for n in own), "the networks do not fit"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.balance import router_stats
+from model.balance import load_balance, router_stats
 from model.config import MLPConfig, ModelConfig
 from model.moe import MoE, Tokens
 from model.moe_config import MoEConfig
@@ -57,16 +57,16 @@ def apply(layer: MoE, x_BTD: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def gradients(layer: MoE, x_BTD: jax.Array, functional_BTD: jax.Array):
-    return jax.grad(lambda layer, x: (layer(x, TOKENS)[0] * functional_BTD).sum(), argnums=(0, 1))(layer, x_BTD)
+def apply_and_pull(layer: MoE, x_BTD: jax.Array, functional_BTD: jax.Array):
+    y_BTD, pull = jax.vjp(lambda layer, x: layer(x, TOKENS)[0], layer, x_BTD)
+    return y_BTD, *pull(functional_BTD)
 
 
 @by_name
 def test_outputs_and_gradients_are_the_published_layers(case: Case):
     drawn, want = draw(case), load(case)
-    mine = layer(case.moe, drawn)
-    close(apply(mine, drawn["x"]), want["y"])
-    d_layer, d_x = gradients(mine, drawn["x"], drawn["functional"])
+    y, d_layer, d_x = apply_and_pull(layer(case.moe, drawn), drawn["x"], drawn["functional"])
+    close(y, want["y"])
     close(d_x, want["d_x"])
     wanted = ours({name.removeprefix("d_"): value for name, value in want.items() if name.startswith("d_")})
     found = dict(weight_names(d_layer))
@@ -78,11 +78,25 @@ def test_outputs_and_gradients_are_the_published_layers(case: Case):
         close(found[name], value, err_msg=name)
 
 
+@partial(jax.jit, static_argnums=3)  # one program, not dozens of single operations
+def routed(logits_NE: jax.Array, valid_BT: jax.Array, bias_E: jax.Array | None, moe: MoEConfig):
+    """Choices, and of each loss its value and its gradient by the logits."""
+    logits_BTE = logits_NE.reshape(B, T, -1)
+
+    def losses(logits_BTE):
+        routing = route(logits_BTE, valid_BT, moe, bias_E=bias_E)
+        stats = router_stats(routing, routing.indices_BTC, valid_BT, moe)
+        return (moe.top_k * stats.load_balance, stats.z), routing
+
+    values, pull, routing = jax.vjp(losses, logits_BTE, has_aux=True)
+    gradients = [pull(one)[0].reshape(logits_NE.shape) for one in ((1.0, 0.0), (0.0, 1.0))]
+    return routing, dict(zip(("load_balance", "z"), zip(values, gradients, strict=True), strict=True))
+
+
 @by_name
 def test_choices_and_their_weights_are_the_published_ones(case: Case):
     drawn, want = draw(case), load(case)
-    logits_BTE = jnp.asarray(want["logits"]).reshape(B, T, -1)
-    routing = route(logits_BTE, TOKENS.valid_BT, case.moe, bias_E=drawn.get("bias"))
+    routing, _ = routed(want["logits"], TOKENS.valid_BT, drawn.get("bias"), case.moe)
     order = np.argsort(routing.indices_BTC, axis=-1)
     indices, weights = (np.take_along_axis(np.asarray(y), order, -1).reshape(B * T, -1) for y in routing[:2])
     np.testing.assert_array_equal(indices, want["indices"])
@@ -96,26 +110,31 @@ def test_a_wrong_option_does_not_pass_for_the_right_one(case: Case, wrong: dict)
     drawn = draw(case)
     if "bias_rate" in wrong:
         drawn.pop("bias")
-    y_BTD = apply(layer(replace(case.moe, **wrong), drawn), drawn["x"])
+    y_BTD = apply(layer(replace(case.moe, **wrong, dispatch="dense"), drawn), drawn["x"])  # quicker to compile
     assert np.abs(y_BTD - load(case)["y"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", [c for c in CASES if not c.moe.weights.startswith("sigmoid")], ids=lambda case: case.name)
-def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case, masked: bool):
+def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case):
     """transformers sums a token's choices, and so its loss is top_k at perfect balance where ours is 1."""
     drawn, want = draw(case), load(case)
-    valid_BT = jnp.asarray(drawn["mask"]) if masked else TOKENS.valid_BT
+    _, all_tokens = routed(want["logits"], TOKENS.valid_BT, None, case.moe)
+    _, without_padding = routed(want["logits"], drawn["mask"], None, case.moe)
+    found = all_tokens | {"load_balance_masked": without_padding["load_balance"]}
+    for name, (value, gradient) in found.items():
+        close(value, want[name], err_msg=name)
+        assert np.abs(want[f"d_logits_{name}"]).max() > 1e-3
+        close(gradient, want[f"d_logits_{name}"], atol=1e-7, err_msg=name)
 
-    def losses(logits_BTE):
-        routing = route(logits_BTE, valid_BT, case.moe)
-        stats = router_stats(routing, routing.indices_BTC, valid_BT, case.moe)
-        return case.moe.top_k * stats.load_balance, stats.z
 
-    (balance, z), pull = jax.vjp(losses, jnp.asarray(want["logits"]).reshape(B, T, -1))
-    name = "load_balance_masked" if masked else "load_balance"
-    close(balance, want[name])
-    close(pull((1.0, 0.0))[0].reshape(B * T, -1), want[f"d_logits_{name}"], atol=1e-7)
-    if not masked:
-        close(z, want["z"])
-        close(pull((0.0, 1.0))[0].reshape(B * T, -1), want["d_logits_z"], atol=1e-7)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name == "mixtral"], ids=lambda case: case.name)
+def test_over_layers_transformers_multiplies_sums_where_we_add_products(case: Case):
+    want = load(case)
+    layers = [want["logits"], want["logits_second"]]
+    probs = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in layers]
+    chosen = [np.eye(case.moe.num_experts)[np.argsort(-x, axis=-1)[:, : case.moe.top_k]].sum(1) for x in layers]
+    count_LE, probs_LE = (np.stack([x.sum(0) for x in y]).astype(np.float32) for y in (chosen, probs))
+    tokens_L = np.full(2, B * T, np.float32)
+    pooled = load_balance(count_LE.sum(0), probs_LE.sum(0), tokens_L.sum(), per="token")
+    close(pooled, want["load_balance_layers"])
+    assert abs(load_balance(count_LE, probs_LE, tokens_L, per="token").mean() - pooled) > 1e-3

@@ -82,7 +82,8 @@ def reference(case: Case) -> dict[str, np.ndarray]:
 
 
 def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of softmax routers: the load-balance loss with and without padding, the z-loss, and their gradients by the logits."""
+    """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by the
+    logits."""
     if case.moe.weights.startswith("sigmoid"):
         return {}
     logits = logits.clone().requires_grad_()
@@ -93,7 +94,9 @@ def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, t
         "z": router_z_loss_func(logits.view(*mask.shape, E)),
     }
     gradients = {f"d_logits_{name}": torch.autograd.grad(loss, logits)[0] for name, loss in losses.items()}
-    return losses | gradients
+    second = 2 * logits.roll(1, dims=-1)  # of another layer
+    layers = {"logits_second": second, "load_balance_layers": load_balancing_loss_func((logits, second), E, k)}
+    return losses | gradients | layers
 
 
 def _refuse_close_calls(case: Case, logits: torch.Tensor, bias: torch.Tensor | None) -> None:
