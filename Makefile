@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # Eight simulated devices for tests; the command line of experiments uses the devices that are there.
 TEST_WORKERS ?= 2
 
-.PHONY: install train test test-all bench lint clean
+.PHONY: install train test test-all bench parity lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,11 @@ lint: install ## format and lint
 bench: ## speed beside PyTorch, transformers: ratios in one run (installs the extra `bench`)
 	$(MAKE) install EXTRAS=dev,bench
 	$(BIN)/python -m experiments.bench
+
+parity: ## our layers of experts beside transformers', computed anew (installs the extra `bench`)
+	$(MAKE) install EXTRAS=dev,bench
+	$(BIN)/python -m tests.parity.make --check
+	$(BIN)/python -m pytest -q tests/model/test_parity.py
 
 clean: ## remove caches and the virtual environment, keep runs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
