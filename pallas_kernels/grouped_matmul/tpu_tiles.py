@@ -1,6 +1,7 @@
 """How the TPU kernels cut a call into tiles, and the vector memory (VMEM) that a choice needs.
 
-The choice is the least of an estimate over all tiles that fit: max(cycles of the matrix units, bytes from and to memory).
+The choice is the least of an estimate over all tiles that fit: the longer of the
+matrix units' cycles and the memory's, and a tenth of the shorter.
 What the estimate knows, of which small experts make the difference (all by the compiler's bundles, none measured):
 
 - a product of a piece costs 170 to 250 cycles beside its multiplications, whatever its size: few large pieces;
@@ -77,7 +78,7 @@ def forward_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
         for m in _rows(call.M, tiles.m, (1024, 512, 256, 128))
         for n in _columns(call.N, tiles.n, "n", 4096)
         for k in _columns(call.K, tiles.k, "k", 1 << 20)
-        for cut in [_forward(device, call, m, n, k)]
+        for cut in [forward_of(device, call, m, n, k)]
     ]
     return _best(device, made, lambda cut: forward_cycles(device, call, cut))
 
@@ -90,7 +91,7 @@ def gradient_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
         for m in _rows(call.M, tiles.m, (512, 256, 128))
         for n in _columns(call.N, tiles.n, "n", 2048)
         for k in _columns(call.K, tiles.k, "k", 2048)
-        for cut in [_gradient(device, call, m, n, k)]
+        for cut in [gradient_of(device, call, m, n, k)]
     ]
     return _best(device, made, lambda cut: gradient_cycles(device, call, cut))
 
@@ -105,7 +106,7 @@ def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
     work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
     steps = tiles_n * visits * pieces * (STEP + call.G * _up(cut.n, cut.piece) * PIECE)
     sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
-    return max((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
+    return _both((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
 
 
 def forward_bytes(call: Call, cut: Cut) -> float:
@@ -126,7 +127,7 @@ def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
     outputs = tiles_k * cut.k * tiles_n * up(cut.n, device.mxu)
     work = (call.M + visits * device.mxu / 2) * outputs * _passes(call) / macs_a_cycle(device)
     steps = tiles_k * tiles_n * visits * (STEP + 2 * PIECE + cut.k * cut.n / 1024)
-    return max((work + steps) * _share(device, tiles_k), memory_cycles(device, gradient_bytes(call, cut)))
+    return _both((work + steps) * _share(device, tiles_k), memory_cycles(device, gradient_bytes(call, cut)))
 
 
 def gradient_bytes(call: Call, cut: Cut) -> float:
@@ -140,7 +141,13 @@ def memory_cycles(device: Generation, moved: float) -> float:
     return moved / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1)
 
 
-def _forward(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+def _both(work: float, transfers: float) -> float:
+    """The longer, and a tenth of the shorter, since not all of it hides."""
+    return max(work, transfers) + 0.1 * min(work, transfers)
+
+
+def forward_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+    """The forward's cut of these tiles."""
     column = call.G * m * k * _passes(call) / macs_a_cycle(device)
     piece = _piece(device, n, column)
     blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
@@ -150,7 +157,8 @@ def _forward(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
     return Cut(m, n, k, piece, 64 if device.mxu == LANES else 128, column * piece, 2 * blocks + sums + work + 2 * MIB)
 
 
-def _gradient(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+def gradient_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
+    """The gradient's cut of these tiles."""
     column = m * k * _passes(call) / macs_a_cycle(device)
     piece = _piece(device, n, column)
     blocks = m * (k + n) * call.b + 4 * k * n
@@ -161,7 +169,10 @@ def _gradient(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
 def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
     """Columns of a product: as many as keep its body within MOST_BUNDLES, whole matrix units where it can be."""
     fits = int(min(MOST_BUNDLES / bundles_a_column, 1024))
-    return min(n, max(fits // device.mxu * device.mxu, device.mxu if fits >= device.mxu // 2 else LANES))
+    most = min(n, max(fits // device.mxu * device.mxu, device.mxu if fits >= device.mxu // 2 else LANES))
+    unit = min(device.mxu, most)
+    even = [size for size in range(unit, most + 1, unit) if n % size == 0 and 2 * size >= most]
+    return max(even, default=most)  # without a rest, if that costs less than twice as many
 
 
 def _best(device: Generation, made: list[Cut], cycles) -> Cut:
