@@ -14,7 +14,10 @@ from jaxtyping import Array, Float, Int
 from model.config import ModelConfig
 from model.exchange import exchanged_experts
 from model.experts import expert_mlp
+from sharding.manual import gather_weight
 from sharding.rules import ShardingRules, no_mesh, reshard
+
+UP, DOWN = ("expert", "embed", None, "mlp"), ("expert", "mlp", "embed")  # logical axes of the experts' weights
 
 
 def run_experts(
@@ -29,6 +32,7 @@ def run_experts(
 ) -> Float[Array, "B T D"]:
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
+    `up_EDGF`, `down_EFD`: in the dtype of computation, laid out as stored: each device gathers its part.
     `place_BTC`: where the choice stands in its expert's buffer, of config.moe.capacity(T) places; None without a capacity.
     Gradients flow to x, weights, up and down. On a mesh experts lie over the axes of `rules.activations.expert`. Where those
     also divide the tokens, either the pairs travel (`config.moe.exchange` a number: model/exchange.py) or all tokens are
@@ -44,6 +48,7 @@ def run_experts(
             )
         from model.buffers import buffered_experts
 
+        up_EDGF, down_EFD = reshard(up_EDGF, rules, *UP), reshard(down_EFD, rules, *DOWN)
         return buffered_experts(
             x_BTD, indices_BTC, weights_BTC, place_BTC, moe.capacity(x_BTD.shape[1]), up_EDGF, down_EFD,
             config.mlp.kind, rules, moe.dispatch,
@@ -53,24 +58,22 @@ def run_experts(
         x_ND, indices_NC, weights_NC = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
         return run(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD).reshape(x_BTD.shape)
     token_spec = rules.spec("activations", ("batch", "sequence", None))
+    stored = [rules.gathered(axes) for axes in (UP, DOWN)]
+    up_EDGF, down_EFD = (jax.sharding.reshard(w, spec) for w, (spec, _) in zip((up_EDGF, down_EFD), stored, strict=True))
     # Unchecked: kernels' results do not carry the types of varying axes. The gradients of weights are then summed over
     # every axis that their specs do not name, as they have to be.
     return jax.shard_map(
-        partial(_on_a_device, run=run, rules=rules, factor=moe.exchange),
-        in_specs=(
-            token_spec,
-            token_spec,
-            token_spec,
-            rules.spec("activations", ("expert", None, None, "mlp")),
-            rules.spec("activations", ("expert", "mlp", None)),
-        ),
+        partial(_on_a_device, run=run, rules=rules, factor=moe.exchange, spread=[axes for _, axes in stored]),
+        in_specs=(token_spec, token_spec, token_spec, *(spec for spec, _ in stored)),
         out_specs=token_spec,
         check_vma=False,
     )(reshard(x_BTD, rules, "batch", "sequence", None), indices_BTC, weights_BTC, up_EDGF, down_EFD)
 
 
-def _on_a_device(x_BTD, indices_BTC, weights_BTC, up, down, *, run, rules: ShardingRules, factor: float | None) -> Array:
-    """The device's tokens through their experts. Each device holds some experts, and some columns of them."""
+def _on_a_device(x_BTD, indices_BTC, weights_BTC, up, down, *, run, rules: ShardingRules, factor: float | None, spread) -> Array:
+    """The device's tokens through their experts. Each device computes with some experts, and some columns of them; it holds
+    slices of those, `spread` as it says, and gathers them here, so that their gradients are reduced and scattered in one."""
+    up, down = gather_weight(up, spread[0]), gather_weight(down, spread[1])
     activations = rules.activations
     expert_axes, token_axes = activations.expert, activations.batch + activations.sequence
     x, indices, weights = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))

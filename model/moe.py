@@ -64,8 +64,8 @@ class MoE(nnx.Module):
         assert moe is not None
         input_key, route_key = (None, None) if key is None else jax.random.split(key)
         logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
-        up = use(self.up, ("expert", "embed", None, "mlp"), dtype, rules)
-        down = use(self.down, ("expert", "mlp", "embed"), dtype, rules)
+        up = self.up[...].astype(dtype)
+        down = self.down[...].astype(dtype)
         if moe.router == "soft":
             assert logits_BTE is not None
             out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, self.config, rules)

@@ -91,6 +91,16 @@ class ShardingRules:
             parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
         return P(*parts)
 
+    def gathered(self, axes: tuple[str | None, ...]) -> tuple[P, tuple[tuple[str, ...], ...]]:
+        """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with each
+        dimension spread further over the axes it is only stored on, and those further axes of each dimension. The dimension
+        'embed' is whole at use."""
+        used = [() if axis in (None, "embed") else getattr(self.activations, axis) for axis in axes]
+        taken = {mesh_axis for part in used for mesh_axis in part}
+        stored = [() if axis is None else getattr(self.weights, axis) for axis in axes]
+        further = tuple(tuple(mesh_axis for mesh_axis in part if mesh_axis not in taken) for part in stored)
+        return P(*(part + more or None for part, more in zip(used, further, strict=True))), further
+
 
 def no_mesh() -> bool:
     """True where no device mesh is set: one device, nothing to lay out."""
