@@ -208,7 +208,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
     console.print(memory)
     if c.available is not None:
         console.print(f"fits: the compiler gives a program {_size(c.available)} ({m.total / c.available:.0%} are used)")
-    largest = Table("\nlargest temporaries (one buffer serves all arrays in its row, one after another)", box=None, pad_edge=False)
+    largest = Table("\nlargest temporaries (those that are not needed at once share memory)", box=None, pad_edge=False)
     for row in c.buffers[:6]:
         largest.add_row(row if len(row) < 150 else row[:147] + "...")
     console.print(largest)

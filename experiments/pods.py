@@ -1,7 +1,8 @@
 """Mixtures of experts that need a pod: compiled ahead of time here (`python -m experiments compile`), trained where the pod is.
 
-On the mesh `expert` x `fsdp` the experts are spread over `expert`, each a slice a device over `fsdp`; all other weights over
-`fsdp` alone. A layer gathers its own experts over the `fsdp` group and sends tokens over the `expert` group.
+On the mesh `expert` x `fsdp` a layer sends tokens over the `expert` group, to the devices that hold their experts, and each
+device gathers the slices of its own experts alone, over the `fsdp` group. Heads and vocabulary are stored over `expert`, too,
+so that no weight of size lies on two devices; at use every device has them whole.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ from dataclasses import replace
 from data.config import DataConfig, TokenizerConfig
 from model.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
 from sharding.mesh import MeshConfig
+from sharding.rules import AxisRules, ShardingRules
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
+
+STORED_OVER_ALL = ShardingRules(
+    weights=AxisRules(embed=("fsdp",), heads=("tensor", "expert"), kv_heads=("tensor", "expert"), vocab=("tensor", "expert"))
+)
 
 
 def mixtral_8x7b() -> Experiment:
@@ -38,6 +44,7 @@ def mixtral_8x7b() -> Experiment:
             remat="full",
         ),
         mesh=MeshConfig(expert=8, fsdp=-1),
+        sharding=STORED_OVER_ALL,
         data=DataConfig(tokenizer=TokenizerConfig(vocab_size=32_000), sequence_length=4096, batch_size=128),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
         train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=1000),
@@ -50,8 +57,8 @@ def deepseek_v3_like() -> Experiment:
 
     As there: 256 experts of width 2,048 of which 8 in 4 of 8 groups, one shared, sigmoid weights scaled by 2.5, balanced
     by a bias, three dense layers of width 18,432 first. Not as there: grouped-query attention, 128 heads of 128 with 16 key heads, in
-    place of latent attention; no prediction of further tokens; AdamW's state in float32. At full depth that state alone,
-    12 bytes for each of 671 B parameters, is 126 GB a chip of 64, and a v5p chip has 95: `deepseek_v3_like_full` is for 512.
+    place of latent attention; no prediction of further tokens; AdamW's state in float32. At full depth weights and that state,
+    12 bytes for each of 676 B parameters, are 127 GB a chip of 64, and a v5p chip has 95: `deepseek_v3_like_full` is for 512.
     Command: python -m experiments compile deepseek_v3_like --topology v5p:4x4x4
     """
     return Experiment(
@@ -75,7 +82,8 @@ def deepseek_v3_like() -> Experiment:
             dtype="bfloat16",
             remat="full",
         ),
-        mesh=MeshConfig(expert=64, fsdp=-1),
+        mesh=MeshConfig(expert=16, fsdp=-1),
+        sharding=STORED_OVER_ALL,
         data=DataConfig(tokenizer=TokenizerConfig(vocab_size=129_280), sequence_length=4096, batch_size=128),
         optimizer=OptimizerConfig(learning_rate=2.2e-4, warmup_steps=2000),
         train=TrainConfig(steps=100_000, eval_every=1000, checkpoint_every=1000),
