@@ -1,13 +1,13 @@
-"""What the TPU compiler says of these kernels beside megablox, with no TPU: `python -m pallas_kernels.grouped_matmul.static_tpu`.
+"""What the TPU compiler says of these kernels beside megablox: `python -m pallas_kernels.grouped_matmul.static_tpu`.
 
-Bundles (instruction words, one a cycle at best) of the body that a visit runs, times the visits of balanced groups that are
-aligned to nothing; and the bytes that the walk moves from and to memory. A *static estimate*: what runs around the
-bodies, and transfers that are not hidden, are not in it. A call takes no fewer cycles than the larger of bundles and bytes
-over the published bandwidth ("least cycles").
+Bundles (instruction words, one a cycle at best) of the body that a visit runs, times the visits of balanced groups that
+are aligned to nothing; and the bytes that the walk moves from and to memory. A *static estimate*: what runs around the
+bodies, and transfers that are not hidden, are not in it. A call takes no fewer cycles than the larger of bundles and
+bytes over the published bandwidth ("least cycles").
 
 - mixtral: 8 experts of 4096 x 14336 and 8192 rows on a device: gate and up, down, and the gradient of down's weights.
-- experts: 16384 rows, K 2048, width 16384 * 8 / E of each of E experts, one matrix: their weights together, and with them
-  the memory, stay as they are, while the work falls as 1 / E. Bundles per multiplication tell what small experts
+- experts: 16384 rows, K 2048, width 16384 * 8 / E of each of E experts, one matrix: their weights together, and with
+  them the memory, stay as they are, while the work falls as 1 / E. Bundles per multiplication tell what small experts
   cost.
 - ragged_dot: the FLOPs that XLA counts for jax.lax.ragged_dot, over those of the rows.
 
@@ -57,7 +57,7 @@ def problems() -> dict[str, tuple[str, Call]]:
 
 
 def balanced(M: int, E: int) -> np.ndarray:
-    """Sizes of groups as equal as may be that begin at no multiple of 8: an odd number is moved from each to the next."""
+    """Sizes of groups as equal as may be, none of which but the first begins at a multiple of 8."""
     ends = np.linspace(0, M, E + 1).round().astype(int)
     ends[1:-1] += 5 - ends[1:-1] % 8
     return np.diff(ends)
@@ -112,8 +112,8 @@ def part_of(cut: Cut, start: int, stop: int) -> int:
 
 @functools.cache
 def bodies(target: str, maker: str, kernel: str, arguments: str) -> tuple[list[int], list[int], int, int]:
-    """Of a kernel's innermost regions, in the order of its text: bundles of those that multiply, and of those of 32 or more
-    that follow and only store; spills of the former; VMEM in bytes."""
+    """Of a kernel's innermost regions, in the order of its text: bundles of those that multiply, and of those of 32 or
+    more that follow and only store; spills of the former; VMEM in bytes."""
     found = ahead_of_time.bundles(target, f"pallas_kernels.grouped_matmul.static_tpu:{maker}", *json.loads(arguments))
     regions = next(regions for label, regions in found.items() if label.startswith(kernel))
     work = sorted(ahead_of_time.body(regions, least=0.0), key=lambda region: region.first)
@@ -148,10 +148,18 @@ def our_row(target: str, direction: str, call: Call) -> dict[str, Any]:
         if gradient:  # whole tiles first in the text, without a choice of rows
             total += pieces_n * (work[0] if stop - start == cut.m else work[1 + index])
         else:
-            total += pieces_n * (pieces_k * work[index] + (after[index] if pieces_k > 1 and len(after) == len(parts) else 0))
+            total += pieces_n * (
+                pieces_k * work[index] + (after[index] if pieces_k > 1 and len(after) == len(parts) else 0)
+            )
     total *= (call.K // cut.k * call.N // cut.n) if gradient else call.N // cut.n
     moved = (tpu_tiles.gradient_bytes if gradient else tpu_tiles.forward_bytes)(call, cut)
-    return {"tiles": [cut.m, cut.n, cut.k], "bundles": total, "bytes": int(moved), "spills": spills, "vmem_mib": round(vmem / 2**20, 1)}
+    return {
+        "tiles": [cut.m, cut.n, cut.k],
+        "bundles": total,
+        "bytes": int(moved),
+        "spills": spills,
+        "vmem_mib": round(vmem / 2**20, 1),
+    }
 
 
 def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int, int]) -> dict[str, Any]:
@@ -159,7 +167,9 @@ def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int
     (m, k, n), sizes = tiling, balanced(call.M, call.E)
     gradient = direction == "gradient"
     small = asdict(Call(2 * m, 2, 2 * k, 2 * n))
-    work, _, spills, vmem = bodies(target, "megablox", "tgmm" if gradient else "gmm", json.dumps([direction, small, tiling]))
+    work, _, spills, vmem = bodies(
+        target, "megablox", "tgmm" if gradient else "gmm", json.dumps([direction, small, tiling])
+    )
     count = len(visits(sizes, m))
     tiles_k, tiles_n = -(-call.K // k), -(-call.N // n)
     steps = count * tiles_k * tiles_n
@@ -169,7 +179,13 @@ def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int
         moved = call.M * call.b * (tiles_n * call.K + tiles_k * call.N) + 4 * call.E * call.K * call.N
     else:
         moved = steps * (m * k + k * n) * 2 + call.M * call.N * 2
-    return {"tiles": [m, n, k], "bundles": total, "bytes": int(moved), "spills": spills, "vmem_mib": round(vmem / 2**20, 1)}
+    return {
+        "tiles": [m, n, k],
+        "bundles": total,
+        "bytes": int(moved),
+        "spills": spills,
+        "vmem_mib": round(vmem / 2**20, 1),
+    }
 
 
 def rows(targets: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -183,14 +199,14 @@ def rows(targets: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, Any
             found = [("ours", our_row(target, direction, call))]
             found += [("megablox", megablox_row(target, direction, call, tiling)) for tiling in MEGABLOX]
             for kernel, row in found:
-                cores = tpu_tiles.CORES.get(target, 1)
                 # One core's share of the bandwidth, and all the bundles: both halve where two cores share the work.
                 least = max(row["bundles"], row["bytes"] / tpu_tiles.BYTES_A_CYCLE[target])
                 made.append({
-                    "target": target, "problem": name, "direction": direction, "M": call.M, "E": call.E, "K": call.K, "N": call.N,
+                    "target": target, "problem": name, "direction": direction, "M": call.M, "E": call.E, "K": call.K,
+                    "N": call.N,
                     "kernel": kernel, **row, "bundles_of_ideal": round(row["bundles"] / ideal, 3),
-                    "least_cycles_of_ideal": round(least / ideal, 3), "bound": "bundles" if row["bundles"] == least else "bytes",
-                    "cores": cores,
+                    "least_cycles_of_ideal": round(least / ideal, 3), "cores": tpu_tiles.CORES.get(target, 1),
+                    "bound": "bundles" if row["bundles"] == least else "bytes",
                 })  # fmt: skip
                 print(json.dumps(made[-1]), flush=True)
     return made
@@ -202,7 +218,12 @@ def ragged_dot(target: str, E: int) -> dict[str, Any]:
     lhs, rhs = jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16)
     compiled = ahead_of_time.compile_for(target, jax.lax.ragged_dot, lhs, rhs, jax.ShapeDtypeStruct((E,), jnp.int32))
     cost = compiled.cost_analysis()
-    return {"target": target, "kernel": "jax.lax.ragged_dot", "E": E, "flops_of_rows": round(cost["flops"] / (2 * M * K * N), 2)}
+    return {
+        "target": target,
+        "kernel": "jax.lax.ragged_dot",
+        "E": E,
+        "flops_of_rows": round(cost["flops"] / (2 * M * K * N), 2),
+    }
 
 
 def main() -> None:
@@ -218,15 +239,20 @@ def main() -> None:
     dense = [row for row in old["ragged_dot"] if row["target"] not in targets]
     dense, found = dense + fresh[0], kept + fresh[1]
     head = {
-        "what": "static estimate by the compiler, not measured: bundles of a visit's body x visits, bfloat16, balanced groups "
-        "aligned to nothing; ideal: multiplications over those of a cycle of one core",
+        "what": "static estimate by the compiler, not measured: bundles of a visit's body x visits, bfloat16, balanced "
+        "groups aligned to nothing; ideal: multiplications over those of a cycle of one core",
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")},
     }
     RESULTS.parent.mkdir(exist_ok=True)
     lines = lambda rows: ",\n  ".join(json.dumps(row) for row in rows)
     RESULTS.write_text(
-        json.dumps(head)[:-1] + ',\n "ragged_dot": [\n  ' + lines(dense) + '\n],\n "rows": [\n  ' + lines(found) + "\n]}\n"
+        json.dumps(head)[:-1]
+        + ',\n "ragged_dot": [\n  '
+        + lines(dense)
+        + '\n],\n "rows": [\n  '
+        + lines(found)
+        + "\n]}\n"
     )
 
 

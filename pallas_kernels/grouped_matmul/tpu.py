@@ -1,9 +1,10 @@
-"""Grouped matmul on TPUs (Mosaic): tpu_walk.py for the visits, tpu_tiles.py for the tiles, tpu_forward.py and tpu_gradient.py for
-the kernels.
+"""Grouped matmul on TPUs (Mosaic): tpu_walk.py for the visits, tpu_tiles.py for the tiles, tpu_forward.py and
+tpu_gradient.py for the kernels.
 
-Any M, and in the gradient any K and N: what the last tiles have too much is neither kept nor counted. XLA pads, which copies
-the weights, where K is no multiple of 128, and N with several gates. float16, which the matrix units lack, is computed in
-float32, for which XLA copies the weights too. float32 is multiplied in six passes of bfloat16 (Precision.HIGHEST).
+Any M, and in the gradient any K and N: what the last tiles have too much is neither kept nor counted. XLA pads, which
+copies the weights, where K is no multiple of 128, and N with several gates. float16, which the matrix units lack, is
+computed in float32, for which XLA copies the weights too. float32 is multiplied in six passes of bfloat16
+(Precision.HIGHEST).
 
 Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
@@ -39,7 +40,8 @@ def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str 
         return str(error)
     visits = max(tpu_walk.most_visits(M, E, cut.m) for _, cut in cuts)
     if visits > tpu_walk.MOST_VISITS:
-        return f"{visits} visits of a tile and a group: at most {tpu_walk.MOST_VISITS} fit in the scalar memory; give larger tiles.m"
+        most = tpu_walk.MOST_VISITS
+        return f"{visits} visits of a tile and a group: at most {most} fit in the scalar memory; give larger tiles.m"
     return None
 
 

@@ -1,8 +1,9 @@
 """The forward kernel of the TPU: the visits of tpu_walk.py for each tile of columns.
 
-A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies the smallest power-of-two part of
-its tile of rows that holds the group's (see tpu_tiles.py) and writes those alone: the tile of the result stays in VMEM
-from one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays there.
+A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies the smallest power-of-two
+part of its tile of rows that holds the group's (see tpu_tiles.py) and writes those alone: the tile of the result stays
+in VMEM from one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays
+there.
 
 Shapes: M rows, E groups, K contraction, N columns, G gates; m, n, k as suffixes: a tile of them.
 """
@@ -28,8 +29,9 @@ def widen(x: Array, dtype) -> Array:
 
 
 def for_part(cut: Cut, start, stop, do) -> None:
-    """Calls do(first row, rows) for the smallest part of the tile that holds rows start to stop; not if there are none."""
-    begin = start // ROWS * ROWS if isinstance(start, int) else lax.div(start, ROWS) * ROWS
+    """Calls do(first row, rows) for the smallest part of the tile that holds rows start to stop; not if there are
+    none."""
+    begin = lax.div(start, ROWS) * ROWS
     below = 0
     for size in cut.parts():
         need = stop - begin
@@ -114,11 +116,11 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
 
 
 def forward_call(
-    spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array, G: int, N: int, keep: bool,
-    moved: int,
+    spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array, G: int, N: int,
+    keep: bool, moved: int,
 ) -> list[Array]:  # fmt: skip
-    """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a multiple
-    of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""
+    """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a
+    multiple of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""
     M, K = lhs_MK.shape
     columns = rhs.shape[1 if spec.transpose else 2]
     tiles_n, pieces = -(-(columns // G) // cut.n), K // cut.k
@@ -131,7 +133,10 @@ def forward_call(
         return pl.BlockSpec((None, cut.k, cut.n), at)
 
     arrays = [lhs_MK, *[rhs] * G]
-    in_specs = [pl.BlockSpec((cut.m, cut.k), lambda n, v, k, words: (word(words, TILE, v), k)), *map(rhs_spec, range(G))]
+    in_specs = [
+        pl.BlockSpec((cut.m, cut.k), lambda n, v, k, words: (word(words, TILE, v), k)),
+        *map(rhs_spec, range(G)),
+    ]
     names = []
     if scale_X1N is not None:
         for g in range(G):

@@ -1,4 +1,5 @@
-"""The TPU kernel of the weights' gradient: of each group, lhs^T dout over its rows, summed in the tile of the result itself.
+"""The TPU kernel of the weights' gradient: of each group, lhs^T dout over its rows, summed in the tile of the result
+itself.
 
 A visit that the group does not fill takes the smallest power-of-two part of the tile of rows that holds its rows, and
 chooses zeros for the others, of both operands: what other groups, or no group, hold there may be NaN. An empty group
@@ -57,7 +58,9 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
         for_part(cut, start, stop, lambda at, size: multiply(at, size, inside(at, size, start, stop)))
 
 
-def gradient_call(cut: Cut, lhs_MK: Array, dout_MN: Array, words: Array, visits: Array, E: int, interpret, moved: int) -> Array:
+def gradient_call(
+    cut: Cut, lhs_MK: Array, dout_MN: Array, words: Array, visits: Array, E: int, interpret, moved: int
+) -> Array:
     """[E, K, N] float32."""
     (M, K), N = lhs_MK.shape, dout_MN.shape[1]
     return pl.pallas_call(

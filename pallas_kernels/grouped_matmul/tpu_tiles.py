@@ -5,10 +5,10 @@ matrix units' cycles and the memory's, and a tenth of the shorter.
 What the estimate knows, of which small experts make the difference (all by the compiler's bundles, none measured):
 
 - a product of a piece costs 170 to 250 cycles beside its multiplications, whatever its size: few large pieces;
-- a visit works on the smallest power-of-two part of the tile of rows that holds its group's, down to `edge`: large tiles of
-  rows are no loss for small groups, as they are where each visit pays for a whole tile;
-- with K whole in VMEM a group's weights are read once and the rows once for each tile of columns; with K in pieces both are
-  read at every visit.
+- a visit works on the smallest power-of-two part of the tile of rows that holds its group's, down to `edge`: large
+  tiles of rows are no loss for small groups, as they are where each visit pays for a whole tile;
+- with K whole in VMEM a group's weights are read once and the rows once for each tile of columns; with K in pieces both
+  are read at every visit.
 
 Shapes: M rows, E groups, K contraction, N columns, G gates.
 """
@@ -32,8 +32,8 @@ CORES = {"v4": 2, "v5p": 2}  # cores that share one device's grid
 
 @dataclass(frozen=True)
 class Cut:
-    """Tiles of one kernel. The forward's: m rows, n columns, k of the contraction. Those of the weights' gradient: m rows,
-    which are summed over, k by n of the result."""
+    """Tiles of one kernel. The forward's: m rows, n columns, k of the contraction. Those of the weights' gradient: m
+    rows, which are summed over, k by n of the result."""
 
     m: int
     n: int
@@ -153,7 +153,11 @@ def forward_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
     blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
     sums = 4 * call.G * m * n if k < up(call.K) else 0
     # One product in flight: its sums by gate, what the activation makes of them, and the weights widened or turned.
-    work = 4 * m * piece * (call.G + 2) + k * piece * call.G * (call.b + 4 * (call.wb != call.b)) + 4 * m * k * (call.b == 4)
+    work = (
+        4 * m * piece * (call.G + 2)
+        + k * piece * call.G * (call.b + 4 * (call.wb != call.b))
+        + 4 * m * k * (call.b == 4)
+    )
     return Cut(m, n, k, piece, 64 if device.mxu == LANES else 128, column * piece, 2 * blocks + sums + work + 2 * MIB)
 
 

@@ -1,8 +1,8 @@
 """The walk of the TPU kernels: a packed list of visits, each the rows of one group within one tile of rows.
 
-Made by XLA of the sizes, handed to the kernels as scalars. Groups come in order, so that a tile's visits and a group's visits
-are each consecutive. A group aligned to nothing costs one visit more than its rows fill; an empty one costs none, except where
-its result must be written (`empty`). At most tiles + E - 1 visits; the grid ends with the last.
+Made by XLA of the sizes, handed to the kernels as scalars. Groups come in order, so that a tile's visits and a group's
+visits are each consecutive. A group aligned to nothing costs one visit more than its rows fill; an empty one costs
+none, except where its result must be written (`empty`). At most tiles + E - 1 visits; the grid ends with the last.
 
 Shapes: M rows, E groups, V visits.
 """
@@ -23,11 +23,11 @@ def most_visits(M: int, E: int, tile: int) -> int:
 
 
 def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[Int[Array, "4V"], Int[Array, ""]]:
-    """(words, number of visits). words: all visits' tiles of rows, then their groups, then their first row and the row after
-    their last, counted within the tile; int32.
+    """(words, number of visits). words: all visits' tiles of rows, then their groups, then their first row and the row
+    after their last, counted within the tile; int32.
 
-    `empty`: each empty group is visited, with no rows (for results by group). Else each tile after the last group is, with no
-    rows and the group of the visit before (for results by row)."""
+    `empty`: each empty group is visited, with no rows (for results by group). Else each tile after the last group is,
+    with no rows and the group of the visit before (for results by row)."""
     E, V = sizes_E.shape[0], most_visits(M, sizes_E.shape[0], tile)
     tiles = -(-M // tile)
     stops_E = jnp.cumsum(sizes_E)

@@ -18,7 +18,8 @@ from pallas_kernels.grouped_matmul.tpu_tiles import Call, Cut
 
 SMALL = Tiles(m=128, n=128, k=128)
 PARTS = Tiles(m=256, n=128, k=128)  # of a tile of rows: 128 and 256
-# Largest error relative to the largest entry: bfloat16 rounds results to 2^-9 of themselves, and the products on the way back.
+# Largest error relative to the largest entry: bfloat16 rounds results to 2^-9 of themselves, and the products on the
+# way back.
 BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 TARGETS = ("v4", "v5e", "v5p", "v6e", "7x")
 
@@ -52,10 +53,11 @@ def compiled(implementation: str, activation, transpose: bool, tiles: Tiles, int
 
 
 def assert_equal_to_reference(
-    M, sizes, K=128, G=1, N=128, activation=None, transpose=False, dtype="float32", quantize=None, tiles=SMALL, interpret=True,
-    poison=True, seed=0,
+    M, sizes, K=128, G=1, N=128, activation=None, transpose=False, dtype="float32", quantize=None, tiles=SMALL,
+    interpret=True, poison=True, seed=0,
 ):  # fmt: skip
-    """Rows after the last group hold NaN where the kernel sees them, zeros where the reference does. Returns the errors."""
+    """Rows after the last group hold NaN where the kernel sees them, zeros where the reference does. Returns the
+    errors."""
     r = np.random.default_rng(seed)
     E, used = len(sizes), sum(sizes)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), dtype)
@@ -71,7 +73,9 @@ def assert_equal_to_reference(
     dirty = [jnp.where(after, jnp.nan, x) for x in (lhs, dout)] if poison else clean
     run = lambda name, tiles, interpret, lhs, rhs, dout: [
         np.asarray(x, np.float64)
-        for x in compiled(name, activation, transpose, tiles, interpret, quantize is not None)(lhs, rhs, scale, sizes, dout)
+        for x in compiled(name, activation, transpose, tiles, interpret, quantize is not None)(
+            lhs, rhs, scale, sizes, dout
+        )
     ]
     got = run("tpu", tiles, interpret, dirty[0], rhs, dirty[1])
     wide = lambda x: x if x.dtype.itemsize == 1 else x.astype(jnp.float32)
@@ -112,7 +116,10 @@ def test_any_sizes_in_bfloat16_transposed(sizes):
 
 def test_weight_gradients_at_every_alignment():
     """The error against where the groups begin: the public pain is that it grows, unsaid, off the tiles' alignment."""
-    table = {at: assert_equal_to_reference(300, (at, 100, 60), tiles=PARTS)["drhs"] for at in (0, 1, 7, 8, 15, 16, 17, 64, 127, 128)}
+    table = {
+        at: assert_equal_to_reference(300, (at, 100, 60), tiles=PARTS)["drhs"]
+        for at in (0, 1, 7, 8, 15, 16, 17, 64, 127, 128)
+    }
     assert max(table.values()) <= 2e-6, table
 
 
@@ -167,7 +174,9 @@ def test_no_races_and_nothing_unwritten_in_the_tpu_interpreter(tiles):
 @example(sizes=(300, 0, 0, 0, 0, 0), tile=64, empty=False)
 def test_the_walk_visits_each_row_once(sizes, tile, empty):
     M = 300
-    words, count = jax.jit(tpu_walk.walk, static_argnums=(1, 2), static_argnames="empty")(jnp.asarray(sizes), M, tile, empty=empty)
+    words, count = jax.jit(tpu_walk.walk, static_argnums=(1, 2), static_argnames="empty")(
+        jnp.asarray(sizes), M, tile, empty=empty
+    )
     most = tpu_walk.most_visits(M, len(sizes), tile)
     assert words.shape == (4 * most,) and 0 <= int(count) <= most
     visits = np.asarray(words).reshape(4, -1)[:, : int(count)].T
@@ -181,7 +190,9 @@ def test_the_walk_visits_each_row_once(sizes, tile, empty):
     else:  # every tile of the result is, its visits are consecutive, and no empty group costs one
         assert tiles == sorted(tiles) and set(tiles) == set(range(-(-M // tile)))
         filled = sum(start < stop for _, _, start, stop in visits)
-        assert filled == sum((end - 1) // tile - (end - n) // tile + 1 for n, end in zip(sizes, np.cumsum(sizes), strict=True) if n)
+        assert filled == sum(
+            (end - 1) // tile - (end - n) // tile + 1 for n, end in zip(sizes, np.cumsum(sizes), strict=True) if n
+        )
 
 
 def enumerate_rows(sizes):
@@ -198,7 +209,8 @@ def test_parts_are_whole_tiles_of_rows():
 
 
 CALLS = [
-    Call(8192, 8, 4096, 14336, 2), Call(8192, 8, 28672, 4096), Call(16384, 256, 2048, 512, 2, keep=True), Call(64, 8, 4096, 14336, 2),
+    Call(8192, 8, 4096, 14336, 2), Call(8192, 8, 28672, 4096), Call(16384, 256, 2048, 512, 2, keep=True),
+    Call(64, 8, 4096, 14336, 2),
     Call(100, 3, 200, 100), Call(8192, 8, 2048, 8192, 2, 4, 4), Call(8192, 64, 2048, 1408, 2, wb=1),
 ]  # fmt: skip
 
@@ -213,7 +225,7 @@ def test_tiles_fit_and_divide(device, call):
 
 
 def test_weights_stay_in_memory_of_the_core_where_they_fit():
-    """K whole, wherever the double-buffered weights of one unit's columns fit: else a group's weights are read at every visit."""
+    """K whole: else a group's weights are read at every visit."""
     for name in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
         assert tpu_tiles.forward_cut(GENERATIONS[name], CALLS[0], Tiles()).k == 4096
 
@@ -286,8 +298,6 @@ def test_the_compiler_refuses_what_does_not_fit(monkeypatch):
     """That the limit is what is tested above."""
     pytest.importorskip("libtpu")
     real = tpu_tiles.forward_cut
-    monkeypatch.setattr(
-        tpu_tiles, "forward_cut", lambda *given: Cut(**(vars(real(*given)) | {"vmem": MIB // 4}))
-    )
+    monkeypatch.setattr(tpu_tiles, "forward_cut", lambda *given: Cut(**(vars(real(*given)) | {"vmem": MIB // 4})))
     with pytest.raises(Exception, match=r"(?i)vmem"):
         compile_both("v5e", 200, 5, 128, 128, tiles=SMALL)
