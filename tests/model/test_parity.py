@@ -65,7 +65,9 @@ def apply_and_pull(layer: MoE, x_BTD: jax.Array, functional_BTD: jax.Array):
 @by_name
 def test_outputs_and_gradients_are_the_published_layers(case: Case):
     drawn, want = draw(case), load(case)
-    y, d_layer, d_x = apply_and_pull(layer(case.moe, drawn), drawn["x"], drawn["functional"])
+    # Some through every expert on every token, to which tests of dispatch hold the other paths: quicker to compile.
+    moe = case.moe if case.name in ("mixtral", "deepseek_v3") else replace(case.moe, dispatch="dense")
+    y, d_layer, d_x = apply_and_pull(layer(moe, drawn), drawn["x"], drawn["functional"])
     close(y, want["y"])
     close(d_x, want["d_x"])
     wanted = ours({name.removeprefix("d_"): value for name, value in want.items() if name.startswith("d_")})
