@@ -191,10 +191,15 @@ def expert_choice(s: Scores, valid_BT: Bool[Array, "B T"], capacity: int) -> Cho
     eager_BTE = jnp.where(jnp.isfinite(s.logits_BTE).all(-1, keepdims=True), s.values_BTE, jnp.inf)
     eager_BTE = jax.lax.stop_gradient(jnp.where(valid_BT[..., None], eager_BTE, -1.0))
 
-    def rank(eager_BTE: Array) -> Array:
-        return jnp.argsort(jnp.argsort(-eager_BTE, axis=1, stable=True), axis=1)
+    def first(eager_BTE: Array) -> Array:
+        """Whether a token is among an expert's best; of equals the earlier. (Two argsorts would cost 2.5 times as much.)"""
+        worst_BE1 = jax.lax.top_k(jnp.swapaxes(eager_BTE, 1, 2), capacity)[0][..., -1:]
+        worst_B1E = jnp.swapaxes(worst_BE1, 1, 2)
+        better_BTE, equal_BTE = eager_BTE > worst_B1E, eager_BTE == worst_B1E
+        left_B1E = capacity - better_BTE.sum(1, keepdims=True)
+        return better_BTE | (equal_BTE & (jnp.cumsum(equal_BTE, axis=1) <= left_B1E))
 
-    chosen_BTE = (whole_sequences(rank, eager_BTE) < capacity) & valid_BT[..., None]
+    chosen_BTE = whole_sequences(first, eager_BTE) & valid_BT[..., None]
     return jnp.where(chosen_BTE, jnp.arange(E), E), jnp.where(chosen_BTE, s.values_BTE, 0.0)
 
 
