@@ -1,0 +1,70 @@
+"""A layer's experts compiled for four TPUs that are not here: the exchange, ragged and padded, around the grouped matmul's kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from model import exchange
+from model.config import MLPConfig, ModelConfig, MoEConfig
+from model.dispatch import run_experts
+from pallas_kernels import ahead_of_time
+from sharding.rules import MESH_AXES, ShardingRules
+
+E, K, D, F, ROWS, LENGTH = 8, 2, 256, 256, 4, 512
+RULES = ShardingRules()
+
+
+def lowered(target: str, sizes: dict[str, int], factor: float | None) -> jax.stages.Lowered:
+    """Value and gradients of a layer's experts, for the four devices of the smallest topology of `target`."""
+    ahead_of_time.mesh_of(target)  # loads the compiler
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=ahead_of_time.TOPOLOGIES[target]).devices
+    mesh = jax.sharding.Mesh(
+        np.asarray(devices).reshape([sizes.get(axis, 1) for axis in MESH_AXES]), MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES),
+    )  # fmt: skip
+    config = ModelConfig(mlp=MLPConfig("swiglu"), moe=MoEConfig(E, K, F, exchange=factor), dtype="bfloat16")
+
+    def array(shape, dtype, side, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, RULES.spec(side, axes)))
+
+    tokens = ("activations", "batch", "sequence", None)
+    arrays = [
+        array((ROWS, LENGTH, D), jnp.bfloat16, *tokens),
+        array((ROWS, LENGTH, K), jnp.float32, *tokens),
+        array((E, D, 2, F), jnp.bfloat16, "weights", "expert", "embed", None, "mlp"),
+        array((E, F, D), jnp.bfloat16, "weights", "expert", "mlp", "embed"),
+        array((ROWS, LENGTH, K), jnp.int32, *tokens),
+    ]
+
+    def loss(x, weights, up, down, indices):
+        y = run_experts(x, indices, weights, None, up, down, config, RULES)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+        return gradient.trace(*arrays).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
+@pytest.mark.parametrize(
+    "target, sizes, factor, ragged",
+    [
+        ("v5p", {"expert": 4}, 2.0, True),
+        ("v5p", {"expert": 2, "tensor": 2}, 1.25, False),
+        ("v5e", {"fsdp": 2, "expert": 2}, 2.0, True),
+        ("v5e", {"expert": 4}, None, None),
+    ],
+)
+def test_the_exchange_and_the_kernel_compile(target, sizes, factor, ragged, monkeypatch):
+    if ragged is False:
+        monkeypatch.setattr(exchange, "target", lambda: ("cpu", "as on it"))
+    program = lowered(target, sizes, factor)
+    text = program.as_text()
+    # Each way once forward and once backward; in the loops of further rounds, where the backward pass runs forward too.
+    assert text.count("@ragged_all_to_all") == (2 + 2 + 2 + 4 if ragged else 0)
+    assert text.count("stablehlo.all_to_all") == (2 + 2 + 2 + 4 if ragged is False else 0)
+    assert text.count("@tpu_custom_call") > 0
+    program.compile()
