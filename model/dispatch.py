@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.buffers import buffered_experts
 from model.config import ModelConfig
 from model.exchange import exchanged_experts
 from model.experts import expert_mlp
@@ -46,8 +47,6 @@ def run_experts(
             raise ValueError(
                 f"model.moe.dispatch = {moe.dispatch!r}: its buffers need places; set model.moe.capacity_factor, or use 'sort'"
             )
-        from model.buffers import buffered_experts
-
         up_EDGF, down_EFD = reshard(up_EDGF, rules, *UP), reshard(down_EFD, rules, *DOWN)
         return buffered_experts(
             x_BTD, indices_BTC, weights_BTC, place_BTC, moe.capacity(x_BTD.shape[1]), up_EDGF, down_EFD,
@@ -91,7 +90,7 @@ def _on_a_device(x_BTD, indices_BTC, weights_BTC, up, down, *, run, rules: Shard
         y = run(x, indices - first, weights, up, down)
         if apart:
             y = jax.lax.psum_scatter(y, apart, scatter_dimension=0, tiled=True)
-    rest = activations.mlp + whole
+    rest = tuple(a for a in activations.mlp + whole if jax.lax.axis_size(a) > 1)
     # Columns of experts, and experts, summed at the end: a row for each token, fewer than the pairs.
     return (_total(y, rest) if rest else y).reshape(x_BTD.shape)
 
