@@ -1,9 +1,10 @@
 """One layer's experts, or the MLP of equal active FLOPs, forward and backward, in the shapes of `quickstart`:
-python -m experiments.bench.layer moe|dense"""
+python -m experiments.bench.layer dense|moe [EXPERTS TOP_K HIDDEN_DIM [DISPATCH [CAPACITY_FACTOR]]]"""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,30 @@ from experiments.bench.contest import serve
 from experiments.resolve import resolve
 from model.mlp import MLP
 from model.moe import MoE, Tokens
+from model.moe_config import MoEConfig
 from sharding.rules import ShardingRules
 from train.host_memory import keep_freed_memory
 
 REPEATS = 5  # forward and backward passes of one piece of work
 
 
-def main(kind: str) -> None:
+def changed(moe: MoEConfig, words: list[str]) -> MoEConfig:
+    """`moe` with what the command line's words say."""
+    if not words:
+        return moe
+    experts, top_k, hidden_dim, *rest = words
+    return replace(
+        moe, num_experts=int(experts), top_k=int(top_k), hidden_dim=int(hidden_dim),
+        dispatch=rest[0] if rest else moe.dispatch, capacity_factor=float(rest[1]) if rest[1:] else moe.capacity_factor,
+    )  # fmt: skip
+
+
+def main(kind: str, *words: str) -> None:
     keep_freed_memory()
     experiment = resolve("quickstart" if kind == "moe" else "quickstart_dense", [], 1)
     config, data = experiment.model, experiment.data
+    if config.moe is not None:
+        config = replace(config, moe=changed(config.moe, list(words)))
     x_BTD = jax.random.normal(jax.random.key(1), (data.batch_size, data.sequence_length, config.embed_dim))
     ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
     tokens = Tokens(ids_BT, ids_BT, jnp.ones_like(ids_BT, bool))
@@ -41,4 +56,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -94,6 +94,7 @@ def _cuts(M: int, largest: int | None) -> tuple[int, ...]:
 
 def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
     """`group(e, start, size, carry)` for the groups that have rows: most have none in decoding."""
+    sizes_E = jnp.asarray(sizes_E)  # NumPy's cannot be indexed by a loop's counter
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     (filled_E,) = jnp.nonzero(sizes_E, size=min(M, sizes_E.shape[0]), fill_value=0)
 
