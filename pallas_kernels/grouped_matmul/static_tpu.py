@@ -104,10 +104,11 @@ def visits(sizes: np.ndarray, tile: int) -> list[tuple[int, int]]:
     return found
 
 
-def part_of(cut: Cut, start: int, stop: int) -> int:
-    """The rows that a visit multiplies: what `tpu_forward.for_part` chooses."""
-    need = stop - start // tpu_tiles.ROWS * tpu_tiles.ROWS
-    return next(size for size in cut.parts() if need <= size)
+def parts_of(cut: Cut, start: int, stop: int) -> list[int]:
+    """Places in cut.parts() of those that a visit multiplies: what `tpu_forward.for_parts` chooses."""
+    least = cut.parts()[0]
+    count = -(-(stop - start // tpu_tiles.ROWS * tpu_tiles.ROWS) // least)
+    return [i for i in range(len(cut.parts())) if count >> i & 1]
 
 
 @functools.cache
@@ -142,16 +143,16 @@ def our_row(target: str, direction: str, call: Call) -> dict[str, Any]:
     expected = len(parts) + gradient
     if len(work) != expected:
         raise RuntimeError(f"{target} {direction} {cut}: {len(work)} bodies {work}, not {expected}")
+    # In the text the largest part comes first; before them, in the gradient, the tile without a choice of rows.
+    finish = after if not gradient and pieces_k > 1 and len(after) == len(parts) else [0] * len(parts)
     total = 0
     for start, stop in visits(sizes, cut.m):
-        index = parts.index(part_of(cut, start, stop))
-        if gradient:  # whole tiles first in the text, without a choice of rows
-            total += pieces_n * (work[0] if stop - start == cut.m else work[1 + index])
-        else:
-            total += pieces_n * (
-                pieces_k * work[index] + (after[index] if pieces_k > 1 and len(after) == len(parts) else 0)
-            )
-    total *= (call.K // cut.k * call.N // cut.n) if gradient else call.N // cut.n
+        if gradient and stop - start == cut.m:
+            total += pieces_n * work[0]
+            continue
+        for i in parts_of(cut, start, stop):
+            total += pieces_n * (pieces_k * work[-1 - i] + finish[-1 - i])
+    total *= call.N // cut.n * (pieces_k if gradient else 1)
     moved = (tpu_tiles.gradient_bytes if gradient else tpu_tiles.forward_bytes)(call, cut)
     return {
         "tiles": [cut.m, cut.n, cut.k],

@@ -1,9 +1,8 @@
 """The forward kernel of the TPU: the visits of tpu_walk.py for each tile of columns.
 
-A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies the smallest power-of-two
-part of its tile of rows that holds the group's (see tpu_tiles.py) and writes those alone: the tile of the result stays
-in VMEM from one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays
-there.
+A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies those parts of its tile of
+rows that hold the group's (see tpu_tiles.py) and writes the group's alone: the tile of the result stays in VMEM from
+one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays there.
 
 Shapes: M rows, E groups, K contraction, N columns, G gates; m, n, k as suffixes: a tile of them.
 """
@@ -28,17 +27,20 @@ def widen(x: Array, dtype) -> Array:
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 
-def for_part(cut: Cut, start, stop, do) -> None:
-    """Calls do(first row, rows) for the smallest part of the tile that holds rows start to stop; not if there are
-    none."""
+def for_parts(cut: Cut, start, stop, do) -> None:
+    """Calls do(first row, rows, whether it is the first) for parts of the tile, next to each other, that together hold
+    rows start to stop: of each of cut.parts() at most one; none where there are no rows."""
+    parts = cut.parts()
+    least = parts[0]
     begin = lax.div(start, ROWS) * ROWS
-    below = 0
-    for size in cut.parts():
-        need = stop - begin
-        here = (stop > start) & (need > below) & (need <= size)
-        at = pl.multiple_of(jnp.minimum(begin, cut.m - size), ROWS)
-        pl.when(here)(lambda at=at, size=size: do(at, size))
-        below = size
+    count = lax.div(stop - begin + least - 1, least) * (stop > start).astype(jnp.int32)  # in the smallest parts
+    begin = jnp.minimum(begin, cut.m - count * least)
+    for size in reversed(parts):
+        bit = size // least
+        done = lax.div(count, 2 * bit) * 2 * bit
+        at = pl.multiple_of(begin + done * least, ROWS)
+        here = lax.rem(lax.div(count, bit), 2) == 1
+        pl.when(here)(lambda at=at, size=size, done=done: do(at, size, done == 0))
 
 
 def for_pieces(cut: Cut, do) -> None:
@@ -86,7 +88,7 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
                 put(products_ref, (g, rows, place), mine, h)
         put(out_ref, (rows, place), mine, products[0] if spec.activation is None else spec.activation(*products))
 
-    def multiply(at, size) -> None:
+    def multiply(at, size, _) -> None:
         def piece(column, columns):
             rows, place = pl.ds(at, size), pl.ds(column, columns)
             products = []
@@ -104,20 +106,20 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
 
         for_pieces(cut, piece)
 
-    def finish(at, size) -> None:
+    def finish(at, size, _) -> None:
         def piece(column, columns):
             write(at, size, column, columns, [acc_ref[g, pl.ds(at, size), pl.ds(column, columns)] for g in range(G)])
 
         for_pieces(cut, piece)
 
-    for_part(cut, start, stop, multiply)
+    for_parts(cut, start, stop, multiply)
     if acc_ref is not None:
-        pl.when(k == pieces - 1)(lambda: for_part(cut, start, stop, finish))
+        pl.when(k == pieces - 1)(lambda: for_parts(cut, start, stop, finish))
 
 
 def forward_call(
-    spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array, G: int, N: int,
-    keep: bool, moved: int,
+    spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array,
+    G: int, N: int, keep: bool, moved: int,
 ) -> list[Array]:  # fmt: skip
     """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a
     multiple of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""

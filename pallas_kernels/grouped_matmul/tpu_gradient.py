@@ -1,9 +1,9 @@
 """The TPU kernel of the weights' gradient: of each group, lhs^T dout over its rows, summed in the tile of the result
 itself.
 
-A visit that the group does not fill takes the smallest power-of-two part of the tile of rows that holds its rows, and
-chooses zeros for the others, of both operands: what other groups, or no group, hold there may be NaN. An empty group
-is visited once, to write zeros.
+A visit that the group does not fill takes the parts of the tile of rows that hold its rows, and chooses zeros for the
+others, of both operands: what other groups, or no group, hold there may be NaN. An empty group is visited once, to
+write zeros.
 
 Shapes: M rows, E groups, K rows of the result, N columns; m, n, k as suffixes: a tile of them.
 """
@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul import tpu_walk
-from pallas_kernels.grouped_matmul.tpu_forward import for_part, for_pieces, inside
+from pallas_kernels.grouped_matmul.tpu_forward import for_parts, for_pieces, inside
 from pallas_kernels.grouped_matmul.tpu_tiles import Cut
 from pallas_kernels.grouped_matmul.tpu_walk import GROUP, START, STOP, TILE, word
 
@@ -36,7 +36,7 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    def multiply(at, size, mine) -> None:
+    def multiply(at, size, mine, first) -> None:
         rows = pl.ds(at, size)
         only = lambda x: x if mine is None else jnp.where(mine, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
@@ -46,16 +46,16 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
                 only(lhs_ref[rows, :]), only(dout_ref[rows, place]), OVER_ROWS, precision=precision,
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
-            out_ref[:, place] = part + jnp.where(fresh, 0.0, out_ref[:, place])
+            out_ref[:, place] = part + jnp.where(fresh & first, 0.0, out_ref[:, place])
 
         for_pieces(cut, piece)
 
     whole = stop - start == cut.m
-    pl.when(whole)(lambda: multiply(0, cut.m, None))
+    pl.when(whole)(lambda: multiply(0, cut.m, None, True))
 
     @pl.when(jnp.logical_not(whole))
     def _():
-        for_part(cut, start, stop, lambda at, size: multiply(at, size, inside(at, size, start, stop)))
+        for_parts(cut, start, stop, lambda at, size, first: multiply(at, size, inside(at, size, start, stop), first))
 
 
 def gradient_call(

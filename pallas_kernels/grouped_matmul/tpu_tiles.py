@@ -5,8 +5,8 @@ matrix units' cycles and the memory's, and a tenth of the shorter.
 What the estimate knows, of which small experts make the difference (all by the compiler's bundles, none measured):
 
 - a product of a piece costs 170 to 250 cycles beside its multiplications, whatever its size: few large pieces;
-- a visit works on the smallest power-of-two part of the tile of rows that holds its group's, down to `edge`: large
-  tiles of rows are no loss for small groups, as they are where each visit pays for a whole tile;
+- a visit works on parts of the tile of rows, each a power of two smaller, that hold its group's rows up to `edge`:
+  large tiles of rows are no loss for small groups, as they are where each visit pays for a whole tile;
 - with K whole in VMEM a group's weights are read once and the rows once for each tile of columns; with K in pieces both
   are read at every visit.
 
@@ -104,7 +104,7 @@ def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
     whole = pieces == 1
     width = tiles_n * (cut.n // cut.piece * up(cut.piece, device.mxu) + up(cut.n % cut.piece, device.mxu))
     work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
-    steps = tiles_n * visits * pieces * (STEP + call.G * _up(cut.n, cut.piece) * PIECE)
+    steps = tiles_n * visits * pieces * (STEP + 1.5 * call.G * _up(cut.n, cut.piece) * PIECE)
     sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
     return _both((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
 
