@@ -452,6 +452,31 @@ def test_a_mesh_routes_as_one_device_does(router):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_soft_moe_over_a_mesh():
+    """Values and gradients of one device, experts and sequence spread."""
+    D, F, S, rules = 8, 5, 2, ShardingRules()
+    config = tiny_config(embed_dim=D, moe=MoEConfig(4, S, F, router="soft"))
+    rng = np.random.default_rng(0)
+    shapes = [(4, 6, D), (4, 6, 4 * S), (4, D, 2, F), (4, F, D)]
+    given = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+    valid = np.arange(6) < np.array([6, 5, 3, 1])[:, None]
+
+    @jax.jit
+    def run(arrays, valid):
+        return jax.value_and_grad(lambda a: jnp.square(soft_moe(*a[:2], valid, *a[2:], config, rules)[0]).sum())(arrays)
+
+    alone = run(given, valid)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))
+    rows = rules.spec("activations", ("batch", "sequence", None))
+    weights = [rules.spec("weights", ("expert", "embed", None, "mlp")), rules.spec("weights", ("expert", "mlp", "embed"))]
+    with use_mesh(mesh):
+        put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(given, [rows, rows, *weights], strict=True)]
+        spread = run(put, jax.device_put(valid, jax.NamedSharding(mesh, P(*rows[:2]))))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=1e-5)
+
+
 def test_draws_do_not_depend_on_the_mesh():
     like = jnp.zeros((4, 8))
     alone = draw(jax.random.uniform, KEY, like)
