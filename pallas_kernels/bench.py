@@ -24,7 +24,7 @@ import jax.numpy as jnp
 # How the public implementations say that they cannot run a call, or are not installed. Ours raise ValueError and name the
 # implementation; anything else of ours is a defect and ends the benchmark.
 OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
-OPERATIONS = ("flash_attention", "decode_attention")
+OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Do the kernels compute on this device what the reference does? python -m pallas_kernels.check [OPERATION ...]
 
-Every case of an operation's shapes.py, every implementation that the device has; flash attention's gradients too. The
-reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest entry, and
-ends with status 1 where one is too large. A CPU has no kernels: there only flash attention's tiles in plain JAX are compared.
+Every case of an operation's shapes.py, every implementation that the device has; gradients too where the operation has them.
+The reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest entry, and
+ends with status 1 where one is too large. A CPU has no kernels: there the implementations in plain JAX are compared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import decode_attention, flash_attention
+from pallas_kernels import decode_attention, flash_attention, grouped_matmul
 from pallas_kernels.decode_attention.shapes import CASES as DECODE_CASES
 from pallas_kernels.flash_attention.shapes import CASES as FLASH_CASES
+from pallas_kernels.grouped_matmul.shapes import CASES as GROUPED_CASES
 from pallas_kernels.target import target
 
 # bfloat16 and float16 round weights and results; float32 products may run in three passes of a narrower type.
-OPERATIONS = ("flash_attention", "decode_attention")
+OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
@@ -49,12 +50,30 @@ def decode(case, implementation: str) -> list[np.ndarray]:
     return [np.asarray(out, np.float32), np.where(np.asarray(lse) < -1e29, 0.0, np.asarray(lse))]
 
 
+def grouped(case, implementation: str) -> list[np.ndarray]:
+    """Output and gradients of a case, float32; the rows after the last group hold NaN, but for the reference."""
+    arrays = case.arguments()
+    dout = jnp.asarray(np.random.default_rng(1).normal(size=(case.M, case.N)), case.dtype)
+    if implementation != "reference":
+        after = sum(case.sizes)
+        arrays["lhs"], dout = arrays["lhs"].at[after:].set(jnp.nan), dout.at[after:].set(jnp.nan)
+    learned = {name: arrays.pop(name) for name in (("lhs",) if case.weights else ("lhs", "rhs"))}
+
+    def both_ways(learned, arrays, dout):
+        out, pull = jax.vjp(lambda learned: case.call(**learned, **arrays, implementation=implementation), learned)
+        return out, *pull(dout)[0].values()
+
+    return [np.asarray(x, np.float32) for x in jax.jit(both_ways)(learned, arrays, dout)]
+
+
 def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
     """(case, implementation, error or the reason of a refusal, bound)."""
     platform, kind = target()
     if operation == "flash_attention":
         run, cases, names = flash, FLASH_CASES, [*flash_attention.best_implementation(platform, kind)]
         names += ["hopper"] if "H100" in kind or "H200" in kind else []
+    elif operation == "grouped_matmul":
+        run, cases, names = grouped, GROUPED_CASES, [*grouped_matmul.best_implementation(platform, kind)]
     else:
         run, cases = decode, DECODE_CASES
         names = [name for name in decode_attention.best_implementation(platform) if name != "reference"]

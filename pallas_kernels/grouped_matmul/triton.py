@@ -148,4 +148,4 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
     t = spec.tiles
     m, n, k = t.m or m, t.n or fit(n, N), t.k or fit(k, K)
     sums = m * n * G if direction == "forward" else k * n
-    return Sizes(m, n, k, warps=8 if sums >= 128 * 128 else 4, stages=2 if wide else 3)
+    return Sizes(m, n, k, warps=8 if sums > 64 * 128 else 4, stages=2 if wide else 3)

@@ -10,12 +10,14 @@ from pallas_kernels import bench, check
 from pallas_kernels.flash_attention import Mask
 from pallas_kernels.flash_attention.bench import _error, seen_pairs
 from pallas_kernels.flash_attention.shapes import Case
+from pallas_kernels.grouped_matmul.shapes import Case as GroupedCase
 
 SMALL = (Case("small", T=32, S=32, H=16, V=16), Case("small_window", T=40, S=40, H=16, V=16, mask=Mask(window=8)))
 
 
 def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsys):
     monkeypatch.setattr(check, "FLASH_CASES", SMALL)
+    monkeypatch.setattr(check, "GROUPED_CASES", ())
     monkeypatch.setattr(sys, "argv", ["check"])
     assert check.main() == 0
     told = capsys.readouterr().out
@@ -25,6 +27,18 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsy
     monkeypatch.setattr(check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)])
     assert check.main() == 1
     assert "2 of 2 too large" in capsys.readouterr().out
+
+
+def test_the_check_of_the_grouped_matmul_fails_what_is_not_right(monkeypatch, capsys):
+    """The gradients count too, and NaN after the last group."""
+    monkeypatch.setattr(check, "GROUPED_CASES", (GroupedCase("small", (3, 0, 8), K=8, N=8, G=2, after=3),))
+    monkeypatch.setattr(sys, "argv", ["check", "grouped_matmul"])
+    assert check.main() == 0
+    assert "all 1 within bounds" in capsys.readouterr().out
+    right = check.grouped
+    wrong = lambda case, name: [x * (1.001 if name == "xla" and i == 2 else 1) for i, x in enumerate(right(case, name))]
+    monkeypatch.setattr(check, "grouped", wrong)
+    assert check.main() == 1
 
 
 def test_the_check_knows_its_operations_and_a_defect_from_a_refusal(monkeypatch, capsys):

@@ -1,7 +1,6 @@
 """The Triton kernels of the grouped matmul, interpreted on the CPU against the reference; and lowered for CUDA."""
 
 from contextlib import nullcontext
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,14 @@ from pallas_kernels.grouped_matmul.spec import Spec
 from pallas_kernels.grouped_matmul.triton import most_visits, tile_sizes, visits
 from pallas_kernels.grouped_matmul.triton_kernels import band, widen
 
-SMALL = Tiles(m=16, n=16, k=16)
+OWN, SMALL = Tiles(), Tiles(m=16, n=16, k=16)
 # Relative to the largest entry; the reference sums in another order. 16-bit: one rounding of the result, and of the
 # products that the backward reads.
 BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 QUICK = {"rows_after", "all_empty", "transpose_odd", "glu_rows_after", "plain_activation", "int8_glu", "float8_e4m3fn", "bfloat16_glu"}
 
 
-def outcome(case: Case, implementation: str, tiles: Tiles = Tiles(), poison: bool = False) -> dict[str, np.ndarray]:
+def outcome(case: Case, implementation: str, tiles: Tiles = OWN, poison: bool = False) -> dict[str, np.ndarray]:
     """The result and the gradients of lhs and rhs, float32. `poison`: NaN in the rows after the last group."""
     arrays = case.arguments()
     dout = jnp.asarray(np.random.default_rng(1).normal(size=(case.M, case.N)), case.dtype)
@@ -162,7 +161,7 @@ def test_tiles_fit_the_smallest_gpus(direction, M, E, K, N, G, dtype):
 def test_refuses_what_it_cannot_run(change, wanted):
     case = Case("refused", (16,), dtype=change.get("dtype", "float32"), G=change.get("G"))
     with jax.enable_x64(True), pytest.raises(ValueError, match=f"implementation = 'triton': .*{wanted}"):
-        case.call(**case.arguments(), tiles=change.get("tiles", Tiles()), implementation="triton", interpret=True)
+        case.call(**case.arguments(), tiles=change.get("tiles", OWN), implementation="triton", interpret=True)
 
 
 LOWERED = [
