@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PRNGKeyArray
 
 from sharding.rules import ShardingRules, activation_spec, no_mesh, reshard, weight_spec
@@ -33,7 +34,24 @@ def constant(shape: tuple[int, ...], axes: Axes, value: float, rules: ShardingRu
 
 def use(param: nnx.Param, axes: Axes, dtype: jnp.dtype, rules: ShardingRules) -> Array:
     """The weight as it enters a computation. The cast comes first: half the bytes are gathered."""
-    return reshard(param[...].astype(dtype), rules, *axes)
+    w = cast(param, dtype)
+    if no_mesh():
+        return w
+    # One dimension after the other: of a gather along two at once XLA makes an all-reduce, which sends twice as much.
+    layouts = list(rules.spec("weights", axes)), list(rules.spec("activations", axes))
+    stored, used = ([part if isinstance(part, tuple) else (part,) if part else () for part in layout] for layout in layouts)
+    if all(more[: len(part)] == part for more, part in zip(stored, used, strict=True)):
+        for dimension in reversed(range(len(axes))):
+            w = jax.sharding.reshard(w, P(*layouts[0][:dimension], *layouts[1][dimension:]))
+        return w
+    return reshard(w, rules, *axes)
+
+
+def cast(param: nnx.Param, dtype: jnp.dtype) -> Array:
+    """The weight in the dtype of computation. The barrier keeps XLA from casting a whole stack before the loop over its layers,
+    which would be kept beside the weights themselves all through the step."""
+    w = param[...]
+    return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
 
 
 def matmul(x: Array, w: Array, contract: int, axes: Axes, rules: ShardingRules) -> Array:
