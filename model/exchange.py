@@ -10,6 +10,9 @@ Two carriers:
 - padded (every backend): `all_to_all` of equal parts, one for each peer, of `room / peers` rows.
 - ragged (TPUs, GPUs): `jax.lax.ragged_all_to_all` sends what there is, into one buffer of `room` rows. XLA:CPU lacks it.
 
+Rows that a device sends, each way: padded (P - 1) / P * factor * k * N, ragged about (P - 1) / P * k * N; gathering the tokens
+takes (P - 1) * N. So with more choices than peers gathering sends less, though each device then sorts P times the pairs.
+
 Shapes: N tokens of this device, C choices, P peers, A pairs (N * C), D width, E experts here, G 2 if gated else 1, F hidden
 width, S rows to send, R rows received.
 """
