@@ -142,9 +142,10 @@ def _compare(
 
     @jax.jit
     def differences(models: tuple[Transformer, Transformer], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        given, segments = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
-        places = dict(segment_ids_BT=segments, positions_BT=batch["positions"][:, :-1])
-        first, second = (logits(model, forward(model, given, **places).hidden_BTD) for model in models)
+        given, segments, positions = (batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions"))
+        first, second = (
+            logits(model, forward(model, given, segment_ids_BT=segments, positions_BT=positions).hidden_BTD) for model in models
+        )
         seen = segments[..., None] > 0
         return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
 
