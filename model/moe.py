@@ -23,7 +23,7 @@ from model.mlp import MLP, gates
 from model.moe_config import WITHOUT_LOGITS
 from model.routers import noisy_input, route
 from model.soft import soft_moe
-from model.weights import cast, constant, matmul, normal, use
+from model.weights import constant, matmul, normal, use
 from sharding.rules import ShardingRules, no_mesh
 
 
@@ -64,8 +64,8 @@ class MoE(nnx.Module):
         assert moe is not None
         input_key, route_key = (None, None) if key is None else jax.random.split(key)
         logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
-        up = cast(self.up, dtype)
-        down = cast(self.down, dtype)
+        up = self.up[...].astype(dtype)
+        down = self.down[...].astype(dtype)
         if moe.router == "soft":
             assert logits_BTE is not None
             out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, self.config, rules)

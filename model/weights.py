@@ -34,7 +34,7 @@ def constant(shape: tuple[int, ...], axes: Axes, value: float, rules: ShardingRu
 
 def use(param: nnx.Param, axes: Axes, dtype: jnp.dtype, rules: ShardingRules) -> Array:
     """The weight as it enters a computation. The cast comes first: half the bytes are gathered."""
-    w = cast(param, dtype)
+    w = param[...].astype(dtype)
     if no_mesh():
         return w
     # One dimension after the other: of a gather along two at once XLA makes an all-reduce, which sends twice as much.
@@ -45,13 +45,6 @@ def use(param: nnx.Param, axes: Axes, dtype: jnp.dtype, rules: ShardingRules) ->
             w = jax.sharding.reshard(w, P(*layouts[0][:dimension], *layouts[1][dimension:]))
         return w
     return reshard(w, rules, *axes)
-
-
-def cast(param: nnx.Param, dtype: jnp.dtype) -> Array:
-    """The weight in the dtype of computation. The barrier keeps XLA from casting a whole stack before the loop over its layers,
-    which would be kept beside the weights themselves all through the step."""
-    w = param[...]
-    return w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype)
 
 
 def matmul(x: Array, w: Array, contract: int, axes: Axes, rules: ShardingRules) -> Array:
