@@ -115,6 +115,7 @@ def test_the_exchange_gives_what_one_device_gives(axes, k, factor, ragged, monke
 
 SEQUENCE = replace(RULES, activations=AxisRules(batch=("data",), sequence=("sequence",), expert=("sequence",)))
 TENSOR = replace(RULES, activations=AxisRules(batch=("data",), expert=("tensor",), mlp=()))
+TWO = replace(RULES, activations=AxisRules(batch=("data", "fsdp", "expert"), expert=("expert", "fsdp")))
 BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("expert", "tensor"), mlp=()))
 
 
@@ -126,8 +127,9 @@ BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("e
         ({"data": 2, "sequence": 4}, SEQUENCE, 1.0),
         ({"data": 2, "tensor": 4}, TENSOR, 1.0),  # each device has the group's tokens already
         ({"data": 2, "expert": 2, "tensor": 2}, BOTH, 1.0),
+        ({"data": 2, "expert": 2, "fsdp": 2}, TWO, 0.5),
     ],
-    ids=["gathered", "sequence-gathered", "sequence", "tensor", "both"],
+    ids=["gathered", "sequence-gathered", "sequence", "tensor", "both", "two"],
 )
 def test_experts_may_lie_over_any_axis(axes, rules, factor):
     rules.validate()
