@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     def settable(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides",
-            help="change a field of the config, e.g. --set model.moe.top_k=1; may be repeated",
+            help="change a field of the config, e.g. --set model.moe.top_k=3; may be repeated",
         )  # fmt: skip
 
     command("list", "every experiment with its question, source and cost")
