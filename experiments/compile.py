@@ -224,7 +224,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
         "as they go round",
         soft_wrap=True,
     )
-    if c.traffic.most > c.traffic.put_out:
+    if c.traffic.most > 1.01 * c.traffic.put_out:
         console.print(
             f"where the step branches, these are the branches that put out least; the others: {_size(c.traffic.most)}",
             soft_wrap=True,
