@@ -37,7 +37,7 @@ class Size:
 
 
 def cases(platform: str, quick: bool) -> Iterator[Size]:
-    """Mixtral's experts, and fine-grained ones; then E = 8 to 256 of equal FLOPs: with as many rows, as where only the number
+    """Mixtral's experts, and fine-grained ones; then E = 8 to 256, in each row of sizes of equal FLOPs: with as many rows, as where only the number
     of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut finer (Dai et al. 2024, DeepSeekMoE)."""
     small = platform == "cpu"
     if small:

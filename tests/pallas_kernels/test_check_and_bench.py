@@ -2,6 +2,7 @@
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from pallas_kernels import bench, check
 from pallas_kernels.flash_attention import Mask
 from pallas_kernels.flash_attention.bench import _error, seen_pairs
 from pallas_kernels.flash_attention.shapes import Case
+from pallas_kernels.grouped_matmul import bench as grouped_bench
 from pallas_kernels.grouped_matmul.shapes import Case as GroupedCase
 
 SMALL = (Case("small", T=32, S=32, H=16, V=16), Case("small_window", T=40, S=40, H=16, V=16, mask=Mask(window=8)))
@@ -104,3 +106,19 @@ def test_the_bench_counts_pairs_and_sees_errors(case):
     assert _error(case, inputs, segments, out) < 1e-12
     out[0, -1, 0, 0] += 0.5
     assert _error(case, inputs, segments, out) > 0.01
+
+
+def test_the_ways_of_the_grouped_matmul_compute_the_same():
+    """All of them against float64; and the error tells one that takes another expert's weights."""
+    size, sizes = grouped_bench.Size("small", 20, 4, 8, 4), np.array([7, 0, 9, 4], np.int32)
+    arguments = (*grouped_bench._arrays(size, "float32"), jnp.asarray(sizes))
+    ways = dict(grouped_bench._ways("cpu", size, sizes))
+    assert len(ways) == 4
+    for name, way in ways.items():
+        assert grouped_bench._error(arguments, sizes, jax.jit(way)(*arguments)) < 2e-6, name
+    x, up, down, sizes_E = arguments
+    assert grouped_bench._error(arguments, sizes, way(x, up[::-1], down, sizes_E)) > 0.1
+    for family in ("cut finer", "8192 rows"):
+        found = [s for s in grouped_bench.cases("gpu", False) if family in s.name]
+        assert [s.E for s in found] == list(grouped_bench.EXPERTS)
+        assert len({s.M * s.D * s.F for s in found}) == 1, "equal FLOPs whatever the number of experts"
