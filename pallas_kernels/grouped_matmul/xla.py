@@ -57,7 +57,7 @@ def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None,
                 new = tuple(jnp.where(inside_R1, n, o) for n, o in zip(new, old, strict=True))
             return tuple(jax.lax.dynamic_update_slice_in_dim(out, n, first, 0) for out, n in zip(outs, new, strict=True))
 
-        return _blocks(_cuts(M, spec.tiles.m), start, size, M, block, outs)
+        return _blocks(_cuts(M, E, spec.tiles.m), start, size, M, block, outs)
 
     columns = (X // G, X) if keep else (X // G,)
     empty = tuple(jnp.zeros((M, n), dtype) for n in columns)
@@ -67,7 +67,7 @@ def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None,
 
 def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) -> Array:
     """[E, K, N] float32: of each group lhs^T dout; zero of an empty one."""
-    wide, (M, K), N = sum_dtype(lhs_MK.dtype), lhs_MK.shape, dout_MN.shape[1]
+    wide, (M, K), E, N = sum_dtype(lhs_MK.dtype), lhs_MK.shape, sizes_E.shape[0], dout_MN.shape[1]
 
     def group(e: Array, start: Array, size: Array, drhs_EKN: Array) -> Array:
         def block(first: Array, rows: int, inside_R1: Array | None, drhs_KN: Array) -> Array:
@@ -80,16 +80,18 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
             lhs_KR = jax.lax.optimization_barrier(lhs_RK.T) if K < N else lhs_RK.T
             return drhs_KN + jnp.matmul(lhs_KR, dout_RN, precision=jax.lax.Precision.HIGHEST)
 
-        drhs_KN = _blocks(_cuts(M, spec.tiles.m), start, size, M, block, jnp.zeros((K, N), wide))
+        drhs_KN = _blocks(_cuts(M, E, spec.tiles.m), start, size, M, block, jnp.zeros((K, N), wide))
         return jax.lax.dynamic_update_index_in_dim(drhs_EKN, drhs_KN, e, 0)
 
-    return _groups(sizes_E, M, group, jnp.zeros((sizes_E.shape[0], K, N), wide))
+    return _groups(sizes_E, M, group, jnp.zeros((E, K, N), wide))
 
 
-def _cuts(M: int, largest: int | None) -> tuple[int, ...]:
-    """Rows of the blocks, descending; none exceeds M."""
+def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
+    """Rows of the blocks, descending; none exceeds M. The last are no more than the rows that a group has on average, rounded
+    up to a power of two: in decoding a token or two."""
     rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
-    return tuple(sorted({min(size, M) for size in rows}, reverse=True))
+    last = min(1 << (-(-M // E) - 1).bit_length(), *rows, M)
+    return tuple(sorted({last, *(size for size in rows if size <= M)}, reverse=True))
 
 
 def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
