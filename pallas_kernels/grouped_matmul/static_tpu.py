@@ -165,7 +165,8 @@ def our_row(target: str, direction: str, call: Call) -> dict[str, Any]:
 
 def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int, int]) -> dict[str, Any]:
     """What megablox takes: each visit multiplies a whole tile of rows; with K in pieces, it reads weights at each."""
-    (m, k, n), sizes = tiling, balanced(call.M, call.E)
+    m, k, n = tiling = tiling[0], min(tiling[1], call.K), min(tiling[2], call.N)  # none wider than the problem
+    sizes = balanced(call.M, call.E)
     gradient = direction == "gradient"
     small = asdict(Call(2 * m, 2, 2 * k, 2 * n))
     work, _, spills, vmem = bodies(
