@@ -139,15 +139,14 @@ def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEC
     """
     if not config.bias_rate:
         return model
-    first, loads = 0, {}  # by stack and place in the unit: the layers of a stack run unit by unit
+    first = 0
+    loads: dict[tuple[str, str], Array] = {}  # by stack and place in the unit: the layers of a stack run unit by unit
     for s, unit in enumerate(model.stacks):
-        biases = {i: block.mlp.router_bias for i, block in enumerate(unit) if getattr(block.mlp, "router_bias", None) is not None}
-        if not biases:
-            continue
-        repeats = next(iter(biases.values())).shape[0]
-        of_stack = load_LE[first : first + repeats * len(biases)].reshape(repeats, len(biases), -1)
-        loads |= {(str(s), str(i)): of_stack[:, m] for m, i in enumerate(biases)}
-        first += repeats * len(biases)
+        biased = [i for i, block in enumerate(unit) if getattr(block.mlp, "router_bias", None) is not None]
+        layers = len(biased) * unit[0].attention.q.shape[0]
+        of_stack = load_LE[first : first + layers].reshape(-1, max(len(biased), 1), load_LE.shape[-1])
+        loads |= {(str(s), str(i)): of_stack[:, m] for m, i in enumerate(biased)}
+        first += layers
 
     def moved(path, leaf):
         parts = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")

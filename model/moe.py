@@ -97,8 +97,9 @@ class MoE(nnx.Module):
         def times(weight: nnx.Param) -> Array:
             return matmul(x_BTD, use(weight, ("embed", None), dtype, self.rules), 1, ("batch", "sequence", None), self.rules)
 
-        noisy = self.router_noise is not None and key is not None
-        return times(self.router), times(self.router_noise) if noisy else None
+        if self.router_noise is None or key is None:
+            return times(self.router), None
+        return times(self.router), times(self.router_noise)
 
 
 def _batch_slices(rules: ShardingRules) -> int:
