@@ -87,11 +87,13 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
 
 
 def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
-    """Rows of the blocks, descending; none exceeds M. The last are no more than the rows that a group has on average, rounded
-    up to a power of two: in decoding a token or two."""
+    """Rows of the blocks, descending; none exceeds M. Where groups have few rows on average, as in decoding, blocks of that
+    size alone (a power of two): each further loop over blocks copies the group's weights."""
     rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
-    last = min(1 << (-(-M // E) - 1).bit_length(), *rows, M)
-    return tuple(sorted({last, *(size for size in rows if size <= M)}, reverse=True))
+    average = min(1 << (-(-M // E) - 1).bit_length(), M)
+    if average < min(rows):
+        return (average,)
+    return tuple(sorted({min(size, M) for size in rows}, reverse=True))
 
 
 def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
