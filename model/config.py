@@ -124,7 +124,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of computation; auto: bfloat16 but on CPU
     # What the backward pass keeps: everything; nothing; matmul outputs; values named in `remat_names`; or those, offloaded.
     remat: Literal["none", "full", "dots", "names", "offload"] = "none"
-    remat_names: tuple[Literal["attention_out", "mlp_out", "qkv", "mlp_hidden"], ...] = ("attention_out", "mlp_out")
+    remat_names: tuple[Literal["attention_out", "mlp_out", "qkv", "mlp_hidden", "expert_in", "expert_out"], ...] = ("attention_out", "mlp_out")
     scan_unroll: int = 1  # layers a step of the scan over layers; 0: all (faster on CPU, compiles longer)
 
     def validate(self) -> None:
