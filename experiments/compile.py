@@ -127,6 +127,7 @@ def compile_step(experiment: Experiment, topology: str) -> Compiled:
         text = _dumped(folder, "after_optimizations.txt")
         buffers = _largest(_dumped(folder, "after_optimizations-memory-usage-report.txt"))
     m = executable.memory_analysis()
+    assert m is not None, "the TPU compiler tells its memory"
     memory = Memory(
         m.argument_size_in_bytes, m.alias_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes,
         m.generated_code_size_in_bytes,

@@ -95,7 +95,8 @@ def exchanged_experts(
     Gradients flow to x, weights, up and down. Pairs come back to their tokens exactly; the sum is in the order of choices.
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
-    rows = room(indices_NC.size, *indices_NC.shape, E, peers, factor)
+    tokens, choices = indices_NC.shape
+    rows = room(tokens * choices, tokens, choices, E, peers, factor)
     ragged = target()[0] in ("tpu", "gpu", "cuda") if ragged is None else ragged
     plan = make_plan(indices_NC, peers, E, axes)
     needed = rounds(plan.counts_PPE, rows, ragged)

@@ -54,7 +54,7 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
         if weights_NC is None:
             return y_NCD.sum(1, dtype=wide).astype(y_SD.dtype)
         return jnp.einsum("ncd,nc->nd", y_NCD, weights_NC, preferred_element_type=wide).astype(y_SD.dtype)
-    total = 0.0
+    total = jnp.zeros((), wide)
     for c in range(C):
         y_ND = _rows(y_SD, slot_NC[:, c]).astype(wide)
         total = total + (y_ND if weights_NC is None else y_ND * weights_NC[:, c, None])

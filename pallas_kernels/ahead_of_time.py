@@ -71,7 +71,7 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
     """A program for a device that is not here can be written to JAX's cache of programs, but not read from it."""
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     try:
         with warnings.catch_warnings():

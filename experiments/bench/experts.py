@@ -13,7 +13,7 @@ ACTIVE = 512  # hidden columns that a token goes through: top_k * hidden_dim
 
 def cases() -> dict[str, tuple[str, ...]]:
     """Arguments of experiments.bench.layer by the name of a row."""
-    rows = {}
+    rows: dict[str, tuple[str, ...]] = {}
     for experts in (8, 16, 64, 128, 256):
         rows[f"{experts} experts, top-2, width {ACTIVE // 2}"] = (str(experts), "2", str(ACTIVE // 2))
     for experts in (16, 64, 128, 256):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,8 @@ def changed(moe: MoEConfig, words: list[str]) -> MoEConfig:
     if not words:
         return moe
     experts, top_k, hidden_dim, *rest = words
-    return replace(
-        moe, num_experts=int(experts), top_k=int(top_k), hidden_dim=int(hidden_dim),
-        dispatch=rest[0] if rest else moe.dispatch, capacity_factor=float(rest[1]) if rest[1:] else moe.capacity_factor,
-    )  # fmt: skip
+    rest_given: dict[str, Any] = dict(zip(("dispatch", "capacity_factor"), (*rest[:1], *map(float, rest[1:])), strict=False))
+    return replace(moe, num_experts=int(experts), top_k=int(top_k), hidden_dim=int(hidden_dim), **rest_given)
 
 
 def main(kind: str, *words: str) -> None:

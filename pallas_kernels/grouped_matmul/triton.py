@@ -134,9 +134,9 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
     Forward: rows as many as a group has on average, as a power of two from 16 to 128 (a group wastes half a tile); 128
     columns over all gates; 64 of the contraction. Weight gradient: 128 x 128 of the matrix, 64 rows a step, less where
     groups are smaller. float32, of twice the bytes and three passes, takes half as much; so does the contraction where K or N
-    leaves addresses unaligned. Chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities 8.0, 8.6 and
-    9.0: nothing spills, at most 96 KiB of shared memory (the least that GPUs have is 99), products on wgmma for 9.0. With
-    128 x 256 tiles, or four warps instead of eight, 50 to 300 bytes a thread spill.
+    leaves addresses unaligned. Chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities 8.0 and 9.0
+    (some for 8.6): nothing spills, at most 96 KiB of shared memory (the least that GPUs have is 99), products on wgmma for 9.0.
+    128 x 256 tiles, or four warps instead of eight, spill 12 to 300 bytes a thread, the weight gradient for 8.0 12.5 KB.
     """
     wide = jnp.dtype(dtype).itemsize == 4
     rows = max(LEAST_TILE, 1 << (max(M // E, 1).bit_length() - 1))
