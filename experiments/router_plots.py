@@ -45,11 +45,11 @@ def certainty(rows: Rows, theme: Theme) -> Figure | None:
 
 def dropped(rows: Rows, theme: Theme) -> Figure | None:
     """Choices that found no place, by layer, where experts have a capacity."""
-    found = [row for row in rows if row.get("expert_dropped")]
-    if not found:
+    found = [row for row in rows if row.get("router_layers")]
+    share_NL = np.array([row["router_layers"]["dropped_fraction"] for row in found], np.float64)
+    if not share_NL.any():
         return None
     steps = np.array([row["step"] for row in found], np.float64)
-    share_NL = np.array([row["expert_dropped"] for row in found], np.float64)
     figure, axes = single(theme, "Dropped choices, by layer", "part of the choices")
     _lines_of_layers(axes, theme, *thin(steps, share_NL))
     axes.set_ylim(bottom=0)

@@ -18,8 +18,8 @@ class Study(NamedTuple):
     steps: np.ndarray  # [S]
     saturation_SL: np.ndarray  # part of the choices of each step that are the last step's too
     co_activation_LEE: np.ndarray  # at the last step: of the tokens that chose i, the part that chose j; NaN on the diagonal
-    chance: float  # the saturation of routers that have nothing to do with each other, C / E
-    choices_a_token: int
+    chance: float  # the saturation of routers that have nothing to do with each other: choices of a token / E
+    choices_a_token: int  # the most
 
 
 def study(run: RunFolder, num_experts: int) -> Study | None:
@@ -32,5 +32,6 @@ def study(run: RunFolder, num_experts: int) -> Study | None:
     shared = [[saturation(a, b, num_experts) for a, b in zip(now, last_LNC, strict=True)] for now in choices]
     together = np.stack([np.array(co_activation(layer, num_experts)) for layer in last_LNC])
     together[:, np.arange(num_experts), np.arange(num_experts)] = np.nan  # one, and so of no interest
-    per_token = float((last_LNC < num_experts).sum(-1).max())
-    return Study(steps, np.asarray(shared, np.float64), together, per_token / num_experts, int(per_token))
+    chosen_LN = (last_LNC < num_experts).sum(-1)
+    per_token = float(chosen_LN[chosen_LN > 0].mean()) if chosen_LN.any() else 0.0
+    return Study(steps, np.asarray(shared, np.float64), together, per_token / num_experts, int(chosen_LN.max()))

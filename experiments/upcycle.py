@@ -35,7 +35,7 @@ from train.records import (
 )
 from train.step import TrainState, init_state
 
-TOLERANCE = 1e-4  # of the largest logit; float32 rounding gives 1e-6
+TOLERANCE = 1e-5  # of the largest logit; float32 rounding gives 1e-6
 
 
 def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:

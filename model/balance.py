@@ -41,7 +41,8 @@ def router_stats(
 
     Load balance: `load_balance`, per choice, over `config.balance_scope`, averaged over the scopes by their tokens. batch:
     all tokens (Qiu et al. 2025: best for specialization); device: the rows of each of `slices` devices, which must divide
-    the rows (what most trainers do); sequence: each row (DeepSeek-V3, eq. 17-20). z: `z_loss`.
+    the rows (what most trainers do); sequence: each row (DeepSeek-V3, eq. 17-20; f counts the choices
+    as made, a bias included, where eq. 18 leaves it out). z: `z_loss`.
     """
     E, rows = config.num_experts, valid_BT.shape[0]
     if config.balance_scope == "device" and rows % slices:
@@ -135,7 +136,7 @@ def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEC
     """`model` with every MoE layer's `router_bias` moved by `config.bias_rate`; the model itself where there is none or 0.
 
     `load_LE`: the loads of the MoE layers in their order, of the whole batch (`forward`'s router.load_E, averaged over
-    microbatches). Called in the train step after the optimizer, which leaves these biases alone (train/optimizers.py).
+    microbatches by their targets). Called in the train step after the optimizer, which leaves these biases alone (train/optimizers.py).
     """
     if not config.bias_rate:
         return model

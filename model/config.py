@@ -211,6 +211,16 @@ class ModelConfig:
             )
         if m is not None:
             m.validate(causal=a.mask != "bidirectional")
+            if not any(spec.moe for spec in layer_specs(self)):
+                raise ValueError(
+                    f"model.moe.layers = {m.layers}: none of the model.num_layers = {self.num_layers} layers is a 'moe' one; "
+                    "name it earlier, add layers, or set model.moe to none"
+                )
+            if self.mlp.bias and m.shared_experts:
+                raise ValueError(
+                    "model.mlp.bias = True: experts have no biases, and shared experts (model.moe.shared_experts = "
+                    f"{m.shared_experts}) are to be like them; set one of the two to 0 or false"
+                )
 
 
 def _refuse_unknown_choices(config, path: str) -> None:

@@ -14,6 +14,7 @@ import jax
 
 from model.config import ModelConfig, layer_specs
 from model.mlp import gates
+from model.moe_config import WITHOUT_LOGITS
 from model.transformer import Transformer
 from sharding.rules import ShardingRules
 
@@ -45,7 +46,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     if config.moe is not None:
         per_expert = config.embed_dim * config.moe.hidden_dim * (gates(config.mlp.kind) + 1)
         layers = sum(spec.moe for spec in layer_specs(config))
-        idle = int(layers * (config.moe.num_experts - experts_per_token(config)) * per_expert)
+        idle = int(layers * (config.moe.num_experts - experts_per_token(config, config.max_length)) * per_expert)
     return ParameterCount(total, total - idle, embedding)
 
 
@@ -57,21 +58,24 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
         flops += 2 * D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
         flops += 4 * a.num_heads * a.head_dim * keys_seen(config, spec.attention, length)
         if spec.moe and config.moe is not None:
-            chosen = experts_per_token(config) + config.moe.shared_experts
-            flops += 2 * D * config.moe.num_experts if config.moe.router not in ("hash", "random") else 0
+            chosen = experts_per_token(config, length) + config.moe.shared_experts
+            slots = config.moe.top_k if config.moe.router == "soft" else 1
+            flops += 0 if config.moe.router in WITHOUT_LOGITS else 2 * D * config.moe.num_experts * slots
             flops += 2 * D * config.moe.hidden_dim * (gates(config.mlp.kind) + 1) * chosen
         else:
             flops += 2 * D * config.mlp.hidden_dim * (gates(config.mlp.kind) + 1)
     return flops
 
 
-def experts_per_token(config: ModelConfig) -> float:
-    """Experts that a token goes to, on average; a capacity's drops are not counted. Soft: slots a token of `max_length`."""
+def experts_per_token(config: ModelConfig, length: int) -> float:
+    """Experts that a token of a window of `length` goes to, on average; a capacity's drops are not counted. Soft: slots."""
     moe = config.moe
     assert moe is not None
     if moe.router == "soft":
-        return moe.num_experts * moe.top_k / config.max_length
-    return moe.num_experts if moe.router == "dense" else moe.top_k
+        return moe.num_experts * moe.top_k / length
+    if moe.router == "expert_choice":
+        return moe.num_experts * moe.capacity(length) / length
+    return moe.top_k
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:

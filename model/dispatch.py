@@ -42,17 +42,19 @@ def run_experts(
     """
     moe = config.moe
     assert moe is not None
-    if moe.dispatch in ("gather", "einsum"):
+    # Expert choice fills every place, and gives a token a choice of each expert: sorted, most pairs would go nowhere.
+    how = "gather" if moe.dispatch == "auto" and moe.router == "expert_choice" else moe.dispatch
+    if how in ("gather", "einsum"):
         if place_BTC is None:
             raise ValueError(
-                f"model.moe.dispatch = {moe.dispatch!r}: its buffers need places; set model.moe.capacity_factor, or use 'sort'"
+                f"model.moe.dispatch = {how!r}: its buffers need places; set model.moe.capacity_factor, or use 'sort'"
             )
         up_EDGF, down_EFD = reshard(up_EDGF, rules, *UP), reshard(down_EFD, rules, *DOWN)
         return buffered_experts(
             x_BTD, indices_BTC, weights_BTC, place_BTC, moe.capacity(x_BTD.shape[1]), up_EDGF, down_EFD,
-            config.mlp.kind, rules, moe.dispatch,
+            config.mlp.kind, rules, how,
         )  # fmt: skip
-    run = partial(expert_mlp, kind=config.mlp.kind, implementation="dense" if moe.dispatch == "dense" else None)
+    run = partial(expert_mlp, kind=config.mlp.kind, implementation="dense" if how == "dense" else None)
     if no_mesh():
         x_ND, indices_NC, weights_NC = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
         return run(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD).reshape(x_BTD.shape)

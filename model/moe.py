@@ -6,6 +6,7 @@ Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ class Tokens(NamedTuple):
     ids_BT: Int[Array, "B T"]
     positions_BT: Int[Array, "B T"]  # in their document
     valid_BT: Bool[Array, "B T"]  # False: padding
+    cached: bool = False  # these continue a cache: the sequence is not here as a whole
 
 
 class MoE(nnx.Module):
@@ -59,8 +61,13 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """`key`: given in training alone, for what is random in the router."""
-        moe, rules, dtype = self.config.moe, self.rules, x_BTD.dtype
+        """`key`: given in training alone, for what is random in the router. With `tokens.cached` no choice is dropped."""
+        config, rules, dtype = self.config, self.rules, x_BTD.dtype
+        assert config.moe is not None
+        if tokens.cached and config.moe.capacity_factor is not None:
+            # A capacity is for whole sequences. Prompts of any padding and single tokens are decoded without drops.
+            config = replace(config, moe=replace(config.moe, capacity_factor=None, dispatch="sort"))
+        moe = config.moe
         assert moe is not None
         input_key, route_key = (None, None) if key is None else jax.random.split(key)
         logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
@@ -68,7 +75,7 @@ class MoE(nnx.Module):
         down = self.down[...].astype(dtype)
         if moe.router == "soft":
             assert logits_BTE is not None
-            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, self.config, rules)
+            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, config, rules)
             kept_BTC = routing.indices_BTC
         else:
             bias_E = None if self.router_bias is None else use(self.router_bias, (None,), jnp.float32, rules)
@@ -79,7 +86,7 @@ class MoE(nnx.Module):
             kept_BTC, place_BTC = routing.indices_BTC, None
             if moe.bounded:
                 kept_BTC, place_BTC = places(routing.indices_BTC, moe.num_experts, moe.capacity(x_BTD.shape[1]))
-            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, self.config, rules)
+            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, config, rules)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
         stats = router_stats(routing, kept_BTC, tokens.valid_BT, moe, _batch_slices(rules))
@@ -94,8 +101,11 @@ class MoE(nnx.Module):
         dtype = jnp.dtype(moe.router_dtype)
         x_BTD = noisy_input(x_BTD.astype(dtype), moe, key)
 
+        precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
         def times(weight: nnx.Param) -> Array:
-            return matmul(x_BTD, use(weight, ("embed", None), dtype, self.rules), 1, ("batch", "sequence", None), self.rules)
+            w = use(weight, ("embed", None), dtype, self.rules)
+            return matmul(x_BTD, w, 1, ("batch", "sequence", None), self.rules, precision)
 
         if self.router_noise is None or key is None:
             return times(self.router), None

@@ -103,15 +103,16 @@ class MoEConfig:
     def validate_length(self, tokens: int) -> None:
         """Refuses a capacity below one token in sequences of so many: it would be rounded up to one, which is not what was
         asked for. Raises ValueError."""
-        if self.capacity_factor is None:
+        if not self.bounded:
             return
-        share = Fraction(repr(self.capacity_factor)) * self.top_k * tokens / self.num_experts
+        factor = Fraction(1) if self.capacity_factor is None else Fraction(repr(self.capacity_factor))
+        share = factor * self.top_k * tokens / self.num_experts
         if share < 1:
-            least = self.num_experts / (self.top_k * tokens)
+            least = math.ceil(1000 * self.num_experts / (self.top_k * tokens)) / 1000
             raise ValueError(
                 f"model.moe.capacity_factor = {self.capacity_factor}: with model.moe.top_k = {self.top_k} of {self.num_experts} "
                 f"experts and data.sequence_length = {tokens} an expert has room for {float(share):.3g} tokens, less than one; "
-                f"use {least:.3g} or more, or none"
+                f"use {least:g} or more" + (", or none" if self.router != "expert_choice" else "")
             )
 
     def _validate_router(self, causal: bool) -> None:

@@ -183,6 +183,7 @@ def expert_choice(s: Scores, valid_BT: Bool[Array, "B T"], capacity: int) -> Cho
     """Each expert takes its `capacity` best tokens of each sequence, weighted by their probability; C = E, and choice e of a
     token is expert e or, if that did not take it, E (Zhou et al. 2022, sec. 3.2, whose pool of tokens is the batch).
 
+    A row is one sequence, whatever documents are packed into it: they compete for its places.
     Every expert has the same load (where enough tokens are valid), a token any number of experts. A token is taken or not
     according to the others of its sequence, later ones too. A token with logits that are not finite comes
     first with every expert, so that it shows; it takes one place of each.

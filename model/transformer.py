@@ -150,7 +150,7 @@ def forward(
     valid_BT = lay(valid_BT)
     length_B = jnp.where(valid_BT, positions_BT + 1, 0).max(1)
     places = Places(slots_BT, positions_BT, segment_ids_BT, None if prefix_BT is None else lay(prefix_BT), length_B)
-    tokens = Tokens(tokens_BT, positions_BT, valid_BT)
+    tokens = Tokens(tokens_BT, positions_BT, valid_BT, cached=cache is not None)
 
     x_BTD = _embed(model, tokens_BT, positions_BT)
     keys = None

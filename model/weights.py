@@ -47,14 +47,17 @@ def use(param: nnx.Param, axes: Axes, dtype: jnp.dtype, rules: ShardingRules) ->
     return reshard(w, rules, *axes)
 
 
-def matmul(x: Array, w: Array, contract: int, axes: Axes, rules: ShardingRules) -> Array:
+def matmul(
+    x: Array, w: Array, contract: int, axes: Axes, rules: ShardingRules, precision: jax.lax.Precision | None = None
+) -> Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`; the result has the logical `axes`.
 
+    `precision`: accelerators round the factors of a float32 product to bfloat16 (TPU) or TF32 (GPU) unless it is HIGHEST.
     Without a mesh both are reshaped to matrices first: XLA's CPU matmul is 20 % faster so.
     """
     lead, kept = x.shape[: x.ndim - contract], w.shape[contract:]
     if no_mesh():
         inner = math.prod(w.shape[:contract])
-        return (x.reshape(-1, inner) @ w.reshape(inner, -1)).reshape(*lead, *kept)
+        return jnp.matmul(x.reshape(-1, inner), w.reshape(inner, -1), precision=precision).reshape(*lead, *kept)
     dims = ((tuple(range(x.ndim - contract, x.ndim)), tuple(range(contract))), ((), ()))
-    return jax.lax.dot_general(x, w, dims, out_sharding=activation_spec(rules, *axes))
+    return jax.lax.dot_general(x, w, dims, precision=precision, out_sharding=activation_spec(rules, *axes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -212,6 +213,15 @@ class Experiment:
                     raise ValueError(
                         f"{field} = {size}: does not divide over the {devices(side, axis)} devices of mesh axes "
                         f"{getattr(getattr(self.sharding, side), axis)} (sharding.{side}.{axis}); change one of them"
+                    )
+        if moe is not None:  # experts' weights enter shard_map spread over the axes of both sides
+            for field, axis, size in (("num_experts", "expert", moe.num_experts), ("hidden_dim", "mlp", moe.hidden_dim)):
+                both = {name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)}
+                count = math.prod(mesh[name] for name in both)
+                if size % count:
+                    raise ValueError(
+                        f"model.moe.{field} = {size}: does not divide over the {count} devices of the mesh axes that "
+                        f"sharding.weights.{axis} and sharding.activations.{axis} name together; change one of them"
                     )
         rows = devices("activations", "batch") * self.train.microbatches
         if self.data.batch_size % rows:

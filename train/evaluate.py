@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
 from data.tokenizer import byte_lengths
+from model.balance import max_violation
 from model.transformer import Transformer
 from sharding.mesh import put_batch
 from train.objectives import Objective
@@ -102,8 +103,7 @@ def evaluate(
     found = Evaluation(loss, loss / math.log(2) * targets / size, int(total.tokens), size)
     if total.load_LE is None or total.dropped_L is None:
         return found
-    violation = (total.load_LE.max(1) / total.load_LE.mean(1) - 1).mean()
-    return found._replace(max_violation=float(violation), dropped_fraction=float((total.dropped_L / total.routed).mean()))
+    return found._replace(max_violation=float(max_violation(total.load_LE).mean()), dropped_fraction=float((total.dropped_L / total.routed).mean()))
 
 
 def make_score(objective: Objective) -> Callable[[Transformer, dict], Score]:

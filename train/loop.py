@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from data.pipeline import mixture, train_batches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
+from model.balance import max_violation
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, make_mesh, put_batch, use_mesh
@@ -341,10 +342,10 @@ def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: 
     if "expert_load" in values:
         load_LE = np.asarray(values["expert_load"], np.float64)
         row |= {name: float(values[name]) for name in ROUTER_METRICS}
-        row["max_violation"] = float((load_LE.max(1) / load_LE.mean(1) - 1).mean())  # Wang et al. 2024: MaxVio
+        row["max_violation"] = float(max_violation(jnp.asarray(load_LE)).mean())
         row["expert_load"] = np.round(load_LE, 4).tolist()
-        if experiment.model.moe is not None and experiment.model.moe.capacity_factor is not None:
-            row["expert_dropped"] = np.round(np.asarray(values["expert_dropped"], np.float64), 4).tolist()
+        layers_LM = np.asarray(values["router_layers"], np.float64)  # the same by layer
+        row["router_layers"] = {name: [float(f"{x:.4g}") for x in layers_LM[:, i]] for i, name in enumerate(ROUTER_METRICS)}
     return row
 
 

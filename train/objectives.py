@@ -217,7 +217,8 @@ def _loss(
         assert moe is not None
         total = total + routed * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
         metrics |= {name: getattr(out.router, field).mean() for name, field in ROUTER_METRICS.items()}
-        metrics |= {"expert_load": out.router.load_E, "expert_dropped": out.router.dropped}
+        layers = jnp.stack([getattr(out.router, field) for field in ROUTER_METRICS.values()], 1)
+        metrics |= {"expert_load": out.router.load_E, "expert_dropped": out.router.dropped, "router_layers": layers}
     return Loss(total, count, metrics)
 
 

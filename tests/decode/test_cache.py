@@ -83,3 +83,25 @@ def test_cached_logits_equal_uncached(name):
         np.testing.assert_allclose(got, expected[rows[:, None], places], atol=1e-5)
         assert (np.asarray(cache.length_B) == lengths).all()
     assert np.abs(expected).max() > 0.5
+
+
+def test_a_prompt_is_answered_the_same_in_any_bucket_where_experts_have_a_capacity():
+    """Padding makes sequences longer, and a capacity grows with them: with a cache nothing is dropped."""
+    moe = MoEConfig(num_experts=4, hidden_dim=16, capacity_factor=1.0)
+    model = unstack(random_model(tiny_config(num_layers=1, moe=moe)))
+    prompt = np.random.default_rng(0).integers(0, 64, (1, 8))
+
+    @jax.jit
+    def prefill(tokens_BT, valid_BT):
+        out = forward(model, tokens_BT, cache=init_cache(model, 1, 40), valid_BT=valid_BT)
+        return logits(model, out.hidden_BTD), out.router.dropped
+
+    found = []
+    for width in (8, 32):
+        padded = np.pad(prompt, ((0, 0), (0, width - 8)))
+        got, dropped = prefill(padded, np.arange(width)[None] < 8)
+        assert float(dropped.max()) == 0
+        found.append(np.asarray(got)[:, :8])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    whole = forward(model, prompt)
+    assert float(whole.router.dropped.max()) > 0.1, "the same sequence, scored, drops"

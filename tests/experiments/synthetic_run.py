@@ -67,7 +67,7 @@ def make_run(
                 load /= load.sum(1, keepdims=True)
                 row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1),
                         "load_balance_loss": float((load**2).sum(1).mean() * experts), "router_z_loss": 1 / (1 + step / 9),
-                        "router_entropy": 1.5 + 0.5 / step, "router_confidence": 0.4, "expert_dropped": [0.1] * layers}  # fmt: skip
+                        "router_entropy": 1.5 + 0.5 / step, "router_confidence": 0.4, "router_layers": {"dropped_fraction": [0.1] * layers}}  # fmt: skip
             writer.write(row)
             if step == 40:
                 writer.write(

@@ -98,7 +98,7 @@ def test_what_routers_chose_is_studied_against_the_last_step(tmp_path):
     for step, choices in ((20, last), (10, early)):
         np.savez(run.routing / f"{step:08d}.npz", choices=np.array(choices, np.int16))
     found = study(run, 4)
-    assert found.steps.tolist() == [10, 20] and found.choices_a_token == 2 and found.chance == 0.5
+    assert found.steps.tolist() == [10, 20] and found.choices_a_token == 2 and found.chance == pytest.approx(11 / 6 / 4)
     np.testing.assert_allclose(found.saturation_SL, [[4 / 5, 3 / 6], [1, 1]], rtol=1e-6)
     np.testing.assert_allclose(found.co_activation_LEE[0, 0], [np.nan, 0.5, 0.5, 0])
     np.testing.assert_allclose(found.co_activation_LEE[1, 1], [1, np.nan, 0, 0])

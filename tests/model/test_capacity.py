@@ -94,8 +94,13 @@ def test_capacity_is_the_ceiling_exactly(factor, k, tokens, experts):
     if exact >= 1:
         config.validate_length(tokens)
     else:
-        with pytest.raises(ValueError, match=r"model\.moe\.capacity_factor = .* less than one"):
+        with pytest.raises(ValueError, match=r"model\.moe\.capacity_factor = .* less than one") as refusal:
             config.validate_length(tokens)
+        told = float(str(refusal.value).split("; use ")[1].split()[0])
+        MoEConfig(experts, k, capacity_factor=told).validate_length(tokens)
+    if k * tokens < experts:
+        with pytest.raises(ValueError, match="less than one"):
+            MoEConfig(experts, k, router="expert_choice").validate_length(tokens)
 
 
 def test_capacity_does_not_suffer_from_binary_fractions():

@@ -70,6 +70,8 @@ BAD = [
     *((MOE, "moe.top_k", value) for value in (0, 5)),
     (MOE, "moe.layers", ()),
     (MOE, "moe.layers", ("dense",)),
+    (MOE, "moe.layers", ("dense", "dense", "moe")),
+    (changed(MOE, "moe.shared_experts", 1), "mlp.bias", True),
     (MOE, "moe.hidden_dim", 0),
     (MOE, "moe.load_balance", -0.1),
     (MOE, "moe.z_loss", -0.1),
