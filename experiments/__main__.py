@@ -1,4 +1,4 @@
-"""The command line: python -m experiments list | show | train | eval | generate | upcycle | report."""
+"""The command line: python -m experiments list | show | train | compile | eval | generate | upcycle | report."""
 
 from __future__ import annotations
 
