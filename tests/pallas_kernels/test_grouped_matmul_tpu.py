@@ -237,7 +237,8 @@ def test_what_cannot_run_is_refused_with_the_reason():
 
     assert reason() is None
     assert "needs a TPU" in reason(interpret=False)
-    assert "float64" in reason(dtype="float64") if jax.config.jax_enable_x64 else True
+    with jax.enable_x64(True):
+        assert "float64" in reason(dtype="float64")
     assert "tiles.m = 8" in reason(tiles=Tiles(m=8))
     assert "tiles.n = 64" in reason(tiles=Tiles(n=64))
     assert "MiB of VMEM" in reason(M=8192, K=8192, N=8192, tiles=Tiles(m=8192, n=8192, k=8192))
