@@ -45,7 +45,8 @@ def grouped_matmul(
     lhs: float32, bfloat16 or float16; rhs of the same dtype, or int8 or float8 with `scale_EN`, which multiplies the columns
     of the product (such weights get no gradient). Sums in float32; the result has the dtype of lhs. `transpose`: rhs is
     [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
-    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises ValueError.
+    `implementation`: None takes the best for the backend that can run the call. Where none can, or a named one cannot,
+    ValueError says why.
     `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
     Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
 
@@ -121,10 +122,13 @@ def _choose(implementation: str | None, spec: Spec, lhs: Array, rhs: Array, scal
         if reason is not None:
             raise ValueError(f"implementation = {implementation!r}: {reason}")
         return implementation
+    reasons = {}
     for name in best_implementation(*target()):
-        if _module(name).unsupported(spec, lhs, rhs, scale) is None:
+        reasons[name] = _module(name).unsupported(spec, lhs, rhs, scale)
+        if reasons[name] is None:
             return name
-    raise AssertionError("xla supports every call")
+    told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"implementation = None: of those for a {target()[0]} none takes the call. {told}")
 
 
 def _module(name: str) -> ModuleType:

@@ -24,8 +24,9 @@ Carry = TypeVar("Carry")
 
 def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
     """Why the call cannot run here; None: it can."""
-    if spec.tiles.n is not None or spec.tiles.k is not None:
-        return f"tiles = {spec.tiles}: it cuts rows alone (tiles.m)"
+    for name in ("n", "k"):
+        if getattr(spec.tiles, name) is not None:
+            return f"tiles.{name} = {getattr(spec.tiles, name)}: it cuts rows alone (tiles.m)"
     return "interpret = True: it is no Pallas kernel" if spec.interpret else None
 
 

@@ -1,5 +1,7 @@
 """The grouped matmul's api: what it computes, by float64 NumPy, and what it refuses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,7 @@ LHS, RHS, SIZES = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5])
         ((LHS, RHS.astype(jnp.int8), SIZES), {}, "without a scale"),
         ((LHS, RHS.astype(jnp.int8), SIZES), {"scale_EN": jnp.ones((2, 4))}, r"must be \(2, 6\)"),
         ((LHS, RHS, SIZES), {"tiles": Tiles(m=48)}, "tiles.m = 48"),
+        ((LHS, RHS, SIZES), {"tiles": Tiles(n=128)}, "implementation = None: .*'xla': tiles.n = 128"),
         ((LHS, RHS, SIZES), {"implementation": "gpu"}, "'gpu': unknown; use one of tpu, triton, xla, reference"),
         ((LHS, RHS, SIZES), {"interpret": True}, "name the kernel to interpret"),
         ((LHS, RHS, SIZES), {"implementation": "reference", "interpret": True}, "no Pallas kernel"),
@@ -123,6 +126,15 @@ LHS, RHS, SIZES = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5])
 def test_refuses_what_does_not_fit(arguments, options, wanted):
     with pytest.raises(ValueError, match=wanted):
         grouped_matmul(*arguments, **options)
+
+
+@pytest.mark.parametrize(("platform", "kind", "name"), [("gpu", "NVIDIA A100-SXM4-80GB", "triton"), ("tpu", "TPU v5 lite", "tpu")])
+def test_says_why_none_of_a_device_takes_the_call(platform, kind, name):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    wanted = rf"for a {platform} none takes the call. '{name}': .*tiles.n = 8\b.*; 'xla': tiles.n = 8\b"
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=wanted):
+        jax.eval_shape(partial(grouped_matmul, tiles=Tiles(n=8)), LHS, RHS, SIZES)
 
 
 def test_the_glu_refuses_what_does_not_fit():
