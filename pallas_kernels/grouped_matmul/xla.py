@@ -88,11 +88,13 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
 
 
 def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
-    """Rows of the blocks, descending; none exceeds M. Where groups have few rows on average, as in decoding, blocks of that
-    size alone (a power of two): each further loop over blocks copies the group's weights."""
+    """Rows of the blocks, descending; none exceeds M. `largest`: tiles.m, and smaller ones for what it leaves.
+
+    Where it is None and groups have few rows on average, as in decoding, blocks of as many alone (the next power of two, or
+    M): each further loop over blocks copies the group's weights."""
     rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
     average = min(1 << (-(-M // E) - 1).bit_length(), M)
-    if average < min(rows):
+    if largest is None and average < min(rows):
         return (average,)
     return tuple(sorted({min(size, M) for size in rows}, reverse=True))
 

@@ -78,7 +78,8 @@ def test_tiles_say_the_rows_of_a_block():
     lhs, rhs, dout = numbers(0, (50, K), (E, K, N), (50, N))
     sizes = np.array([20, 0, 13, 17], np.int32)
     assert [xla._cuts(50, 2, rows) for rows in (None, 8, 32)] == [(50, 16), (8,), (32, 16)]
-    assert xla._cuts(16, 8, None) == (2,) and xla._cuts(8, 64, None) == (1,)  # decoding
+    assert xla._cuts(16, 8, None) == (2,) and xla._cuts(8, 64, None) == (1,) and xla._cuts(3, 1, None) == (3,)  # decoding
+    assert [xla._cuts(16, 8, rows) for rows in (8, 32)] == [(8,), (16,)] and xla._cuts(64, 32, 32) == (32, 16)
     same(matmul_and_gradients(lhs, rhs, sizes, dout, "xla", tiles=Tiles(m=8)), matmul_and_gradients(lhs, rhs, sizes, dout, "reference"))
     for tiles in (Tiles(n=8), Tiles(k=8)):
         with pytest.raises(ValueError, match=r"tiles\.[nk] = 8: .*rows alone"):
