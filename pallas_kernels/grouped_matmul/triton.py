@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul import triton_kernels as kernels
 from pallas_kernels.grouped_matmul.spec import Spec
+from pallas_kernels.target import target
 
 LEAST_TILE, MOST_GATES = 16, 8
 
@@ -42,6 +43,8 @@ class Sizes(NamedTuple):
 
 def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
     """Why the call cannot run here, or None."""
+    if target()[0] not in ("gpu", "cuda") and not spec.interpret:
+        return f"needs a GPU, not a {target()[0]}; interpret=True runs it there, slowly"
     if lhs.dtype == jnp.float64:
         return "float64 has no kernel; implementation='xla' takes it"
     for name, size in vars(spec.tiles).items():

@@ -1,7 +1,5 @@
 """The Triton kernels of the grouped matmul, interpreted on the CPU against the reference; and lowered for CUDA."""
 
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +162,12 @@ def test_refuses_what_it_cannot_run(change, wanted):
         case.call(**case.arguments(), tiles=change.get("tiles", OWN), implementation="triton", interpret=True)
 
 
+def test_refuses_what_is_no_gpu():
+    case = Case("refused", (16,))
+    with pytest.raises(ValueError, match="implementation = 'triton': needs a GPU, not a cpu"):
+        case.call(**case.arguments(), implementation="triton")
+
+
 LOWERED = [
     Case("mixtral", (1000, 24, 0, 1024), K=512, N=256, G=2, dtype="bfloat16"),
     Case("transpose", (100, 24, 0, 68), K=64, N=1024, dtype="float16", transpose=True),
@@ -189,11 +193,8 @@ def test_lowers_for_cuda(case, monkeypatch):
     def loss(these, rest):
         return case.call(**these, **rest, implementation="triton").astype(jnp.float32).sum()
 
-    here = nullcontext()
-    if hasattr(jax.sharding, "AbstractDevice") and not jax.__version__.startswith("0.10."):
-        device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
-        here = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device))
-    with here:
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
         step = jax.jit(jax.value_and_grad(loss)).trace(
             {name: shapes[name] for name in learned}, {name: x for name, x in shapes.items() if name not in learned}
         )
