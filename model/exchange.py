@@ -8,7 +8,8 @@ are computed anew in the backward pass, and so memory stays what one round takes
 
 Two carriers:
 - padded (every backend): `all_to_all` of equal parts, one for each peer, of `room / peers` rows.
-- ragged (TPUs, GPUs): `jax.lax.ragged_all_to_all` sends what there is, into one buffer of `room` rows. XLA:CPU lacks it.
+- ragged (TPUs): `jax.lax.ragged_all_to_all` sends what there is, into one buffer of `room` rows. XLA:CPU lacks it; on GPUs it
+  has not been run, and so they take the padded one unless asked.
 
 Rows that a device sends, each way: padded (P - 1) / P * factor * k * N, ragged about (P - 1) / P * k * N; gathering the tokens
 takes (P - 1) * N. So with more choices than peers gathering sends less, though each device then sorts P times the pairs.
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from model.experts import collect, spread
 from pallas_kernels.target import target
 
 ROW_MULTIPLE = 8  # buffers are whole tiles of a TPU's memory
@@ -60,8 +62,8 @@ def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tup
 
 
 def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
-    """Rows of the receiving buffer for an even share of `pairs`, times `factor`: whole tiles for each peer, and no more than
-    can arrive (a token's choices are distinct)."""
+    """Rows of the receiving buffer for an even share of `pairs`, times `factor`: for each peer whole tiles, or as many as can
+    arrive where that is less (a token's choices are distinct)."""
     most = tokens * min(choices, experts)
     share = -(-math.ceil(factor * pairs / peers) // ROW_MULTIPLE) * ROW_MULTIPLE
     return peers * max(1, min(share, most))
@@ -91,13 +93,13 @@ def exchanged_experts(
     The experts lie over the devices along `axes`, device i holding those from i * E on; indices outside [0, P * E) add nothing.
     `experts(x_RD, expert_R, up, down)`: the MLP of each row's expert, in [0, E), or E: such rows may give anything finite.
     `agree`: mesh axes along which devices may have other tokens. `factor`: room of the buffers, in even shares.
-    `ragged`: None for the carrier that the backend has.
+    `ragged`: the carrier; None: ragged on TPUs, padded elsewhere, on GPUs too until one has run the other.
     Gradients flow to x, weights, up and down. Pairs come back to their tokens exactly; the sum is in the order of choices.
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
     tokens, choices = indices_NC.shape
     rows = room(tokens * choices, tokens, choices, E, peers, factor)
-    ragged = target()[0] in ("tpu", "gpu", "cuda") if ragged is None else ragged
+    ragged = target()[0] == "tpu" if ragged is None else ragged
     plan = make_plan(indices_NC, peers, E, axes)
     needed = rounds(plan.counts_PPE, rows, ragged)
     others = tuple(a for a in agree if a not in axes)
@@ -109,10 +111,10 @@ def exchanged_experts(
 def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, up, down) -> Array:
     """What the pairs of round r add: those that the first r rounds left and the buffers hold."""
     way = carrier(axes, rows, r, plan)
-    x_SD = _pack(x_ND, way.slot_NC, way.pair_S)
+    x_SD = spread(x_ND, way.slot_NC, way.pair_S)
     x_RD = checkpoint_name(way.there(x_SD), "expert_in")
     y_SD = checkpoint_name(way.back(experts(x_RD, way.expert_R, up, down)), "expert_out")
-    return _unpack(y_SD, weights_NC, way.slot_NC, way.pair_S)
+    return collect(y_SD, weights_NC, way.slot_NC, way.pair_S)
 
 
 class _Way(NamedTuple):
@@ -160,49 +162,6 @@ def _ragged(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Wa
         lambda x: carry_ragged(axes, rows, x, there, home),
         lambda y: carry_ragged(axes, A, y, home, there),
     )
-
-
-def _rows(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
-@jax.custom_vjp
-def _pack(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """x_SD: each token's row in the slots of its pairs, zeros in empty ones. Both directions are gathers, never scatters."""
-    return _rows(x_ND, pair_S // slot_NC.shape[1])
-
-
-def _pack_forward(x_ND, slot_NC, pair_S):
-    return _pack(x_ND, slot_NC, pair_S), slot_NC
-
-
-def _pack_backward(slot_NC, dx_SD):
-    dx_ND = _rows(dx_SD, slot_NC).sum(1, dtype=jnp.promote_types(dx_SD.dtype, jnp.float32))
-    return dx_ND.astype(dx_SD.dtype), None, None
-
-
-_pack.defvjp(_pack_forward, _pack_backward)
-
-
-@jax.custom_vjp
-def _unpack(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """y_ND: the weighted sum of each token's pairs, in float32; pairs without a slot count nothing."""
-    wide = jnp.promote_types(y_SD.dtype, jnp.float32)
-    return jnp.einsum("ncd,nc->nd", _rows(y_SD, slot_NC), weights_NC, preferred_element_type=wide).astype(y_SD.dtype)
-
-
-def _unpack_forward(y_SD, weights_NC, slot_NC, pair_S):
-    return _unpack(y_SD, weights_NC, slot_NC, pair_S), (y_SD, weights_NC, slot_NC, pair_S)
-
-
-def _unpack_backward(saved, dy_ND):
-    y_SD, weights_NC, slot_NC, pair_S = saved
-    dy_SD = _rows(dy_ND, pair_S // slot_NC.shape[1]) * _rows(weights_NC.reshape(-1), pair_S)[:, None]
-    dweights_NC = jnp.einsum("ncd,nd->nc", _rows(y_SD, slot_NC), dy_ND, preferred_element_type=jnp.float32)
-    return dy_SD.astype(y_SD.dtype), dweights_NC.astype(weights_NC.dtype), None, None
-
-
-_unpack.defvjp(_unpack_forward, _unpack_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
