@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from model import exchange
 from model.config import MLPConfig, ModelConfig, MoEConfig
 from model.dispatch import run_experts
+from model.transformer import Transformer, forward
 from sharding.collectives import read_collectives
-from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.mesh import MeshConfig, concrete_shardings, make_mesh, use_mesh
 from sharding.rules import AxisRules, ShardingRules
+from tests.models import tiny_config
 
 E, D, F, B, T = 8, 8, 6, 8, 8
 RULES = ShardingRules()
@@ -211,3 +213,37 @@ def test_only_pairs_travel():
             assert found.open_loops == 2  # further rounds, of both directions
     assert traffic[1.0] == {"all-to-all": 64 * D * 4}
     assert traffic[None] == {"all-gather": 8 * 64 * D * 4, "reduce-scatter": 64 * D * 4}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_ragged_carrier_is_the_default_on_tpus_alone(platform, monkeypatch):
+    monkeypatch.setattr(exchange, "target", lambda: (platform, "as on it"))
+    with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=8))):
+        traced = str(values_and_gradients(config_of(2, 1.0)).trace(*spread_over(mesh, inputs("any", 2))).jaxpr)
+    assert (" ragged_all_to_all[" in traced, " all_to_all[" in traced) == (platform == "tpu", platform != "tpu")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)], ids=["lowered", "compiled"])
+def test_what_experts_received_and_sent_back_can_be_kept(compiled):
+    """Rematerialization that keeps it sends nothing anew in the backward pass: each of two layers there and back, twice."""
+    moe = MoEConfig(4, 2, 8, exchange=8.0, dispatch="dense")  # compiles faster
+    found = {}
+    for changes in ({"remat": "full"}, {"remat": "names", "remat_names": ("expert_in", "expert_out")}):
+        config = tiny_config(moe=moe, **changes)
+        with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=4), jax.devices()[:4])):
+            abstract = jax.eval_shape(lambda config=config: Transformer(jax.random.key(0), config, RULES))
+            shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            model = jax.tree.map(shaped, concrete_shardings(abstract, mesh))
+            rows = jax.NamedSharding(mesh, RULES.spec("activations", ("batch", None)))
+            ids = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows)
+            gradient = jax.jit(jax.grad(lambda model, ids: forward(model, ids, segment_ids_BT=ids, positions_BT=ids).hidden_BTD.sum()))
+            program = gradient.lower(model, ids)
+            if compiled:
+                text = program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()
+                found[config.remat] = read_collectives(text).by_kind()["all-to-all"][0]
+            else:
+                found[config.remat] = program.as_text().count("stablehlo.all_to_all")
+    if compiled:
+        assert found == {"full": 12, "names": 8}
+    else:  # the layers are a loop, and further rounds are in the text
+        assert found["names"] == found["full"] - 2
