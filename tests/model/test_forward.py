@@ -75,8 +75,9 @@ def test_gradients_flow_from_visible_tokens_and_from_no_other(name):
 def test_what_follows_a_token_never_moves_its_prediction():
     model, batch = random_model(tiny_config(moe=MoEConfig(4, 2, 24))), tokens()
     before, _ = predict(model, batch)
-    batch["tokens_BT"][:, 11:] = (batch["tokens_BT"][:, 11:] + 7) % 64
-    after, _ = predict(model, batch)
+    changed = batch["tokens_BT"].copy()  # in place it may be read by the first call, which need not have begun
+    changed[:, 11:] = (changed[:, 11:] + 7) % 64
+    after, _ = predict(model, batch | {"tokens_BT": changed})
     np.testing.assert_allclose(after[:, :11], before[:, :11], atol=1e-6)
     assert np.abs(after - before)[:, 11:].min(-1).max() > 1e-3
 
