@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ from train.records import MetricsWriter, RunFolder
 from train.routing import make_probe
 from train.signals import StopSignal, Watchdog
 from train.step import TrainState, init_state, make_step
+
+CLOCK_STEPS = 10
 
 
 class NonfiniteError(RuntimeError):
@@ -292,21 +295,22 @@ def train(
 
 
 class _Clock:
-    """Tokens per second and MFU from one read of the metrics to the next, pauses left out."""
+    """Tokens per second and MFU over the last CLOCK_STEPS steps, pauses left out: where a backend runs a step while it is
+    dispatched, two steps may be read at once, and the time between two reads says nothing."""
 
     def __init__(self, flops_per_token: float, peak: float | None):
         self._flops, self._peak = flops_per_token, peak
-        self._last: tuple[int, float] | None = None
+        self._reads: deque[tuple[int, float]] = deque(maxlen=CLOCK_STEPS + 1)
 
     def pause(self) -> None:
-        self._last = None
+        self._reads.clear()
 
     def rates(self, step: int, tokens: float) -> dict[str, float | None]:
-        now, last = time.monotonic(), self._last
-        self._last = (step, now)
-        if last is None or now <= last[1]:
+        self._reads.append((step, time.monotonic()))
+        (first, began), (last, now) = self._reads[0], self._reads[-1]
+        if last == first or now <= began:
             return {}
-        rate = tokens * (step - last[0]) / (now - last[1])
+        rate = tokens * (last - first) / (now - began)
         return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak if self._peak else None}
 
 

@@ -93,7 +93,7 @@ WAYS = [
     ({"data": 2, "expert": 4}, 3, 0.5, False),
     ({"fsdp": 2, "expert": 2, "tensor": 2}, 1, 1.25, False),
     ({"sequence": 2, "expert": 4}, 2, 2.0, False),
-    ({"expert": 8}, 2, 1.0, True),
+    pytest.param({"expert": 8}, 2, 1.0, True, marks=slow),
     ({"data": 2, "expert": 4}, 3, 0.5, True),
     pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, 1, 1.25, True, marks=slow),
     pytest.param({"sequence": 2, "expert": 4}, 2, 2.0, True, marks=slow),

@@ -21,7 +21,7 @@ MOE = MoEConfig(
 TRAIN = TrainConfig(nonfinite="skip")
 
 
-@pytest.fixture(scope="module", params=["adamw", "muon"])
+@pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def run(request):
     """(step, state): decay on everything, and a rate that leaves the rest of the network almost as it is."""
     config = tiny_config(num_layers=4, moe=MOE)
@@ -40,7 +40,7 @@ def test_a_bias_moves_by_its_rate_against_its_load_and_the_load_evens_out(run):
     step, state = run
     batch = whole_rows(0, 8, 33, 64)
     violations = []
-    for _ in range(40):
+    for _ in range(30):
         before = biases(state)
         state, metrics = step(state, batch)
         load_LE = np.asarray(metrics["expert_load"])
