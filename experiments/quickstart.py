@@ -19,7 +19,7 @@ def quickstart() -> Experiment:
         name="quickstart",
         question="How well does a small mixture of experts model Python after minutes on two CPU cores?",
         source="Fedus et al. 2021; Jiang et al. 2024 (Mixtral)",
-        cost="8.5 min on 2 CPU cores",
+        cost="9 min on 2 CPU cores",
         model=ModelConfig(
             num_layers=4,
             embed_dim=128,
