@@ -484,19 +484,3 @@ def test_draws_do_not_depend_on_the_mesh():
     with use_mesh(mesh):
         spread = jax.device_put(like, jax.NamedSharding(mesh, P("data", "sequence")))
         np.testing.assert_array_equal(jax.jit(partial(draw, jax.random.uniform, KEY))(spread), alone)
-
-
-def test_a_float32_router_multiplies_in_float32_on_accelerators_too():
-    """Their default rounds factors to bfloat16 or TF32: forward, and both gradients, ask for the highest precision."""
-    layers = {}
-    for dtype in ("float32", "bfloat16"):
-        config = tiny_config(moe=MoEConfig(E, 2, 8, router_dtype=dtype, dispatch="dense"))
-        layer = jax.eval_shape(lambda c=config: MoE(jax.random.key(0), c, ShardingRules()))
-        x = jax.ShapeDtypeStruct((1, 4, config.embed_dim), jnp.float32)
-        tokens = Tokens(*(jax.ShapeDtypeStruct((1, 4), t) for t in (jnp.int32, jnp.int32, bool)))
-
-        def total(layer, x, ids, positions, valid):
-            return layer(x, Tokens(ids, positions, valid))[0].sum()
-
-        layers[dtype] = jax.jit(jax.grad(total, argnums=(0, 1))).lower(layer, x, *tokens[:3]).as_text().count("[HIGHEST, HIGHEST]")
-    assert layers == {"float32": 3, "bfloat16": 0}
