@@ -38,10 +38,11 @@ def outcome(case: Case, implementation: str, tiles: Tiles = OWN, poison: bool = 
     return {name: np.asarray(x, np.float32) for name, x in jax.jit(both_ways)(arrays, dout).items()}
 
 
-def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], dtype: str) -> None:
+def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], dtype: str, least: float = 1e-6) -> None:
+    """`least`: what errors are relative to where the largest entry is less."""
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
-        np.testing.assert_allclose(found[name], x, atol=BOUNDS[dtype] * max(abs(x).max(), 1e-6), rtol=0, err_msg=name)
+        np.testing.assert_allclose(found[name], x, atol=BOUNDS[dtype] * max(abs(x).max(), least), rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,8 @@ def test_equals_the_reference_in_its_own_tiles(case):
 )  # fmt: skip
 def test_equals_the_reference_whatever_the_call(sizes, after, K, N, G, tiles, transpose):
     case = Case("drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None)
-    agree(outcome(case, "triton", tiles, poison=True), outcome(case, "reference"), case.dtype)
+    # Of a single entry, a sum of products of order one that cancel, the rounding is not of the order of the result.
+    agree(outcome(case, "triton", tiles, poison=True), outcome(case, "reference"), case.dtype, least=1.0)
 
 
 def test_is_the_same_each_time():
