@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
+
 
 def target() -> tuple[str, str]:
     """(platform, device kind), such as ('tpu', 'TPU v5 lite'): of the mesh that is set, which may be one of a topology
@@ -13,3 +15,8 @@ def target() -> tuple[str, str]:
         return described.platform, described.device_kind
     device = jax.devices()[0]
     return device.platform, device.device_kind
+
+
+def runs_triton(platform: str, device_kind: str) -> bool:
+    """Whether our Triton kernels are for this device: an NVIDIA GPU from Ampere on."""
+    return platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE)

@@ -29,7 +29,7 @@ from pallas_kernels.flash_attention.mask import (
     visible,
 )
 from pallas_kernels.flash_attention.spec import Extra, Spec, Tiles
-from pallas_kernels.target import target
+from pallas_kernels.target import runs_triton, target
 
 __all__ = [
     "EMPTY", "FULL", "IMPLEMENTATIONS", "MASKED", "PARTIAL", "Mask", "Strided", "Tiles", "best_implementation",
@@ -37,7 +37,6 @@ __all__ = [
 ]  # fmt: skip
 
 IMPLEMENTATIONS = ("tpu", "hopper", "triton", "xla", "reference")
-BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
 CAUSAL, DEFAULT_TILES = Mask(), Tiles()
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -171,7 +170,7 @@ def flash_attention_backward(
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
     """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not among
     them: its matrix instructions have neither run on a device nor been interpreted, and so it must be named."""
-    if platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE):
+    if runs_triton(platform, device_kind):
         return ("triton", "xla")
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
 

@@ -18,12 +18,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.spec import Activation, Spec, Tiles
-from pallas_kernels.target import target
+from pallas_kernels.target import runs_triton, target
 
 __all__ = ["IMPLEMENTATIONS", "Activation", "Tiles", "best_implementation", "grouped_glu", "grouped_matmul"]
 
 IMPLEMENTATIONS = ("tpu", "triton", "xla", "reference")
-BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZED = ("int8", "float8_e4m3fn", "float8_e5m2")
 DEFAULT_TILES = Tiles()
@@ -89,7 +88,7 @@ def grouped_glu(
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
     """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it."""
-    if platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE):
+    if runs_triton(platform, device_kind):
         return ("triton", "xla")
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
 
