@@ -39,17 +39,18 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """SentencePiece BPE trained on the training split, or plain UTF-8 bytes."""
+    """SentencePiece BPE trained on the training split, plain UTF-8 bytes, or one that was saved in a folder."""
 
-    kind: Literal["sentencepiece", "byte"] = "sentencepiece"
-    vocab_size: int = 4096  # sentencepiece alone: specials and 256 bytes included
+    kind: Literal["sentencepiece", "byte", "saved"] = "sentencepiece"
+    path: str = ""  # saved: the folder, of a run's tokenizer or of a published one; of an imported run its own
+    vocab_size: int = 4096  # sentencepiece: specials and 256 bytes included; saved: the ids that it has
     character_coverage: float = 0.9995  # characters rarer than this are spelled in bytes
     train_bytes: int = 64_000_000  # at most so much text is used to train
 
     @property
     def ids(self) -> int:
         """Ids the tokenizer has, specials and bytes included."""
-        return self.vocab_size if self.kind == "sentencepiece" else len(SPECIAL_PIECES) + 256
+        return len(SPECIAL_PIECES) + 256 if self.kind == "byte" else self.vocab_size
 
 
 @dataclass(frozen=True)

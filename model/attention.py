@@ -32,10 +32,11 @@ class Attention(nnx.Module):
         self.k = normal(keys[1], (D, K, H), ("embed", "kv_heads", None), std, rules)
         self.v = normal(keys[2], (D, K, H), ("embed", "kv_heads", None), std, rules)
         self.out = normal(keys[3], (N, H, D), ("heads", None, "embed"), out_std, rules)
-        self.q_bias = constant((N, H), ("heads", None), 0.0, rules) if a.qkv_bias else None
-        self.k_bias = constant((K, H), ("kv_heads", None), 0.0, rules) if a.qkv_bias else None
-        self.v_bias = constant((K, H), ("kv_heads", None), 0.0, rules) if a.qkv_bias else None
-        self.out_bias = constant((D,), ("embed",), 0.0, rules) if a.out_bias else None
+        biased = a.bias != "none"
+        self.q_bias = constant((N, H), ("heads", None), 0.0, rules) if biased else None
+        self.k_bias = constant((K, H), ("kv_heads", None), 0.0, rules) if biased else None
+        self.v_bias = constant((K, H), ("kv_heads", None), 0.0, rules) if biased else None
+        self.out_bias = constant((D,), ("embed",), 0.0, rules) if a.bias == "all" else None
         self.sinks = constant((N,), ("heads",), 0.0, rules) if a.sinks else None
         shapes = {"none": None, "head": ((H,), (H,)), "full": ((N, H), (K, H))}[a.qk_norm]
         axes = (("heads", None), ("kv_heads", None)) if a.qk_norm == "full" else ((None,), (None,))
@@ -53,6 +54,8 @@ class Attention(nnx.Module):
         v = self._project(x_BTD, self.v, self.v_bias, "kv_heads")
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if (limit := config.attention.clip_qkv) is not None:
+            q, k, v = (jnp.clip(value, -limit, limit) for value in (q, k, v))
         q, k, v = (checkpoint_name(value, "qkv") for value in (q, k, v))
 
         # Dynamic NTK turns every key anew when the context grows, so its cache holds keys that are not yet turned.
@@ -91,9 +94,9 @@ class Attention(nnx.Module):
         p = self.config.position
         if p.kind != "rope":
             return x_BTNH
-        theta = p.local_theta if self.layer == "sliding" and p.local_theta is not None else p.theta
         # The barrier keeps XLA from computing sines anew for every head and every use.
-        cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(self.config, positions_BT, theta, length_B))
+        local = self.layer == "sliding"
+        cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(self.config, positions_BT, length_B, local=local))
         return rotate(x_BTNH, cos_BTR, sin_BTR, p.interleaved)
 
 

@@ -26,11 +26,17 @@ class RopeScalingConfig:
     kind: Literal["linear", "ntk", "dynamic_ntk", "yarn", "llama3"] = "linear"
     factor: float = 1.0
     original_length: int = 2048  # positions the unscaled model was trained on
-    beta_fast: float = 32.0  # yarn: rotations above which a frequency is left as it is
-    beta_slow: float = 1.0  # yarn: rotations below which a frequency is fully interpolated
+    # yarn, llama3: rotations over the original length above which a frequency is left as it is, and below which it is divided by
+    # the factor (Llama's high_freq_factor and low_freq_factor). None: 32 for yarn, 4 for llama3.
+    beta_fast: float | None = None
+    beta_slow: float = 1.0
+    truncate: bool = True  # yarn: the two ends of the ramp are whole pairs; gpt-oss: false
     attention_factor: float | None = None  # yarn: multiplies cos and sin; None: 0.1 ln(factor) + 1
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
+
+    @property
+    def fast(self) -> float:
+        """`beta_fast`, or its default."""
+        return self.beta_fast if self.beta_fast is not None else 32.0 if self.kind == "yarn" else 4.0
 
     def validate(self) -> None:
         """Raises ValueError that names field, value and fix."""
@@ -42,31 +48,41 @@ class RopeScalingConfig:
             raise ValueError(
                 f"model.position.scaling.original_length = {self.original_length}: the positions of the unscaled model, 1 or more"
             )
-        for kind, high, low in (("yarn", "beta_fast", "beta_slow"), ("llama3", "high_freq_factor", "low_freq_factor")):
-            if self.kind == kind and not getattr(self, high) > getattr(self, low) > 0:
-                raise ValueError(
-                    f"model.position.scaling.{high} = {getattr(self, high)}: must be above {low} = {getattr(self, low)}, "
-                    "and that above 0"
-                )
+        if self.kind in ("yarn", "llama3") and not self.fast > self.beta_slow > 0:
+            raise ValueError(
+                f"model.position.scaling.beta_fast = {self.fast}: must be above beta_slow = {self.beta_slow}, and that above 0"
+            )
 
 
 @dataclass(frozen=True)
 class PositionConfig:
     kind: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     theta: float = 10_000.0  # RoPE base (Su et al. 2021)
-    local_theta: float | None = None  # RoPE base of the sliding-window layers (Gemma 3); None: theta
+    local_theta: float | None = None  # RoPE base of the sliding-window layers, which are then not scaled (Gemma 3); None: theta
     rotary_fraction: float = 1.0  # part of the head dimension that is rotated
     interleaved: bool = False  # pairs (2i, 2i+1) instead of (i, i + half)
     scaling: RopeScalingConfig | None = None
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small vector a
+    token, which is all that the cache holds, beside one rotated key that the heads share."""
+
+    q_rank: int | None = None  # queries too are read out of a vector of this size; None: out of the residual stream
+    kv_rank: int = 512  # of the vector that keys and values are read out of
+    rope_dim: int = 64  # dimensions of a head, of its head_dim the last, that RoPE rotates; their key is shared by the heads
+    value_dim: int = 128  # of a head
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     num_heads: int = 8
     num_kv_heads: int = 8  # fewer: grouped-query attention (Ainslie et al. 2023); 1: multi-query
-    head_dim: int = 32
-    qkv_bias: bool = False
-    out_bias: bool = False
+    head_dim: int = 32  # of queries and keys; with `latent` the rotated part included
+    latent: LatentConfig | None = None  # multi-head latent attention; num_kv_heads is then num_heads
+    bias: Literal["none", "qkv", "all"] = "none"  # of the projections: of q, k and v (Qwen2), and of the output (GPT-2)
+    clip_qkv: float | None = None  # queries, keys and values are cut to this absolute value (MPT, OLMoE)
     qk_norm: Literal["none", "head", "full"] = "none"  # per head (Qwen3) or over the full width (OLMo 2), before RoPE
     softcap: float | None = None  # cap * tanh(logits / cap), Gemma 2
     query_scale: float | None = None  # multiplies q k^T; None: head_dim ** -0.5
@@ -89,9 +105,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MLPConfig:
-    kind: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "reglu"] = "swiglu"  # Shazeer 2020; So et al. 2021
+    # Shazeer 2020; So et al. 2021; gpt-oss: (up + 1) * gate * sigmoid(1.702 gate), gate cut at 7 and up at +-7.
+    kind: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "reglu", "swiglu_clamped"] = "swiglu"
     hidden_dim: int = 1024
-    bias: bool = False
+    bias: bool = False  # of every projection, experts' and their router's too
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,7 @@ class ModelConfig:
             "final_softcap": self.final_softcap,
             "position.theta": p.theta,
             "position.local_theta": p.local_theta,
+            "attention.clip_qkv": a.clip_qkv,
         }
         for name, number in positive.items():
             if number is not None and not number > 0:
@@ -216,11 +234,6 @@ class ModelConfig:
                     f"model.moe.layers = {m.layers}: none of the model.num_layers = {self.num_layers} layers is a 'moe' one; "
                     "name it earlier, add layers, or set model.moe to none"
                 )
-            if self.mlp.bias and m.shared_experts:
-                raise ValueError(
-                    "model.mlp.bias = True: experts have no biases, and shared experts (model.moe.shared_experts = "
-                    f"{m.shared_experts}) are to be like them; set one of the two to 0 or false"
-                )
 
 
 def _refuse_unknown_choices(config, path: str) -> None:
@@ -257,6 +270,8 @@ class Segment:
 
 def rotary_dim(config: ModelConfig) -> int:
     """Dimensions of a head that RoPE rotates."""
+    if config.attention.latent is not None:
+        return config.attention.latent.rope_dim
     return int(config.attention.head_dim * config.position.rotary_fraction)
 
 

@@ -6,7 +6,6 @@ Shapes: N tokens, C choices per token, E experts here, D width, G 2 if gated els
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -100,14 +99,6 @@ def _collect_backward(saved, dy_ND):
 collect.defvjp(_collect_forward, _collect_backward)
 
 
-def _gated(function: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-    return lambda gate, up: function(gate) * up
-
-
-# Of one array a gate. Made once: the grouped matmul compiles an activation in by its identity.
-HIDDEN = {kind: _gated(function) if gated else function for kind, (function, gated) in ACTIVATIONS.items()}
-
-
 def expert_mlp(
     x_ND: Float[Array, "N D"],
     indices_NC: Int[Array, "N C"],
@@ -139,7 +130,7 @@ def grouped_mlp(
     implementation: str | None = None,
 ) -> Float[Array, "S D"]:
     """Each expert's MLP on its run of rows: those of expert 0 come first; rows after the last run come out zero."""
-    h_SF = grouped_glu(x_SD, up_EDGF, sizes_E, HIDDEN[kind], implementation=implementation)
+    h_SF = grouped_glu(x_SD, up_EDGF, sizes_E, ACTIVATIONS[kind], implementation=implementation)
     return grouped_matmul(h_SF, down_EFD, sizes_E, implementation=implementation)
 
 

@@ -34,24 +34,29 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
         def pair_that_turns(rotations: float) -> float:
             return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(pair_that_turns(s.beta_fast)), 0)
-        high = min(math.ceil(pair_that_turns(s.beta_slow)), dim - 1)
+        low, high = pair_that_turns(s.fast), pair_that_turns(s.beta_slow)
+        if s.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
         ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
         return plain / s.factor * ramp + plain * (1 - ramp)
     wavelength = 2 * math.pi / plain
-    smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = (s.original_length / wavelength - s.beta_slow) / (s.fast - s.beta_slow)
     smooth = np.clip(smooth, 0, 1)
     return (1 - smooth) * plain / s.factor + smooth * plain
 
 
 def rope_tables(
-    config: ModelConfig, positions_BT: Int[Array, "B T"], theta: float, length_B: Int[Array, "B"] | None = None
+    config: ModelConfig, positions_BT: Int[Array, "B T"], length_B: Int[Array, "B"] | None = None, local: bool = False
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
     """Cosines and sines, float32 [B, T, R], of the angles at `positions_BT`.
 
-    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it.
+    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it. `local`: of a layer
+    that sees a sliding window, which may have a base of its own and is then not scaled.
     """
-    dim, scaling = rotary_dim(config), config.position.scaling
+    dim, theta, scaling = rotary_dim(config), config.position.theta, config.position.scaling
+    if local and config.position.local_theta is not None:
+        theta, scaling = config.position.local_theta, None
     factor = 1.0
     if scaling is not None and scaling.kind == "dynamic_ntk":
         assert length_B is not None, "dynamic_ntk needs the length of the context"

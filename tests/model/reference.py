@@ -86,13 +86,13 @@ def rope_frequencies(dim: int, theta: float, s: RopeScalingConfig | None, length
         out = []
         for x in f:
             turns = s.original_length * x / (2 * math.pi)
-            keep = min(max((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0), 1)
+            keep = min(max((turns - s.beta_slow) / (s.fast - s.beta_slow), 0), 1)
             out.append(keep * x + (1 - keep) * x / s.factor)
         return np.array(out)
     # yarn: the dimension at which `rotations` turns fit into the original length, rounded outward
     low, high = (
         dim * math.log(s.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
-        for rotations in (s.beta_fast, s.beta_slow)
+        for rotations in (s.fast, s.beta_slow)
     )
     low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     interpolate = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
@@ -142,7 +142,7 @@ def attention(x_TD, w: Weights, c: ModelConfig, layer: str, positions_T, segment
     qkv = []
     for name in ("q", "k", "v"):
         y = np.einsum("td,dnh->tnh", x_TD, w[name])
-        qkv.append(y + w[f"{name}_bias"] if a.qkv_bias else y)
+        qkv.append(y + w[f"{name}_bias"] if a.bias != "none" else y)
     q, k, v = qkv
     if a.qk_norm != "none":
         axes = 1 if a.qk_norm == "head" else 2
@@ -165,7 +165,7 @@ def attention(x_TD, w: Weights, c: ModelConfig, layer: str, positions_T, segment
             score = np.concatenate([score, np.full((T, 1), w["sinks"][n])], 1)
         out_TNH[:, n] = softmax(score)[:, :T] @ v[:, kv]
     y = np.einsum("tnh,nhd->td", out_TNH, w["out"])
-    return y + w["out_bias"] if a.out_bias else y
+    return y + w["out_bias"] if a.bias == "all" else y
 
 
 def feed_forward(x_TD, up_DGF, down_FD, kind: str, up_bias=0.0, down_bias=0.0) -> np.ndarray:

@@ -131,7 +131,7 @@ def test_dropout_needs_a_key_and_draws_each_branch_of_each_layer_afresh():
         dropout=0.5,
         embedding_scale=0.0,
         norm=NormConfig(epsilon=1e6),  # the final norm divides by 1000 and no more
-        attention=replace(TINY_ATTENTION, out_bias=True),
+        attention=replace(TINY_ATTENTION, bias="all"),
         mlp=MLPConfig("gelu", 48, bias=True),
     )
     # Only the output biases of the four branches are left, each 1: every entry counts the branches that were kept.

@@ -64,8 +64,8 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
             "position.scaling.kind": "linear",
             "position.scaling.factor": 3.0,
             "position.scaling.original_length": 16,
-            "position.scaling.low_freq_factor": 0.5,
-            "position.scaling.high_freq_factor": 3.0,
+            "position.scaling.beta_slow": 0.5,
+            "position.scaling.beta_fast": 3.0,
             "position.interleaved": True,
             "attention.mask": "bidirectional",
             "mlp.kind": "geglu",
@@ -102,7 +102,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
     "gpt2": (
         tiny_config(
             norm=NormConfig("layernorm", 0.1, bias=True),
-            attention=replace(TINY_ATTENTION, num_kv_heads=4, qkv_bias=True, out_bias=True),
+            attention=replace(TINY_ATTENTION, num_kv_heads=4, bias="all"),
             position=PositionConfig("learned"),
             mlp=MLPConfig("gelu", 48, bias=True),
             tied_embeddings=True,
@@ -112,8 +112,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
             "norm.bias": False,
             "norm.kind": "rmsnorm",
             "norm.epsilon": 0.2,
-            "attention.qkv_bias": False,
-            "attention.out_bias": False,
+            "attention.bias": "qkv",
             "position.kind": "none",
             "mlp.kind": "relu",
             "mlp.bias": False,
@@ -139,7 +138,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
         tiny_config(
             num_layers=3,
             attention=replace(
-                TINY_ATTENTION, layers=("sliding", "global"), sinks=True, qkv_bias=True, out_bias=True, head_dim=16
+                TINY_ATTENTION, layers=("sliding", "global"), sinks=True, bias="all", head_dim=16
             ),
             position=PositionConfig(
                 interleaved=True,

@@ -26,7 +26,7 @@ def around(config: ModelConfig, context: str) -> ModelConfig:
 # Between them, every kind of weight that there is.
 DENSE = tiny_config(
     norm=NormConfig("layernorm", bias=True, placement="sandwich"),
-    attention=replace(TINY_ATTENTION, qkv_bias=True, out_bias=True, qk_norm="full", sinks=True),
+    attention=replace(TINY_ATTENTION, bias="all", qk_norm="full", sinks=True),
     position=PositionConfig("learned"),
     mlp=MLPConfig("geglu", 48, bias=True),
 )

@@ -29,7 +29,7 @@ def test_gpt2_small():
     """Radford et al. 2019: 124 M with tied embeddings, learned positions, biases and LayerNorm."""
     config = ModelConfig(
         vocab_size=50257, num_layers=12, embed_dim=768, max_length=1024, tied_embeddings=True,
-        attention=AttentionConfig(num_heads=12, num_kv_heads=12, head_dim=64, qkv_bias=True, out_bias=True),
+        attention=AttentionConfig(num_heads=12, num_kv_heads=12, head_dim=64, bias="all"),
         position=PositionConfig(kind="learned"), norm=NormConfig(kind="layernorm", bias=True),
         mlp=MLPConfig(kind="gelu", hidden_dim=3072, bias=True),
     )  # fmt: skip

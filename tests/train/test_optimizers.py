@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
 # Everything a decay mask must tell apart: norms with biases, q/k norms, attention biases, sinks, experts, learned positions.
 FULL = tiny_config(
     attention=AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, out_bias=True, sinks=True, qk_norm="head"
+        num_heads=4, num_kv_heads=2, head_dim=8, bias="all", sinks=True, qk_norm="head"
     ),
     norm=NormConfig(kind="layernorm", bias=True),
     position=PositionConfig(kind="learned"),

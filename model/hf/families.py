@@ -1,0 +1,69 @@
+"""The families, and which one a config.json or a ModelConfig belongs to."""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+from typing import Any
+
+from model.config import ModelConfig
+from model.hf import llama
+from model.hf.translate import Keys, UnsupportedModelError, architecture, differences
+
+# A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed), to_config(keys),
+# to_json(config), pieces(config). A config is written by the first that can say all of it.
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+}  # fmt: skip
+
+
+def supported() -> list[str]:
+    """Architectures of config.json that can be read."""
+    return sorted(name for family in FAMILIES.values() for name in family.ARCHITECTURES)
+
+
+def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, ModelConfig, list[str]]:
+    """(family, config, keys of config.json that nothing read) of a parsed config.json. Raises UnsupportedModelError."""
+    named = values.get("architectures") or []
+    for name, family in FAMILIES.items():
+        if any(architecture in family.ARCHITECTURES for architecture in named):
+            keys = Keys(values, where)
+            config = family.to_config(keys)
+            config.validate()
+            return name, config, keys.left()
+    raise UnsupportedModelError(
+        f"{where}: architectures = {named}: not supported; there are {', '.join(supported())}"
+    )
+
+
+def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[str, Any]]:
+    """(family, config.json) of a config: read back it must be the same network. Raises UnsupportedModelError, which names
+    the fields that the family (None: the one that comes nearest) cannot say."""
+    if family is not None and family not in FAMILIES:
+        raise UnsupportedModelError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
+    best: tuple[str, list[str]] | None = None
+    for name in FAMILIES if family is None else (family,):
+        wrong = _unsaid(config, name)
+        if not wrong:
+            return name, FAMILIES[name].to_json(config)
+        if best is None or len(wrong) < len(best[1]):
+            best = name, wrong
+    assert best is not None
+    raise UnsupportedModelError(
+        f"the network cannot be written as {'any published family; nearest is ' if family is None else ''}{best[0]}, which cannot say: "
+        + "; ".join(best[1][:8])
+    )
+
+
+def _unsaid(config: ModelConfig, family: str) -> list[str]:
+    """What a family's config.json loses of a config."""
+    try:
+        found = FAMILIES[family].to_config(Keys(FAMILIES[family].to_json(config)))
+    except (UnsupportedModelError, AttributeError, KeyError, TypeError) as error:
+        return [str(error)]
+    return differences(architecture(config), architecture(found))
+
+
+def ignored(family: str, name: str) -> bool:
+    """Whether a tensor on disk is known to say nothing."""
+    return any(re.fullmatch(pattern, name) for pattern in FAMILIES[family].IGNORED)
