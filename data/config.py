@@ -44,7 +44,6 @@ class TokenizerConfig:
     kind: Literal["sentencepiece", "byte", "saved"] = "sentencepiece"
     path: str = ""  # saved: the folder, of a run's tokenizer or of a published one; of an imported run its own
     vocab_size: int = 4096  # sentencepiece: specials and 256 bytes included; saved: the ids that it has
-    character_coverage: float = 0.9995  # characters rarer than this are spelled in bytes
     train_bytes: int = 64_000_000  # at most so much text is used to train
 
     @property
@@ -119,10 +118,6 @@ def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
         raise DataError(
             f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: the specials and the 256 bytes alone take "
             f"{MIN_SENTENCEPIECE_VOCAB}; set it higher, or data.tokenizer.kind to 'byte'"
-        )
-    if not 0 < tokenizer.character_coverage <= 1:
-        raise DataError(
-            f"data.tokenizer.character_coverage = {tokenizer.character_coverage}: set it above 0 and at most 1"
         )
     if tokenizer.train_bytes < 1:
         raise DataError(f"data.tokenizer.train_bytes = {tokenizer.train_bytes}: set it to 1 or more")

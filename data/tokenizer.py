@@ -25,6 +25,8 @@ from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
 _SPACE_MARK = "\u2581"
 # Longer lines are cut for training alone: SentencePiece silently ignores long sentences.
 _TRAINING_LINE = 1000
+# Characters beyond this share of the text, the rare ones, are spelled in bytes.
+_CHARACTER_COVERAGE = 0.9995
 
 
 class SpecialTokens(NamedTuple):
@@ -200,7 +202,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage,
+            character_coverage=_CHARACTER_COVERAGE,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,

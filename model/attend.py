@@ -41,7 +41,7 @@ class LayerCache(NamedTuple):
 def layer_mask(a: AttentionConfig, layer: str) -> Mask:
     """The mask of a layer of kind `layer`. Order and distance go by slots; blocks of a block-sparse pattern by positions,
     so that they start anew with each packed document."""
-    strided = Strided(a.block_size, a.local_blocks, a.block_stride) if layer == "block_sparse" else None
+    strided = Strided(*a.blocks) if layer == "block_sparse" else None
     return Mask(a.mask != "bidirectional", a.window if layer == "sliding" else None, strided)
 
 

@@ -93,9 +93,9 @@ class AttentionConfig:
     # Attention pattern by layer, repeated: 'global', 'sliding' (the last `window` positions) or 'block_sparse'.
     layers: tuple[Literal["global", "sliding", "block_sparse"], ...] = ("global",)
     window: int = 1024
-    block_size: int = 64  # block_sparse: positions a block
-    local_blocks: int = 4  # block_sparse: a query sees the last `local_blocks` blocks, its own included (Child 2019)
-    block_stride: int = 8  # block_sparse: and every `block_stride`-th block (its index % stride == stride - 1)
+    # block_sparse (Child 2019): positions a block; the last so many blocks a query sees, its own included; and every so
+    # many-th block (its index % stride == stride - 1).
+    blocks: tuple[int, ...] = (64, 4, 8)
     # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton': GPUs).
     implementation: Literal["auto", "tpu", "hopper", "triton", "xla", "reference"] = "auto"
     # Rows spread over the mesh axis 'sequence': keys are gathered, passed around (Liu et al. 2023), or exchanged for heads
@@ -156,9 +156,6 @@ class ModelConfig:
             "attention.num_kv_heads": a.num_kv_heads,
             "attention.head_dim": a.head_dim,
             "attention.window": a.window,
-            "attention.block_size": a.block_size,
-            "attention.local_blocks": a.local_blocks,
-            "attention.block_stride": a.block_stride,
             "mlp.hidden_dim": self.mlp.hidden_dim,
             "mup_base_dim": self.mup_base_dim,
         }
@@ -190,6 +187,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.attention.num_kv_heads = {a.num_kv_heads}: must divide model.attention.num_heads = {a.num_heads}; "
                 f"set it to {', '.join(divisors)}"
+            )
+        if len(a.blocks) != 3 or min(a.blocks) < 1:
+            raise ValueError(
+                f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last blocks that a "
+                "query sees (its own included), and every so many-th block; as in (64, 4, 8)"
             )
         if not a.layers:
             raise ValueError("model.attention.layers = (): give at least one of global, sliding, block_sparse")

@@ -93,9 +93,10 @@ def keys_seen(config: ModelConfig, layer: str, length: int) -> float:
         one_side = window - window**2 / (2 * length)
         return 2 * one_side - 1 + window / length if a.mask == "bidirectional" else one_side  # itself counted once
     seen = 0
-    blocks = -(-length // a.block_size)
+    size, local, stride = a.blocks
+    blocks = -(-length // size)
     for q in range(blocks):
         keys = range(blocks) if a.mask == "bidirectional" else range(q + 1)
-        near = sum(abs(q - k) < a.local_blocks or k % a.block_stride == a.block_stride - 1 for k in keys)
-        seen += near * a.block_size - (a.block_size // 2 if a.mask != "bidirectional" else 0)
+        near = sum(abs(q - k) < local or k % stride == stride - 1 for k in keys)
+        seen += near * size - (size // 2 if a.mask != "bidirectional" else 0)
     return seen / blocks

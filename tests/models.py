@@ -12,9 +12,7 @@ from model.config import AttentionConfig, MLPConfig, ModelConfig
 from model.transformer import Transformer
 from sharding.rules import ShardingRules
 
-TINY_ATTENTION = AttentionConfig(
-    num_heads=4, num_kv_heads=2, head_dim=8, window=5, block_size=4, local_blocks=1, block_stride=2
-)
+TINY_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5, blocks=(4, 1, 2))
 
 
 def tiny_config(**changes) -> ModelConfig:

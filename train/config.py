@@ -20,8 +20,7 @@ class OptimizerConfig:
     warmup_steps: int = 100  # linear, from 0
     final_fraction: float = 0.1  # of the peak, at the last step
     decay_fraction: float = 0.2  # wsd: the last part of the run, in which the rate falls
-    b1: float = 0.9
-    b2: float = 0.95
+    betas: tuple[float, ...] = (0.9, 0.95)  # decay rates of the averages of the gradient and of its square
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     decay: Literal["matrices", "all"] = "matrices"  # matrices: not norms, biases, sinks
@@ -34,9 +33,8 @@ class OptimizerConfig:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be between {low} and {high}")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} = {getattr(self, name)}: a decay rate in [0, 1)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas = {self.betas}: two decay rates in [0, 1), as in (0.9, 0.95)")
         if not self.epsilon > 0:
             raise ValueError(f"optimizer.epsilon = {self.epsilon}: must be above 0")
         if not self.learning_rate > 0:

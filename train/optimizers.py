@@ -71,9 +71,9 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
 
     rate = schedule(config, steps)
     if config.name == "adamw":
-        inner = optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
+        inner = optax.adamw(rate, *config.betas, config.epsilon, weight_decay=config.weight_decay, mask=decayed)
     elif config.name == "lion":  # Chen et al. 2023
-        inner = optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
+        inner = optax.lion(rate, *config.betas, weight_decay=config.weight_decay, mask=decayed)
     elif config.name == "adafactor":  # Shazeer & Stern 2018; decoupled decay, scaled by the rate as AdamW's is
         inner = optax.chain(
             optax.adafactor(1.0, multiply_by_parameter_scale=False, clipping_threshold=1.0),
@@ -85,8 +85,8 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
             1.0,
             beta=0.95,
             eps=config.epsilon,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
+            adam_b1=config.betas[0],
+            adam_b2=config.betas[1],
             muon_weight_dimension_numbers=lambda params: tree_map_with_path(_muon_dimensions, params),
             consistent_rms=0.2,  # updates as large as Adam's (Liu et al. 2025, sec. 2.2): one rate serves both
         )

@@ -171,7 +171,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
     if "sliding" not in layers:
         a, p = replace(a, window=d.window), replace(p, local_theta=None)
     if "block_sparse" not in layers:
-        a = replace(a, **{f.name: f.default for f in dataclasses.fields(d) if "block" in f.name})  # type: ignore[arg-type]
+        a = replace(a, blocks=d.blocks)
     if a.query_scale is not None and math.isclose(a.query_scale, a.head_dim**-0.5):
         a = replace(a, query_scale=None)
     if p.kind != "rope":

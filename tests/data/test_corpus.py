@@ -157,7 +157,6 @@ def test_split_takes_about_the_fraction_and_refuses_one_document():
         ({"sources": (SourceConfig(path=""),)}, "path"),
         ({"tokenizer": TokenizerConfig(vocab_size=100)}, "vocab_size"),
         ({"tokenizer": TokenizerConfig(kind="words")}, "kind"),
-        ({"tokenizer": TokenizerConfig(character_coverage=2)}, "character_coverage"),
         ({"tokenizer": TokenizerConfig(train_bytes=0)}, "train_bytes"),
         ({"sequence_length": 1}, "sequence_length = 1"),
         ({"batch_size": 0}, "batch_size"),

@@ -76,7 +76,8 @@ def settings(*pairs: str) -> list[str]:
         (["train.objective=prefix"], ["train.objective = 'prefix'", "model.attention.mask = 'causal'"]),
         (["samples.temperature=-1"], ["temperature = -1.0", "0 or more"]),
         (["samples.new_tokens=0"], ["new_tokens = 0", "at least 1"]),
-        (["optimizer.b1=1"], ["optimizer.b1 = 1.0", "[0, 1)"]),
+        (["optimizer.betas=1,0.95"], ["optimizer.betas = (1.0, 0.95)", "[0, 1)"]),
+        (["optimizer.betas=0.9"], ["optimizer.betas = (0.9,)", "two decay rates"]),
         (["optimizer.epsilon=0"], ["optimizer.epsilon = 0.0", "above 0"]),
     ],
 )  # fmt: skip

@@ -132,8 +132,8 @@ def sees(a: AttentionConfig, layer: str, q: int, k: int, segments, prefix) -> bo
     if layer == "sliding":
         return abs(q - k) < a.window
     if layer == "block_sparse":
-        q_block, k_block = q // a.block_size, k // a.block_size
-        return abs(q_block - k_block) < a.local_blocks or k_block % a.block_stride == a.block_stride - 1
+        size, local, stride = a.blocks
+        return abs(q // size - k // size) < local or k // size % stride == stride - 1
     return True
 
 

@@ -24,9 +24,10 @@ BAD = [
     *((tiny_config(), f, 0) for f in ("num_layers", "embed_dim", "max_length", "mlp.hidden_dim")),
     *(
         (tiny_config(), f"attention.{f}", value)
-        for f in ("num_heads", "num_kv_heads", "head_dim", "window", "block_size", "local_blocks", "block_stride")
+        for f in ("num_heads", "num_kv_heads", "head_dim", "window")
         for value in (0, -1)
     ),
+    *((tiny_config(), "attention.blocks", value) for value in ((), (4, 2), (0, 1, 2), (4, 0, 2), (4, 1, -1))),
     (tiny_config(), "attention.num_kv_heads", 3),
     (tiny_config(), "attention.layers", ()),
     (tiny_config(), "attention.layers", ("global", "slidng")),

@@ -31,7 +31,7 @@ def predict(model, batch):
 SIGHT = {
     "causal, moe": (dict(moe=MoEConfig(4, 2, 24)), tokens),
     "sliding, block-sparse, sinks": (
-        dict(attention=replace(TINY_ATTENTION, layers=("sliding", "block_sparse"), window=3, block_size=3, sinks=True)),
+        dict(attention=replace(TINY_ATTENTION, layers=("sliding", "block_sparse"), window=3, blocks=(3, 1, 2), sinks=True)),
         tokens,
     ),
     "bidirectional, sliding": (
@@ -90,7 +90,7 @@ def test_packed_rows_equal_rows_of_their_own(position):
     config = tiny_config(
         num_layers=3,
         position=PositionConfig(position),
-        attention=replace(TINY_ATTENTION, layers=("global", "sliding", "block_sparse"), sinks=True, block_size=2, local_blocks=1),
+        attention=replace(TINY_ATTENTION, layers=("global", "sliding", "block_sparse"), sinks=True, blocks=(2, 1, 2)),
         moe=MoEConfig(4, 2, 24, layers=("dense", "moe")),
     )
     model, together = random_model(config), packed()

@@ -24,8 +24,10 @@ SCALING = RopeScalingConfig(factor=4.0, original_length=8)
 
 
 def changed(config, path: str, value):
-    """`config` with the field at the dotted `path` replaced."""
+    """`config` with the field, or the entry of a tuple, at the dotted `path` replaced."""
     head, _, rest = path.partition(".")
+    if isinstance(config, tuple):
+        return tuple(value if i == int(head) else x for i, x in enumerate(config))
     return replace(config, **{head: changed(getattr(config, head), rest, value) if rest else value})
 
 
@@ -160,7 +162,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
     "alibi": (
         tiny_config(
             attention=replace(
-                TINY_ATTENTION, num_heads=6, num_kv_heads=1, layers=("block_sparse", "global"), block_size=2
+                TINY_ATTENTION, num_heads=6, num_kv_heads=1, layers=("block_sparse", "global"), blocks=(2, 1, 2)
             ),
             position=PositionConfig("alibi"),
             mlp=MLPConfig("relu2", 48),
@@ -169,9 +171,9 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
         {
             "position.kind": "none",
             "attention.layers": ("global",),
-            "attention.block_size": 3,
-            "attention.local_blocks": 2,
-            "attention.block_stride": 3,
+            "attention.blocks.0": 3,
+            "attention.blocks.1": 2,
+            "attention.blocks.2": 3,
             "mlp.kind": "relu",
         },
     ),

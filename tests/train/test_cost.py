@@ -92,9 +92,8 @@ def seen_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
             if layer == "sliding":
                 seen &= abs(q - k) < a.window
             if layer == "block_sparse":
-                q_block, k_block = q // a.block_size, k // a.block_size
-                near = abs(q_block - k_block) < a.local_blocks
-                seen &= near or k_block % a.block_stride == a.block_stride - 1
+                size, local, stride = a.blocks
+                seen &= abs(q // size - k // size) < local or k // size % stride == stride - 1
             total += seen * (0.5 if q == k and a.mask != "bidirectional" else 1.0)
     return total / length
 
@@ -109,9 +108,7 @@ def test_keys_seen_are_those_of_the_mask(length, window, block, local, stride, k
     mask, layer = kind
     if layer == "block_sparse":
         length = block * -(-length // block)  # whole blocks
-    attention = AttentionConfig(
-        mask=mask, window=window, block_size=block, local_blocks=local, block_stride=stride
-    )
+    attention = AttentionConfig(mask=mask, window=window, blocks=(block, local, stride))
     config = ModelConfig(attention=attention)
     # The formulas are areas under the mask's edge: off by less than a key where the edge's steps count.
     assert abs(keys_seen(config, layer, length) - seen_by_brute_force(config, layer, length)) < 0.5 + 1e-9

@@ -95,7 +95,7 @@ def test_without_warm_up_a_schedule_starts_at_its_peak_and_never_rises(kind):
 def test_adamw_equals_float64_numpy(full):
     """Five steps with a clipping that bites on some of them, warm-up and cosine, and the decay mask."""
     config = OptimizerConfig(
-        learning_rate=0.03, warmup_steps=2, b1=0.8, b2=0.9, epsilon=1e-6, weight_decay=0.2, clip_norm=200.0
+        learning_rate=0.03, warmup_steps=2, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.2, clip_norm=200.0
     )
     optimizer = make_optimizer(config, FULL, steps=5)
     model, state = full, optimizer.init(full)
