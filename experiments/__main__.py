@@ -1,4 +1,4 @@
-"""The command line: python -m experiments list | show | train | compile | eval | generate | upcycle | report."""
+"""The command line: python -m experiments list | show | train | compile | eval | generate | import | export | upcycle | report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     from train.records import RunFolderError
 
     try:
-        return getattr(commands, args.command)(args)
+        return getattr(commands, {"import": "import_"}.get(args.command, args.command))(args)
     except (ConfigError, DataError, RunFolderError, commands.UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
     except RuntimeError as error:
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--topology", required=True, help="generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16")
     compile_.add_argument("--save", metavar="FILE", help="write the figures as JSON, too")
 
-    train = command("train", "train, evaluate, sample and report; the same command again resumes", "EXPERIMENT")
+    train = command("train", "train, evaluate, sample and report; the same command again resumes", "EXPERIMENT|RUN")
     settable(train)
     train.add_argument("--run", metavar="NAME", help="name of the run under runs/, or a path (default: the experiment's name)")
     train.add_argument("--resume", metavar="RUN", help="go on with this run")
@@ -100,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
     generate.add_argument("--stream", action="store_true", help="print the text as it is made")
     generate.add_argument("--logprobs", action="store_true", help="print each token with its log-probability (nats)")
+
+    import_ = command("import", "make a run of a published model: a Hugging Face folder or a GGUF file", "PATH")
+    settable(import_)
+    import_.add_argument("--name", required=True, help="of the run, under runs/")
+    import_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that the weights are stored in")
+    import_.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is, if not beside the weights")
+    import_.add_argument("--dry-run", action="store_true", help="read headers alone, and tell what would be done")
+
+    export = command("export", "write a run as a Hugging Face folder that transformers loads", "RUN")
+    settable(export)
+    export.add_argument("--to", required=True, metavar="FOLDER", help="that is to be made")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="that the weights are stored in")
+    export.add_argument("--family", help="architecture to write (default: the first that can say all of the config)")
+    export.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
+    export.add_argument("--dry-run", action="store_true", help="tell what would be written")
 
     upcycle = command("upcycle", "write a run whose experts start as the MLPs of a dense run", "DENSE_RUN")
     settable(upcycle)

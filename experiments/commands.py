@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.named import EXPERIMENTS
-from experiments.resolve import find_run, load_experiment, resolve, resolve_from
+from experiments.resolve import find_run, is_run, load_experiment, resolve, resolve_from
 from train.config import Experiment
 
 HEARTBEAT_SECONDS = 30  # after which the others learn that a process died; jax waits 100
@@ -66,6 +67,13 @@ def train(args: argparse.Namespace) -> int:
         experiment = _load(args.resume, args.overrides)
         if experiment.name != args.subject:
             raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
+    elif args.subject not in EXPERIMENTS and is_run(args.subject):
+        path = find_run(args.subject).path
+        experiment = _load(args.subject, args.overrides)
+        if args.run:
+            from experiments.convert import copy_import
+
+            copy_import(find_run(args.subject), path := _run_path(args.run))
     else:
         path = _run_path(args.run or args.subject)
         experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
@@ -136,6 +144,45 @@ def generate(args: argparse.Namespace) -> int:
             for token, logprob in zip(result.tokens, result.logprobs, strict=True):
                 print(f"  {logprob:8.4f}  {text_of(tokenizer, [token])!r}")
         print(f"[{len(result.tokens)} tokens, finished by {result.finished}]")
+    return 0
+
+
+def import_(args: argparse.Namespace) -> int:
+    """Makes a run of a published model."""
+    from experiments.convert import import_run
+    from model.hf.load import ModelFilesError
+    from model.hf.translate import UnsupportedModelError
+
+    use_compilation_cache()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
+        raise UsageError(f"--name {args.name}: names a folder under runs/; use letters, digits, '.', '_' and '-'")
+    if args.name in EXPERIMENTS:
+        raise UsageError(f"--name {args.name}: is the name of an experiment; choose another")
+    tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
+    try:
+        import_run(
+            Path(args.subject), Path("runs") / args.name, name=args.name, overrides=args.overrides, dtype=args.dtype,
+            tokenizer_path=tokenizer, dry_run=args.dry_run, console=_console(),
+        )  # fmt: skip
+    except (ModelFilesError, UnsupportedModelError) as error:
+        raise UsageError(str(error)) from error
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Writes a run as a published model."""
+    from experiments.convert import export_run
+    from model.hf.load import ModelFilesError
+    from model.hf.translate import UnsupportedModelError
+
+    run = find_run(args.subject)
+    try:
+        export_run(
+            run, _load(args.subject, args.overrides), Path(args.to), dtype=args.dtype, family=args.family, step=args.step,
+            dry_run=args.dry_run, console=_console(),
+        )  # fmt: skip
+    except (ModelFilesError, UnsupportedModelError) as error:
+        raise UsageError(str(error)) from error
     return 0
 
 

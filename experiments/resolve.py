@@ -18,7 +18,7 @@ VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
 MAY_DIFFER_ON_RESUME = (
     "train.steps", "train.eval_every", "train.eval_windows", "train.eval_stride", "train.checkpoint_every",
     "train.keep_last", "train.keep_best", "train.log_every", "train.sinks", "train.watchdog_seconds", "train.nonfinite",
-    "data.prefetch", "data.cache_dir", "mesh.", "sharding.", "samples.", "name", "question", "source", "cost",
+    "data.prefetch", "data.cache_dir", "data.tokenizer.path", "mesh.", "sharding.", "samples.", "name", "question", "source", "cost",
     "model.remat", "model.scan_unroll",
 )  # fmt: skip
 
@@ -75,6 +75,11 @@ def may_differ_on_resume(name: str) -> bool:
     return any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in MAY_DIFFER_ON_RESUME)
 
 
+def is_run(text: str) -> bool:
+    """Whether `find_run` would find it."""
+    return any((path / "config.json").exists() for path in (Path(text), Path("runs") / text))
+
+
 def find_run(text: str) -> RunFolder:
     """The run folder of a path or of a name under runs/. Raises RunFolderError."""
     for path in (Path(text), Path("runs") / text):
@@ -88,5 +93,9 @@ def find_run(text: str) -> RunFolder:
 
 
 def load_experiment(run: RunFolder) -> Experiment:
-    """The resolved experiment of a run folder."""
-    return load_json(Experiment, run.config)
+    """The resolved experiment of a run folder. A saved tokenizer is the one that lies in the folder, wherever that went."""
+    experiment = load_json(Experiment, run.config)
+    tokenizer = experiment.data.tokenizer
+    if tokenizer.kind != "saved" or not run.tokenizer.exists():
+        return experiment
+    return replace(experiment, data=replace(experiment.data, tokenizer=replace(tokenizer, path=str(run.tokenizer))))

@@ -18,8 +18,9 @@ from data.tokenizer import Tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
 from experiments.report import write_report
-from experiments.resolve import may_differ_on_resume
+from experiments.resolve import load_experiment, may_differ_on_resume
 from model.cost import count_parameters
+from model.hf.translate import architecture, differences
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
@@ -85,13 +86,28 @@ def _shared_run(
     _agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:
         with open_run(
-            path, experiment, overrides=overrides, may_differ=may_differ_on_resume, override=override, notice=say
+            path, experiment, overrides=overrides, may_differ=_may_differ(path, experiment), override=override, notice=say
         ) as run:
             _barrier("run folder open")
             yield run
     else:
         _barrier("run folder open")
         yield RunFolder(path)
+
+
+def _may_differ(path: Path, experiment: Experiment) -> Callable[[str], bool]:
+    """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave the
+    network and its tokenizer what they are."""
+    run = RunFolder(path)
+    if not untouched_import(run) or differences(architecture(load_experiment(run).model), architecture(experiment.model)):
+        return may_differ_on_resume
+    return lambda name: not name.startswith("data.tokenizer.") or may_differ_on_resume(name)
+
+
+def untouched_import(run: RunFolder) -> bool:
+    """Whether a run has imported weights and was not trained further."""
+    rows = read_metrics(run.metrics) if run.metrics.exists() else []
+    return any("imported_from" in row for row in rows) and not any(row["kind"] == "train" for row in rows)
 
 
 def _agree(digest: str, wrong: str, fix: str) -> None:
@@ -208,7 +224,7 @@ def open_trained(run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, s
         Checkpointer(str(run.checkpoints), read_only=True, warn=print) as checkpoints,
         use_mesh(program.mesh),
     ):
-        restored = restore(program, checkpoints, tokenizer, step)
+        restored = restore(program, checkpoints, tokenizer, step, training=False)
     if restored is None:
         raise CheckpointError(f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}")
     return program, Trained(restored.state, restored.step, restored.step >= experiment.train.steps, math.nan)

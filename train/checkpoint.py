@@ -334,11 +334,13 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------------ restoring
 
-    def restore(self, template: Any, *, step: int | None = None) -> Restored | None:
+    def restore(self, template: Any, *, step: int | None = None, part: bool = False) -> Restored | None:
         """Restores the newest good step, or exactly `step`; None when the folder holds no step at all.
 
+        part: the template may lack leaves that were saved, which are then not read.
+
         template: the tree that was saved, of concrete arrays or of `jax.ShapeDtypeStruct`s with shardings, on any
-        mesh. A leaf without a sharding is restored uncommitted; numpy leaves stay numpy.
+        mesh; or a function that gives it for a step's metadata. A leaf without a sharding is restored uncommitted; numpy leaves stay numpy.
         Damaged steps are named through `warn` and passed over. CheckpointError when no step is good, when `step` is
         not, or when a leaf's name, shape or dtype differs from the template's.
         """
@@ -351,7 +353,7 @@ class Checkpointer:
         reasons = []
         for position, candidate in enumerate(candidates):
             try:
-                restored = self._restore_step(candidate, template)
+                restored = self._restore_step(candidate, template, part)
                 self._current = candidate
                 return restored
             except _DamagedError as damage:
@@ -362,10 +364,15 @@ class Checkpointer:
             return None
         raise CheckpointError(f"no good checkpoint in {self._directory}:\n  " + "\n  ".join(reasons))
 
-    def _restore_step(self, step: int, template: Any) -> Restored:
+    def _restore_step(self, step: int, template: Any, part: bool) -> Restored:
         body = self._jointly(lambda: _read_commit(self._step_path(step)))
+        if callable(template):
+            template = template(body["metadata"])
         leaves = named_leaves(template)
-        saved = {name: {key: entry[key] for key in ("shape", "dtype")} for name, entry in body["leaves"].items()}
+        saved = {
+            name: {key: entry[key] for key in ("shape", "dtype")}
+            for name, entry in body["leaves"].items() if name in leaves or not part
+        }  # fmt: skip
         if table := differences(saved, {name: signature(leaf) for name, leaf in leaves.items()}):
             raise CheckpointError(f"step {step} of {self._directory} holds another state than the one asked for; "
                                   f"set the configuration back, or start in another folder:\n{table}")
@@ -381,7 +388,8 @@ class Checkpointer:
         empty = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if name not in filled}
         args = ocp.args.PyTreeRestore(
             item={name: stored_struct(leaf) for name, leaf in filled.items()},
-            restore_args={name: restore_args(leaf) for name, leaf in filled.items()})
+            restore_args={name: restore_args(leaf) for name, leaf in filled.items()},
+            partial_restore=True)
         try:
             return self._handler.restore(self._step_path(step), args=args) | empty
         except (MemoryError, jax.errors.JaxRuntimeError):

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
 from train.routing import make_probe
 from train.signals import StopSignal, Watchdog
-from train.step import TrainState, init_state, make_step
+from train.step import TrainState, init_state, make_step, weights_alone
 
 CLOCK_STEPS = 10
 
@@ -51,6 +51,7 @@ class Program:
     batch_spec: PartitionSpec
     abstract_state: TrainState  # shapes, dtypes, shardings
     make_state: Callable[[], TrainState]
+    begin: Callable[[Transformer], TrainState]  # the state before the first step, of a network that has its weights
     step: Callable  # (state, batch) -> (state, metrics), not jitted
     score: Callable  # (model, batch) -> (loss, tokens), jitted
 
@@ -83,9 +84,12 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
         )
     optimizer = make_optimizer(experiment.optimizer, model, config.steps)
 
+    def begin(network: Transformer) -> TrainState:
+        network = jax.tree.map(lambda w: w.astype(jnp.float32), network)
+        return init_state(jax.random.split(jax.random.key(config.seed))[1], network, optimizer, config)
+
     def make_state() -> TrainState:
-        init_key, state_key = jax.random.split(jax.random.key(config.seed))
-        return init_state(state_key, Transformer(init_key, model, experiment.sharding), optimizer, config)
+        return begin(Transformer(jax.random.split(jax.random.key(config.seed))[0], model, experiment.sharding))
 
     with use_mesh(mesh):
         abstract_state = concrete_shardings(jax.eval_shape(make_state), mesh)
@@ -94,7 +98,7 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
     step = make_step(objective, optimizer, schedule(experiment.optimizer, config.steps), config)
     score = jax.jit(make_score(scoring_objective(config, ids)))
     spec = experiment.sharding.spec("activations", ("batch", None))
-    return Program(experiment, mesh, spec, abstract_state, make_state, step, score)
+    return Program(experiment, mesh, spec, abstract_state, make_state, begin, step, score)
 
 
 def evaluate_all(
@@ -121,17 +125,37 @@ def evaluate_all(
 
 
 def restore(
-    program: Program, checkpoints: Checkpointer, tokenizer: Tokenizer, step: int | None = None
+    program: Program, checkpoints: Checkpointer, tokenizer: Tokenizer, step: int | None = None, *, training: bool = True
 ) -> Restored | None:
-    """The newest good checkpoint (or that of `step`) on this program's mesh, or None. Refuses another tokenizer's."""
-    restored = checkpoints.restore(program.abstract_state, step=step)
+    """The newest good checkpoint (or that of `step`) on this program's mesh, or None. Refuses another tokenizer's.
+
+    A checkpoint of weights alone (metadata 'weights': their dtype) begins a training. Not `training`, only the weights are read
+    (the average where there is one), and there is no optimizer.
+    """
+    state = program.abstract_state
+
+    def template(metadata: dict[str, Any]):
+        if "weights" in metadata:
+            dtype = metadata["weights"]
+            return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), state.model)}
+        if training:
+            return state
+        return {"model": state.model} if state.ema is None else {"ema": state.ema}
+
+    restored = checkpoints.restore(template, step=step, part=not training)
     if restored is not None and restored.metadata["tokenizer"] != tokenizer.identity:
         raise CheckpointError(
             f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, the one at hand is "
             f"{tokenizer.identity[:12]}; they do not belong together: restore the data config (and the text the "
             "tokenizer was trained on), or start a new run with --run NEWNAME"
         )
-    return restored
+    if restored is None or isinstance(restored.state, TrainState):
+        return restored
+    (model,) = restored.state.values()
+    if not training:
+        return replace(restored, state=weights_alone(model))
+    begin = jax.jit(program.begin, donate_argnums=0 if restored.metadata["weights"] == "float32" else ())
+    return replace(restored, state=begin(model))
 
 
 def train(
@@ -196,7 +220,8 @@ def train(
         else:
             # A refusal that ended the run before does not end this one before it begins.
             state, first = restored.state._replace(nonfinite=jnp.zeros_like(restored.state.nonfinite)), restored.step
-            batches.set_state(restored.metadata["data"])
+            if "data" in restored.metadata:
+                batches.set_state(restored.metadata["data"])
             seconds_before = restored.metadata["seconds"]
             notice(f"resuming from step {first}")
             record({"kind": "event", "step": first, "event": "resumed", "message": f"from step {first}"})

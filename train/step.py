@@ -40,6 +40,12 @@ def init_state(key: PRNGKeyArray, model: Transformer, optimizer: optax.GradientT
     return TrainState(zero, key, model, optimizer.init(model), ema, jnp.float32(scale), zero, zero)
 
 
+def weights_alone(model: Transformer) -> TrainState:
+    """A state to evaluate and to sample from: there is no optimizer."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, jax.random.key(0), model, optax.EmptyState(), None, jnp.float32(1.0), zero, zero)
+
+
 def make_step(
     objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule, config: TrainConfig
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:

@@ -1,0 +1,222 @@
+"""Published models to runs and runs to published models: what `import` and `export` do."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data.config import DataConfig, TokenizerConfig
+from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, read_tokenizer, write_published
+from experiments.resolve import resolve_from
+from experiments.run import open_trained, untouched_import
+from model.config import ModelConfig
+from model.cost import count_parameters
+from model.hf.families import to_json
+from model.hf.load import load
+from model.hf.published import Published, open_published
+from model.hf.save import save_published
+from model.hf.verify import verify, verify_saved
+from model.transformer import Transformer, forward
+from sharding.mesh import use_mesh
+from train.checkpoint import Checkpointer, CheckpointError
+from train.config import Experiment, OptimizerConfig, TrainConfig
+from train.loop import build
+from train.objectives import token_losses
+from train.records import MetricsWriter, RunFolder, RunFolderError, describe_environment, open_run, write_environment
+
+PROBE = Path(argparse.__file__)  # a text that every machine has: what an import is tried on
+PROBE_TOKENS = 256
+
+Say = Callable[[str], None]
+
+
+def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides: Sequence[str]) -> Experiment:
+    """An experiment that goes on training a published model, gently, on the default corpus. Raises ValueError by field."""
+    config = published.config
+    experiment = Experiment(
+        name=name,
+        question="What does a published model learn from this text?",
+        source=f"published weights ({published.family})",
+        model=config,
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="saved", path=f"runs/{name}/tokenizer", vocab_size=tokenizer.vocab_size),
+            sequence_length=min(512, config.max_length), batch_size=8, holdout_fraction=0.01,
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=20, weight_decay=0.0),
+        train=TrainConfig(steps=200, eval_every=50, checkpoint_every=50),
+    )  # fmt: skip
+    return resolve_from(experiment, overrides)
+
+
+def import_run(
+    path: Path, run_path: Path, *, name: str, overrides: Sequence[str], dtype: str, tokenizer_path: Path | None,
+    dry_run: bool, console: Console,
+) -> None:  # fmt: skip
+    """Writes the run folder `run_path`: the published model at `path` (a folder, or a GGUF file) with its weights stored as
+    `dtype`, its tokenizer (or that at `tokenizer_path`) and an experiment that would train it further.
+
+    Read back, every weight is compared with the files bit by bit. The folder appears whole or not at all; `dry_run` reads headers
+    alone and tells what would be done. Raises RunFolderError, ModelFilesError, UnsupportedModelError, DataError, ConfigError.
+    """
+    if run_path.exists():
+        raise RunFolderError(f"run folder {run_path} exists already; choose another name with --name, or delete it")
+    published = open_published(path)
+    tokenizer = read_tokenizer(tokenizer_path or path)
+    unused = check_vocabulary(tokenizer, published.config.vocab_size)
+    experiment = fine_tuning(name, published, tokenizer, overrides)
+    console.print(_plan(path, published, tokenizer, unused, experiment, dtype))
+    if dry_run:
+        console.print("dry run: only headers were read, nothing was written")
+        return
+    program = build(experiment)
+    sizes = {p.name: math.prod(p.shape) for p in published.pieces}
+    with _whole_or_none(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
+        write_environment(run, describe_environment())
+        tokenizer.save(run.tokenizer)
+        with _progress(console, "reading", sum(sizes.values())) as advance:
+            model = load(
+                published.source, published.pieces, experiment.model, experiment.sharding, program.mesh, dtype=dtype,
+                progress=lambda piece, size: advance(size),
+            )  # fmt: skip
+        _write(run, model, experiment, tokenizer, dtype, str(path))
+        del model
+        _, trained = open_trained(run, experiment, tokenizer)
+        with _progress(console, "verifying", sum(sizes.values())) as advance:
+            verify(trained.model, published, dtype, lambda piece, size: advance(size))
+        with use_mesh(program.mesh):
+            loss, tokens = probe(trained.model, tokenizer)
+        console.print(
+            f"verified: {count_parameters(experiment.model).total:,} weights are the files', bit by bit as {dtype}; "
+            f"{loss:.3f} nats a token on {tokens} tokens of Python's {PROBE.name} (guessing: {math.log(experiment.model.vocab_size):.2f})"
+        )
+        if not math.isfinite(loss):
+            raise CheckpointError(f"{path}: the model's loss on a text is {loss}; nothing was kept")
+    console.print(f"{run_path} is ready: python -m experiments generate {name} --prompt '...'")
+
+
+def export_run(
+    run: RunFolder, experiment: Experiment, folder: Path, *, dtype: str, family: str | None, step: int | None, dry_run: bool, console: Console
+) -> None:
+    """Writes a run's weights (the average where it keeps one) and tokenizer as a folder that transformers loads.
+
+    Read back, every weight is compared with the run's. The folder appears whole or not at all. Raises UnsupportedModelError
+    where no family's config.json can say the network, naming the fields; ModelFilesError, RunFolderError, CheckpointError.
+    """
+    if folder.exists():
+        raise RunFolderError(f"{folder} exists already; choose another folder with --to, or delete it")
+    family, values = to_json(experiment.model, family)
+    tokenizer = load_tokenizer(run.tokenizer)
+    counts = count_parameters(experiment.model)
+    size = counts.total * jnp.dtype(dtype).itemsize
+    console.print(f"{run.path} as {values['architectures'][0]} ({family}): {counts.total:,} parameters, {size / 1e6:,.0f} MB of {dtype}")
+    if dry_run:
+        console.print("dry run: nothing was written")
+        return
+    program, trained = open_trained(run, experiment, tokenizer, step)
+    with _whole_or_none(folder) as partial, use_mesh(program.mesh):
+        with _progress(console, "writing", counts.total) as advance:
+            save_published(
+                trained.model, experiment.model, partial, family=family, dtype=dtype, progress=lambda piece, size: advance(size)
+            )
+        write_published(tokenizer, partial)
+        with _progress(console, "verifying", counts.total) as advance:
+            verify_saved(trained.model, partial, dtype, lambda piece, size: advance(size))
+    console.print(f"{folder} is ready: the weights of step {trained.step}, verified bit by bit as {dtype}")
+
+
+def copy_import(run: RunFolder, path: Path) -> None:
+    """A copy of an imported run, to be trained while that one stays as it is."""
+    if not untouched_import(run):
+        raise RunFolderError(f"{run.path} is not an imported run, or was trained further; without --run it goes on in its own folder")
+    if path.exists():
+        raise RunFolderError(f"run folder {path} exists already; go on with it by its name, or choose another with --run")
+    with _whole_or_none(path) as partial:
+        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns(run.lock.name))
+
+
+def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
+    """(nats a token, tokens) of the beginning of `PROBE`."""
+    start = [] if tokenizer.special.start < 0 else [tokenizer.special.start]
+    ids = [*start, *tokenizer.encode(PROBE.read_text()[: 16 * PROBE_TOKENS]).tolist()][: min(PROBE_TOKENS, model.config.max_length) + 1]
+    tokens = jnp.asarray([ids] * _rows(model))
+
+    @jax.jit
+    def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
+        return token_losses(model, forward(model, tokens[:, :-1]).hidden_BTD, tokens[:, 1:])[0].mean()
+
+    return float(loss(model, tokens)), len(ids) - 1
+
+
+def _rows(model: Transformer) -> int:
+    """Rows of the smallest batch that the mesh can divide."""
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    return math.prod(sizes.get(axis, 1) for axis in model.rules.activations.batch)
+
+
+def _write(run: RunFolder, model: Transformer, experiment: Experiment, tokenizer: Tokenizer, dtype: str, origin: str) -> None:
+    """The checkpoint of weights alone at step 0, and the event that the report reads."""
+    counts = count_parameters(experiment.model)
+    told = f"{counts.total:,} parameters ({counts.active:,} active per token) from {Path(origin).name}"
+    metadata = {"weights": dtype, "tokenizer": tokenizer.identity, "seconds": 0.0, "imported_from": Path(origin).name}
+    with Checkpointer(str(run.checkpoints)) as checkpoints, MetricsWriter(run) as metrics:
+        if not checkpoints.save(0, {"model": model}, metadata=metadata, wait=True):
+            raise CheckpointError(f"{run.path}: the checkpoint was not written (the warning above says why); free the disk")
+        metrics.write({
+            "kind": "event", "step": 0, "event": "started", "message": f"imported: {told}",
+            "imported_from": Path(origin).name, "parameters_total": counts.total, "parameters_active": counts.active,
+        })  # fmt: skip
+
+
+def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, experiment: Experiment, dtype: str) -> Table:
+    """What is in the files and what becomes of it."""
+    config, counts = published.config, count_parameters(experiment.model)
+    infos = {p.name: published.source.tensors[p.name] for p in published.pieces}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("model", f"{path.name}: {published.family}, {config.num_layers} layers of width {config.embed_dim}")
+    table.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
+    kinds = ", ".join(sorted({info.dtype for info in infos.values()}))
+    table.add_row("tensors", f"{len(infos)} of {kinds} in {len({info.file for info in infos.values()})} files")
+    table.add_row("weights", f"{counts.total * jnp.dtype(dtype).itemsize / 1e6:,.0f} MB as {dtype}")
+    rows = f"; {unused} rows of the embedding have no id" if unused else ""
+    table.add_row("tokenizer", f"{tokenizer.vocab_size:,} ids{rows}")
+    if published.unread:
+        table.add_row("not read", f"{', '.join(published.unread)} (of config.json: check that none changes what the model computes)")
+    return table
+
+
+@contextmanager
+def _whole_or_none(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that becomes `path` when all went well, and is removed otherwise."""
+    partial = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(path)
+
+
+@contextmanager
+def _progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` numbers on a terminal, one line elsewhere."""
+    if not console.is_terminal:
+        console.print(f"{title} {total:,} numbers")
+        yield lambda size: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda size: bar.advance(task, size)
