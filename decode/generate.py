@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from decode.sampling import HostOrDevice, SamplerArrays, SamplingParams, choose, sampler_arrays
-from model.transformer import Cache, Transformer, forward, init_cache, logits, unstack
+from model.transformer import Cache, Transformer, forward, init_cache, logits, repeats, unstack
 from sharding.rules import ShardingRules, no_mesh, reshard
 
 SMALLEST_BUCKET = 16
@@ -251,7 +251,7 @@ def _at(slot_B: Array, S: int) -> Bool[Array, "B S"]:
 
 
 def _flat(model: Transformer) -> Transformer:
-    stacked = any(block.attention.q.shape[0] > 1 for unit in model.stacks for block in unit)
+    stacked = any(repeats(unit) > 1 for unit in model.stacks)
     return jax.jit(unstack)(model) if stacked else model
 
 

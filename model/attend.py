@@ -38,6 +38,12 @@ class LayerCache(NamedTuple):
     v_BKSH: Float[Array, "B K S H"]
 
 
+class LatentCache(NamedTuple):
+    """What keys and values of all heads of one layer are read out of (`model/latent.py`): C = kv_rank + rope_dim numbers a slot."""
+
+    latent_B1SC: Float[Array, "B 1 S C"]
+
+
 def layer_mask(a: AttentionConfig, layer: str) -> Mask:
     """The mask of a layer of kind `layer`. Order and distance go by slots; blocks of a block-sparse pattern by positions,
     so that they start anew with each packed document."""
@@ -107,7 +113,7 @@ def attend_cache(
     is one document."""
     a, T = config.attention, q_BTNH.shape[1]
     mask = layer_mask(a, layer)
-    few = T <= MAX_QUERIES and a.mask == "causal" and mask.strided is None and a.implementation == "auto"
+    few = _few(a, mask, T)
     prefix_BS = None
     if a.mask == "prefix" and places.prefix_BT is not None:
         prefix_BS = jnp.pad(places.prefix_BT, ((0, 0), (0, cache.k_BKSH.shape[2] - places.prefix_BT.shape[1])))
@@ -132,6 +138,41 @@ def attend_cache(
         (sinks_N, ("heads",)), (_slopes(config), ("heads",)),
         (places.slots_BT[:, 0], ("batch",)), (prefix_BS, ("batch", None)),
     )  # fmt: skip
+
+
+def absorbs(config: ModelConfig, layer: str, queries: int) -> bool:
+    """Whether `attend_latents` takes so many new tokens of each row of a layer of kind `layer`."""
+    return _few(config.attention, layer_mask(config.attention, layer), queries)
+
+
+def attend_latents(
+    config: ModelConfig,
+    rules: ShardingRules,
+    layer: str,
+    q_BTNC: Float[Array, "B T N C"],
+    cache: LatentCache,
+    sinks_N: Float[Array, "N"] | None,
+    places: Places,
+) -> Float[Array, "B T N C"]:
+    """As `attend_cache`, of few tokens whose queries were brought among the latents, which are keys and values of all heads.
+    The last rope_dim numbers of the result mean nothing: to leave them out of the values would be to copy the cache."""
+    T, window = q_BTNC.shape[1], layer_mask(config.attention, layer).window
+    options = _options(config) | {"window": window, "finite": True, "implementation": None}
+
+    def local(q, latents, sinks, start_B):
+        return decode_attention(q, latents, latents, start_B + T, sinks_N=sinks, **options)
+
+    rows = ("batch", None, "heads", None)
+    return _on_devices(
+        local, rules, rows,
+        (q_BTNC, rows), (cache.latent_B1SC.astype(q_BTNC.dtype), ("batch", None, None, None)),
+        (sinks_N, ("heads",)), (places.slots_BT[:, 0], ("batch",)),
+    )  # fmt: skip
+
+
+def _few(a: AttentionConfig, mask: Mask, queries: int) -> bool:
+    """Whether so many new tokens of a cache are for `decode_attention`."""
+    return queries <= MAX_QUERIES and a.mask == "causal" and mask.strided is None and a.implementation == "auto"
 
 
 def _ring(config: ModelConfig, rules: ShardingRules, mask: Mask) -> Callable:

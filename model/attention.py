@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from model.attend import LayerCache, Places, attend, attend_cache
 from model.config import ModelConfig
 from model.norms import Norm
 from model.positions import rope_tables, rotate
 from model.weights import constant, matmul, normal, use
-from sharding.rules import ShardingRules, reshard
+from sharding.rules import ShardingRules, activation_spec, reshard
 
 
 class Attention(nnx.Module):
@@ -43,6 +43,12 @@ class Attention(nnx.Module):
         self.q_norm = Norm(shapes[0], axes[0], config.norm, rules) if shapes else None
         self.k_norm = Norm(shapes[1], axes[1], config.norm, rules) if shapes else None
 
+    def empty_cache(self, repeats: int, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
+        """A cache for a stack of `repeats` such layers."""
+        shape = (repeats, batch, self.config.attention.num_kv_heads, capacity, self.config.attention.head_dim)
+        spec = activation_spec(self.rules, "layer", "batch", "kv_heads", None, None)
+        return LayerCache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(2)))
+
     def __call__(
         self, x_BTD: Float[Array, "B T D"], places: Places, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -61,23 +67,23 @@ class Attention(nnx.Module):
         # Dynamic NTK turns every key anew when the context grows, so its cache holds keys that are not yet turned.
         late = config.position.scaling is not None and config.position.scaling.kind == "dynamic_ntk"
         length_B = places.length_B if late else None
-        q = self._turn(q, places.positions_BT, length_B)
+        q = turn(config, self.layer, q, places.positions_BT, length_B)
         if not late:
-            k = self._turn(k, places.positions_BT, None)
+            k = turn(config, self.layer, k, places.positions_BT, None)
         sinks_N = None if self.sinks is None else use(self.sinks, ("heads",), jnp.float32, rules)
         if cache is None:
             if late:
-                k = self._turn(k, places.positions_BT, length_B)
+                k = turn(config, self.layer, k, places.positions_BT, length_B)
             out_BTNH = attend(config, rules, self.layer, q, k, v, sinks_N, places)
         else:
             k_BKTH, v_BKTH = (reshard(y, rules, "batch", None, "kv_heads", None).transpose(0, 2, 1, 3) for y in (k, v))
             start_BK = jnp.broadcast_to(places.slots_BT[:, :1], k_BKTH.shape[:2])
             start_BK = reshard(start_BK, rules, "batch", "kv_heads")
-            cache = LayerCache(_write(cache.k_BKSH, k_BKTH, start_BK), _write(cache.v_BKSH, v_BKTH, start_BK))
+            cache = LayerCache(write_cache(cache.k_BKSH, k_BKTH, start_BK), write_cache(cache.v_BKSH, v_BKTH, start_BK))
             seen = cache
             if late:
                 slots_BS = jnp.broadcast_to(jnp.arange(cache.k_BKSH.shape[2], dtype=jnp.int32), (k.shape[0], cache.k_BKSH.shape[2]))
-                turned = self._turn(cache.k_BKSH.transpose(0, 2, 1, 3).astype(dtype), slots_BS, length_B)
+                turned = turn(config, self.layer, cache.k_BKSH.transpose(0, 2, 1, 3).astype(dtype), slots_BS, length_B)
                 seen = LayerCache(turned.transpose(0, 2, 1, 3), cache.v_BKSH)
             out_BTNH = attend_cache(config, rules, self.layer, q, seen, sinks_N, places)
         out = matmul(out_BTNH, use(self.out, ("heads", None, "embed"), dtype, rules), 2, ("batch", "sequence", "embed"), rules)
@@ -90,15 +96,6 @@ class Attention(nnx.Module):
         y = matmul(x_BTD, w, 1, ("batch", "sequence", heads, None), self.rules)
         return y if bias is None else y + use(bias, (heads, None), x_BTD.dtype, self.rules)
 
-    def _turn(self, x_BTNH: Array, positions_BT: Array, length_B: Array | None) -> Array:
-        p = self.config.position
-        if p.kind != "rope":
-            return x_BTNH
-        # The barrier keeps XLA from computing sines anew for every head and every use.
-        local = self.layer == "sliding"
-        cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(self.config, positions_BT, length_B, local=local))
-        return rotate(x_BTNH, cos_BTR, sin_BTR, p.interleaved)
-
 
 def weight_std(config: ModelConfig, fan_in: int, residual: bool = False) -> float:
     """Standard deviation of a matrix with `fan_in` inputs; `residual`: its output is added to the residual stream."""
@@ -109,7 +106,22 @@ def weight_std(config: ModelConfig, fan_in: int, residual: bool = False) -> floa
     return std
 
 
-def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Array) -> Array:
+def turn(
+    config: ModelConfig,
+    layer: str,
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    length_B: Int[Array, "B"] | None,
+) -> Float[Array, "B T N H"]:
+    """The first `rotary_dim` dimensions of each head turned by RoPE as a layer of kind `layer` does; without RoPE, as they are."""
+    if config.position.kind != "rope":
+        return x_BTNH
+    # The barrier keeps XLA from computing sines anew for every head and every use.
+    cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(config, positions_BT, length_B, local=layer == "sliding"))
+    return rotate(x_BTNH, cos_BTR, sin_BTR, config.position.interleaved)
+
+
+def write_cache(cache_BKSH: Array, new_BKTH: Array, start_BK: Array) -> Array:
     """The cache with each row's new entries at its own start.
 
     Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place. To a

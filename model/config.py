@@ -74,6 +74,31 @@ class LatentConfig:
     rope_dim: int = 64  # dimensions of a head, of its head_dim the last, that RoPE rotates; their key is shared by the heads
     value_dim: int = 128  # of a head
 
+    def validate(self, a: AttentionConfig, p: PositionConfig) -> None:
+        """Raises ValueError that names field, value and fix."""
+        for name, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"model.attention.latent.{name} = {size}: must be at least 1")
+        if self.rope_dim % 2 or self.rope_dim >= a.head_dim:
+            raise ValueError(
+                f"model.attention.latent.rope_dim = {self.rope_dim}: must be even and below model.attention.head_dim = {a.head_dim}, "
+                "which counts it in"
+            )
+        # Field, value, and the values that go with it.
+        for field, value, allowed in (
+            ("model.attention.num_kv_heads", a.num_kv_heads, (a.num_heads,)),
+            ("model.attention.qk_norm", a.qk_norm, ("none",)),
+            ("model.attention.clip_qkv", a.clip_qkv, (None,)),
+            ("model.attention.context", a.context, ("gather",)),
+            ("model.position.kind", p.kind, ("rope", "none")),
+            ("model.position.rotary_fraction", p.rotary_fraction, (1.0,)),
+            ("model.position.scaling.kind", None if p.scaling is None else p.scaling.kind, (None, "linear", "ntk", "yarn", "llama3")),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{field} = {value!r}: does not go with model.attention.latent; use {', '.join(str(x) for x in allowed)}"
+                )
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -182,6 +207,8 @@ class ModelConfig:
         for name, value in nonnegative.items():
             if not value >= 0:
                 raise ValueError(f"model.{name} = {value}: must be 0 or more")
+        if a.latent is not None:
+            a.latent.validate(a, p)
         if a.num_heads % a.num_kv_heads:
             divisors = [str(d) for d in range(1, a.num_heads + 1) if a.num_heads % d == 0]
             raise ValueError(

@@ -55,8 +55,9 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     a, D = config.attention, config.embed_dim
     flops = 2.0 * D * config.vocab_size
     for spec in layer_specs(config):
-        flops += 2 * D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
-        flops += 4 * a.num_heads * a.head_dim * keys_seen(config, spec.attention, length)
+        flops += 2 * _projections(config)
+        value_dim = a.head_dim if a.latent is None else a.latent.value_dim
+        flops += 2 * a.num_heads * (a.head_dim + value_dim) * keys_seen(config, spec.attention, length)
         if spec.moe and config.moe is not None:
             chosen = experts_per_token(config, length) + config.moe.shared_experts
             slots = config.moe.top_k if config.moe.router == "soft" else 1
@@ -65,6 +66,16 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
         else:
             flops += 2 * D * config.mlp.hidden_dim * (gates(config.mlp.kind) + 1)
     return flops
+
+
+def _projections(config: ModelConfig) -> int:
+    """Numbers in the matrices of an attention layer."""
+    a, D = config.attention, config.embed_dim
+    if (latent := a.latent) is None:
+        return D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
+    N, H, V, P, R = a.num_heads, a.head_dim, latent.value_dim, latent.rope_dim, latent.kv_rank
+    queries = D * N * H if latent.q_rank is None else latent.q_rank * (D + N * H)
+    return queries + D * (R + P) + R * N * (H - P + V) + N * V * D
 
 
 def experts_per_token(config: ModelConfig, length: int) -> float:

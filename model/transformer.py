@@ -5,6 +5,7 @@ Shapes: B batch, T time, D width, V vocabulary, R repeats of a stack of layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from model.attend import LayerCache, Places
+from model.attend import LatentCache, LayerCache, Places
 from model.attention import Attention, weight_std
 from model.balance import RouterStats
 from model.config import LayerSpec, ModelConfig, segments
+from model.latent import LatentAttention
 from model.mlp import MLP
 from model.moe import MoE, Tokens
 from model.norms import Norm
@@ -31,7 +33,8 @@ class Block(nnx.Module):
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, spec: LayerSpec):
         self.config, self.rules = config, rules
         attention_key, mlp_key = jax.random.split(key)
-        self.attention = Attention(attention_key, config, rules, spec.attention)
+        kind = Attention if config.attention.latent is None else LatentAttention
+        self.attention = kind(attention_key, config, rules, spec.attention)
         self.mlp = MoE(mlp_key, config, rules) if spec.moe else MLP(mlp_key, config, rules)
         before, after = config.norm.placement != "post", config.norm.placement != "pre"
         self.attention_norm, self.mlp_norm = (_norm(config, rules) if before else None for _ in range(2))
@@ -42,9 +45,9 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         places: Places,
         tokens: Tokens,
-        cache: LayerCache | None,
+        cache: LayerCache | LatentCache | None,
         dropout_key: PRNGKeyArray | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, RouterStats | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | LatentCache | None, RouterStats | None]:
         rate = self.config.dropout
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         y, cache = self.attention(_apply(self.attention_norm, x_BTD), places, cache)
@@ -95,24 +98,19 @@ class Output(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, and how many tokens each row holds."""
+    """Keys and values, or their latents, of every layer, and how many tokens each row holds."""
 
-    stacks: tuple[tuple[LayerCache, ...], ...]  # as Transformer.stacks, leading R
+    stacks: tuple[tuple[LayerCache | LatentCache, ...], ...]  # as Transformer.stacks, leading R
     length_B: Int[Array, "B"]
 
 
 def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens, in the dtype of computation."""
-    config, rules = model.config, model.rules
-    a = config.attention
-
-    def empty(block: Block) -> LayerCache:
-        shape = (block.attention.q.shape[0], batch, a.num_kv_heads, capacity, a.head_dim)
-        spec = activation_spec(rules, "layer", "batch", "kv_heads", None, None)
-        return LayerCache(*(jnp.zeros(shape, compute_dtype(config), out_sharding=spec) for _ in range(2)))
-
-    stacks = tuple(tuple(empty(block) for block in unit) for unit in model.stacks)
-    return Cache(stacks, jnp.zeros(batch, jnp.int32, out_sharding=activation_spec(rules, "batch")))
+    dtype = compute_dtype(model.config)
+    stacks = tuple(
+        tuple(block.attention.empty_cache(repeats(unit), batch, capacity, dtype) for block in unit) for unit in model.stacks
+    )
+    return Cache(stacks, jnp.zeros(batch, jnp.int32, out_sharding=activation_spec(model.rules, "batch")))
 
 
 def forward(
@@ -161,12 +159,12 @@ def forward(
 
     new_stacks, stats, layer = [], [], 0
     for s, unit in enumerate(model.stacks):
-        repeats, period = unit[0].attention.q.shape[0], len(unit)
+        rows, period = repeats(unit), len(unit)
         caches = None if cache is None else cache.stacks[s]
         unit_keys = None
         if keys is not None:
-            unit_keys = keys[layer : layer + repeats * period].reshape(repeats, period)
-        layer += repeats * period
+            unit_keys = keys[layer : layer + rows * period].reshape(rows, period)
+        layer += rows * period
         x_BTD, caches, unit_stats = _run_stack(config, tuple(unit), x_BTD, places, tokens, caches, unit_keys)
         new_stacks.append(caches)
         if unit_stats is not None:
@@ -203,6 +201,11 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
+def repeats(unit: Sequence[Block]) -> int:
+    """R of a stack: how often its unit of layers is repeated."""
+    return jax.tree.leaves(unit[0])[0].shape[0]
+
+
 def unstack(model: Transformer) -> Transformer:
     """The same network with each layer a stack of its own, so that no loop over layers is left: for decoding on CPUs."""
 
@@ -210,7 +213,7 @@ def unstack(model: Transformer) -> Transformer:
         return jax.tree.map(lambda w: w[i : i + 1], block)
 
     flat = [
-        nnx.List([pick(block, i)]) for unit in model.stacks for i in range(unit[0].attention.q.shape[0]) for block in unit
+        nnx.List([pick(block, i)]) for unit in model.stacks for i in range(repeats(unit)) for block in unit
     ]
     leaves, treedef = jax.tree.flatten(model)
     copy = jax.tree.unflatten(treedef, leaves)
@@ -256,13 +259,13 @@ def _run_stack(config, unit, x_BTD, places, tokens, caches, keys):
         return x_BTD, (None if caches is None else tuple(new_caches), stacked)
 
     body = layers if caches is not None else _remat(layers, config)
-    repeats = unit[0].attention.q.shape[0]
-    if repeats == 1:
+    rows = repeats(unit)
+    if rows == 1:
         scanned = jax.tree.map(lambda leaf: leaf[0], (unit, caches, keys))
         x_BTD, out = body(x_BTD, scanned)
         caches, stats = jax.tree.map(lambda leaf: leaf[None], out)
     else:
-        x_BTD, (caches, stats) = jax.lax.scan(body, x_BTD, (unit, caches, keys), unroll=config.scan_unroll or repeats)
+        x_BTD, (caches, stats) = jax.lax.scan(body, x_BTD, (unit, caches, keys), unroll=config.scan_unroll or rows)
     # [R, period, ...] -> layers in order
     return x_BTD, caches, None if stats is None else jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 

@@ -197,6 +197,9 @@ class Experiment:
             ("model.embed_dim", "embed", model.embed_dim),
             ("data.sequence_length", "sequence", self.data.sequence_length),
         ]
+        if (latent := model.attention.latent) is not None:  # ranks are spread as the width is
+            sizes.append(("model.attention.latent.kv_rank", "embed", latent.kv_rank))
+            sizes.append(("model.attention.latent.q_rank", "embed", latent.q_rank or model.embed_dim))
         if moe is None or "dense" in moe.layers:
             sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
         if moe is not None:

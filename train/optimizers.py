@@ -17,6 +17,7 @@ from train.config import OptimizerConfig
 # Trailing dimensions of each matrix: (inputs, outputs); what stands before them is stacked matrices.
 MATRIX_DIMS = {
     "attention/q": (1, 2), "attention/k": (1, 2), "attention/v": (1, 2), "attention/out": (2, 1),
+    "attention/q_down": (1, 1), "attention/kv_down": (1, 1), "attention/k_up": (1, 2), "attention/v_up": (1, 2),
     "mlp/up": (1, 2), "mlp/down": (1, 1), "shared/up": (1, 2), "shared/down": (1, 1), "mlp/router": (1, 1),
     "mlp/router_noise": (1, 1), "embedding": (1, 1), "positions": (1, 1), "head": (1, 1),
 }  # fmt: skip
