@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "pallas_kernels": {"pallas_kernels", "jax", "numpy", "jaxtyping"},
     "sharding": {"sharding", "jax", "numpy", "jaxtyping"},
-    "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping"},
+    "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping", "gguf"},
     "data": {"data", "grain", "sentencepiece", "numpy"},
     "train": {"train", "model", "sharding", "data"},
     "decode": {"decode", "model", "sharding", "jax", "flax", "numpy", "jaxtyping"},
