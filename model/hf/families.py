@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
 from model.config import ModelConfig
-from model.hf import llama
+from model.hf import deepseek_v3, gemma2, gemma3, gpt2, llama, mistral, olmo2, qwen2, qwen3
 from model.hf.translate import Keys, UnsupportedModelError, architecture, differences
 
 # A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed), to_config(keys),
-# to_json(config), pieces(config). A config is written by the first that can say all of it.
+# to_json(config), pieces(config), and where a config is needed to tell, ignored(config, name). A config is written by the first
+# that can say all of it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "olmo2": olmo2,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gpt2": gpt2,
+    "deepseek_v3": deepseek_v3,
 }  # fmt: skip
 
 
@@ -25,11 +35,16 @@ def supported() -> list[str]:
 def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, ModelConfig, list[str]]:
     """(family, config, keys of config.json that nothing read) of a parsed config.json. Raises UnsupportedModelError."""
     named = values.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
     for name, family in FAMILIES.items():
         if any(architecture in family.ARCHITECTURES for architecture in named):
             keys = Keys(values, where)
             config = family.to_config(keys)
-            config.validate()
+            keys.ordinary()
+            try:
+                config.validate()
+            except ValueError as error:
+                raise UnsupportedModelError(f"{where}: gives a network that cannot be built: {error}") from None
             return name, config, keys.left()
     raise UnsupportedModelError(
         f"{where}: architectures = {named}: not supported; there are {', '.join(supported())}"
@@ -64,6 +79,14 @@ def _unsaid(config: ModelConfig, family: str) -> list[str]:
     return differences(architecture(config), architecture(found))
 
 
-def ignored(family: str, name: str) -> bool:
-    """Whether a tensor on disk is known to say nothing."""
-    return any(re.fullmatch(pattern, name) for pattern in FAMILIES[family].IGNORED)
+def ignored(family: str, name: str, config: ModelConfig) -> bool:
+    """Whether a tensor on disk is known to say nothing of this network."""
+    module = FAMILIES[family]
+    more = getattr(module, "ignored", None)  # where it takes the config to tell
+    return any(re.fullmatch(pattern, name) for pattern in module.IGNORED) or (more is not None and more(config, name))
+
+
+def renamed(family: str, names: Iterable[str]) -> dict[str, str]:
+    """Of tensors on disk, those that the family's pieces name otherwise, by their name on disk."""
+    rename = getattr(FAMILIES[family], "rename", None)
+    return {} if rename is None else rename(names)
