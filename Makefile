@@ -39,10 +39,10 @@ bench: ## speed beside PyTorch, transformers: ratios in one run (installs the ex
 	$(MAKE) install EXTRAS=dev,bench
 	$(BIN)/python -m experiments.bench
 
-parity: ## our layers of experts beside transformers', computed anew (installs the extra `bench`)
-	$(MAKE) install EXTRAS=dev,bench
+parity: ## published networks and layers of experts beside transformers', computed anew, in and out (installs the extra `parity`)
+	$(MAKE) install EXTRAS=dev,parity
 	$(BIN)/python -m tests.parity.make --check
-	$(BIN)/python -m pytest -q tests/model/test_parity.py
+	$(BIN)/python -m pytest -q tests/model/test_parity.py tests/model/test_families.py
 
 clean: ## remove caches and the virtual environment, keep runs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

@@ -1,142 +1,76 @@
-"""Runs transformers' layers of experts on the drawn weights and writes what they give beside this file.
+"""Runs transformers on the drawn weights and writes what it gives beside this file: layers of experts (`cases.py`) and whole
+networks of thirteen families (`families.py`).
 
-    python -m tests.parity.make           writes the files (needs torch and transformers: the extra `bench`)
-    python -m tests.parity.make --check   runs them anew and compares: `make parity`
+    python -m tests.parity.make           writes the files (needs torch and transformers: the extra `parity`)
+    python -m tests.parity.make --check   runs them anew and compares, reads with transformers what model/hf/save.py
+                                          writes, and says what differs: `make parity`
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers.models.deepseek_v3 import DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
-from transformers.models.mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
-from transformers.models.olmoe import OlmoeConfig
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
-from transformers.models.qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
-from tests.parity.cases import CASES, Case, D, draw, load
+from tests.parity import cases, families, transformers_blocks, transformers_families
 
-MARGIN = 1e-4  # between what is chosen and what is not: no rounding may change a choice
-TOLERANCE = 2e-6  # of a file made by another build of torch
-
-
-def block(case: Case) -> torch.nn.Module:
-    """transformers' layer of the case, its weights not yet drawn."""
-    moe = case.moe
-    # Written-out experts, one after the other: the plainest of transformers' implementations.
-    same = dict(hidden_size=D, num_experts_per_tok=moe.top_k, hidden_act="silu", experts_implementation="eager")
-    normalized = moe.weights in ("renormalized", "sigmoid_renormalized")
-    if case.family == "mixtral":
-        return MixtralSparseMoeBlock(MixtralConfig(**same, num_local_experts=moe.num_experts, intermediate_size=moe.hidden_dim))
-    if case.family == "qwen3_moe":
-        return Qwen3MoeSparseMoeBlock(
-            Qwen3MoeConfig(**same, num_experts=moe.num_experts, moe_intermediate_size=moe.hidden_dim, norm_topk_prob=normalized)
-        )
-    if case.family == "olmoe":
-        return OlmoeSparseMoeBlock(
-            OlmoeConfig(**same, num_experts=moe.num_experts, intermediate_size=moe.hidden_dim, norm_topk_prob=normalized)
-        )
-    return DeepseekV3MoE(
-        DeepseekV3Config(
-            **same, n_routed_experts=moe.num_experts, moe_intermediate_size=moe.hidden_dim, n_shared_experts=moe.shared_experts,
-            norm_topk_prob=normalized, routed_scaling_factor=moe.scale, n_group=moe.groups[0], topk_group=moe.groups[1],
-        )
-    )  # fmt: skip
-
-
-def reference(case: Case) -> dict[str, np.ndarray]:
-    """Output, choices, losses and every gradient of `(y * functional).sum()`, as transformers computes them in float32."""
-    drawn = {name: torch.from_numpy(value) for name, value in draw(case).items()}
-    layer = block(case).float().eval()
-    layer.gate.weight.data.copy_(drawn["router"])
-    layer.experts.gate_up_proj.data.copy_(drawn["gate_up"])
-    layer.experts.down_proj.data.copy_(drawn["down"])
-    weights = {"router": layer.gate.weight, "gate_up": layer.experts.gate_up_proj, "down": layer.experts.down_proj}
-    if "bias" in drawn:
-        layer.gate.e_score_correction_bias.copy_(drawn["bias"])
-    if "shared_up" in drawn:
-        for part in ("gate", "up", "down"):
-            linear = getattr(layer.shared_experts, f"{part}_proj")
-            linear.weight.data.copy_(drawn[f"shared_{part}"])
-            weights[f"shared_{part}"] = linear.weight
-
-    x = drawn["x"].clone().requires_grad_()
-    y = layer(x)
-    (y * drawn["functional"]).sum().backward()
-    found = {"y": y, "d_x": x.grad, **{f"d_{name}": weight.grad for name, weight in weights.items()}}
-    with torch.no_grad():
-        logits, scores, indices = layer.gate(x)
-        _refuse_close_calls(case, logits, drawn.get("bias"))
-        order = indices.argsort(-1)
-        found |= {"logits": logits, "indices": indices.gather(1, order), "weights": scores.gather(1, order)}
-    found |= _losses(case, logits, drawn["mask"])
-    return {name: value.detach().numpy().astype(np.int32 if name == "indices" else np.float32) for name, value in found.items()}
-
-
-def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by the
-    logits."""
-    if case.moe.weights.startswith("sigmoid"):
-        return {}
-    logits = logits.clone().requires_grad_()
-    E, k = case.moe.num_experts, case.moe.top_k
-    losses = {
-        "load_balance": load_balancing_loss_func((logits,), E, k),
-        "load_balance_masked": load_balancing_loss_func((logits,), E, k, attention_mask=mask),
-        "z": router_z_loss_func(logits.view(*mask.shape, E)),
-    }
-    gradients = {f"d_logits_{name}": torch.autograd.grad(loss, logits)[0] for name, loss in losses.items()}
-    second = 2 * logits.roll(1, dims=-1)  # of another layer
-    layers = {"logits_second": second, "load_balance_layers": load_balancing_loss_func((logits, second), E, k)}
-    return losses | gradients | layers
-
-
-def _refuse_close_calls(case: Case, logits: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Another seed is needed where the last that is chosen and the first that is not are nearly equal."""
-
-    def gap(scores: torch.Tensor, chosen: int) -> float:
-        ranked = scores.sort(-1, descending=True).values
-        return (ranked[:, chosen - 1] - ranked[:, chosen]).min().item()
-
-    n, used = case.moe.groups
-    scores = logits.softmax(-1) if bias is None else logits.sigmoid() + bias
-    grouped = scores.view(len(scores), n, -1)
-    if n > 1:
-        best = grouped.topk(2).values.sum(-1)
-        assert gap(best, used) > MARGIN, f"{case.name}: groups nearly tie; take another seed"
-        out = torch.ones_like(best).scatter(1, best.topk(used).indices, 0).bool()
-        scores = grouped.masked_fill(out[..., None], -1e9).reshape(scores.shape)
-    assert gap(scores, case.moe.top_k) > MARGIN, f"{case.name}: experts nearly tie; take another seed"
+# Of a file made by another build of torch, relative to its largest entry (at least 1).
+TOLERANCE = {"block": 2e-6, "family": 1e-5}
 
 
 def main() -> int:
     """Writes or checks every case; 1 where a file differs."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.make", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
-    check = parser.parse_args().check
+    parser.add_argument("names", nargs="*", help="only these cases and families")
+    given = parser.parse_args()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     wrong = 0
-    for case in CASES:
+    jobs: list[tuple[str, Any, Any]] = [("block", case, transformers_blocks.reference) for case in cases.CASES]
+    jobs += [("family", family, transformers_families.reference) for family in families.FAMILIES]
+    for kind, case, reference in jobs:
+        if given.names and case.name not in given.names:
+            continue
         found = reference(case)
-        if not check:
+        if given.check:
+            wrong += not same(kind, case, found)
+        else:
+            case.file.parent.mkdir(exist_ok=True)
             np.savez_compressed(case.file, **found)
             print(f"{case.file.name}: {len(found)} arrays, {case.file.stat().st_size:,} bytes")
-            continue
-        kept = load(case)
-        same = found.keys() == kept.keys() and np.array_equal(found["indices"], kept["indices"])
-        far = max((float(np.abs(found[n] - kept[n]).max() / max(1.0, np.abs(kept[n]).max())) for n in kept if n in found), default=0)
-        good = same and far <= TOLERANCE
-        wrong += not good
-        print(f"{case.name}: {'same' if good else 'DIFFERS'} (largest difference {far:.1e}; transformers {transformers.__version__})")
+    if given.check:
+        wrong += exported(given.names)
     return 1 if wrong else 0
+
+
+def same(kind: str, case: Any, found: dict[str, np.ndarray]) -> bool:
+    """Whether transformers gives what the file holds; prints it."""
+    with np.load(case.file) as file:
+        kept = dict(file)
+    exact = [name for name in found if found[name].dtype.kind in "iu"]
+    good = found.keys() == kept.keys() and all(np.array_equal(found[name], kept[name]) for name in exact)
+    rest = [name for name in kept if name in found and name not in exact]
+    far = max((float(np.abs(found[n] - kept[n]).max() / max(1.0, np.abs(kept[n]).max())) for n in rest), default=0)
+    good = good and far <= TOLERANCE[kind]
+    print(f"{kind} {case.name}: {'same' if good else 'DIFFERS'} (largest difference {far:.1e}; transformers {transformers.__version__})")
+    return good
+
+
+def exported(names: list[str]) -> int:
+    """How many families transformers reads otherwise than meant from the folders that we write."""
+    from tests.parity.export import LIMIT, differences  # runs jax beside torch
+
+    wrong = 0
+    for family, far in differences(names):
+        good = far <= LIMIT
+        wrong += not good
+        print(f"export {family.name}: {'same' if good else 'DIFFERS'} (largest difference of a logit {far:.1e})")
+    return wrong
 
 
 if __name__ == "__main__":

