@@ -1,28 +1,32 @@
 """From tensors on disk to the shards of a mesh, a few megabytes at a time.
 
-Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slice is
-converted and copied to where it belongs. Beside the shards the host holds `SLICE_BYTES`, whatever the size of a tensor.
+Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slab is
+converted and copied to where it belongs. Beside the shards the host holds a few times `SLAB_BYTES`, whatever the size of a
+tensor, and the pages of the file that the slab was read from, which it gives back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.cost import abstract_model
 from model.hf.pieces import Piece
+from model.hf.slabs import Slab, check_cover, elements, slabs
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, use_mesh
 from sharding.rules import ShardingRules
 
-SLICE_BYTES = 8 << 20  # of a tensor, as converted, that is on its way at once
+SLAB_BYTES = 8 << 20  # of a tensor, as converted, that is on its way at once
+SMALL_BYTES = 1 << 20  # weights up to this size are put together on the host: nothing is compiled for them
 
 
 class ModelFilesError(ValueError):
@@ -72,65 +76,89 @@ def load(
     Raises ModelFilesError for a weight that is not finite.
     """
     model = abstract(config, rules, mesh, dtype)
-    filling = {path: _Filling(leaf) for path, leaf in named(model).items()}
-    for piece in sorted(pieces, key=lambda p: (source.tensors[p.name].file, p.name)):
-        tensor = source.read(piece.name)
-        filling[piece.leaf].put(piece, tensor)
-        del tensor
+    weights = named(model)
+    check_cover(pieces, weights)
+    large = {path: leaf for path, leaf in weights.items() if leaf.size * leaf.dtype.itemsize > SMALL_BYTES}
+    filling: dict[str, _Large | _Small] = {path: _Large(array) for path, array in _zeros(large).items()}
+    filling |= {path: _Small(leaf) for path, leaf in weights.items() if path not in large}
+    ordered = sorted(pieces, key=lambda p: (source.tensors[p.name].file, p.name))
+    for name, group in groupby(ordered, key=lambda p: p.name):
+        tensor = source.read(name)
+        for piece in group:
+            for slab in slabs(piece, tensor, weights[piece.leaf].shape, SLAB_BYTES, np.dtype(dtype).itemsize):
+                filling[piece.leaf].put(slab, name)
+                source.release()
+            progress(piece, elements(piece))
+        del tensor, slab
         source.release()
-        progress(piece, int(np.prod(piece.part(np.broadcast_to(np.int8(0), piece.shape)).shape)))
-    return jax.tree.unflatten(jax.tree.structure(model), [filling[path].finish() for path in named(model)])
+    return jax.tree.unflatten(jax.tree.structure(model), [filling.pop(path).finish() for path in weights])
 
 
-class _Filling:
-    """One weight in the making: its shard on each device of this process."""
+def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` of the tensor `name` as a contiguous array of `dtype`. Raises ModelFilesError where one is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        new = np.ascontiguousarray(values, dtype)
+        if np.isfinite(new.sum(dtype=np.float32)) or np.isfinite(new).all():
+            return new
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise ModelFilesError(
+            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: the file is damaged, "
+            "or the training that wrote it went astray; take another copy or an earlier checkpoint"
+        )
+    largest = np.abs(values.astype(np.float64)).max()
+    raise ModelFilesError(
+        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say ({float(jnp.finfo(dtype).max):g}); choose "
+        "bfloat16 or float32"
+    )
+
+
+class _Small:
+    """A small weight in the making, on the host."""
 
     def __init__(self, leaf: jax.ShapeDtypeStruct):
-        self.leaf = leaf
-        self.indices = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-        self.shards = {
-            device: _zeros(tuple(s.stop - s.start for s in self._whole(index)), leaf.dtype, device)
-            for device, index in self.indices.items()
-        }
+        self.leaf, self.array = leaf, np.zeros(leaf.shape, leaf.dtype)
 
-    def _whole(self, index: tuple[slice, ...]) -> list[slice]:
-        return [slice(*s.indices(size)[:2]) for s, size in zip(index, self.leaf.shape, strict=True)]
-
-    def put(self, piece: Piece, tensor: np.ndarray) -> None:
-        """Copies the part of `tensor` into every shard that holds some of it."""
-        part = piece.part(tensor)
-        at = (*piece.at, *(slice(None),) * (len(self.leaf.shape) - len(piece.at)))
-        bounds = [slice(i, i + 1) if isinstance(i, int) else slice(*i.indices(n)[:2]) for i, n in zip(at, self.leaf.shape, strict=True)]
-        shape = tuple(b.stop - b.start for b in bounds)
-        part = part.reshape(shape)  # the dimensions that an int took away are back; a view
-        # Their first dimension, along which the file is read in its own order.
-        kept = [d for d, i in enumerate(at) if not isinstance(i, int)]
-        along = kept[int(np.argmin(piece.order))] if piece.order else (kept[0] if kept else 0)
-        for device, index in self.indices.items():
-            shard = self._whole(index)
-            low = [max(b.start, s.start) for b, s in zip(bounds, shard, strict=True)]
-            high = [min(b.stop, s.stop) for b, s in zip(bounds, shard, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            rest = np.prod([b - a for d, (a, b) in enumerate(zip(low, high, strict=True)) if d != along], dtype=np.int64)
-            step = max(1, SLICE_BYTES // max(1, int(rest) * self.leaf.dtype.itemsize))
-            for first in range(low[along], high[along], step):
-                start, stop = list(low), list(high)
-                start[along], stop[along] = first, min(first + step, high[along])
-                view = part[tuple(slice(a - b.start, z - b.start) for a, z, b in zip(start, stop, bounds, strict=True))]
-                values = np.ascontiguousarray(view, self.leaf.dtype)
-                if not np.isfinite(values.sum(dtype=np.float32)) and not np.isfinite(values).all():
-                    raise ModelFilesError(f"{piece.name}: holds a value that is not finite; the file is damaged or was trained to ruin")
-                offset = np.asarray([a - s.start for a, s in zip(start, shard, strict=True)], np.int32)
-                self.shards[device] = _write(self.shards[device], values, offset)
-            self.shards[device].block_until_ready()  # or slices would wait in a queue, all in memory
+    def put(self, slab: Slab, name: str) -> None:
+        at = tuple(slice(a, b) for a, b in zip(slab.low, slab.high, strict=True))
+        self.array[at] = converted(slab.values, self.array.dtype, name)
 
     def finish(self) -> jax.Array:
-        return jax.make_array_from_single_device_arrays(self.leaf.shape, self.leaf.sharding, list(self.shards.values()))
+        return jax.make_array_from_callback(self.leaf.shape, self.leaf.sharding, lambda index: self.array[index])
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, device: jax.Device) -> jax.Array:
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=SingleDeviceSharding(device))()
+class _Large:
+    """A weight in the making: its shard on each device of this process."""
+
+    def __init__(self, zeros: jax.Array):
+        self.shape, self.sharding, self.dtype = zeros.shape, zeros.sharding, zeros.dtype
+        self.shards = [shard.data for shard in zeros.addressable_shards]
+        self.regions: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}  # by (low, high): the shards that are copies
+        for i, shard in enumerate(zeros.addressable_shards):
+            low, high, _ = zip(*(s.indices(n) for s, n in zip(shard.index, zeros.shape, strict=True)), strict=True)
+            self.regions.setdefault((low, high), []).append(i)
+
+    def put(self, slab: Slab, name: str) -> None:
+        """Copies the slab into every shard that holds some of it; of the tensor, nothing else is read."""
+        for (first, last), copies in self.regions.items():
+            low, high = np.maximum(slab.low, first), np.minimum(slab.high, last)
+            if (low >= high).any():
+                continue
+            cut = tuple(slice(a, b) for a, b in zip(low - slab.low, high - slab.low, strict=True))
+            values = converted(slab.values[cut], self.dtype, name)
+            for i in copies:
+                self.shards[i] = _write(self.shards[i], values, (low - first).astype(np.int32))
+        for shard in self.shards:
+            shard.block_until_ready()  # or slabs would wait in a queue, all in memory
+
+    def finish(self) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, self.shards)
+
+
+def _zeros(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Zeros of these shapes, dtypes and shardings, by one program."""
+    shardings = {path: leaf.sharding for path, leaf in leaves.items()}
+    return jax.jit(lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in leaves.items()}, out_shardings=shardings)() if leaves else {}
 
 
 @partial(jax.jit, donate_argnums=0)
