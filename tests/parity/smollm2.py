@@ -50,13 +50,19 @@ def chat(question: str) -> str:
 def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
     """Losses, nats/token, of the texts and greedy continuations of the prompts, by transformers in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # from_pretrained(gguf_file=) needs accelerate
 
     from model.hf.gguf import open_gguf  # runs jax beside torch
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    config = LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
+    with torch.device("meta"):
+        names = LlamaForCausalLM(config)
+    theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)["tensors"]
+    model = LlamaForCausalLM(config).float().eval()
+    missing = model.load_state_dict(theirs, strict=False)
+    assert not missing.unexpected_keys and missing.missing_keys == ["lm_head.weight"] and config.tie_word_embeddings, missing
     _, source = open_gguf(path)
-    theirs = {name: value for name, value in model.state_dict().items() if name in source.tensors}
     assert theirs.keys() == source.tensors.keys(), "tensors have other names"
     wrong = [name for name, value in theirs.items() if not np.array_equal(value.numpy(), source.read(name))]
     assert not wrong, f"weights that transformers reads otherwise: {wrong[:4]}"
