@@ -112,8 +112,17 @@ def _validate_source(source: SourceConfig) -> None:
 
 
 def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
-    if tokenizer.kind not in ("sentencepiece", "byte"):
-        raise DataError(f"data.tokenizer.kind = {tokenizer.kind!r}: choose 'sentencepiece' or 'byte'")
+    if tokenizer.kind not in ("sentencepiece", "byte", "saved"):
+        raise DataError(f"data.tokenizer.kind = {tokenizer.kind!r}: choose 'sentencepiece', 'byte' or 'saved'")
+    if tokenizer.kind == "saved" and not tokenizer.path:
+        raise DataError("data.tokenizer.kind = 'saved', but data.tokenizer.path is empty: name the tokenizer's folder")
+    if tokenizer.kind != "saved" and tokenizer.path:
+        raise DataError(
+            f"data.tokenizer.path = {tokenizer.path!r}: a {tokenizer.kind} tokenizer is not read from a folder; leave it empty, or set "
+            "data.tokenizer.kind to 'saved'"
+        )
+    if tokenizer.vocab_size < 1:
+        raise DataError(f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: set it to 1 or more")
     if tokenizer.kind == "sentencepiece" and tokenizer.vocab_size <= MIN_SENTENCEPIECE_VOCAB:
         raise DataError(
             f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: the specials and the 256 bytes alone take "

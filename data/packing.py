@@ -1,7 +1,8 @@
 """Documents to windows: which tokens share a window, and which of them are predicted.
 
-A document is `<end>` + content + `<end>`, a segment of its own; tokens attend and are predicted within their segment alone. So
-every token but the opening `<end>` of each document is predicted exactly once, by either packing.
+A document is an opening token (`<end>`, or what a published tokenizer opens texts with) + content + `<end>`, a segment of its
+own; tokens attend and are predicted within their segment alone. So every token but the opening one of each document is
+predicted exactly once, by either packing.
 
 Letters: N windows, T predicted tokens per window (it holds T + 1), M tokens of a stream, D documents.
 """
@@ -18,10 +19,12 @@ def token_dtype(limit: int) -> np.dtype:
     return np.dtype(np.uint16 if limit <= 2**16 else np.int32)
 
 
-def concatenate(documents: Iterable[np.ndarray], end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def concatenate(
+    documents: Iterable[np.ndarray], start: int, end: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
     """Join contents into one stream: (tokens `dtype` [M], starts int64 [D + 1]); document d is starts[d] to starts[d + 1]."""
-    mark = np.array([end], dtype)
-    framed = [np.concatenate([mark, content.astype(dtype), mark]) for content in documents]
+    first, last = np.array([start], dtype), np.array([end], dtype)
+    framed = [np.concatenate([first, content.astype(dtype), last]) for content in documents]
     starts = np.cumsum([0] + [len(document) for document in framed], dtype=np.int64)
     return (np.concatenate(framed) if framed else np.empty(0, dtype)), starts
 

@@ -25,7 +25,7 @@ import sentencepiece
 from data.config import SPECIAL_PIECES, DataConfig, DataError
 from data.corpus import Entry, Survey, reread, split, survey
 from data.packing import concatenate, packed_blocks, token_dtype
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 
 _logger = logging.getLogger(__name__)
 _FORMAT = 1  # of the folder: raise it when its files change meaning
@@ -44,7 +44,7 @@ class SourceCounts:
     duplicates: int
     train_documents: int
     train_bytes: int
-    train_tokens: int  # with the two ends of each document
+    train_tokens: int  # with the two marks around each document
     windows: int
     heldout_documents: int
     heldout_bytes: int
@@ -188,6 +188,8 @@ def _survey_all(config: DataConfig) -> list[_Part]:
 def _cached_tokenizer(config: DataConfig, parts: list[_Part], cache: Path, log: Callable[[str], None]) -> Tokenizer:
     if config.tokenizer.kind == "byte":
         return train_tokenizer(config.tokenizer, ())
+    if config.tokenizer.kind == "saved":
+        return saved_tokenizer(config.tokenizer)
     # The order by digest is as good as random and does not depend on names or paths.
     ranked = sorted((entry.digest, entry.size) for _, train, _ in parts for entry in train)
     before = itertools.accumulate((size for _, size in ranked), initial=0)
@@ -280,7 +282,7 @@ def _encode(
                     copy(json.dumps({"name": name, "text": text}) + "\n")
             yield from tokenizer.encode_many([text for _, text in batch])
 
-    return concatenate(contents(), tokenizer.special.end, dtype)
+    return concatenate(contents(), tokenizer.special.document_start, tokenizer.special.end, dtype)
 
 
 def _write_windows(

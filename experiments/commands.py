@@ -109,7 +109,7 @@ def eval(args: argparse.Namespace) -> int:
 def generate(args: argparse.Namespace) -> int:
     """Continues prompts with a run's weights and the tokenizer in its folder."""
     use_compilation_cache()
-    from data.tokenizer import load_tokenizer, stream_decoder
+    from data.tokenizer import load_tokenizer, prompt_ids, stream_decoder
     from decode.generate import generate as generate_batch
     from decode.generate import stream
     from decode.sampling import SamplingParams
@@ -120,15 +120,14 @@ def generate(args: argparse.Namespace) -> int:
         raise UsageError("--stream: prints one text as it is made; give one --prompt, or leave --stream out")
     run = find_run(args.subject)
     tokenizer = load_tokenizer(run.tokenizer)
-    end = tokenizer.special.end
     params = SamplingParams(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
         repetition_penalty=args.repetition_penalty, frequency_penalty=args.frequency_penalty,
-        presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=(end,),
+        presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stops,
     )  # fmt: skip
     _checked(params.validate)
     program, trained = open_trained(run, _load(args.subject, args.overrides), tokenizer, args.step)
-    prompts = [[end, *tokenizer.encode(text).tolist()] for text in args.prompt]
+    prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
     with use_mesh(program.mesh):
         if args.stream:
             decoder = stream_decoder(tokenizer)

@@ -170,12 +170,12 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
     params = [
         SamplingParams(
             temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.new_tokens, seed=i,
-            stop_ids=(tokenizer.special.end,),
+            stop_ids=tokenizer.stops,
         )
         for i in range(len(cases))
     ]  # fmt: skip
     with use_mesh(program.mesh):
-        results = generate(trained.model, [[tokenizer.special.end, *ids] for _, ids, _ in cases], params)
+        results = generate(trained.model, [[tokenizer.special.document_start, *ids] for _, ids, _ in cases], params)
     return [
         {
             "file": file,

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.config import DataConfig
+from data.tokenizer import special_tokens
 from model.config import ModelConfig
 from sharding.mesh import MeshConfig
 from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
+
+# The specials that an objective needs.
+OBJECTIVE_MARKS = {"masked": ("mask",), "fill_in_middle": ("fim_prefix", "fim_suffix", "fim_middle")}
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,15 @@ class Experiment:
 
     def _validate_objective(self) -> None:
         objective, mask = self.train.objective, self.model.attention.mask
+        marks = OBJECTIVE_MARKS.get(objective, ())
+        if marks and self.data.tokenizer.kind == "saved":
+            special = special_tokens(self.data.tokenizer)
+            lacking = [name for name in marks if getattr(special, name) < 0]
+            if lacking:
+                raise ValueError(
+                    f"train.objective = {objective!r}: the tokenizer in data.tokenizer.path = {self.data.tokenizer.path!r} lacks its "
+                    f"marks ({', '.join(lacking)}); choose another objective or tokenizer"
+                )
         if objective == "masked" and mask != "bidirectional":
             raise ValueError(
                 f"train.objective = 'masked': predicts from both sides, but model.attention.mask = {mask!r}; set it to "

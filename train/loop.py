@@ -17,14 +17,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from data.pipeline import mixture, train_batches
 from data.prepare import Prepared
-from data.tokenizer import Tokenizer
+from data.tokenizer import SpecialTokens, Tokenizer, special_tokens
 from model.balance import max_violation
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, make_mesh, put_batch, use_mesh
 from sharding.peak import peak_flops
 from train.checkpoint import Checkpointer, CheckpointError, Restored
-from train.config import Experiment
+from train.config import OBJECTIVE_MARKS, Experiment
 from train.config_io import ConfigError
 from train.evaluate import Evaluation, evaluate, make_score
 from train.objectives import ROUTER_METRICS, make_objective, scoring_objective
@@ -94,9 +94,11 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
     with use_mesh(mesh):
         abstract_state = concrete_shardings(jax.eval_shape(make_state), mesh)
     ids = experiment.data.tokenizer.ids
-    objective = make_objective(config, ids)
+    # Only objectives with marks read a saved tokenizer's: the others compile where its folder is not at hand.
+    special = special_tokens(experiment.data.tokenizer) if config.objective in OBJECTIVE_MARKS else SpecialTokens()
+    objective = make_objective(config, ids, special)
     step = make_step(objective, optimizer, schedule(experiment.optimizer, config.steps), config)
-    score = jax.jit(make_score(scoring_objective(config, ids)))
+    score = jax.jit(make_score(scoring_objective(config, ids, special)))
     spec = experiment.sharding.spec("activations", ("batch", None))
     return Program(experiment, mesh, spec, abstract_state, make_state, begin, step, score)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from data.config import SPECIAL_PIECES
 from data.tokenizer import SpecialTokens
 from model.transformer import Output, Transformer, forward, head_weight
 from sharding.rules import no_mesh
@@ -24,6 +25,7 @@ from train.config import TrainConfig
 from train.cross_entropy import cross_entropy
 
 Batch = dict[str, Array]
+OWN = SpecialTokens()  # of the tokenizers that we train
 
 ROUTER_METRICS = {  # metric, field of RouterStats: the mean over the MoE layers is told
     "load_balance_loss": "load_balance", "router_z_loss": "z", "router_entropy": "entropy",
@@ -83,7 +85,7 @@ def masked(
     shape = tokens_BT.shape
     chosen_BT = (_as_rows(jax.random.uniform(pick_key, shape), tokens_BT) < rate) & (segments_BT > 0)
     kind_BT = _as_rows(jax.random.uniform(kind_key, shape), tokens_BT)
-    random_BT = _as_rows(jax.random.randint(random_key, shape, len(special), ids), tokens_BT)
+    random_BT = _as_rows(jax.random.randint(random_key, shape, first_text_id(special), ids), tokens_BT)
     noised_BT = jnp.where(kind_BT < 0.8, special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
     out = forward(
         model,
@@ -183,9 +185,14 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, sp
     return jnp.where(inside & chosen_B[:, None], moved, tokens_BW)
 
 
-def make_objective(config: TrainConfig, ids: int) -> Objective:
-    """The configured objective for a tokenizer of so many ids."""
-    special, z_loss, chunk = SpecialTokens(), config.z_loss, config.loss_chunk
+def first_text_id(special: SpecialTokens) -> int:
+    """The least id that may come from text: above our own specials; a published tokenizer's may be anywhere."""
+    return len(SPECIAL_PIECES) if special == OWN else 0
+
+
+def make_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
+    """The configured objective for a tokenizer of so many ids and these specials."""
+    z_loss, chunk = config.z_loss, config.loss_chunk
     if config.objective == "masked":
         return partial(masked, rate=config.mask_rate, special=special, ids=ids, z_loss=z_loss, chunk=chunk)
     if config.objective == "fill_in_middle":
@@ -194,11 +201,11 @@ def make_objective(config: TrainConfig, ids: int) -> Objective:
     return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=z_loss, chunk=chunk)
 
 
-def scoring_objective(config: TrainConfig, ids: int) -> Objective:
+def scoring_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
     """What held-out text is scored by, without dropout: the masked objective, or the next tokens in their order."""
     chunk = config.loss_chunk
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=SpecialTokens(), ids=ids, dropout=False, chunk=chunk)
+        return partial(masked, rate=config.mask_rate, special=special, ids=ids, dropout=False, chunk=chunk)
     return lambda model, batch, key: next_token(model, batch, None, chunk=chunk)
 
 

@@ -27,7 +27,7 @@ lengths = st.integers(3, 17)
 def stream_of(sizes):
     """A stream whose every content token is unique, so that a prediction can be told by its pair of tokens."""
     ids = np.arange(2, 2 + sum(sizes))
-    return concatenate(np.split(ids, np.cumsum(sizes)[:-1]), END, np.dtype(np.int32))
+    return concatenate(np.split(ids, np.cumsum(sizes)[:-1]), END, END, np.dtype(np.int32))
 
 
 def expected_pairs(stream, starts):

@@ -84,7 +84,7 @@ def test_a_stream_equals_decode(tokenizer, data):
 
 @each
 def test_special_ids_are_the_same_everywhere(tokenizer):
-    assert tokenizer.special == SpecialTokens() == tuple(range(len(SPECIAL_PIECES)))
+    assert tokenizer.special == SpecialTokens() == (*range(len(SPECIAL_PIECES)), SpecialTokens().end)
     assert all(tokenizer.token_bytes(i) == b"" for i in tokenizer.special)
     assert tokenizer.decode([tokenizer.special.end, *tokenizer.encode("a"), tokenizer.special.mask]) == "a"
 

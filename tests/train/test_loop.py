@@ -51,9 +51,9 @@ def programs(data):
         patch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
         objective = loop.make_objective
 
-        def poisoned(config, ids):
+        def poisoned(config, ids, special):
             def total(model, batch, key):
-                loss = objective(config, ids)(model, batch, key)
+                loss = objective(config, ids, special)(model, batch, key)
                 factor = jnp.where((batch["tokens"] == POISON).any(), jnp.nan, 1.0)
                 return loss._replace(total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor})
 

@@ -1,0 +1,1 @@
+"""The kinds of tokenizers; `data.tokenizer` is the door."""

@@ -1,0 +1,125 @@
+"""Tokenizers in folders: those that `save` wrote, and those that models are published with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.config import DataError, TokenizerConfig
+from data.tokenizers import huggingface, published, ranks, sentencepieces
+from data.tokenizers.description import CHAT_TEMPLATE, DESCRIPTION
+from data.tokenizers.huggingface import HFTokenizer
+from data.tokenizers.protocol import SpecialTokens, Tokenizer
+from data.tokenizers.ranks import TiktokenTokenizer
+from data.tokenizers.sentencepieces import PublishedSentencePiece
+from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read a saved tokenizer. Raises DataError naming the file that is missing, damaged or of another tokenizer."""
+    path = Path(directory, DESCRIPTION)
+    try:
+        description = json.loads(path.read_bytes())
+        identity = description["identity"]
+        tokenizer = _READERS[description["kind"]](Path(directory), description)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"no tokenizer in {directory}: {error.filename}: {error.strerror}; save one there") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"tokenizer in {directory} is damaged ({error}); save it again") from error
+    if tokenizer.identity != identity:
+        raise DataError(
+            f"tokenizer in {directory}: content hash {tokenizer.identity[:16]}, but {path.name} says {identity[:16]}; "
+            "the files are damaged or of two tokenizers; save it again"
+        )
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a saved folder, of a published model's folder, or of a GGUF file.
+
+    A published folder holds tokenizer.json, or else a tiktoken or SentencePiece file. Raises DataError.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return published.of_gguf(path)
+    if not path.is_dir():
+        raise DataError(f"no tokenizer at {path}: give a folder that holds one, or a GGUF file")
+    try:
+        return load_tokenizer(path) if is_saved(path) else published.of_folder(path)
+    except OSError as error:
+        raise DataError(f"tokenizer in {path}: {error.filename}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"tokenizer in {path} is damaged: not UTF-8 ({error}); fetch it again") from error
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether `save` wrote this folder."""
+    path = directory / DESCRIPTION
+    if not path.is_file() or path.stat().st_size > 1 << 20:  # a description is small
+        return False
+    try:
+        return "kind" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        return False
+
+
+def saved_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that a config of kind 'saved' names. Raises DataError when it is missing or has other ids."""
+    tokenizer = read_tokenizer(config.path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise DataError(
+            f"data.tokenizer.vocab_size = {config.vocab_size}: the tokenizer in {config.path} has {tokenizer.vocab_size} ids; "
+            "set it to that"
+        )
+    return tokenizer
+
+
+def special_tokens(config: TokenizerConfig) -> SpecialTokens:
+    """The specials of the tokenizer that a config names: only of kind 'saved' a file is read."""
+    return saved_tokenizer(config).special if config.kind == "saved" else SpecialTokens()
+
+
+def _template(directory: Path) -> str | None:
+    path = directory / CHAT_TEMPLATE
+    return path.read_bytes().decode("utf-8") if path.is_file() else None
+
+
+def _byte(directory: Path, description: dict[str, Any]) -> Tokenizer:
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = _template(directory)
+    return tokenizer
+
+
+def _sentencepiece(directory: Path, description: dict[str, Any]) -> Tokenizer:
+    tokenizer = SentencePieceTokenizer((directory / "tokenizer.model").read_bytes())
+    tokenizer.chat_template = _template(directory)
+    return tokenizer
+
+
+def _foreign(make: Callable[..., Tokenizer], file: str, directory: Path, description: dict[str, Any]) -> Tokenizer:
+    content: bytes | str = (directory / file).read_bytes()
+    if make is HFTokenizer:
+        content = content.decode("utf-8")
+    more = {"kind": description["tiktoken"]} if make is TiktokenTokenizer else {}
+    return make(
+        content,
+        special=SpecialTokens(**description["special"]),
+        stops=description["stops"],
+        names=description["names"],
+        chat_template=_template(directory),
+        **more,
+    )
+
+
+_READERS: dict[str, Callable[[Path, dict[str, Any]], Tokenizer]] = {
+    "byte": _byte,
+    "sentencepiece": _sentencepiece,
+    "huggingface": partial(_foreign, HFTokenizer, huggingface.FILE),
+    "tiktoken": partial(_foreign, TiktokenTokenizer, ranks.FILE),
+    "published_sentencepiece": partial(_foreign, PublishedSentencePiece, sentencepieces.FILE),
+}

@@ -1,0 +1,133 @@
+"""Tokenizers of a Hugging Face tokenizer.json, run by the tokenizers package (Rust)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataError
+from data.tokenizers.description import write_description
+from data.tokenizers.extras import needed
+from data.tokenizers.protocol import BytesTable, SpecialTokens, Stream
+from data.tokenizers.spelling import PieceStream, read_spelling
+
+FILE = "huggingface.json"  # in a saved folder: the published tokenizer.json, byte for byte
+_MODELS = ("BPE", "Unigram")
+
+
+class HFTokenizer(BytesTable):
+    """From the text of a tokenizer.json. `special` and `names` come from the files beside it (data.tokenizers.published).
+
+    Post-processors, truncation and padding are left out; normalizer and pre-tokenizer are the publisher's. Added tokens
+    that the publisher does not call special ('<tool_call>') are found in any text; specials only by `encode_marked`.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        special: SpecialTokens,
+        *,
+        stops: Sequence[int] = (),
+        names: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ):
+        self.text, self.special, self.chat_template = text, special, chat_template
+        self.stops = tuple(dict.fromkeys([special.end, *stops]))
+        self.names = dict(names or {})
+        self.description = read_json(text)
+        model = self.description["model"]
+        if model.get("type", "BPE") not in _MODELS:
+            raise DataError(f"tokenizer.json: model.type = {model['type']!r} is not read; supported are {', '.join(_MODELS)}")
+        self._marked = open_json(text)
+        self._plain = open_json(_hidden(self.description) if model.get("type") == "Unigram" else text)
+        self._plain.encode_special_tokens = True
+        added = self._marked.get_added_tokens_decoder()
+        special_ids = frozenset(i for i, token in added.items() if token.special)
+        pieces = {i: piece for piece, i in self._marked.get_vocab(with_added_tokens=False).items()}
+        pieces |= {i: token.content for i, token in added.items()}
+        self.pieces = pieces
+        self._spelling = read_spelling(self.description.get("decoder"), pieces, special_ids)
+        self._table = tuple(spelled or b"" for spelled in self._spelling.later)
+        self._is_special = np.zeros(len(self._table), bool)
+        self._is_special[list(special_ids)] = True
+        unknown = self._marked.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        if unknown is not None:
+            self._is_special[unknown] = False  # the one special that text may come to
+
+    @cached_property
+    def identity(self) -> str:
+        framing = (self.special.start, self.special.end)
+        return hashlib.sha256(f"huggingface {framing} ".encode() + self.text.encode("utf-8")).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._checked(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._checked(found.ids) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        return np.array(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _checked(self, ids: list[int]) -> np.ndarray:
+        found = np.array(ids, np.int32)
+        if self._is_special[found].any():
+            names = sorted({self.pieces[i] for i in found[self._is_special[found]].tolist()})
+            raise DataError(
+                f"tokenizer.json: plain text was encoded to the specials {names}: its merges spell them, so that text could "
+                "forge them; publish it without these merges"
+            )
+        return found
+
+    def stream(self) -> Stream:
+        return super().stream() if self._spelling.joined else PieceStream(self._spelling, self.token_bytes)
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory, FILE).write_text(self.text, encoding="utf-8", newline="")
+        write_description(
+            directory, "huggingface", self, special=self.special._asdict(), stops=self.stops, names=self.names
+        )  # fmt: skip
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """A tokenizer.json as a dict. Raises DataError when it is none."""
+    try:
+        description = json.loads(text)
+        description["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"tokenizer.json is damaged or of another program ({error!r}); fetch it again") from error
+    return description
+
+
+def open_json(text: str) -> Any:
+    """The tokenizers package's Tokenizer, without truncation and padding. Raises DataError."""
+    tokenizers = needed("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises bare Exception
+        raise DataError(f"tokenizer.json is not read by tokenizers {tokenizers.__version__}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _hidden(description: dict[str, Any]) -> str:
+    """Unigram looks for every piece in the text, specials too: here theirs hold a space, which it never sees."""
+    special = {token["content"] for token in description.get("added_tokens", ()) if token["special"]}
+    unknown = description["model"].get("unk_id")
+    vocab = [
+        [f" {piece}" if piece in special and i != unknown else piece, score]
+        for i, (piece, score) in enumerate(description["model"]["vocab"])
+    ]
+    added = [
+        {**token, "content": f" {token['content']}"} if token["special"] and token["id"] != unknown else token
+        for token in description.get("added_tokens", ())
+    ]
+    changed = {**description, "model": {**description["model"], "vocab": vocab}, "added_tokens": added, "post_processor": None}
+    return json.dumps(changed)

@@ -1,0 +1,157 @@
+"""Tokenizers as models are published with them: which files, and what the JSON beside them says of the specials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.config import SPECIAL_PIECES, DataError
+from data.tokenizers.huggingface import HFTokenizer, open_json, read_json
+from data.tokenizers.protocol import SpecialTokens, Tokenizer
+from data.tokenizers.ranks import TiktokenTokenizer, is_ranks
+from data.tokenizers.sentencepieces import PublishedSentencePiece
+
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# Marks of fill-in-the-middle: StarCoder and SmolLM, Qwen and OpenAI, Code Llama, DeepSeek Coder.
+_FIM = {
+    "fim_prefix": ("<fim_prefix>", "<|fim_prefix|>", "▁<PRE>", "<|fim▁begin|>"),
+    "fim_suffix": ("<fim_suffix>", "<|fim_suffix|>", "▁<SUF>", "<|fim▁hole|>"),
+    "fim_middle": ("<fim_middle>", "<|fim_middle|>", "▁<MID>", "<|fim▁end|>"),
+}
+_Find = Callable[[str], int | None]  # the id of a special's name
+
+
+def of_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a published folder. Raises DataError, OSError."""
+    facts = _Facts(folder)
+    if (folder / "tokenizer.json").is_file():
+        text = (folder / "tokenizer.json").read_bytes().decode("utf-8")
+        return _of_json(text, facts)
+    for path in sorted(folder.glob("*.tiktoken")) + [folder / "tokenizer.model"]:
+        if path.is_file():
+            content = path.read_bytes()
+            if is_ranks(content):
+                tiktoken = TiktokenTokenizer(content, kind=facts.tiktoken(path), chat_template=facts.chat_template)
+                return tiktoken.with_stops(facts.stops)
+            return PublishedSentencePiece.published(content, facts.add_bos, facts.stops, facts.chat_template)
+    raise DataError(
+        f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in vocab.json "
+        "and merges.txt alone, write its tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def of_gguf(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file."""
+    from data.gguf_tokenizer import read_gguf_tokenizer
+
+    found = read_gguf_tokenizer(path)
+    opened = open_json(found.json)
+    by_name = {"bos_token": found.bos, "eos_token": found.eos, "pad_token": found.pad}
+    names = {name: opened.id_to_token(i) for name, i in by_name.items() if i is not None and i >= 0}
+    start = found.bos if found.add_bos and found.bos is not None else -1
+    special = _specials(names, opened.token_to_id, start, str(path))
+    return HFTokenizer(found.json, special, stops=found.stops, names=names, chat_template=found.chat_template)
+
+
+def _of_json(text: str, facts: _Facts) -> HFTokenizer:
+    read_json(text)
+    opened = open_json(text)
+    names = dict(facts.names)
+    for name, i in facts.ids.items():  # a folder without tokenizer_config.json still says the ids
+        if name not in names and i is not None and opened.id_to_token(i) is not None:
+            names[name] = opened.id_to_token(i)
+    bos = opened.token_to_id(names["bos_token"]) if "bos_token" in names else None
+    if facts.add_bos is None:
+        start = opened_by(opened)
+    else:
+        start = bos if facts.add_bos and bos is not None else -1
+    special = _specials(names, opened.token_to_id, start, str(facts.folder))
+    return HFTokenizer(text, special, stops=facts.stops, names=names, chat_template=facts.chat_template)
+
+
+def opened_by(opened: Any) -> int:
+    """The special that the post-processor puts before a text, or -1."""
+    bare, framed = (opened.encode("a", add_special_tokens=add).ids for add in (False, True))
+    added = opened.get_added_tokens_decoder()
+    return framed[0] if framed[: len(bare)] != bare and framed and framed[0] in added else -1
+
+
+def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> SpecialTokens:
+    def of(name: str) -> int:
+        found = find(names[name]) if name in names else None
+        return -1 if found is None else found
+
+    if all(find(piece) == i for i, piece in enumerate(SPECIAL_PIECES)):  # one of ours, published by write_published
+        return SpecialTokens(start=start)
+    end = of("eos_token")
+    if end < 0:
+        raise DataError(
+            f"tokenizer of {where}: no end of text: name eos_token in tokenizer_config.json, or eos_token_id in "
+            "generation_config.json or config.json"
+        )
+    marks = {field: next((i for name in spelled if (i := find(name)) is not None), -1) for field, spelled in _FIM.items()}
+    return SpecialTokens(
+        pad=of("pad_token"), end=end, unk=of("unk_token"), **marks,
+        system=-1, user=-1, assistant=-1, end_of_turn=-1, mask=of("mask_token"), start=start,
+    )  # fmt: skip
+
+
+class _Facts:
+    """What the JSON files of a folder say about the tokenizer; a missing one says nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        tokenizer, self._map, generation, model = (
+            _json(folder / name)
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+        )
+        model = {**model.get("text_config", {}), **model}  # of models that see too
+        self._tokenizer = tokenizer
+        self.names = {
+            name: _content(value)
+            for name in _NAMES
+            if (value := tokenizer[name] if name in tokenizer else self._map.get(name)) is not None
+        }
+        eos = [_listed(found.get("eos_token_id")) for found in (generation, model)]
+        self.stops = tuple(dict.fromkeys(eos[0] + eos[1]))
+        self.ids = {
+            f"{name}_token": next((i for found in (model, generation) for i in _listed(found.get(f"{name}_token_id"))), None)
+            for name in ("bos", "eos", "pad")
+        }
+        self.add_bos: bool | None = tokenizer.get("add_bos_token")
+        self.model_type = model.get("model_type", "")
+        self.chat_template = self._template(tokenizer.get("chat_template"))
+
+    def _template(self, given: Any) -> str | None:
+        path = self.folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_bytes().decode("utf-8")
+        if isinstance(given, list):  # several, by name
+            given = {entry["name"]: entry["template"] for entry in given}.get("default")
+        return given
+
+    def tiktoken(self, path: Path) -> str | None:
+        """The kind of a tiktoken file where its name tells it."""
+        return "o200k_harmony" if self.model_type == "gpt_oss" else path.stem if path.suffix == ".tiktoken" else None
+
+
+def _listed(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _content(value: Any) -> str:
+    return value["content"] if isinstance(value, dict) else str(value)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}, not an object; fetch it again")
+    return found

@@ -1,0 +1,144 @@
+"""Tokenizers whose text round-trips exactly: SentencePiece BPE with byte fallback, and plain UTF-8 bytes.
+
+Both put the specials of `SPECIAL_PIECES` at the same small ids, and no text ever encodes to a special. Decoding joins the
+bytes of the pieces, so that every tokenizer also says what each id spells (`token_bytes`) and bits per byte are exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
+from data.tokenizers.description import write_description
+from data.tokenizers.protocol import BytesTable, Tokenizer
+
+# SentencePiece writes a space as U+2581 and would give a real U+2581 back as a space: we spell that one in bytes.
+_SPACE_MARK = "\u2581"
+# Longer lines are cut for training alone: SentencePiece silently ignores long sentences.
+_TRAINING_LINE = 1000
+# Characters beyond this share of the text, the rare ones, are spelled in bytes.
+_CHARACTER_COVERAGE = 0.9995
+NAMES = {"bos_token": "<end>", "eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+class ByteTokenizer(BytesTable):
+    """The specials, then the 256 bytes."""
+
+    names = NAMES
+    _table = (b"",) * len(SPECIAL_PIECES) + tuple(bytes([byte]) for byte in range(256))
+    _marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}  # noqa: RUF012
+    identity = hashlib.sha256(f"byte {SPECIAL_PIECES}".encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + len(SPECIAL_PIECES)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def save(self, directory: str | Path) -> None:
+        write_description(directory, "byte", self)
+
+
+class SentencePieceTokenizer(BytesTable):
+    """SentencePiece BPE from its serialized model, as `train_tokenizer` makes it."""
+
+    names = NAMES
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
+        if tuple(pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES:
+            raise DataError(
+                f"the tokenizer's first pieces are {pieces[: len(SPECIAL_PIECES)]}, not the specials {SPECIAL_PIECES}: "
+                "train it with data.tokenizer.train_tokenizer"
+            )
+        self.pieces = tuple(pieces)
+        self._marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}
+        self._table = tuple(self._spelling(i, piece) for i, piece in enumerate(pieces))
+        self._space_mark = np.array([pieces.index(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], np.int32)
+
+    def _spelling(self, token: int, piece: str) -> bytes:
+        if token < len(SPECIAL_PIECES):
+            return b""
+        if self._processor.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE_MARK, " ").encode("utf-8")
+
+    @cached_property
+    def identity(self) -> str:
+        return hashlib.sha256(b"sentencepiece" + self.model).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        first, *rest = text.split(_SPACE_MARK)
+        ids = [self._processor.encode(first, return_type="numpy")]
+        for part in rest:
+            ids += [self._space_mark, self._processor.encode(part, return_type="numpy")]
+        return np.concatenate(ids).astype(np.int32, copy=False)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        plain = [text for text in texts if _SPACE_MARK not in text]
+        encoded = iter(self._processor.encode(plain, return_type="numpy", num_threads=os.cpu_count()) if plain else ())
+        return [self.encode(text) if _SPACE_MARK in text else next(encoded) for text in texts]
+
+    def save(self, directory: str | Path) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory, "tokenizer.model").write_bytes(self.model)
+        write_description(directory, "sentencepiece", self)
+
+
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Learn a tokenizer from texts; the same texts in the same order give the same identity.
+
+    Raises DataError when the texts are too few for the vocabulary.
+    """
+    if config.kind == "byte":
+        return ByteTokenizer()
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            character_coverage=_CHARACTER_COVERAGE,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * _TRAINING_LINE,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            pad_piece=SPECIAL_PIECES[0],
+            eos_piece=SPECIAL_PIECES[1],
+            unk_piece=SPECIAL_PIECES[2],
+            control_symbols=list(SPECIAL_PIECES[3:]),  # control symbols, unlike user symbols, are never found in text
+            user_defined_symbols=["\n"],
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise DataError(
+            f"data.tokenizer.vocab_size = {config.vocab_size} cannot be learned from the training text: {reason} "
+            "Change it, add text, or set data.tokenizer.kind to 'byte'"
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.replace("\0", "").split("\n"):  # SentencePiece drops a whole line for one NUL
+            for start in range(0, len(line), _TRAINING_LINE):
+                yield line[start : start + _TRAINING_LINE]
