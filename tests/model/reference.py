@@ -137,8 +137,26 @@ def sees(a: AttentionConfig, layer: str, q: int, k: int, segments, prefix) -> bo
     return True
 
 
-def attention(x_TD, w: Weights, c: ModelConfig, layer: str, positions_T, segments, prefix) -> np.ndarray:
-    a, p, T = c.attention, c.position, len(x_TD)
+def latent_qkv(x_TD, w: Weights, c: ModelConfig, positions_T, theta: float) -> tuple[np.ndarray, ...]:
+    """DeepSeek-V2, eq. 37 to 47, with a bias on what goes down and RMSNorms of epsilon 1e-6 as in the published code."""
+    latent, N = c.attention.latent, c.attention.num_heads
+    plain, small = c.attention.head_dim - latent.rope_dim, dataclasses.replace(c.norm, epsilon=1e-6)
+    down = {"kv": x_TD @ w["kv_down"], "q": x_TD if latent.q_rank is None else x_TD @ w["q_down"]}
+    if c.attention.bias != "none":
+        down = {name: y + w.get(f"{name}_down_bias", 0.0) for name, y in down.items()}
+    if latent.q_rank is not None:
+        down["q"] = norm(down["q"], part(w, "q_down_norm."), small)
+    q = np.einsum("tc,cnh->tnh", down["q"], w["q"])
+    latent_TR = norm(down["kv"][:, : latent.kv_rank], part(w, "kv_down_norm."), small)
+    shared_T1P = rope(down["kv"][:, None, latent.kv_rank :], positions_T, c.position, theta)
+    k_up = np.einsum("tr,rnh->tnh", latent_TR, w["k_up"])
+    k = np.concatenate([k_up, np.repeat(shared_T1P, N, axis=1)], -1)
+    q = np.concatenate([q[..., :plain], rope(q[..., plain:], positions_T, c.position, theta)], -1)
+    return q, k, np.einsum("tr,rnv->tnv", latent_TR, w["v_up"])
+
+
+def heads_qkv(x_TD, w: Weights, c: ModelConfig, positions_T, theta: float) -> tuple[np.ndarray, ...]:
+    a, p = c.attention, c.position
     qkv = []
     for name in ("q", "k", "v"):
         y = np.einsum("td,dnh->tnh", x_TD, w[name])
@@ -148,11 +166,17 @@ def attention(x_TD, w: Weights, c: ModelConfig, layer: str, positions_T, segment
         axes = 1 if a.qk_norm == "head" else 2
         q, k = norm(q, part(w, "q_norm."), c.norm, axes), norm(k, part(w, "k_norm."), c.norm, axes)
     if p.kind == "rope":
-        theta = p.theta if layer != "sliding" or p.local_theta is None else p.local_theta
         q, k = rope(q, positions_T, p, theta), rope(k, positions_T, p, theta)
+    return q, k, v
+
+
+def attention(x_TD, w: Weights, c: ModelConfig, layer: str, positions_T, segments, prefix) -> np.ndarray:
+    a, p, T = c.attention, c.position, len(x_TD)
+    theta = p.theta if layer != "sliding" or p.local_theta is None else p.local_theta
+    q, k, v = (heads_qkv if a.latent is None else latent_qkv)(x_TD, w, c, positions_T, theta)
     scale = a.head_dim**-0.5 if a.query_scale is None else a.query_scale
     mask = np.array([[sees(a, layer, i, j, segments, prefix) for j in range(T)] for i in range(T)])
-    out_TNH = np.zeros_like(q)
+    out_TNH = np.zeros((T, a.num_heads, v.shape[-1]))
     for n in range(a.num_heads):
         kv = n // (a.num_heads // a.num_kv_heads)
         score = q[:, n] @ k[:, kv].T * scale
