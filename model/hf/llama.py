@@ -7,7 +7,7 @@ from typing import Any
 from model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig
 from model.hf.decoder import decoder
 from model.hf.pieces import Piece
-from model.hf.translate import Keys, rope, rope_json
+from model.hf.translate import Keys, UnsupportedModelError, gated, gated_json, rope, rope_json
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old checkpoints; computed
@@ -19,32 +19,44 @@ def to_config(keys: Keys) -> ModelConfig:
     return base_config(keys)
 
 
-def base_config(keys: Keys, *, theta: float = 10_000.0, epsilon: float = 1e-6, bias: bool | None = None) -> ModelConfig:
-    """What Llama and its descendants say alike; theirs differ in the defaults of transformers' config classes."""
-    num_heads, width = keys.take("num_attention_heads"), keys.take("hidden_size")
-    keys.must("hidden_act", "silu", default="silu")
-    theta, scaling = rope(keys, theta)
+def base_config(
+    keys: Keys, *, theta: float = 10_000.0, epsilon: float = 1e-6, bias: bool | None = None, activation: str = "hidden_act",
+    position: PositionConfig | None = None,
+) -> ModelConfig:  # fmt: skip
+    """What Llama and its descendants say alike; theirs differ in the defaults of transformers' config classes.
+
+    `theta`, `epsilon`: where config.json has none. `bias`: of the attention, where it is no choice of the family.
+    `activation`: the key that names it. `position`: what the family reads in its own way.
+    """
+    num_heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
+    if position is None:
+        theta, scaling = rope(keys, theta)
+        position = PositionConfig(theta=theta, scaling=scaling)
     biased = keys.take("attention_bias", False) if bias is None else bias
     return ModelConfig(
-        vocab_size=keys.take("vocab_size"),
-        num_layers=keys.take("num_hidden_layers"),
+        vocab_size=keys.count("vocab_size"),
+        num_layers=keys.count("num_hidden_layers"),
         embed_dim=width,
-        max_length=keys.take("max_position_embeddings", 2048),
+        max_length=keys.count("max_position_embeddings", 2048),
         attention=AttentionConfig(
             num_heads=num_heads,
-            num_kv_heads=keys.take("num_key_value_heads", num_heads),
-            head_dim=keys.take("head_dim", width // num_heads),
+            num_kv_heads=keys.count("num_key_value_heads", num_heads),
+            head_dim=keys.count("head_dim", max(1, width // num_heads)),
             bias="all" if biased else "none",
         ),
-        position=PositionConfig(theta=theta, scaling=scaling),
+        position=position,
         norm=NormConfig(epsilon=keys.take("rms_norm_eps", epsilon)),
-        mlp=MLPConfig("swiglu", keys.take("intermediate_size"), bias=keys.take("mlp_bias", False)),
+        mlp=MLPConfig(gated(keys, activation), keys.count("intermediate_size"), bias=keys.take("mlp_bias", False)),
         tied_embeddings=keys.take("tie_word_embeddings", False),
     )
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    if config.embed_dim % config.attention.num_heads:
+        raise UnsupportedModelError(
+            f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = {config.attention.num_heads}"
+        )
     return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "llama", "mlp_bias": config.mlp.bias}
 
 
@@ -62,7 +74,7 @@ def base_json(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": a.bias == "all",
         "rms_norm_eps": config.norm.epsilon,
         "intermediate_size": config.mlp.hidden_dim,
-        "hidden_act": "silu",
+        "hidden_act": gated_json(config),
         "tie_word_embeddings": config.tied_embeddings,
     } | rope_json(config)
 
