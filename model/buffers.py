@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from model.experts import collect, spread
+from model.experts import Biases, collect, spread
 from model.mlp import activate
 from sharding.manual import vary, varying_axes
 from sharding.rules import ShardingRules, no_mesh, reshard
@@ -38,11 +38,12 @@ def buffered_experts(
     kind: str,
     rules: ShardingRules,
     how: How,
+    biases: Biases | None = None,
 ) -> Float[Array, "B T D"]:
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
     `place_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it means
-    nothing (model/capacity.py). Gradients flow to x, weights, up and down. With 'einsum' a token that is not finite spoils its
+    nothing (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a token that is not finite spoils its
     whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
     """
     E = up_EDGF.shape[0]
@@ -50,7 +51,7 @@ def buffered_experts(
     combine = _combine if how == "gather" else _combine_by_matmul
     if no_mesh():
         buffer_EBPD = fill(x_BTD, indices_BTC, place_BTC)
-        return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, kind), weights_BTC, indices_BTC, place_BTC)
+        return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, biases, kind), weights_BTC, indices_BTC, place_BTC)
 
     x, indices, weights, place = (
         reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, place_BTC)
@@ -58,7 +59,7 @@ def buffered_experts(
     tokens, buffers = rules.spec("activations", ("batch", None, None)), rules.spec("activations", (None, "batch", None, None))
     apart = _expert_spec(rules, capacity)
     buffer_EBPD = jax.shard_map(fill, in_specs=(tokens, tokens, tokens), out_specs=buffers)(x, indices, place)
-    y_EBPD = _mlp(jax.sharding.reshard(buffer_EBPD, apart), up_EDGF, down_EFD, kind, apart, rules)
+    y_EBPD = _mlp(jax.sharding.reshard(buffer_EBPD, apart), up_EDGF, down_EFD, biases, kind, apart, rules)
     y_EBPD = jax.sharding.reshard(y_EBPD, buffers)
     out = jax.shard_map(combine, in_specs=(buffers, tokens, tokens, tokens), out_specs=tokens)(y_EBPD, weights, indices, place)
     return reshard(out, rules, "batch", "sequence", None)
@@ -76,7 +77,7 @@ def _expert_spec(rules: ShardingRules, capacity: int) -> PartitionSpec:
 
 
 def _mlp(
-    buffer_EBPD: Array, up_EDGF: Array, down_EFD: Array, kind: str,
+    buffer_EBPD: Array, up_EDGF: Array, down_EFD: Array, biases: Biases | None, kind: str,
     spec: PartitionSpec | None = None, rules: ShardingRules | None = None,
 ) -> Array:  # fmt: skip
     """Each expert's MLP on its buffers, which on a mesh lie as `spec`."""
@@ -84,11 +85,17 @@ def _mlp(
     G, F = up_EDGF.shape[2:]
     if spec is None or rules is None:  # as matrices: faster on CPU
         h_EXGF = (buffer_EBPD.reshape(E, B * P, D) @ up_EDGF.reshape(E, D, G * F)).reshape(E, B * P, G, F)
-        return (activate(kind, h_EXGF) @ down_EFD).reshape(E, B, P, D)
+        if biases is None:
+            return (activate(kind, h_EXGF) @ down_EFD).reshape(E, B, P, D)
+        h_EXF = activate(kind, h_EXGF + biases.up_EGF[:, None])
+        return (h_EXF @ down_EFD + biases.down_ED[:, None]).reshape(E, B, P, D)
     dims = (((3,), (1,)), ((0,), (0,)))
     hidden = PartitionSpec(*spec[:3], None, rules.activations.mlp or None)
     h_EBPGF = jax.lax.dot_general(buffer_EBPD, up_EDGF, dims, out_sharding=hidden)
-    return jax.lax.dot_general(activate(kind, h_EBPGF), down_EFD, dims, out_sharding=spec)
+    if biases is None:
+        return jax.lax.dot_general(activate(kind, h_EBPGF), down_EFD, dims, out_sharding=spec)
+    h_EBPF = activate(kind, h_EBPGF + biases.up_EGF[:, None, None])
+    return jax.lax.dot_general(h_EBPF, down_EFD, dims, out_sharding=spec) + biases.down_ED[:, None, None]
 
 
 def _fill(x_BTD: Array, indices_BTC: Array, place_BTC: Array, *, experts: int, capacity: int) -> Array:

@@ -44,7 +44,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     embedding = sum(size for name, size in sizes.items() if name.split("/")[0] in ("embedding", "positions", "head"))
     idle = 0
     if config.moe is not None:
-        per_expert = config.embed_dim * config.moe.hidden_dim * (gates(config.mlp.kind) + 1)
+        D, F, G = config.embed_dim, config.moe.hidden_dim, gates(config.mlp.kind)
+        per_expert = D * F * (G + 1) + (G * F + D if config.mlp.bias else 0)
         layers = sum(spec.moe for spec in layer_specs(config))
         idle = int(layers * (config.moe.num_experts - experts_per_token(config, config.max_length)) * per_expert)
     return ParameterCount(total, total - idle, embedding)

@@ -34,7 +34,7 @@ from model.experts import collect, spread
 from pallas_kernels.target import target
 
 ROW_MULTIPLE = 8  # buffers are whole tiles of a TPU's memory
-Experts = Callable[[Array, Array, Array, Array], Array]  # (x_RD, local expert of each row [R], up, down) -> y_RD
+Experts = Callable[..., Array]  # (x_RD, local expert of each row [R], up, down, *more) -> y_RD
 
 
 class Plan(NamedTuple):
@@ -82,7 +82,7 @@ def exchanged_experts(
     up_EDGF: Float[Array, "E D G F"],
     down_EFD: Float[Array, "E F D"],
     experts: Experts,
-    *,
+    *more: Array,
     axes: tuple[str, ...],
     agree: tuple[str, ...],
     factor: float,
@@ -91,10 +91,11 @@ def exchanged_experts(
     """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n]: to be called inside shard_map (unchecked).
 
     The experts lie over the devices along `axes`, device i holding those from i * E on; indices outside [0, P * E) add nothing.
-    `experts(x_RD, expert_R, up, down)`: the MLP of each row's expert, in [0, E), or E: such rows may give anything finite.
+    `experts(x_RD, expert_R, up, down, *more)`: the MLP of each row's expert, in [0, E), or E: such rows may give anything finite.
+    `more`: what else the experts here have (biases).
     `agree`: mesh axes along which devices may have other tokens. `factor`: room of the buffers, in even shares.
     `ragged`: the carrier; None: ragged on TPUs, padded elsewhere, on GPUs too until one has run the other.
-    Gradients flow to x, weights, up and down. Pairs come back to their tokens exactly; the sum is in the order of choices.
+    Gradients flow to x, weights, up, down and more. Pairs come back to their tokens exactly; the sum is in the order of choices.
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
     tokens, choices = indices_NC.shape
@@ -105,15 +106,15 @@ def exchanged_experts(
     others = tuple(a for a in agree if a not in axes)
     needed = jax.lax.pmax(needed, others) if others else needed
     step = partial(_round, experts, _ragged if ragged else _padded, axes, rows)
-    return _rounds(step, needed, plan, (x_ND, weights_NC, up_EDGF, down_EFD))
+    return _rounds(step, needed, plan, (x_ND, weights_NC, up_EDGF, down_EFD, *more))
 
 
-def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, up, down) -> Array:
+def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, *weights) -> Array:
     """What the pairs of round r add: those that the first r rounds left and the buffers hold."""
     way = carrier(axes, rows, r, plan)
     x_SD = spread(x_ND, way.slot_NC, way.pair_S)
     x_RD = checkpoint_name(way.there(x_SD), "expert_in")
-    y_SD = checkpoint_name(way.back(experts(x_RD, way.expert_R, up, down)), "expert_out")
+    y_SD = checkpoint_name(way.back(experts(x_RD, way.expert_R, *weights)), "expert_out")
     return collect(y_SD, weights_NC, way.slot_NC, way.pair_S)
 
 

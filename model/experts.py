@@ -1,6 +1,9 @@
 """Dropless expert computation: sort the (token, choice) pairs by expert, multiply each run by its expert's weights
 (pallas_kernels/grouped_matmul), put the results back and sum them by their routing weights. No capacity, no dropped token.
 
+Biases are added to the products of a grouped matmul (none of its kernels takes them), which then reach memory before they are
+activated: without biases they do not.
+
 Shapes: N tokens, C choices per token, E experts here, D width, G 2 if gated else 1, F hidden width, S = N * C slots.
 """
 
@@ -16,6 +19,13 @@ from model.mlp import ACTIVATIONS, activate
 from pallas_kernels.grouped_matmul import grouped_glu, grouped_matmul
 
 UNROLLED = 8  # choices of a token up to which their sum is written out: one pass over memory, 2.5 times as fast on CPU
+
+
+class Biases(NamedTuple):
+    """Of experts, in the dtype of computation."""
+
+    up_EGF: Float[Array, "E G F"]  # on the hidden products, before the activation
+    down_ED: Float[Array, "E D"]
 
 
 class Layout(NamedTuple):
@@ -107,18 +117,20 @@ def expert_mlp(
     down_EFD: Float[Array, "E F D"],
     kind: str,
     implementation: str | None = None,
+    biases: Biases | None = None,
 ) -> Float[Array, "N D"]:
     """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n].
 
-    Indices outside [0, E) belong to experts on other devices and add nothing. Gradients flow to x, weights, up and down.
+    Indices outside [0, E) belong to experts on other devices and add nothing. Gradients flow to x, weights, up, down and biases.
     `implementation`: of the grouped matmul, as in its api (None: the best for the backend), or 'dense': every expert on
     every token, the oracle.
     """
     if implementation == "dense":
-        return every_expert(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD, kind)
+        return every_expert(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD, kind, biases)
     plan = layout(indices_NC, up_EDGF.shape[0])
     x_SD = spread(x_ND, plan.slot_NC, plan.pair_S)
-    return collect(grouped_mlp(x_SD, plan.sizes_E, up_EDGF, down_EFD, kind, implementation), weights_NC, plan.slot_NC, plan.pair_S)
+    y_SD = grouped_mlp(x_SD, plan.sizes_E, up_EDGF, down_EFD, kind, implementation, biases)
+    return collect(y_SD, weights_NC, plan.slot_NC, plan.pair_S)
 
 
 def grouped_mlp(
@@ -128,10 +140,32 @@ def grouped_mlp(
     down_EFD: Float[Array, "E F D"],
     kind: str,
     implementation: str | None = None,
+    biases: Biases | None = None,
 ) -> Float[Array, "S D"]:
     """Each expert's MLP on its run of rows: those of expert 0 come first; rows after the last run come out zero."""
+    if biases is not None:
+        (S, _), (E, D, G, F) = x_SD.shape, up_EDGF.shape
+        run_SE = _runs(sizes_E, S).astype(x_SD.dtype)
+        h_SX = grouped_matmul(x_SD, up_EDGF.reshape(E, D, G * F), sizes_E, implementation=implementation)
+        h_SX = h_SX + _of_runs(run_SE, biases.up_EGF.reshape(E, G * F))
+        h_SF = activate(kind, h_SX.reshape(S, G, F)).astype(x_SD.dtype)
+        y_SD = grouped_matmul(h_SF, down_EFD, sizes_E, implementation=implementation)
+        return (y_SD + _of_runs(run_SE, biases.down_ED)).astype(x_SD.dtype)
     h_SF = grouped_glu(x_SD, up_EDGF, sizes_E, ACTIVATIONS[kind], implementation=implementation)
     return grouped_matmul(h_SF, down_EFD, sizes_E, implementation=implementation)
+
+
+def _runs(sizes_E: Array, S: int) -> Array:
+    """[S, E]: whether the row is of the expert's run."""
+    end_E, row_S1 = jnp.cumsum(sizes_E), jnp.arange(S)[:, None]
+    return (row_S1 >= end_E - sizes_E) & (row_S1 < end_E)
+
+
+def _of_runs(run_SE: Array, bias_EX: Array) -> Array:
+    """Each row's bias, zero where it has none, in float32 or wider. A matmul: of a gather the gradient would be a scatter of rows
+    that are mostly the same, which accelerators add one after the other, in the dtype of the bias."""
+    wide = jnp.promote_types(bias_EX.dtype, jnp.float32)
+    return jnp.dot(run_SE, bias_EX, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
 
 
 def every_expert(
@@ -141,9 +175,14 @@ def every_expert(
     up_EDGF: Float[Array, "E D G F"],
     down_EFD: Float[Array, "E F D"],
     kind: str,
+    biases: Biases | None = None,
 ) -> Float[Array, "N D"]:
     """As `expert_mlp`, by every expert on every token: E / C times the FLOPs, and nothing to get wrong."""
     h_ENGF = jnp.einsum("nd,edgf->engf", x_ND, up_EDGF)
+    if biases is not None:
+        h_ENGF = h_ENGF + biases.up_EGF[:, None]
     y_END = jnp.einsum("enf,efd->end", activate(kind, h_ENGF), down_EFD)
+    if biases is not None:
+        y_END = y_END + biases.down_ED[:, None]
     gate_EN = (jax.nn.one_hot(indices_NC, up_EDGF.shape[0], axis=0) * weights_NC).sum(-1).astype(x_ND.dtype)
     return jnp.einsum("end,en->nd", y_END, gate_EN)

@@ -19,7 +19,8 @@ from model.attention import weight_std
 from model.balance import RouterStats, router_stats
 from model.capacity import places
 from model.config import ModelConfig
-from model.dispatch import run_experts
+from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, run_experts
+from model.experts import Biases
 from model.mlp import MLP, gates
 from model.moe_config import WITHOUT_LOGITS
 from model.routers import noisy_input, route
@@ -49,8 +50,13 @@ class MoE(nnx.Module):
         logits = E * config.moe.top_k if config.moe.router == "soft" else E
         learned = config.moe.router not in WITHOUT_LOGITS
         self.router = normal(keys[0], (D, logits), ("embed", None), D**-0.5, rules) if learned else None
-        self.up = normal(keys[1], (E, D, G, F), ("expert", "embed", None, "mlp"), weight_std(config, D), rules)
-        self.down = normal(keys[2], (E, F, D), ("expert", "mlp", "embed"), weight_std(config, F, residual=True), rules)
+        self.up = normal(keys[1], (E, D, G, F), UP, weight_std(config, D), rules)
+        self.down = normal(keys[2], (E, F, D), DOWN, weight_std(config, F, residual=True), rules)
+        biased = config.mlp.bias
+        self.up_bias = constant((E, G, F), UP_BIAS, 0.0, rules) if biased else None
+        self.down_bias = constant((E, D), DOWN_BIAS, 0.0, rules) if biased else None
+        # Of the linear map to the logits; beside it there may be a bias that only moves the choice:
+        self.router_logit_bias = constant((logits,), (None,), 0.0, rules) if biased and learned else None
         # Moved by the train step, never by a gradient (model/balance.py).
         self.router_bias = constant((E,), (None,), 0.0, rules) if config.moe.bias_rate is not None else None
         noisy = config.moe.router == "noisy_top_k"
@@ -73,9 +79,12 @@ class MoE(nnx.Module):
         logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
         up = self.up[...].astype(dtype)
         down = self.down[...].astype(dtype)
+        biases = None
+        if self.up_bias is not None and self.down_bias is not None:
+            biases = Biases(self.up_bias[...].astype(dtype), self.down_bias[...].astype(dtype))
         if moe.router == "soft":
             assert logits_BTE is not None
-            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, config, rules)
+            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, config, rules, biases)
             kept_BTC = routing.indices_BTC
         else:
             bias_E = None if self.router_bias is None else use(self.router_bias, (None,), jnp.float32, rules)
@@ -86,7 +95,7 @@ class MoE(nnx.Module):
             kept_BTC, place_BTC = routing.indices_BTC, None
             if moe.bounded:
                 kept_BTC, place_BTC = places(routing.indices_BTC, moe.num_experts, moe.capacity(x_BTD.shape[1]))
-            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, config, rules)
+            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, config, rules, biases)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
         stats = router_stats(routing, kept_BTC, tokens.valid_BT, moe, _batch_slices(rules))
@@ -107,9 +116,10 @@ class MoE(nnx.Module):
             w = use(weight, ("embed", None), dtype, self.rules)
             return matmul(x_BTD, w, 1, ("batch", "sequence", None), self.rules, precision)
 
-        if self.router_noise is None or key is None:
-            return times(self.router), None
-        return times(self.router), times(self.router_noise)
+        logits_BTE = times(self.router)
+        if self.router_logit_bias is not None:
+            logits_BTE = logits_BTE + use(self.router_logit_bias, (None,), dtype, self.rules)
+        return logits_BTE, None if self.router_noise is None or key is None else times(self.router_noise)
 
 
 def _batch_slices(rules: ShardingRules) -> int:

@@ -22,7 +22,7 @@ PAPER_WEIGHTS = {
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts in place of the MLP (Shazeer et al. 2017); the experts take `mlp.kind`, without biases."""
+    """Mixture of experts in place of the MLP (Shazeer et al. 2017); the experts take `mlp.kind` and `mlp.bias`."""
 
     num_experts: int = 8
     top_k: int = 2  # experts a token goes to; expert_choice: on average; soft: slots of an expert

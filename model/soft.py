@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from model.config import ModelConfig
 from model.dispatch import run_experts
+from model.experts import Biases
 from model.routers import Routing
 from sharding.rules import ShardingRules, activation_spec, reshard
 
@@ -23,6 +24,7 @@ def soft_moe(
     down_EFD: Float[Array, "E F D"],
     config: ModelConfig,
     rules: ShardingRules,
+    biases: Biases | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Sec. 2.1 there: slots = softmax of the logits over the tokens, times the tokens; each expert runs on its
     config.moe.top_k slots; a token gets the softmax of its logits over all slots, times what came out (and config.moe.scale).
@@ -46,7 +48,7 @@ def soft_moe(
     expert_BX1 = jnp.broadcast_to(jnp.arange(E * S, dtype=jnp.int32)[:, None] // S, (x_BTD.shape[0], E * S, 1))
     expert_BX1 = reshard(expert_BX1, rules, "batch", "sequence", None)
     y_BXD = run_experts(
-        slots_BXD, expert_BX1, jnp.ones_like(expert_BX1, jnp.float32), None, up_EDGF, down_EFD, config, rules
+        slots_BXD, expert_BX1, jnp.ones_like(expert_BX1, jnp.float32), None, up_EDGF, down_EFD, config, rules, biases
     )
     mix_BTX = jnp.where(valid_BT[..., None], moe.scale * combine_BTX, 0.0).astype(dtype)
     out_BTD = jnp.einsum("btx,bxd->btd", mix_BTX, reshard(y_BXD, rules, "batch", None, None), out_sharding=spec)

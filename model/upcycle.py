@@ -9,7 +9,8 @@ Fine-grained experts (He et al. 2024, "Upcycling large language models into mixt
 F / m an expert holds one of m shards of the MLP's hidden columns, since y = sum over shards of act(x up_s) down_s. Experts
 g m .. g m + m - 1 are the shards of one copy and share a router column, so that a token's top_k = k m choices are k whole
 copies, their equal logits side by side in the order in which top-k breaks ties. A shard's weight is the m-th part of its
-copy's, so `down` is multiplied by m (and divided by `scale`, which all the weights carry).
+copy's, so `down` is multiplied by m (and divided by `scale`, which all the weights carry). Biases of the hidden columns are
+cut with them; each shard has the whole bias of the output (over `scale`), m of an m-th. The router's bias starts at zero.
 
 Shapes: R layers of a stack, D width, G 2 if gated else 1, F hidden width of the MLP, E experts, M shards, f hidden width of
 an expert.
@@ -71,8 +72,6 @@ def check(dense: ModelConfig, config: ModelConfig) -> int:
             new = replace(new, implementation=old.implementation, context=old.context)
         if field.name not in FREE and old != new:
             raise ValueError(f"model.{field.name} = {new}: the dense network has {old}; upcycling changes model.moe alone")
-    if config.mlp.bias:
-        raise ValueError("model.mlp.bias = True: experts have no biases to take over; only an MLP without them can be upcycled")
     if moe.shared_experts:
         raise ValueError(
             f"model.moe.shared_experts = {moe.shared_experts}: what they add, the dense network does not have; set it to 0"
@@ -144,10 +143,12 @@ def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
     up_RMDGf = jnp.moveaxis(up_RDGF.reshape(R, D, G, shards, f), 3, 1)
     down_RMfD = down_RFD.reshape(R, shards, f, D) * (shards / moe.scale)
     copies = E // shards
-    experts = {
-        "mlp.up": jnp.concatenate([up_RMDGf] * copies, axis=1),
-        "mlp.down": jnp.concatenate([down_RMfD] * copies, axis=1),
-    }
+    cut = {"mlp.up": up_RMDGf, "mlp.down": down_RMfD}
+    if "up_bias" in mlp:
+        up_bias_RGF, down_bias_RD = _gathered(mlp["up_bias"], dense.rules, None, None), mlp["down_bias"]
+        cut["mlp.up_bias"] = jnp.moveaxis(up_bias_RGF.reshape(R, G, shards, f), 2, 1)
+        cut["mlp.down_bias"] = jnp.stack([down_bias_RD / moe.scale] * shards, axis=1)
+    experts = {name: jnp.concatenate([weight] * copies, axis=1) for name, weight in cut.items()}
     if fresh.mlp.router is not None:  # hash and random have none
         experts["mlp.router"] = jnp.repeat(fresh.mlp.router[...][..., :copies], shards, axis=-1)
     return _replace(fresh, shared | experts)

@@ -8,7 +8,21 @@ from types import ModuleType
 from typing import Any
 
 from model.config import ModelConfig
-from model.hf import deepseek_v3, gemma2, gemma3, gpt2, llama, mistral, olmo2, qwen2, qwen3
+from model.hf import (
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from model.hf.translate import Keys, UnsupportedModelError, architecture, differences
 
 # A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed), to_config(keys),
@@ -23,6 +37,10 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "gpt2": gpt2,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
     "deepseek_v3": deepseek_v3,
 }  # fmt: skip
 
