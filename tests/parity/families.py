@@ -1,4 +1,4 @@
-"""Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights by name.
+"""Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights drawn.
 
 Written from the issue and the papers, not from model/hf. Numbers come from NumPy's RandomState, whose stream is frozen for
 good. Numbers that a reader could have built in (an epsilon, a base, a cap) are not the usual ones where that is possible.
@@ -55,7 +55,7 @@ FAMILIES = (
         "gpt2",
         {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": 40, "n_ctx": 40,
-            "n_embd": 32, "n_layer": 2, "n_head": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-4,
+            "n_embd": 32, "n_layer": 2, "n_head": 4, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-3,
             "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.02, "bos_token_id": 1,
             "eos_token_id": 1, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None,
             "summary_proj_to_labels": True, "summary_first_dropout": 0.1,
@@ -108,8 +108,8 @@ FAMILIES = (
         "qwen3",
         _llama(
             "Qwen3ForCausalLM", "qwen3", head_dim=16, attention_bias=False, max_window_layers=2, sliding_window=None,
-            use_sliding_window=False,
-            rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16},
+            use_sliding_window=False, max_position_embeddings=4096,
+            rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 1024},
         ),
         ({"attention.qk_norm": "none"}, {"position.scaling": None}, {"position.scaling.attention_factor": 1.0},
          {"position.scaling.truncate": False}, {"position.scaling.kind": "linear"}, {"norm.epsilon": 1e-6}),
@@ -158,9 +158,10 @@ FAMILIES = (
             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, first_k_dense_replace=1, moe_intermediate_size=12,
             n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2, n_group=4, topk_group=2, norm_topk_prob=True,
             routed_scaling_factor=1.8, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1, ep_size=1,
-            num_nextn_predict_layers=1, attention_bias=False, rope_theta=1000.0, aux_loss_alpha=0.001, seq_aux=True,
+            num_nextn_predict_layers=1, max_position_embeddings=1024, attention_bias=False, rope_theta=100.0,
+            aux_loss_alpha=0.001, seq_aux=True,
             rope_scaling={
-                "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "beta_slow": 1,
+                "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 4, "beta_slow": 1,
                 "mscale": 1.0, "mscale_all_dim": 0.7,
             },
         ),
@@ -205,11 +206,12 @@ FAMILIES = (
     Family(
         "gpt_oss",
         _llama(
-            "GptOssForCausalLM", "gpt_oss", head_dim=16, intermediate_size=24, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
-            experts_per_token=2, attention_bias=True, sliding_window=WINDOW, rope_theta=1500.0, initial_context_length=16,
+            "GptOssForCausalLM", "gpt_oss", head_dim=16, intermediate_size=24, max_position_embeddings=1024,
+            num_local_experts=4, num_experts_per_tok=2,
+            experts_per_token=2, attention_bias=True, sliding_window=WINDOW, rope_theta=1500.0, initial_context_length=128,
             layer_types=["sliding_attention", "full_attention"], swiglu_limit=7.0, output_router_logits=False,
             router_aux_loss_coef=0.9, rope_scaling={
-                "beta_fast": 4.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 16, "rope_type": "yarn",
+                "beta_fast": 4.0, "beta_slow": 1.0, "factor": 8.0, "original_max_position_embeddings": 128, "rope_type": "yarn",
                 "truncate": False,
             },
         ),
