@@ -133,8 +133,9 @@ def test_text_is_that_of_whole_rows_on_one_device_and_on_eight():
     model, greedy = random_model(config), SamplingParams(max_new_tokens=4, temperature=0.0)
     prompts = [np.random.default_rng(i).integers(0, 64, n).tolist() for i, n in enumerate((20, 5))]
     alone = generate(model, prompts, greedy)
+    run = jax.jit(lambda rows: logits(model, forward(model, rows).hidden_BTD))
     for prompt, found in zip(prompts, alone, strict=True):
-        whole = logits(model, forward(model, np.asarray([prompt + found.tokens])).hidden_BTD)[0]
+        whole = run(np.resize(prompt + found.tokens, (1, 24)))[0, : len(prompt) + 4]
         assert whole[len(prompt) - 1 : -1].argmax(-1).tolist() == found.tokens
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with use_mesh(mesh):
@@ -146,7 +147,7 @@ def test_text_is_that_of_whole_rows_on_one_device_and_on_eight():
 @pytest.mark.parametrize(
     "axes",
     [{"data": 2, "fsdp": 2, "tensor": 2}, *(pytest.param(axes, marks=pytest.mark.slow) for axes in (
-        {"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"data": 1, "fsdp": 1, "sequence": 8},
+        {"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2},
     ))],
 )  # fmt: skip
 def test_eight_devices_give_the_loss_and_gradients_of_one(axes):
