@@ -69,7 +69,7 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
     Raises UnsupportedModelError for what is not a dense Llama, ModelFilesError for a damaged file.
     """
     file = GGUFFile(Path(path))
-    keys = Keys(file.metadata, str(path))
+    keys = Keys({key: _alike(str(path), key, value) for key, value in file.metadata.items()}, str(path))
     if keys.take("split.count", 1) > 1:
         raise UnsupportedModelError(f"{path}: one of {file.metadata['split.count']} parts; merge them with llama-gguf-split --merge")
     keys.must("general.type", "model", default="model")
@@ -101,18 +101,17 @@ def unpermuted(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
 
 
+def _alike(where: str, key: str, value: Any) -> Any:
+    """What some files give for each layer, once. Raises UnsupportedModelError where layers differ."""
+    if not (isinstance(value, list) and key.startswith("llama.")):
+        return value
+    if len(set(value)) != 1:
+        raise UnsupportedModelError(f"{where}: {key} differs by layer ({value[:4]} ...): all layers must be alike")
+    return value[0]
+
+
 def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     """config.json of the metadata."""
-
-    def same(key: str, *default: Any) -> Any:
-        """A number, which some files give for each layer."""
-        value = keys.take(f"llama.{key}", *default)
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise UnsupportedModelError(f"{keys.where}: llama.{key} differs by layer ({value[:4]} ...); all layers must be alike")
-            return value[0]
-        return value
-
     if keys.take("llama.expert_count", 0) or keys.take("llama.expert_used_count", 0):
         raise UnsupportedModelError(
             f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in GGUF are not "
@@ -124,7 +123,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
         keys.must(f"llama.{key}", 0, default=0)
     for key in ("logit_scale", "residual_scale", "embedding_scale"):
         keys.must(f"llama.{key}", 0, 1, default=0)
-    width, heads = same("embedding_length"), same("attention.head_count")
+    width, heads = keys.count("llama.embedding_length"), keys.count("llama.attention.head_count")
     if "token_embd.weight" not in file.tensors:
         raise ModelFilesError(f"{keys.where}: token_embd.weight is missing: the file holds no language model or is damaged")
     vocab = file.tensors["token_embd.weight"].shape[0]
@@ -132,25 +131,25 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     for what, size in (("llama.vocab_size", keys.take("llama.vocab_size", vocab)), ("tokenizer.ggml.tokens", len(tokens or []) or vocab)):
         if size != vocab:
             raise ModelFilesError(f"{keys.where}: {what} has {size} tokens, token_embd.weight {vocab} rows; the file is inconsistent")
-    head_dim = same("attention.key_length", width // heads)
+    head_dim = keys.count("llama.attention.key_length", width // heads)
     keys.must("llama.attention.value_length", head_dim, default=head_dim)
     keys.must("llama.rope.dimension_count", head_dim, default=head_dim)
-    theta, length = float(keys.take("llama.rope.freq_base", 10_000.0)), keys.take("llama.context_length")
+    theta, length = keys.take("llama.rope.freq_base", 10_000.0), keys.count("llama.context_length")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": vocab,
         "hidden_size": width,
-        "num_hidden_layers": same("block_count"),
+        "num_hidden_layers": keys.count("llama.block_count"),
         "max_position_embeddings": length,
         "num_attention_heads": heads,
-        "num_key_value_heads": same("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.count("llama.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "attention_bias": any(name.startswith("blk.") and name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": any(name.startswith("blk.") and name.endswith("ffn_up.bias") for name in file.tensors),
         "hidden_act": "silu",
         "rms_norm_eps": _short(keys.take("llama.attention.layer_norm_rms_epsilon")),
-        "intermediate_size": same("feed_forward_length"),
+        "intermediate_size": keys.count("llama.feed_forward_length"),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(keys, file, head_dim, theta, length),
         "tie_word_embeddings": "output.weight" not in file.tensors,

@@ -49,9 +49,10 @@ def chat(question: str) -> str:
 
 def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
     """Losses, nats/token, of the texts and greedy continuations of the prompts, by transformers in float32."""
+    # Not from_pretrained(gguf_file=): that asks for the package accelerate.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint  # from_pretrained(gguf_file=) needs accelerate
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     from model.hf.gguf import open_gguf  # runs jax beside torch
 
