@@ -37,6 +37,7 @@ ORDINARY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,), "is_causal": (True,), "partial_rotary_factor": (1.0,), "pruned_heads": ({},),
     "use_bidirectional_attention": (False,),
 }  # fmt: skip
+LARGEST = 2**31  # no integer of a config.json comes near
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "relu": "reglu"}
 
 
@@ -78,10 +79,10 @@ class Keys:
         return float(value) if isinstance(like, float) else value
 
     def count(self, key: str, *default: int) -> int:
-        """As `take`; an integer above 0."""
+        """As `take`; an integer above 0 that an index could be."""
         value = self.take(key, *default)
-        if type(value) is not int or value < 1:
-            raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be an integer above 0")
+        if type(value) is not int or not 0 < value < LARGEST:
+            raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be an integer above 0 and below {LARGEST}")
         return value
 
     def number(self, key: str) -> float:
@@ -124,7 +125,7 @@ def _mistyped(value: Any, like: Any) -> str:
     if isinstance(like, bool):
         return "" if isinstance(value, bool) else "true or false"
     if isinstance(like, int):
-        return "" if type(value) is int else "an integer"
+        return "" if type(value) is int and abs(value) < LARGEST else "an integer"
     if isinstance(like, float):
         finite = type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
         return "" if finite else "a finite number"
