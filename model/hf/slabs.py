@@ -42,13 +42,19 @@ def slabs(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: 
         return
     along = kept[int(np.argmin(piece.order))] if piece.order else kept[0]  # the first dimension of the tensor
     rows = part.shape[along]
-    step = max(1, slab_bytes // max(1, part.size // max(1, rows) * itemsize))
+    step = _step(rows, slab_bytes // max(1, part.size // max(1, rows) * itemsize))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         cut = (*(slice(None),) * along, slice(first, last))
         start, stop = list(low), list(high)
         start[along], stop[along] = low[along] + first, low[along] + last
         yield Slab(tuple(start), tuple(stop), part[cut])
+
+
+def _step(rows: int, most: int) -> int:
+    """Rows of a slab: at most `most`, and where that costs little a divisor, for a shard is written by one program a shape."""
+    most = max(1, min(most, rows))
+    return next((step for step in range(most, most // 2, -1) if rows % step == 0), most)
 
 
 def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
