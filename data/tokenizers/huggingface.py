@@ -54,6 +54,7 @@ class HFTokenizer(BytesTable):
         self.pieces = pieces
         self._spelling = read_spelling(self.description.get("decoder"), pieces, special_ids)
         self._table = tuple(spelled or b"" for spelled in self._spelling.later)
+        self._marks = {token.content: i for i, token in added.items() if token.special}
         self._is_special = np.zeros(len(self._table), bool)
         self._is_special[list(special_ids)] = True
         unknown = self._marked.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
@@ -71,7 +72,9 @@ class HFTokenizer(BytesTable):
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._checked(found.ids) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_marked(self, text: str) -> np.ndarray:
+    def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
+        if apart:  # each part as a text of its own: tokenizers that put a space before the first alone put it before each
+            return super().encode_marked(text, apart)
         return np.array(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _checked(self, ids: list[int]) -> np.ndarray:

@@ -78,8 +78,16 @@ class Tokenizer(Protocol):
         """`encode` of each text, on several threads where that pays."""
         ...
 
-    def encode_marked(self, text: str) -> np.ndarray:
-        """As `encode`, but names of specials in the text ('<|im_end|>') become the specials: for rendered chat templates."""
+    def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
+        """As `encode`, but names of specials in the text ('<|im_end|>') become the specials: for rendered chat templates.
+
+        `apart` is dropped from the text afterwards: put into a name, it keeps it text.
+        """
+        ...
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """What `encode_marked` finds."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -149,11 +157,15 @@ class BytesTable:
     def _split(self) -> re.Pattern[str]:
         return re.compile("(" + "|".join(map(re.escape, sorted(self._marks, key=len, reverse=True))) + ")")
 
-    def encode_marked(self, text: str) -> np.ndarray:
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        return tuple(self._marks)
+
+    def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
         if not self._marks:
-            return self.encode(text)
+            return self.encode(text.replace(apart, ""))
         parts = [
-            np.array([self._marks[part]], np.int32) if i % 2 else self.encode(part)
+            np.array([self._marks[part]], np.int32) if i % 2 else self.encode(part.replace(apart, ""))
             for i, part in enumerate(self._split.split(text))
             if part
         ]

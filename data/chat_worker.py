@@ -1,0 +1,116 @@
+"""Renders one chat template in a process of its own: what it may see, do and take is bounded here. Run by data/chat.py.
+
+Lines of JSON: first {"source", "seconds", "characters", "bytes"}, then variables; each is answered by {"text"} or
+{"error", "line"}. This file imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+
+class Generation(jinja2.ext.Extension):
+    """The blocks {% generation %} of transformers, which mark what an assistant said: here they are plain text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class PlainNamespace(Namespace):
+    """A namespace without attributes of Python's own."""
+
+    def __init__(*args: Any, **kwargs: Any):
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace holds no name that begins with an underscore: {name!r}")
+
+
+def _raise(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def compiled(source: str) -> jinja2.Template:
+    """The template in the environment that transformers gives it (utils/chat_template_utils.py)."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": PlainNamespace,
+    }
+    return environment.from_string(source)
+
+
+def rendered(template: jinja2.Template, variables: dict[str, Any], characters: int) -> str:
+    """The text; a longer one is refused while it grows."""
+    parts, size = [], 0
+    for part in template.generate(**variables):
+        size += len(part)
+        if size > characters:
+            raise jinja2.exceptions.TemplateError(f"it writes more than {characters} characters")
+        parts.append(part)
+    return "".join(parts)
+
+
+def line_of(error: BaseException) -> int | None:
+    """The template's line where an error came from."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return error.lineno
+    line, at = None, error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code.co_filename == "<template>":
+            line = at.tb_lineno
+        at = at.tb_next
+    return line
+
+
+def main() -> None:
+    start = json.loads(sys.stdin.readline())
+    resource.setrlimit(resource.RLIMIT_AS, (start["bytes"], start["bytes"]))
+    template = None
+    for line in sys.stdin:
+        # SIGALRM, unhandled, ends the process even inside one long operation.
+        signal.setitimer(signal.ITIMER_REAL, start["seconds"])
+        try:
+            template = template or compiled(start["source"])
+            answer: dict[str, Any] = {"text": rendered(template, json.loads(line), start["characters"])}
+        except MemoryError:
+            answer = {"error": f"it needs more than {start['bytes'] >> 20} MiB of memory", "line": None}
+        except Exception as error:  # whatever a stranger's template raises is told to the caller
+            answer = {"error": f"{type(error).__name__}: {error}"[:2000], "line": line_of(error)}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
