@@ -107,12 +107,13 @@ FAMILIES = (
     Family(
         "qwen3",
         _llama(
-            "Qwen3ForCausalLM", "qwen3", head_dim=16, attention_bias=False, max_window_layers=2, sliding_window=None,
+            "Qwen3ForCausalLM", "qwen3", head_dim=16, rms_norm_eps=1e-4, attention_bias=False, max_window_layers=2, sliding_window=None,
             use_sliding_window=False, max_position_embeddings=4096,
             rope_parameters={"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 1024},
         ),
         ({"attention.qk_norm": "none"}, {"position.scaling": None}, {"position.scaling.attention_factor": 1.0},
          {"position.scaling.truncate": False}, {"position.scaling.kind": "linear"}, {"norm.epsilon": 1e-6}),
+        seed=2,
     ),
     Family(
         "mixtral",
@@ -122,6 +123,7 @@ FAMILIES = (
         ),
         ({"moe.weights": "softmax"}, {"moe.top_k": 3}, {"position.theta": 10_000.0}, {"norm.epsilon": 1e-6}),
         gradients=True,
+        seed=4,
     ),
     Family(
         "qwen3_moe",
@@ -132,6 +134,7 @@ FAMILIES = (
             rope_scaling=None, attention_bias=False, max_window_layers=3, sliding_window=None, use_sliding_window=False,
         ),
         ({"moe.weights": "softmax"}, {"attention.qk_norm": "none"}, {"moe.top_k": 2}, {"position.theta": 1e6}, {"norm.epsilon": 1e-6}),
+        seed=3,
     ),
     Family(
         "olmoe",

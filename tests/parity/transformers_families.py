@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.parity.families import Family, tokens, write_folder
 
 MARGIN = 1e-4  # between what is chosen and what is not: no rounding may change a choice
+ROUNDING = 8e-6  # of a logit between float32 and float64: what a rounding moves far says nothing of a wrong option
 
 
 def read(folder: Path) -> PreTrainedModel:
@@ -56,6 +57,7 @@ def reference(family: Family) -> dict[str, np.ndarray]:
                 for parameter in model.parameters():
                     parameter.copy_(parameter.grad)
             found |= {f"d_{name}": x for name, x in on_disk(model).items() if name not in buffers}
+        _refuse_rounding(family, read(folder), found["logits"])
     found["tensors"] = np.frombuffer(json.dumps(named).encode(), np.uint8)
     return found
 
@@ -64,6 +66,15 @@ def logits_of(folder: Path, family: Family) -> np.ndarray:
     """Of a folder that someone else wrote."""
     with torch.no_grad():
         return read(folder)(torch.from_numpy(tokens(family)).long()).logits.numpy()
+
+
+def _refuse_rounding(family: Family, model: PreTrainedModel, logits: np.ndarray) -> None:
+    """Another seed is needed where attention or a router makes much of the last bit (of what transformers does in double
+    precision when asked to: its norms stay in float32)."""
+    with torch.no_grad():
+        exact = model.double()(torch.from_numpy(tokens(family)).long()).logits.numpy()
+    far = np.abs(exact - logits).max()
+    assert far < ROUNDING, f"{family.name}: rounding moves the logits by {far:.1e}; take another seed"
 
 
 def _refuse_close_calls(family: Family, model: PreTrainedModel) -> None:
