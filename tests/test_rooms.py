@@ -11,7 +11,7 @@ ARROWS = {
     "pallas_kernels": {"pallas_kernels", "jax", "numpy", "jaxtyping"},
     "sharding": {"sharding", "jax", "numpy", "jaxtyping"},
     "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping", "gguf"},
-    "data": {"data", "grain", "sentencepiece", "numpy", "gguf"},
+    "data": {"data", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
     "train": {"train", "model", "sharding", "data"},
     "decode": {"decode", "model", "sharding", "jax", "flax", "numpy", "jaxtyping"},
     "experiments": {"experiments", "train", "decode", "model", "sharding", "data", "pallas_kernels"},

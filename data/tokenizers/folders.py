@@ -102,12 +102,10 @@ def _sentencepiece(directory: Path, description: dict[str, Any]) -> Tokenizer:
 
 
 def _foreign(make: Callable[..., Tokenizer], file: str, directory: Path, description: dict[str, Any]) -> Tokenizer:
-    content: bytes | str = (directory / file).read_bytes()
-    if make is HFTokenizer:
-        content = content.decode("utf-8")
+    content = (directory / file).read_bytes()
     more = {"kind": description["tiktoken"]} if make is TiktokenTokenizer else {}
     return make(
-        content,
+        content.decode("utf-8") if make is HFTokenizer else content,
         special=SpecialTokens(**description["special"]),
         stops=description["stops"],
         names=description["names"],

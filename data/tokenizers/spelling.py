@@ -37,7 +37,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
         if kind == "Metaspace":
             changes.append(_metaspace(step))
         elif kind == "Replace" and "String" in step["pattern"] and "Fuse" not in kinds[:i]:
-            changes.append(lambda piece, _, old=step["pattern"]["String"], new=step["content"]: piece.replace(old, new))
+            changes.append(_replacing(step["pattern"]["String"], step["content"]))
         elif kind == "Strip" and step["stop"] == 0 and "Fuse" in kinds[:i] and not strip[1]:
             strip = (step["content"], step["start"])
         elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
@@ -70,6 +70,10 @@ def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder["type"] == "Sequence":
         return [step for inner in decoder["decoders"] for step in _steps(inner)]
     return [decoder]
+
+
+def _replacing(old: str, new: str) -> Callable[[str, bool], str]:
+    return lambda piece, _: piece.replace(old, new)
 
 
 def _metaspace(step: Mapping[str, Any]) -> Callable[[str, bool], str]:

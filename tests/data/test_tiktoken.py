@@ -4,6 +4,7 @@ import base64
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def learned(count: int) -> bytes:
     words = Counter(" ".join(TEXTS).encode()[:4000].split(b" "))
     parts = {b" " + word: [bytes([byte]) for byte in b" " + word] for word in words}
     while len(table) < min(count, 300):
-        pairs = Counter(pair for word, cut in parts.items() for pair in zip(cut, cut[1:], strict=False))
+        pairs = Counter(pair for word, cut in parts.items() for pair in pairwise(cut))
         merged = max((pair for pair in pairs if b"".join(pair) not in table), key=lambda pair: (pairs[pair], pair))
         table.append(b"".join(merged))
         for word, cut in parts.items():
@@ -101,7 +102,7 @@ def test_a_file_is_known_by_its_ranks(tmp_path, monkeypatch):
     found.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
     assert (loaded.identity, loaded.special, loaded.stops, loaded.kind) == (found.identity, found.special, found.stops, "llama3")
-    with pytest.raises(DataError, match="cannot be written as a tokenizer.json"):
+    with pytest.raises(DataError, match="cannot be written"):
         write_published(found, tmp_path / "published")
 
 

@@ -1,0 +1,72 @@
+"""Others' SentencePiece models (Llama 2's, Gemma's tokenizer.model): ids and texts are the package's own."""
+
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.config import DataError
+from data.tokenizer import load_tokenizer, read_tokenizer
+from data.tokenizers.sentencepieces import PublishedSentencePiece
+from tests.data.test_tokenizer import TEXTS
+
+
+def model(**options) -> bytes:
+    """As Llama 2 was trained: dummy prefix, byte fallback, <unk> <s> </s>; with Gemma's marks of turns."""
+    found = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]), model_writer=found, model_type="bpe",
+        vocab_size=350, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        control_symbols=["<start_of_turn>"], user_defined_symbols=["\n"], minloglevel=2, **options,
+    )  # fmt: skip
+    return found.getvalue()
+
+
+MODELS = {"llama": model(), "gemma": model(add_dummy_prefix=False)}
+OURS = {name: PublishedSentencePiece.published(content, None, [9], "x") for name, content in MODELS.items()}
+PACKAGE = {name: sentencepiece.SentencePieceProcessor(model_proto=content) for name, content in MODELS.items()}
+each = pytest.mark.parametrize("name", MODELS)
+TEXT = st.lists(st.text() | st.sampled_from(["<s>", "</s>", "<start_of_turn>", "  ", "the "])).map("".join)
+
+
+@each
+@given(text=TEXT)
+def test_ids_and_texts_are_the_packages(name, text):
+    ours, package = OURS[name], PACKAGE[name]
+    ids = ours.encode(text)
+    assert ids.tolist() == package.encode(text) and not {1, 2, 3} & set(ids.tolist())
+    assert ours.decode(ids) == package.decode(ids.tolist())
+    np.testing.assert_array_equal(ours.encode_many([text, "a"])[0], ids)
+
+
+@each
+@given(ids=st.lists(st.integers(3, 349)))
+def test_streams_equal_texts(name, ids):
+    ours = OURS[name]
+    stream = ours.stream()
+    assert "".join([stream.push(i) for i in ids]) + stream.flush() == ours.decode(ids)
+
+
+@each
+def test_specials_are_the_models(name, tmp_path):
+    ours = OURS[name]
+    assert (ours.special.start, ours.special.end, ours.special.unk, ours.special.pad) == (1, 2, 0, -1)
+    assert ours.stops == (2, 9) and ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    marked = ours.encode_marked("<s><start_of_turn>the</s>").tolist()
+    assert marked == [1, 3, *ours.encode("the").tolist(), 2]
+    ours.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.identity, loaded.special, loaded.stops, loaded.names) == (ours.identity, ours.special, ours.stops, ours.names)
+    assert loaded.chat_template == "x"
+
+
+def test_a_published_folder(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"])
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert read_tokenizer(tmp_path).special.start == -1
+    (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"][:100])
+    with pytest.raises(DataError, match="neither a SentencePiece model nor a tiktoken file"):
+        read_tokenizer(tmp_path)
