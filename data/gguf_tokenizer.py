@@ -110,7 +110,10 @@ def _split(pattern: str) -> list[dict[str, Any]]:
 
 
 def _sentencepiece(path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray) -> tuple[dict[str, Any], bool]:
-    """SentencePiece's BPE: of all neighbours that together are a piece, the piece of the best score is made first."""
+    """SentencePiece's BPE: of all neighbours that together are a piece, the piece of the best score is made first.
+
+    As in llama.cpp and in Llama 2's tokenizer.json, text after a special gets the space before it that a text gets.
+    """
     scores = values.get("tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
         raise DataError(f"{path}: the tokenizer has {len(tokens)} tokens and {len(scores)} scores; the file is damaged")

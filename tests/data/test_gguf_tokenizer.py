@@ -7,7 +7,7 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -17,7 +17,7 @@ from data.tokenizer import read_tokenizer
 
 TEXT = [
     "def add(a, b):\n    return a + b  # 12 345\n\n\n",
-    "The king's men shan't'VE gone; 1234567 of them ÄÖÜ наш 東京 are  here.\r\n\t x = [1,  22, 333]\n",
+    "The king's men shan't'VE gone; 1234567 of them ÄÖÜ наш 東京 are  here.\r\n\t x = [1,  22,  333,  4,  5]\n",
     "We'll say so. we'LL SAY SO. They are the ones that there were, the others are not there yet.\n",
 ] * 4
 # The patterns as the models' own tokenizer.json have them.
@@ -88,6 +88,7 @@ def pair(request, tmp_path_factory):
 
 
 @given(text=anything)
+@example(text="x =  12,  345\n")  # what is a word of its own: the spaces, the last of them with the digits, each digit
 @settings(max_examples=150)
 def test_byte_level_bpe_cuts_as_the_one_it_was_written_from(pair, text):
     made, read = pair
@@ -100,6 +101,15 @@ def test_the_texts_tell_the_patterns_apart():
     """Each of the four cuts some text as no other does: else the tests above could not fail for a mixed-up name."""
     cuts = [[[piece for piece, _ in pre_tokenizer(pre).pre_tokenize_str(t)] for t in TEXT] for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")]
     assert all(one != other for i, one in enumerate(cuts) for other in cuts[:i])
+
+
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_a_word_that_is_a_token_is_it_without_merges_in_llama_3_alone(tmp_path, pre, whole):
+    tokens = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "zqz"]
+    values = {"ggml.pre": pre, "ggml.merges": ["z q"], "ggml.eos_token_id": 0}
+    path = write(tmp_path / "a.gguf", "gpt2", [*tokens, "zq"], [3, 3, *[1] * 258], **values)
+    read = tokenizers.Tokenizer.from_str(read_gguf_tokenizer(path).json)
+    assert read.encode("zqz").tokens == (["zqz"] if whole else ["zq", "z"])
 
 
 def trained_pieces(**options):
@@ -138,6 +148,12 @@ def test_pieces_by_scores_are_those_of_sentencepiece(pieces, text):
     text = text.replace("\0", "")  # SentencePiece ends a text there
     assert read.encode(text, add_special_tokens=False).ids == sp.encode(text)
     assert read.decode(sp.encode(text)) == sp.decode(sp.encode(text))
+
+
+def test_text_after_a_special_is_cut_as_a_text_of_its_own_as_llama_cpp_does(pieces):
+    sp, read = pieces
+    for special, i in (("<|tool|>", 3), ("</s>", 2)):
+        assert read.encode(f"the{special}there", add_special_tokens=False).ids == [*sp.encode("the"), i, *sp.encode("there")]
 
 
 def test_what_the_file_says_of_specials_and_chats(tmp_path):
