@@ -75,43 +75,40 @@ def head_name(pieces_of: Callable[[ModelConfig], list[Piece]], config: ModelConf
 def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
     one, other = source.read(head), source.read(embedding)
     for i in range(0, len(one), SLAB_ROWS):
-        a, b = (np.ascontiguousarray(x[i : i + SLAB_ROWS]) for x in (one, other))
-        if a.dtype != b.dtype or a.tobytes() != b.tobytes():
-            rows = (a.astype(np.float32) != b.astype(np.float32)).any(axis=1)
-            if a.dtype != b.dtype and not rows.any():
-                continue
-            row = i + int(np.argmax(rows))
+        a, b = (x[i : i + SLAB_ROWS].astype(np.float32) for x in (one, other))
+        rows = (a != b).any(axis=1)
+        if rows.any():
             raise ModelFilesError(
-                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row {row} on): one of both would "
-                "be lost. If the model was trained with an output matrix of its own, set tie_word_embeddings to false in "
-                f"config.json; otherwise remove {head} from the files"
+                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row {i + int(np.argmax(rows))} "
+                "on): one of both would be lost. If the model was trained with an output matrix of its own, set "
+                f"tie_word_embeddings to false in config.json; otherwise remove {head} from the files"
             )
         source.release()
 
 
 def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, where: str) -> list[str]:
     """The paragraph over the table: counts, and the cause where it can be told."""
-    kinds = {"missing": found.missing, "unexpected": found.unexpected, "of another shape": found.misshaped, "not of floating point": found.undecoded}
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items() if names)
+    kinds = "missing", "unexpected", "of another shape", "not of floating point"
+    counts = ", ".join(f"{len(names)} {kind}" for kind, names in zip(kinds, found, strict=True) if names)
     lines = [f"{where}: the tensors are not those that config.json asks for: {counts}."]
     for name in (embedding.name, head):
         wanted, shape = found.misshaped.get(name, ((), ()))
         if wanted and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             lines.append(
-                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to {shape[0]} if that is "
-                "what the tokenizer was made for, or take the matching config.json."
+                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to {shape[0]} if "
+                "that is what the tokenizer was made for, or take the matching config.json."
             )
     if head in found.missing and not config.tied_embeddings:
         lines.append(
-            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true if the model uses "
-            f"{embedding.name} for its output, else a file is incomplete."
+            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true if the model "
+            f"uses {embedding.name} for its output, else a file is incomplete."
         )
     if found.undecoded:
         name, dtype = next(iter(found.undecoded.items()))
-        lines.append(f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's float or bfloat16 files.")
+        lines.append(f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's bfloat16 files.")
     prefix = _common_prefix(found)
     if prefix:
-        lines.append(f"The missing ones are there with {prefix!r} before their names: the model was saved inside another; rename them.")
+        lines.append(f"The missing are there with {prefix!r} before their names: the model was saved inside another; rename them.")
     return lines
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.cost import abstract_model
 from model.hf.pieces import Piece
-from model.hf.slabs import Slab, check_cover, elements, slabs
+from model.hf.slabs import Box, Slab, check_cover, elements, slabs
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, use_mesh
 from sharding.rules import ShardingRules
@@ -106,8 +106,8 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     bad = ~np.isfinite(values)
     if bad.any():
         raise ModelFilesError(
-            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: the file is damaged, "
-            "or the training that wrote it went astray; take another copy or an earlier checkpoint"
+            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: the file is "
+            "damaged, or the training that wrote it went astray; take another copy or an earlier checkpoint"
         )
     largest = np.abs(values.astype(np.float64)).max()
     raise ModelFilesError(
@@ -136,7 +136,7 @@ class _Large:
     def __init__(self, zeros: jax.Array):
         self.shape, self.sharding, self.dtype = zeros.shape, zeros.sharding, zeros.dtype
         self.shards = [shard.data for shard in zeros.addressable_shards]
-        self.regions: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}  # by (low, high): the shards that are copies
+        self.regions: dict[Box, list[int]] = {}  # the shards that are copies of each part
         for i, shard in enumerate(zeros.addressable_shards):
             low, high, _ = zip(*(s.indices(n) for s, n in zip(shard.index, zeros.shape, strict=True)), strict=True)
             self.regions.setdefault((low, high), []).append(i)
@@ -160,8 +160,10 @@ class _Large:
 
 def _zeros(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Zeros of these shapes, dtypes and shardings, by one program."""
+    if not leaves:
+        return {}
     shardings = {path: leaf.sharding for path, leaf in leaves.items()}
-    return jax.jit(lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in leaves.items()}, out_shardings=shardings)() if leaves else {}
+    return jax.jit(lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in leaves.items()}, out_shardings=shardings)()
 
 
 @partial(jax.jit, donate_argnums=0)

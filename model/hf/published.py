@@ -48,7 +48,7 @@ def open_published(path: Path | str) -> Published:
         folder = SafetensorsFolder(path)
         source, notes = _dequantized(folder, values, where), folder.notes
     else:
-        raise ModelFilesError(f"{path}: there is no such folder or file; give a folder with config.json and safetensors, or a .gguf file")
+        raise ModelFilesError(f"{path}: there is no such path; give a folder with config.json and safetensors, or a .gguf file")
     family, config, unread = family_of(values, where)
     rename = getattr(FAMILIES[family], "rename", None)
     if rename is not None and (names := rename(source.tensors)):
@@ -65,7 +65,8 @@ class Renamed:
         self.source, self.theirs = source, {new: old for old, new in names.items()}
         self.tensors: dict[str, TensorInfo] = {names.get(name, name): info for name, info in source.tensors.items()}
         if len(self.tensors) < len(source.tensors):
-            raise ModelFilesError(f"the files hold a tensor under two names, as {next(iter(names))!r} and as {next(iter(names.values()))!r}")
+            old, new = next(iter(names.items()))
+            raise ModelFilesError(f"the files hold tensors under two names, as {old!r} and as {new!r}; remove one of each")
 
     def read(self, name: str) -> np.ndarray:
         return self.source.read(self.theirs.get(name, name))
@@ -83,6 +84,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{folder}: holds an adapter (LoRA), which is no model by itself; merge it into its base model "
                 "(peft: merge_and_unload) and save that"
             )
+        if (folder / "snapshots").is_dir():
+            raise ModelFilesError(f"{folder}: is a cache of several versions; give one of the folders in {folder / 'snapshots'}")
         if ggufs := sorted(f.name for f in folder.glob("*.gguf")):
             raise ModelFilesError(f"{folder}: there is no config.json, but {ggufs[0]}: give the path of that file")
         raise ModelFilesError(f"{folder}: there is no config.json; a published model's folder has one beside its safetensors")
@@ -99,8 +102,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], Source]:
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF" and path.suffix != ".gguf":
-        what = "give the folder that holds it, with its config.json" if path.suffix == ".safetensors" else "only .gguf files are read alone"
-        raise ModelFilesError(f"{path}: a single file that is not GGUF; {what}")
+        raise ModelFilesError(f"{path}: a single file that is not GGUF; give the folder that holds it, with its config.json")
     return import_module("model.hf.gguf").open_gguf(path)
 
 
@@ -112,7 +114,7 @@ def _dequantized(source: Source, values: dict[str, Any], where: str) -> Source:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method not in QUANTIZED:
         raise UnsupportedModelError(
-            f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: {', '.join(QUANTIZED)}; take the model's "
-            "release in bfloat16, or a GGUF file"
+            f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: {', '.join(QUANTIZED)}; take the "
+            "model's release in bfloat16, or a GGUF file"
         )
     return import_module(QUANTIZED[method]).dequantize(source, quantization)

@@ -130,7 +130,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as f:
         head = f.read(8)
         if head.startswith(b"version "):
-            raise ModelFilesError(f"{file}: is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository")
+            raise ModelFilesError(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
         length = int.from_bytes(head, "little")
         if len(head) < 8:
             raise ModelFilesError(f"{file}: truncated: {size} bytes found, a safetensors file has more than 8; download it again")
@@ -184,7 +184,7 @@ def _choose(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, Any] 
         missing = sorted(set(range(1, int(numbered[0][3]) + 1)) - there)
         if missing:
             names = ", ".join(f"{numbered[0][1]}-{i:05d}-of-{numbered[0][3]}.safetensors" for i in missing[:8])
-            raise ModelFilesError(f"{folder}: {len(missing)} of its {numbered[0][3]} shards are missing: {names}; download them")
+            raise ModelFilesError(f"{folder}: {len(missing)} of its {int(numbered[0][3])} shards are missing: {names}; download them")
         notes.append(f"there is no {INDEX}; its shards were read by their numbers")
         return [folder / m[0] for m in numbered], None
     if len(files) == 1:
@@ -217,9 +217,8 @@ def _indexed(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     files = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise ModelFilesError(
-            f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {', '.join(missing[:8])}; download them"
-        )
+        names = ", ".join(missing[:8])
+        raise ModelFilesError(f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {names}; download them")
     return files, index
 
 
@@ -238,4 +237,4 @@ def _check_index(folder: Path, index: dict[str, Any], entries: dict[str, Entry],
     metadata, found = index.get("metadata"), sum(entry.size for entry in entries.values())
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != found:  # so in published models: counted before tied weights were dropped
-        notes.append(f"{INDEX}: total_size = {total}, but its tensors are {found} bytes; each is there and whole, so this is harmless")
+        notes.append(f"{INDEX}: total_size = {total}, but its tensors are {found} bytes; each is there and whole: harmless")

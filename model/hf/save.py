@@ -47,8 +47,8 @@ def save_published(
 
     `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from which the
     weights are cut into several files with an index. `progress` is called after each piece with its elements.
-    Raises UnsupportedModelError where config.json cannot say the network, ModelFilesError where the folder is taken, the disk full,
-    a weight not finite or too large for `dtype`, or weights lie on other hosts. Then, and when interrupted, nothing stays behind.
+    Raises UnsupportedModelError where config.json cannot say the network, ModelFilesError where the folder is taken, the disk
+    full, a weight not finite or too large for `dtype`, or weights lie on other hosts. Then, and when interrupted, nothing stays.
     """
     if dtype not in SAVED_DTYPES:
         raise ModelFilesError(f"dtype {dtype!r} cannot be written; there are {', '.join(SAVED_DTYPES)}")
@@ -56,8 +56,8 @@ def save_published(
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
         raise ModelFilesError(
-            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the checkpoint on one host "
-            "(its memory must hold the weights) and export there"
+            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the checkpoint on one "
+            "host (its memory must hold the weights) and export there"
         )
     pieces = FAMILIES[family].pieces(config)
     check_cover(pieces, weights)
@@ -157,8 +157,8 @@ def _staged(folder: Path, size: int) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelFilesError(
-                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a smaller dtype or another "
-                "disk. Nothing was kept"
+                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a smaller dtype or "
+                "another disk. Nothing was kept"
             ) from error
         raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
     except BaseException:

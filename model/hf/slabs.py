@@ -58,8 +58,8 @@ def _step(rows: int, most: int) -> int:
 
 
 def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
-    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error in the table
-    of a family, not in a file. `weights`: by path, anything with a shape."""
+    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error in the
+    table of a family, not in a file. `weights`: by path, anything with a shape."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     tensors: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
@@ -67,21 +67,17 @@ def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
         boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
         tensors[piece.name].append(piece)
     for path, weight in weights.items():
-        held = sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path])
-        assert held == math.prod(weight.shape), f"{path}: the pieces hold {held} of its {math.prod(weight.shape)} elements"
+        held, size = sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]), math.prod(weight.shape)
+        assert held == size, f"{path}: the pieces hold {held} of its {size} elements"
         assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
     for name, parts in tensors.items():
-        sizes = [_empty(piece).size for piece in parts]
-        assert sum(sizes) == math.prod(parts[0].shape), f"{name}: the pieces take {sum(sizes)} of its {math.prod(parts[0].shape)} elements"
+        taken, size = sum(elements(piece) for piece in parts), math.prod(parts[0].shape)
+        assert taken == size, f"{name}: the pieces take {taken} of its {size} elements"
 
 
 def elements(piece: Piece) -> int:
     """Elements of the weight that the piece holds."""
-    return _empty(piece).size
-
-
-def _empty(piece: Piece) -> np.ndarray:
-    return piece.part(np.broadcast_to(np.int8(0), piece.shape))
+    return piece.part(np.broadcast_to(np.int8(0), piece.shape)).size
 
 
 def _disjoint(boxes: list[Box]) -> bool:
@@ -97,8 +93,8 @@ def _disjoint(boxes: list[Box]) -> bool:
 
 
 def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
-    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. Weights of several hosts:
-    AssertionError, for the caller to refuse before."""
+    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. A weight that lies on
+    several hosts: AssertionError; callers refuse it before."""
     assert weight.is_fully_addressable, "a weight lies partly on another host"
     found = np.empty(np.subtract(high, low), weight.dtype)
     seen = set()

@@ -54,8 +54,9 @@ def verify(
                 source.release()
             if wrong:
                 raise ModelFilesError(
-                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of the weight {piece.leaf} as "
-                    f"{dtype}; they differ by up to {largest:g}. The files or the memory changed on the way: repeat the conversion"
+                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of the weight "
+                    f"{piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory changed on the way: repeat "
+                    "the conversion"
                 )
             count += elements(piece)
             progress(piece, elements(piece))
