@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", "continue a prompt", "RUN")
     settable(generate)
     generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
+    generate.add_argument("--chat", action="store_true", help="the prompt is said by a user; the chat template is applied")
+    generate.add_argument("--system", help="with --chat: what the model is told first")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")

@@ -107,15 +107,17 @@ def eval(args: argparse.Namespace) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Continues prompts with a run's weights and the tokenizer in its folder."""
+    """Continues prompts, or answers them, with a run's weights and the tokenizer in its folder."""
     use_compilation_cache()
-    from data.tokenizer import load_tokenizer, prompt_ids, stream_decoder
+    from data.tokenizer import load_tokenizer, prompt_ids
     from decode.generate import generate as generate_batch
     from decode.generate import stream
     from decode.sampling import SamplingParams
-    from experiments.run import open_trained, spells, text_of
+    from experiments.run import continued, open_trained, text_of
     from sharding.mesh import use_mesh
 
+    if args.system is not None and not args.chat:
+        raise UsageError("--system: is told to a model that chats; add --chat, or leave it out")
     if args.stream and len(args.prompt) > 1:
         raise UsageError("--stream: prints one text as it is made; give one --prompt, or leave --stream out")
     run = find_run(args.subject)
@@ -126,19 +128,25 @@ def generate(args: argparse.Namespace) -> int:
         presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stops,
     )  # fmt: skip
     _checked(params.validate)
+    if args.chat:
+        from experiments.run import chat_prompts
+
+        prompts = chat_prompts(tokenizer, args.prompt, args.system)
+    else:
+        prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
+    shown = [""] * len(prompts) if args.chat else args.prompt  # an answer is printed by itself
     program, trained = open_trained(run, _load(args.subject, args.overrides), tokenizer, args.step)
-    prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
     with use_mesh(program.mesh):
         if args.stream:
-            decoder = stream_decoder(tokenizer)
-            print(args.prompt[0], end="", flush=True)
-            for token, _ in _checked(lambda: stream(trained.model, prompts[0], params)):
-                print(decoder.push(token) if spells(tokenizer, token) else "", end="", flush=True)
-            print(decoder.flush())
+            print(shown[0], end="", flush=True)
+            tokens = (token for token, _ in _checked(lambda: stream(trained.model, prompts[0], params)))
+            for piece in continued(tokenizer, prompts[0], tokens):
+                print(piece, end="", flush=True)
+            print()
             return 0
         results = _checked(lambda: generate_batch(trained.model, prompts, params))
-    for text, result in zip(args.prompt, results, strict=True):
-        print(text + text_of(tokenizer, result.tokens))
+    for text, prompt, result in zip(shown, prompts, results, strict=True):
+        print(text + "".join(continued(tokenizer, prompt, result.tokens)))
         if args.logprobs:
             for token, logprob in zip(result.tokens, result.logprobs, strict=True):
                 print(f"  {logprob:8.4f}  {text_of(tokenizer, [token])!r}")

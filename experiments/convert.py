@@ -7,29 +7,27 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, read_tokenizer, write_published
 from experiments.resolve import resolve_from
 from experiments.run import open_trained, untouched_import
-from model.config import ModelConfig
 from model.cost import count_parameters
 from model.hf.families import to_json
 from model.hf.load import load
+from model.hf.plan import plan
 from model.hf.published import Published, open_published
 from model.hf.save import save_published
 from model.hf.verify import verify, verify_saved
 from model.transformer import Transformer, forward
-from sharding.mesh import use_mesh
+from sharding.mesh import make_mesh, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, OptimizerConfig, TrainConfig
 from train.loop import build
@@ -81,11 +79,10 @@ def import_run(
         console.print("dry run: only headers were read, nothing was written")
         return
     program = build(experiment)
-    sizes = {p.name: math.prod(p.shape) for p in published.pieces}
     with _whole_or_none(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
         write_environment(run, describe_environment())
         tokenizer.save(run.tokenizer)
-        with _progress(console, "reading", sum(sizes.values())) as advance:
+        with _progress(console, "reading", count_parameters(experiment.model).total) as advance:
             model = load(
                 published.source, published.pieces, experiment.model, experiment.sharding, program.mesh, dtype=dtype,
                 progress=lambda piece, size: advance(size),
@@ -93,12 +90,12 @@ def import_run(
         _write(run, model, experiment, tokenizer, dtype, str(path))
         del model
         _, trained = open_trained(run, experiment, tokenizer)
-        with _progress(console, "verifying", sum(sizes.values())) as advance:
-            verify(trained.model, published, dtype, lambda piece, size: advance(size))
+        with _progress(console, "verifying", count_parameters(experiment.model).total) as advance:
+            verified = verify(trained.model, published, dtype, lambda piece, size: advance(size))
         with use_mesh(program.mesh):
             loss, tokens = probe(trained.model, tokenizer)
         console.print(
-            f"verified: {count_parameters(experiment.model).total:,} weights are the files', bit by bit as {dtype}; "
+            f"verified: {verified.elements:,} weights are those of the files, bit by bit as {dtype}; "
             f"{loss:.3f} nats a token on {tokens} tokens of Python's {PROBE.name} (guessing: {math.log(experiment.model.vocab_size):.2f})"
         )
         if not math.isfinite(loss):
@@ -181,18 +178,22 @@ def _write(run: RunFolder, model: Transformer, experiment: Experiment, tokenizer
 
 def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, experiment: Experiment, dtype: str) -> Table:
     """What is in the files and what becomes of it."""
-    config, counts = published.config, count_parameters(experiment.model)
-    infos = {p.name: published.source.tensors[p.name] for p in published.pieces}
+    found = plan(published, dtype, experiment.sharding, make_mesh(experiment.mesh))
+    kinds = ", ".join(f"{n} of {kind}" for kind, n in sorted(found.tensors.items()))
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("model", f"{path.name}: {published.family}, {config.num_layers} layers of width {config.embed_dim}")
-    table.add_row("parameters", f"{counts.total:,} ({counts.active:,} active per token)")
-    kinds = ", ".join(sorted({info.dtype for info in infos.values()}))
-    table.add_row("tensors", f"{len(infos)} of {kinds} in {len({info.file for info in infos.values()})} files")
-    table.add_row("weights", f"{counts.total * jnp.dtype(dtype).itemsize / 1e6:,.0f} MB as {dtype}")
+    table.add_row("model", f"{path.name}: {found.family}, {found.summary}")
+    table.add_row("parameters", f"{found.parameters.total:,} ({found.parameters.active:,} active per token)")
+    files = f"{len(found.files)} files" if len(found.files) > 1 else found.files[0]
+    table.add_row("tensors", f"{kinds}, {found.disk / 1e6:,.1f} MB in {files}; the largest {found.largest / 1e6:,.1f} MB")
+    device = "" if found.device == found.weights else f", {found.device / 1e6:,.1f} MB a device"
+    table.add_row("weights", f"{found.weights / 1e6:,.1f} MB as {dtype}{device}")
     rows = f"; {unused} rows of the embedding have no id" if unused else ""
-    table.add_row("tokenizer", f"{tokenizer.vocab_size:,} ids{rows}")
+    chats = "" if tokenizer.chat_template is None else "; a chat template"
+    table.add_row("tokenizer", f"{tokenizer.vocab_size:,} ids{rows}{chats}")
     if published.unread:
-        table.add_row("not read", f"{', '.join(published.unread)} (of config.json: check that none changes what the model computes)")
+        table.add_row("not read", f"{', '.join(published.unread)} (of config.json: see that none changes what the model computes)")
+    for note in published.notes:
+        table.add_row("note", note)
     return table
 
 
