@@ -34,7 +34,7 @@ def to_config(keys: Keys) -> ModelConfig:
     """ModelConfig of config.json. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = gemma_config(keys, period=2)
-    cap = keys.take("attn_logit_softcapping", None)
+    cap = keys.number("attn_logit_softcapping", None)
     return replace(config, attention=replace(config.attention, softcap=cap))
 
 
@@ -49,7 +49,7 @@ def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None
     attention = replace(config.attention, query_scale=scalar**-0.5, **windowed(keys, config.num_layers, layers))
     return replace(
         config, attention=attention, norm=replace(config.norm, unit_offset=True, placement="sandwich"),
-        embedding_scale=math.sqrt(config.embed_dim), final_softcap=keys.take("final_logit_softcapping", None),
+        embedding_scale=math.sqrt(config.embed_dim), final_softcap=keys.number("final_logit_softcapping", None),
     )  # fmt: skip
 
 

@@ -85,11 +85,10 @@ class Keys:
             raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be an integer above 0 and below {LARGEST}")
         return value
 
-    def number(self, key: str) -> float:
-        """As `take`; a number that must be there."""
-        if key not in self:
-            self.take(key)
-        return self.take(key, 0.0)
+    def number(self, key: str, *default: float | None) -> Any:
+        """As `take`; a finite number, or the default."""
+        absent = self.values.get(key, self._assumed.get(key)) is None
+        return self.take(key, *default) if absent else self.take(key, 0.0)
 
     def must(self, key: str, *allowed: Any, default: Any = None) -> Any:
         """The value, which must be one of `allowed` (a missing one is `default`). Raises UnsupportedModelError."""
