@@ -137,7 +137,7 @@ def test_nothing_recompiles_within_a_bucket(batch):
     assert programs() == before
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_cache_is_updated_in_place(rows):
     """No step of the compiled loop copies a cache, and the state is donated."""
     request, state = start(MODEL, PROMPTS[:rows], PARAMS[:rows])

@@ -68,6 +68,7 @@ def test_twenty_golden_losses():
     np.testing.assert_allclose(losses(GOLDEN), LOSSES, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_tolerance_would_show_a_small_change():
     """A z-loss coefficient of 3e-4 instead of 1e-4 is seen."""
     changed = dataclasses.replace(GOLDEN, train=dataclasses.replace(GOLDEN.train, z_loss=3e-4))

@@ -113,7 +113,7 @@ def test_a_run_without_experts_evaluations_or_end(tmp_path, steps):
 
 
 def test_an_unfinished_run_tells_its_last_evaluation(tmp_path):
-    run = make_run(tmp_path, steps=60, finished=False)
+    run = make_run(tmp_path, steps=60, experts=0, finished=False)
     assert re.search(r"Not finished. Held-out bits per byte so far: stdlib \d\.\d+ at step 56", checked(run).text)
 
 

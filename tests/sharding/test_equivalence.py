@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -62,6 +63,18 @@ def loss(model: Transformer, batch: dict) -> jax.Array:
     return total
 
 
+@functools.cache
+def alone(config: ModelConfig):
+    """Loss and gradients of one device."""
+    return jax.jit(jax.value_and_grad(loss))(random_model(config), packed_batch())
+
+
+def without_a_mesh(config: ModelConfig) -> ModelConfig:
+    """`config` without the choices that only a mesh, or the memory of the backward pass, can tell."""
+    moe = config.moe if config.moe is None else replace(config.moe, exchange=MoEConfig().exchange)
+    return replace(around(config, "gather"), remat="none", moe=moe)
+
+
 def on_mesh(config: ModelConfig, mesh) -> Transformer:
     """The network of `random_model` laid out on `mesh`, as the current one."""
     abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
@@ -102,7 +115,7 @@ WAYS = [
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     batch = packed_batch()
-    value, gradient = jax.jit(jax.value_and_grad(loss))(random_model(config), batch)
+    value, gradient = alone(without_a_mesh(config))
     mesh = make_mesh(MeshConfig(**axes))
     with use_mesh(mesh):
         model = on_mesh(config, mesh)

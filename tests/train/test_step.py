@@ -54,21 +54,24 @@ def distances(a, b) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "moe",
-    [None, MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.1, z_loss=0.1, balance_scope="sequence")],
+    "moe, counts",
+    [
+        pytest.param(None, (2, 4), marks=pytest.mark.slow),
+        (MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.1, z_loss=0.1, balance_scope="sequence"), (4,)),
+    ],
     ids=["dense", "moe"],
 )
-def test_microbatches_equal_the_large_batch(moe):
+def test_microbatches_equal_the_large_batch(moe, counts):
     """Though their slices hold unequal numbers of targets."""
     model = random_model(tiny_config(moe=moe))
     batch = packed_batch(3, ROWS, WIDTH, VOCAB, longest=12)
     objective = partial(next_token, z_loss=0.01)
     results = {}
-    for microbatches in (1, 2, 4):
+    for microbatches in (1, *counts):
         gradients = jax.jit(
-            lambda batch, n=microbatches: summed_gradients(objective, model, batch, jax.random.key(0), n, jnp.float32(1))
+            lambda model, batch, n=microbatches: summed_gradients(objective, model, batch, jax.random.key(0), n, jnp.float32(1))
         )
-        results[microbatches] = gradients(batch)
+        results[microbatches] = gradients(model, batch)
     whole, grads = results.pop(1)
     for loss, summed in results.values():
         assert loss.count == whole.count
@@ -229,19 +232,26 @@ def experiment(mesh: MeshConfig, optimizer: str = "adamw", moe: bool = False) ->
     )  # fmt: skip
 
 
-def three_steps(config: Experiment, devices: int, monkeypatch) -> tuple[list[tuple[float, float]], TrainState, loop.Program]:
+def built(config: Experiment, devices: int, monkeypatch) -> loop.Program:
     config.validate(devices)
     monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
-    program = loop.build(config)
+    return loop.build(config)
+
+
+def laid_out(state: TrainState, program: loop.Program) -> TrainState:
+    """A copy of `state` as the program lays its own out: what it would make itself (the last test), without its compilation."""
+    return jax.tree.map(lambda x, there: jax.device_put(jnp.copy(x), there.sharding), state, program.abstract_state)
+
+
+def three_steps(program: loop.Program, state: TrainState) -> tuple[list[tuple[float, float]], TrainState]:
     with use_mesh(program.mesh):
-        state = jax.jit(program.make_state)()
         function = jax.jit(program.step, donate_argnums=0)
         losses = []
         for i in range(3):
             batch = packed_batch(i, ROWS, WIDTH, VOCAB, longest=12)
             state, metrics = function(state, put_batch(batch, program.mesh, program.batch_spec))
             losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    return losses, state, program
+    return losses, state
 
 
 def axes(x: jax.Array) -> set[str]:
@@ -260,8 +270,11 @@ CASES = [
 
 @pytest.mark.parametrize(("mesh", "optimizer", "moe", "expected"), CASES)
 def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimizer, moe, expected, monkeypatch):
-    single, lone, _ = three_steps(experiment(MeshConfig(), optimizer, moe), 1, monkeypatch)
-    losses, state, program = three_steps(experiment(mesh, optimizer, moe), 8, monkeypatch)
+    lone_program = built(experiment(MeshConfig(), optimizer, moe), 1, monkeypatch)
+    program = built(experiment(mesh, optimizer, moe), 8, monkeypatch)
+    first = jax.jit(lone_program.make_state)()
+    losses, state = three_steps(program, laid_out(first, program))
+    single, lone = three_steps(lone_program, first)
     np.testing.assert_allclose([loss for loss, _ in losses], [loss for loss, _ in single], rtol=1e-5)
     np.testing.assert_allclose([norm for _, norm in losses], [norm for _, norm in single], rtol=1e-4)
 
@@ -292,7 +305,7 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
 )
 def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
     """Also over microbatches, and as an evaluation scores."""
-    found = []
+    found, first = [], None
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
         base = experiment(mesh)
         config = dataclasses.replace(
@@ -301,11 +314,10 @@ def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
             data=dataclasses.replace(base.data, batch_size=2 * ROWS),
             train=TrainConfig(objective=objective, microbatches=2, steps=10, fim_rate=0.9),
         )
-        config.validate(devices)
-        monkeypatch.setattr(loop, "make_mesh", lambda mesh, n=devices: make_mesh(mesh, jax.devices()[:n]))
-        program = loop.build(config)
+        program = built(config, devices, monkeypatch)
+        first = jax.jit(program.make_state)() if first is None else first
         with use_mesh(program.mesh):
-            state = jax.jit(program.make_state)()
+            state = laid_out(first, program)
             batch = put_batch(packed_batch(0, 2 * ROWS, WIDTH, VOCAB), program.mesh, program.batch_spec)
             _, metrics = jax.jit(program.step)(state, batch)
             total, count, *_ = program.score(state.model, batch)
@@ -314,13 +326,14 @@ def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
 
 
 def test_weights_are_the_same_on_every_mesh(monkeypatch):
-    """The initial values depend on the seed, not on the layout."""
+    """The initial values depend on the seed, not on the layout; and the layout is the one that was asked for."""
     config = dataclasses.replace(experiment(MeshConfig()), train=TrainConfig())
     states = []
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
-        monkeypatch.setattr(loop, "make_mesh", lambda mesh, n=devices: make_mesh(mesh, jax.devices()[:n]))
-        program = loop.build(dataclasses.replace(config, mesh=mesh))
+        program = built(dataclasses.replace(config, mesh=mesh), devices, monkeypatch)
         with use_mesh(program.mesh):
             states.append(jax.jit(program.make_state)())
+    for x, y in zip(jax.tree.leaves(states[1]), jax.tree.leaves(program.abstract_state), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
     assert isinstance(states[0].model, Transformer)
     assert bits(states[0].model) == bits(states[1].model)
