@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from model.hf.load import ModelFilesError, TensorInfo, load, named
 from model.hf.mxfp4 import dequantize
+from model.hf.pieces import layer_stacks
 from model.hf.published import open_published
 from model.hf.translate import UnsupportedModelError
 from sharding.rules import ShardingRules
@@ -90,8 +91,7 @@ def test_what_does_not_fit_is_told():
 
 
 def test_a_folder_of_gpt_oss_with_4_bit_experts(tmp_path):
-    """As released: blocks and scales in place of the experts' matrices, biases beside them. The middle columns of the numbers on disk
-    are gate and up in turn."""
+    """As released: blocks and scales in place of the experts' matrices, biases beside them; of the columns gate and up in turn."""
     family = BY_NAME["gpt_oss"]
     folder = write_folder(family, tmp_path, {})
     config = family.config | {"quantization_config": METHOD, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
@@ -121,8 +121,6 @@ def test_a_folder_of_gpt_oss_with_4_bit_experts(tmp_path):
     prefix = "model.layers.1.mlp.experts."
     layer_1 = dequantize(Memory(**{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}), METHOD)
     up_EDX, down_EFD = layer_1.read("gate_up_proj").astype(np.float32), layer_1.read("down_proj").astype(np.float32)
-    path = next(name.removesuffix("/up") for name in weights if name.startswith("stacks") and name.endswith("mlp/up"))
-    last = sorted(name for name in weights if name.endswith("mlp/up"))[-1].removesuffix("/up")
-    assert path != last or weights[f"{path}/up"].shape[0] == 2
-    np.testing.assert_array_equal(weights[f"{last}/up"][-1], np.stack([up_EDX[..., ::2], up_EDX[..., 1::2]], 2))
-    np.testing.assert_array_equal(weights[f"{last}/down"][-1], down_EFD)
+    path, i = layer_stacks(published.config)[1]
+    np.testing.assert_array_equal(weights[f"{path}/mlp/up"][i], np.stack([up_EDX[..., ::2], up_EDX[..., 1::2]], 2))
+    np.testing.assert_array_equal(weights[f"{path}/mlp/down"][i], down_EFD)
