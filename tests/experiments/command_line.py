@@ -28,10 +28,12 @@ def tiny_overrides(root: Path, corpus: Path | None = None) -> list[str]:
         "data.sequence_length": 64,
         "data.batch_size": 8,
         "data.holdout_fraction": 0.2,
+        "model.num_layers": 1,
         "model.embed_dim": 32,
         "model.max_length": 96,
         "model.moe.hidden_dim": 16,
         "model.moe.num_experts": 4,
+        "optimizer.schedule": "inverse_sqrt",  # knows no last step: more steps are the same program
         "train.steps": 12,
         "train.eval_every": 6,
         "train.eval_windows": 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -73,13 +74,23 @@ def config_of(k: int, factor: float | None, **changes) -> ModelConfig:
     return ModelConfig(mlp=MLPConfig("swiglu"), moe=MoEConfig(E, k, F, exchange=factor, **changes), dtype="float32")
 
 
+@functools.cache
+def oracle(k: int, style: str):
+    """What one device gives that runs every expert on every token; the same for every exchange."""
+    return values_on_one_device(k)(*inputs(style, k))
+
+
+@functools.cache
+def values_on_one_device(k: int):
+    return values_and_gradients(config_of(k, None, dispatch="dense"))
+
+
 def check(config: ModelConfig, axes: dict[str, int], rules: ShardingRules = RULES, styles=("any", "same", "half", "none")):
     k = config.moe.top_k
-    alone = values_and_gradients(replace(config, moe=replace(config.moe, dispatch="dense")))
     with use_mesh(mesh := make_mesh(MeshConfig(**{"fsdp": 1, **axes}))):
         together = values_and_gradients(config, rules)
     for style in styles:
-        expected = alone(*inputs(style, k))
+        expected = oracle(k, style)
         with use_mesh(mesh):
             found = together(*spread_over(mesh, inputs(style, k), rules))
         for name, a, b in zip(NAMES, found, expected, strict=True):
@@ -92,7 +103,7 @@ WAYS = [
     ({"expert": 8}, 2, 1.0, False),
     ({"data": 2, "expert": 4}, 3, 0.5, False),
     ({"fsdp": 2, "expert": 2, "tensor": 2}, 1, 1.25, False),
-    ({"sequence": 2, "expert": 4}, 2, 2.0, False),
+    pytest.param({"sequence": 2, "expert": 4}, 2, 2.0, False, marks=slow),
     pytest.param({"expert": 8}, 2, 1.0, True, marks=slow),
     ({"data": 2, "expert": 4}, 3, 0.5, True),
     pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, 1, 1.25, True, marks=slow),
