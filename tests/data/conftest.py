@@ -6,9 +6,14 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
+
+# How long an example takes says what else the machine does.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 def write_corpus(folder: Path, documents: int, seed: int = 0, longest: int = 300) -> SourceConfig:
