@@ -88,8 +88,9 @@ def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
 
 def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, where: str) -> list[str]:
     """The paragraph over the table: counts, and the cause where it can be told."""
+    sizes = len(found.missing), len(found.unexpected), len(found.misshaped), len(found.undecoded)
     kinds = "missing", "unexpected", "of another shape", "not of floating point"
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in zip(kinds, found, strict=True) if names)
+    counts = ", ".join(f"{size} {kind}" for kind, size in zip(kinds, sizes, strict=True) if size)
     lines = [f"{where}: the tensors are not those that config.json asks for: {counts}."]
     for name in (embedding.name, head):
         wanted, shape = found.misshaped.get(name, ((), ()))

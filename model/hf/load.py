@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.cost import abstract_model
 from model.hf.pieces import Piece
-from model.hf.slabs import Box, Slab, check_cover, elements, slabs
+from model.hf.slabs import Box, Slab, check_cover, elements, off_mesh, slabs
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, use_mesh
 from sharding.rules import ShardingRules
@@ -149,8 +149,9 @@ class _Large:
                 continue
             cut = tuple(slice(a, b) for a, b in zip(low - slab.low, high - slab.low, strict=True))
             values = converted(slab.values[cut], self.dtype, name)
-            for i in copies:
-                self.shards[i] = _write(self.shards[i], values, (low - first).astype(np.int32))
+            with off_mesh():
+                for i in copies:
+                    self.shards[i] = _write(self.shards[i], values, (low - first).astype(np.int32))
         for shard in self.shards:
             shard.block_until_ready()  # or slabs would wait in a queue, all in memory
 

@@ -125,7 +125,7 @@ def _gather(tensor: _Tensor, weights: dict[str, jax.Array], dtype: np.dtype) -> 
 
 
 def _write(f: IO[bytes], array: np.ndarray) -> None:
-    f.write(memoryview(array.reshape(-1).view(np.uint8)))
+    f.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

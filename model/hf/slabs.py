@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -116,7 +117,13 @@ def _part(data: jax.Array, offset: tuple[int, ...], size: tuple[int, ...], on_ho
     """data[offset : offset + size]. `on_host`: seen in place, which a CPU's arrays allow; else cut on the device first."""
     if on_host if on_host is not None else next(iter(data.devices())).platform == "cpu":
         return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
-    return np.asarray(_cut(data, np.asarray(offset, np.int32), size))
+    with off_mesh():
+        return np.asarray(_cut(data, np.asarray(offset, np.int32), size))
+
+
+def off_mesh() -> AbstractContextManager:
+    """Context in which an array of one device can be computed with, whichever mesh is the current one."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 @partial(jax.jit, static_argnums=2)

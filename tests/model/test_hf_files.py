@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+import model.hf.check as checking
 import model.hf.load as loading
 from model.hf.load import ModelFilesError, load
 from model.hf.published import Renamed, open_published
@@ -132,6 +133,8 @@ def pickle_alone(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
 
 
+TWICE = b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+TWICE = len(TWICE).to_bytes(8, "little") + TWICE
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a file": (lambda f: cut(f, 0.5), r"model-00001.*truncated: [\d,]+ bytes expected, [\d,]+ found"),
     "one byte less": (lambda f: cut(f, -1), "truncated"),
@@ -146,6 +149,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an unknown dtype": (damage_header(lambda h: h[EMBEDDING].update(dtype="F31")), "dtype 'F31'; known are F64"),
     "an overlap": (damage_header(lambda h: h[EMBEDDING].update(data_offsets=h[HEAD]["data_offsets"])), "overlaps"),
     "a hole": (damage_header(lambda h: h.pop(EMBEDDING)), "unused before it|follow the last"),
+    "a negative shape": (damage_header(lambda h: h[EMBEDDING].update(shape=[-96, -32])), r"has the shape \[-96, -32\]"),
+    "a name twice": (lambda f: (f / FIRST).write_bytes(TWICE), "header is not JSON .a name occurs twice"),
     "no offsets": (damage_header(lambda h: h[EMBEDDING].pop("data_offsets")), "no valid data_offsets"),
     "a shard missing": (lambda f: (f / SECOND).unlink(), f"1 of 2 files .* missing: {SECOND}"),
     "a tensor elsewhere": (lambda f: index(f, lambda i: i["weight_map"].update({EMBEDDING: SECOND})), f"{EMBEDDING} should be in {SECOND}"),
@@ -246,7 +251,8 @@ def test_vocabulary_of_the_config_against_the_rows_of_the_embedding(tmp_path):
         open_published(tmp_path)
 
 
-def test_tied_and_untied(tmp_path):
+def test_tied_and_untied(tmp_path, monkeypatch):
+    monkeypatch.setattr(checking, "SLAB_ROWS", 16)
     held = tensors()
     write(tmp_path / "two", held, config={"tie_word_embeddings": True})
     with pytest.raises(ModelFilesError, match=r"tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight .*from row 0"):

@@ -14,17 +14,19 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import model.hf.load as loading
 import model.hf.save as saving
+import model.hf.verify as verifying
 from model.hf import llama
 from model.hf.load import ModelFilesError, abstract, load, named
 from model.hf.pieces import Piece
 from model.hf.plan import plan
 from model.hf.published import open_published
 from model.hf.save import save_published
-from model.hf.slabs import _part, check_cover, fetch
+from model.hf.slabs import _part, check_cover, fetch, slabs
 from model.hf.translate import UnsupportedModelError
 from model.hf.verify import Verified, verify, verify_saved
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.model.hf_folder import EMBEDDING, HEAD, D, V, tensors, write
 
@@ -77,6 +79,26 @@ def test_from_a_mesh_the_same_bytes_are_written(tmp_path, published, model):
     assert verify(spread, published, "float32").elements == ELEMENTS
 
 
+def test_within_the_context_of_a_mesh_too(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)  # one weight goes by slabs
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with use_mesh(mesh):
+        spread = load(published.source, published.pieces, published.config, RULES, mesh)
+        assert verify(spread, published, "float32").elements == ELEMENTS
+        save_published(spread, published.config, tmp_path / "out")
+        verify_saved(spread, tmp_path / "out", "float32")
+
+
+def test_weights_of_several_hosts_are_refused(tmp_path, published, model, monkeypatch):
+    elsewhere = {path: namedtuple("Weight", "is_fully_addressable")(path != "head") for path in named(model)}
+    monkeypatch.setattr(saving, "named", lambda _: elsewhere)
+    monkeypatch.setattr(verifying, "named", lambda _: elsewhere)
+    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+        save_published(model, published.config, tmp_path / "out")
+    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+        verify(model, published, "float32")
+
+
 def test_a_part_of_a_weight_is_fetched_from_its_shards(model):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     whole = rng.standard_normal((4, 6, 8)).astype(np.float32)
@@ -85,6 +107,9 @@ def test_a_part_of_a_weight_is_fetched_from_its_shards(model):
     for low, high in (((1, 0, 0), (2, 6, 8)), ((0, 2, 3), (4, 5, 5)), ((0, 0, 0), (4, 6, 8)), ((3, 4, 0), (4, 5, 3))):
         np.testing.assert_array_equal(fetch(spread, low, high), whole[tuple(map(slice, low, high))])
     for on_host in (True, False):
+        with use_mesh(None if on_host else mesh):  # on an accelerator, an export within the context of its mesh
+            found = _part(spread.addressable_shards[3].data, (1, 2, 1), (2, 1, 2), on_host)
+        np.testing.assert_array_equal(found, np.asarray(spread.addressable_shards[3].data)[1:3, 2:3, 1:3])
         np.testing.assert_array_equal(_part(jnp.asarray(whole), (1, 2, 3), (2, 3, 4), on_host), whole[1:3, 2:5, 3:7])
 
 
@@ -181,6 +206,18 @@ def test_what_cannot_be_written_is_refused(tmp_path, published, model):
     with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds nan"):
         save_published(model, published.config, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["published", "taken"]
+
+
+def test_slabs_go_through_the_file_from_its_beginning_to_its_end(published):
+    weights, held = named(abstract(published.config, RULES, None)), tensors()
+    for piece in published.pieces:
+        tensor = held[piece.name]
+        at = np.lib.array_utils.byte_bounds(tensor)[0]
+        for slab in slabs(piece, tensor, weights[piece.leaf].shape, 1000):
+            start, stop = np.lib.array_utils.byte_bounds(slab.values)
+            assert start == at and stop - start == slab.values.nbytes, piece.name
+            at = stop
+        assert at == np.lib.array_utils.byte_bounds(tensor)[1]
 
 
 def test_pieces_must_cover_each_weight_and_tensor_once(published):
