@@ -61,9 +61,9 @@ def _train_rows(kind: str, rivals: Mapping[str, tuple[str, ...]], rounds: int) -
 def _decode_rows(rounds: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for batch in (1, 8):
-            file = str(Path(folder) / "weights.npz")
-            ours = Contestant("experiments.bench.decode", str(batch), file)
-            theirs = Contestant("experiments.bench.hf", "decode", str(batch), file)
+            model = str(Path(folder) / f"model-{batch}")
+            ours = Contestant("experiments.bench.decode", str(batch), model)
+            theirs = Contestant("experiments.bench.hf", "decode", str(batch), model)
             difference = theirs.facts["logit_difference"]
             if difference > 1e-4:
                 raise RuntimeError(f"logits differ by {difference:.1e}: the two are not the same network")

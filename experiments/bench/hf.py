@@ -1,4 +1,4 @@
-"""transformers as a contestant: `decode BATCH FILE` generates greedily with the weights of FILE; `moe eager|grouped_mm` is the
+"""transformers as a contestant: `decode BATCH FOLDER` generates greedily with the model in FOLDER; `moe eager|grouped_mm` is the
 train step of a Mixtral of our MoE's dimensions. python -m experiments.bench.hf ..."""
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from experiments.bench.contest import serve
-from experiments.bench.models import CLIP, DENSE, LEARNING_RATE, MOE, NEW_TOKENS, WEIGHT_DECAY, prompts, tokens
+from experiments.bench.models import CLIP, LEARNING_RATE, MOE, NEW_TOKENS, WEIGHT_DECAY, prompts, tokens
 from model.config import ModelConfig
 
 
 def shape(config: ModelConfig) -> dict:
-    """What Llama and Mixtral have in common."""
+    """Of a MixtralConfig, what is no expert's."""
     a = config.attention
     return dict(
         vocab_size=config.vocab_size, hidden_size=config.embed_dim, num_hidden_layers=config.num_layers,
@@ -27,11 +27,9 @@ def shape(config: ModelConfig) -> dict:
     )  # fmt: skip
 
 
-def decode(batch: int, file: str) -> None:
-    model = LlamaForCausalLM(LlamaConfig(intermediate_size=DENSE.mlp.hidden_dim, **shape(DENSE))).eval()
-    saved = dict(np.load(file))
-    expected = saved.pop("prompt_logits")
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in saved.items()})
+def decode(batch: int, folder: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = np.load(f"{folder}/prompt_logits.npy")
     ids = torch.from_numpy(prompts(batch)).long()
     with torch.inference_mode():
         difference = float(np.abs(model(ids).logits.numpy() - expected).max())
