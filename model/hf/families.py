@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +25,8 @@ from model.hf import (
 from model.hf.translate import Keys, UnsupportedModelError, architecture, differences
 
 # A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed), to_config(keys),
-# to_json(config), pieces(config), and where a config is needed to tell, ignored(config, name). A config is written by the first
-# that can say all of it.
+# to_json(config), pieces(config); where a config is needed to tell, ignored(config, name); where releases name tensors in more
+# than one way, rename(names) -> {on disk: in pieces}. A config is written by the first that can say all of it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,
@@ -102,9 +101,3 @@ def ignored(family: str, name: str, config: ModelConfig) -> bool:
     module = FAMILIES[family]
     more = getattr(module, "ignored", None)  # where it takes the config to tell
     return any(re.fullmatch(pattern, name) for pattern in module.IGNORED) or (more is not None and more(config, name))
-
-
-def renamed(family: str, names: Iterable[str]) -> dict[str, str]:
-    """Of tensors on disk, those that the family's pieces name otherwise, by their name on disk."""
-    rename = getattr(FAMILIES[family], "rename", None)
-    return {} if rename is None else rename(names)

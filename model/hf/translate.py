@@ -20,6 +20,7 @@ from model.config import (
     PositionConfig,
     RopeScalingConfig,
     layer_specs,
+    rotary_dim,
 )
 from model.moe_config import MoEConfig
 
@@ -222,7 +223,8 @@ def _yarn_attention_factor(factor: float, scaling: Keys) -> float | None:
 
 def rope_json(config: ModelConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which every version of transformers reads."""
-    theta, s = config.position.theta, config.position.scaling
+    position = _without_ntk(config)
+    theta, s = position.theta, position.scaling
     if s is None:
         return {"rope_theta": theta, "rope_scaling": None}
     kind = {"dynamic_ntk": "dynamic"}.get(s.kind, s.kind)
@@ -234,6 +236,14 @@ def rope_json(config: ModelConfig) -> dict[str, Any]:
         if s.attention_factor is not None:
             scaling["attention_factor"] = s.attention_factor
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _without_ntk(config: ModelConfig) -> PositionConfig:
+    """Positions with 'ntk', which no config.json knows, as the larger base that it is."""
+    p, dim = config.position, rotary_dim(config)
+    if p.kind != "rope" or p.scaling is None or p.scaling.kind != "ntk":
+        return p
+    return replace(p, theta=p.theta * p.scaling.factor ** (dim / (dim - 2)), scaling=None)
 
 
 def gated(keys: Keys, key: str = "hidden_act", default: str = "silu") -> Any:
@@ -297,7 +307,7 @@ def layer_types(config: ModelConfig) -> list[str]:
 def architecture(config: ModelConfig) -> ModelConfig:
     """The config with all that does not change what the trained network computes set to its default: two that are equal so
     are the same function of the same weights."""
-    a, p, m = config.attention, config.position, config.moe
+    a, p, m = config.attention, _without_ntk(config), config.moe
     d = AttentionConfig()
     layers = pattern([spec.attention for spec in layer_specs(config)])
     a = replace(a, layers=layers, implementation=d.implementation, context=d.context)
@@ -319,7 +329,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
         if s.kind == "yarn":
             factor = s.attention_factor or yarn_mscale(s.factor)
         fast, slow = (s.fast, s.beta_slow) if s.kind in ("yarn", "llama3") else (None, 1.0)
-        length = RopeScalingConfig().original_length if s.kind in ("linear", "ntk") else s.original_length
+        length = RopeScalingConfig().original_length if s.kind == "linear" else s.original_length
         truncate = s.truncate or s.kind != "yarn"
         s = replace(s, original_length=length, beta_fast=fast, beta_slow=slow, truncate=truncate, attention_factor=factor)
         p = replace(p, scaling=s)

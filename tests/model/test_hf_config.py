@@ -17,6 +17,7 @@ from model.config import AttentionConfig, ModelConfig, NormConfig, PositionConfi
 from model.hf.families import FAMILIES, family_of, to_json
 from model.hf.load import abstract, named
 from model.hf.translate import IRRELEVANT, UnsupportedModelError, architecture, differences
+from model.positions import inverse_frequencies
 from sharding.rules import ShardingRules
 from tests.model.hf_configs import RELEASES
 from tests.parity.families import FAMILIES as TINY
@@ -146,6 +147,22 @@ def test_both_spellings_of_rope(family: str) -> None:
     assert read(small(family, rope_scaling={"type": "linear", "factor": 2})).position.scaling == RopeScalingConfig("linear", 2.0)
 
 
+def test_lengths_that_rope_goes_by() -> None:
+    """Of dynamic scaling the longest context, whatever the original one; of the others the original one, wherever it stands."""
+    dynamic = small("llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16})
+    assert read(dynamic).position.scaling == RopeScalingConfig("dynamic_ntk", 3.0, 64)
+    beside = small("llama", rope_scaling={"rope_type": "yarn"}, original_max_position_embeddings=16)
+    assert read(beside).position == read(small("llama", rope_scaling=YARN)).position
+
+
+def test_ntk_is_written_as_the_larger_base_that_it_is() -> None:
+    config = read(small("llama", rope_theta=100.0))
+    ntk = replace(config, position=replace(config.position, scaling=RopeScalingConfig("ntk", 4.0)))
+    found = read(to_json(ntk, "llama")[1])
+    dim = config.attention.head_dim
+    np.testing.assert_allclose(inverse_frequencies(dim, found.position.theta, None), inverse_frequencies(dim, 100.0, ntk.position.scaling))
+
+
 def test_rope_of_gemma_3_is_scaled_where_a_layer_sees_all() -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     old = read(small("gemma3", rope_theta=300.0, rope_local_base_freq=20.0, rope_scaling=linear))
@@ -166,7 +183,7 @@ def test_the_text_part_of_a_gemma_3_with_images() -> None:
     assert to_json(config)[1]["architectures"] == ["Gemma3ForCausalLM"]
 
 
-def test_names_of_other_releases() -> None:
+def test_tensors_of_older_files_are_renamed() -> None:
     gpt2 = FAMILIES["gpt2"].rename(["wte.weight", "h.0.ln_1.bias", "ln_f.weight", "transformer.h.0.ln_2.bias", "lm_head.weight"])
     assert gpt2 == {"wte.weight": "transformer.wte.weight", "h.0.ln_1.bias": "transformer.h.0.ln_1.bias", "ln_f.weight": "transformer.ln_f.weight"}
     layer = "layers.0.mlp.up_proj.weight"
