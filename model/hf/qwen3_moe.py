@@ -26,11 +26,10 @@ def to_config(keys: Keys) -> ModelConfig:
     keys.assume(DEFAULTS)
     config = base_config(keys)
     attention = replace(config.attention, qk_norm="head")
-    if keys.take("use_sliding_window", False) and keys.take("sliding_window", None) is not None:  # every layer, unlike Qwen2
+    window = keys.take("sliding_window", None)
+    keys.take("max_window_layers", None)  # says nothing: of every layer or none, unlike Qwen2
+    if keys.take("use_sliding_window", False) and window is not None:
         attention = replace(attention, layers=("sliding",), window=keys.count("sliding_window"))
-    else:
-        for name in ("sliding_window", "max_window_layers"):  # say nothing
-            keys.take(name, None)
     dense, step = keys.take("mlp_only_layers", []), keys.count("decoder_sparse_step", 1)
     layers = range(config.num_layers)
     if any(type(i) is not int or i not in layers for i in dense):
