@@ -24,18 +24,18 @@ CONFIGS = {
     "rope, sliding and global layers": config(attention={"layers": ("sliding", "global")}),
     "linear": config(scaling=STRETCHED),
     "ntk": config(scaling={"kind": "ntk", **STRETCHED}),
-    "yarn, experts": config(scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16)),
+    "yarn, experts": config(scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"))),
     "llama3": config(scaling={"kind": "llama3", **STRETCHED}),
     # Later layers see keys made from hidden states of a shorter context: equal to a recomputation for one layer only.
     "dynamic_ntk": config(scaling={"kind": "dynamic_ntk", **STRETCHED}, num_layers=1),
     "alibi, block sparse, softcap": config("alibi", attention={"layers": ("block_sparse",), "softcap": 5.0}),
     "learned, one key head, sandwich norms, hashed experts": config(
         "learned", attention={"num_kv_heads": 1}, norm=NormConfig("layernorm", bias=True, placement="sandwich"),
-        moe=MoEConfig(num_experts=4, hidden_dim=16, router="hash"),
+        moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"), router="hash"),
     ),
     "sinusoidal, q/k norm, sinks, random and shared experts": config(
         "sinusoidal", attention={"qk_norm": "head", "sinks": True},
-        moe=MoEConfig(num_experts=4, hidden_dim=16, router="random", shared_experts=1),
+        moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"), router="random", shared_experts=1),
     ),
     "prefix, sliding": config("none", attention={"mask": "prefix", "layers": ("sliding",)}),
 }
@@ -57,11 +57,11 @@ def test_cached_logits_equal_uncached(name):
     prefix = slots < LENGTHS[:, None] if c.attention.mask == "prefix" else None
 
     @jax.jit
-    def uncached(valid_BT):
+    def uncached(model, valid_BT):
         return logits(model, forward(model, tokens, valid_BT=valid_BT, prefix_BT=prefix).hidden_BTD)
 
     @jax.jit
-    def cached(cache, new_BT, valid_BT, prefix_BT):
+    def cached(model, cache, new_BT, valid_BT, prefix_BT):
         out = forward(model, new_BT, cache=cache, valid_BT=valid_BT, prefix_BT=prefix_BT)
         return logits(model, out.hidden_BTD), out.cache
 
@@ -69,17 +69,17 @@ def test_cached_logits_equal_uncached(name):
     wide_prefix = None if prefix is None else np.pad(prefix, ((0, 0), (0, CAPACITY - TOTAL)))
     padded = np.where(slots[:WIDTH] < LENGTHS[:, None], tokens[:, :WIDTH], 63)
     real, prefix_BP = slots[:WIDTH] < LENGTHS[:, None], None if prefix is None else prefix[:, :WIDTH]
-    got, cache = cached(init_cache(model, 3, CAPACITY), padded, real, prefix_BP)
-    expected = uncached(slots < LENGTHS[:, None])
+    got, cache = cached(model, init_cache(model, 3, CAPACITY), padded, real, prefix_BP)
+    expected = uncached(model, slots < LENGTHS[:, None])
     np.testing.assert_allclose(got[rows, LENGTHS - 1], expected[rows, LENGTHS - 1], atol=1e-5)
 
     lengths = LENGTHS
     cache = cache._replace(length_B=jnp.asarray(lengths, jnp.int32))
     for steps in (1, 1, 1, 3):
         places = lengths[:, None] + np.arange(steps)
-        got, cache = cached(cache, tokens[rows[:, None], places], None, wide_prefix)
+        got, cache = cached(model, cache, tokens[rows[:, None], places], None, wide_prefix)
         lengths = lengths + steps
-        expected = uncached(slots < lengths[:, None])
+        expected = uncached(model, slots < lengths[:, None])
         np.testing.assert_allclose(got, expected[rows[:, None], places], atol=1e-5)
         assert (np.asarray(cache.length_B) == lengths).all()
     assert np.abs(expected).max() > 0.5
@@ -92,16 +92,16 @@ def test_a_prompt_is_answered_the_same_in_any_bucket_where_experts_have_a_capaci
     prompt = np.random.default_rng(0).integers(0, 64, (1, 8))
 
     @jax.jit
-    def prefill(tokens_BT, valid_BT):
+    def prefill(model, tokens_BT, valid_BT):
         out = forward(model, tokens_BT, cache=init_cache(model, 1, 40), valid_BT=valid_BT)
         return logits(model, out.hidden_BTD), out.router.dropped
 
     found = []
     for width in (8, 32):
         padded = np.pad(prompt, ((0, 0), (0, width - 8)))
-        got, dropped = prefill(padded, np.arange(width)[None] < 8)
+        got, dropped = prefill(model, padded, np.arange(width)[None] < 8)
         assert float(dropped.max()) == 0
         found.append(np.asarray(got)[:, :8])
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
-    dropped = jax.jit(lambda tokens_BT: forward(model, tokens_BT).router.dropped)(prompt)
+    dropped = jax.jit(lambda model, tokens_BT: forward(model, tokens_BT).router.dropped)(model, prompt)
     assert float(dropped.max()) > 0.1, "the same sequence, scored, drops"

@@ -85,7 +85,7 @@ def test_what_follows_a_token_never_moves_its_prediction():
 # --- packing
 
 
-@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+@pytest.mark.parametrize("position", ["rope", pytest.param("learned", marks=pytest.mark.slow), "alibi"])
 def test_packed_rows_equal_rows_of_their_own(position):
     config = tiny_config(
         num_layers=3,
@@ -209,12 +209,12 @@ def loss(model, batch):
     return squares + 0.1 * out.router.load_balance.sum() + 0.01 * out.router.z.sum()
 
 
+slow = pytest.mark.slow
 LAYOUTS = [
-    dict(scan_unroll=0),
+    dict(scan_unroll=0, remat="offload"),
     dict(scan_unroll=2, remat="dots"),
-    dict(remat="full"),
     dict(remat="names", remat_names=("qkv", "mlp_hidden")),
-    dict(remat="offload"),
+    *(pytest.param(changes, marks=slow) for changes in (dict(scan_unroll=0), dict(remat="full"), dict(remat="offload"))),
 ]
 value_and_gradient = jax.jit(jax.value_and_grad(loss))
 

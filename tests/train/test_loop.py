@@ -144,7 +144,7 @@ def test_an_undisturbed_run_learns_and_records(undisturbed):
     assert events(folder) == ["started"]
 
 
-@pytest.mark.parametrize("when", [1, 4, 10])  # 4: an evaluation, 10: a checkpoint
+@pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.slow), 4, 10])  # 4: an evaluation, 10: a checkpoint
 def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undisturbed, tmp_path, monkeypatch, when):
     with monkeypatch.context() as patch:
         stop_at(patch, when)
@@ -173,7 +173,9 @@ def test_a_second_start_of_the_same_run_is_the_same(programs, prepared, undistur
     assert bits(run(programs["stop"], prepared, tmp_path).state) == bits(undisturbed[1].state)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, tensor=2)]
+)
 def test_weights_restored_onto_another_mesh_are_the_same_bits(data, prepared, undisturbed, mesh):
     e = experiment(data)
     rules = e.sharding
