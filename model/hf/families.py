@@ -73,27 +73,21 @@ def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[s
     the fields that the family (None: the one that comes nearest) cannot say."""
     if family is not None and family not in FAMILIES:
         raise UnsupportedModelError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
-    best: tuple[str, list[str]] | None = None
+    nearest: tuple[bool, int, str, list[str]] | None = None  # refused outright, fields lost, family, which
     for name in FAMILIES if family is None else (family,):
-        wrong = _unsaid(config, name)
-        if not wrong:
-            return name, FAMILIES[name].to_json(config)
-        if best is None or len(wrong) < len(best[1]):
-            best = name, wrong
-    assert best is not None
+        try:
+            values = FAMILIES[name].to_json(config)
+            lost, refused = differences(architecture(config), architecture(FAMILIES[name].to_config(Keys(values)))), False
+        except UnsupportedModelError as error:
+            lost, refused = [str(error)], True
+        if not lost:
+            return name, values
+        nearest = min(nearest or (True, len(lost), name, lost), (refused, len(lost), name, lost))
+    assert nearest is not None
     raise UnsupportedModelError(
-        f"the network cannot be written as {'any published family; nearest is ' if family is None else ''}{best[0]}, which cannot say: "
-        + "; ".join(best[1][:8])
+        f"the network cannot be written as {'any published family; nearest is ' if family is None else ''}{nearest[2]}, which cannot say: "
+        + "; ".join(nearest[3][:8])
     )
-
-
-def _unsaid(config: ModelConfig, family: str) -> list[str]:
-    """What a family's config.json loses of a config."""
-    try:
-        found = FAMILIES[family].to_config(Keys(FAMILIES[family].to_json(config)))
-    except (UnsupportedModelError, AttributeError, KeyError, TypeError) as error:
-        return [str(error)]
-    return differences(architecture(config), architecture(found))
 
 
 def ignored(family: str, name: str, config: ModelConfig) -> bool:
