@@ -63,6 +63,7 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
         # Spaces are spelled as spaces: a real U+2581 is then in no piece and falls back to its bytes, as ours does.
         pieces = [piece.replace(_SPACE_MARK, " ") for piece in tokenizer.pieces]
         merges = [merge for piece in pieces[len(SPECIAL_PIECES) :] for merge in _splits(piece, frozenset(pieces))]
+        # No piece crosses a newline: cutting there changes no id and keeps the texts that are merged short.
         pre_tokenizer = {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False}
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
     description = {

@@ -199,6 +199,7 @@ GPT_OSS = """{#- Macros, namespaces, control of loops, dates. #}
     {%- if loop.index > 6 %}{% break %}{% endif %}
 {%- endfor %}
 {{- dict(last=seen.last)["last"] }}
+    {% set indented = true %}
 {%- if add_generation_prompt %}
 <|start|>assistant
 {%- endif -%}

@@ -43,7 +43,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("{% include 'other' %}", "no loader"),
         ("{{ raise_exception('alternate!') }}", "alternate!"),
         ("{% set x = namespace(s='a' * 1000) %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}", "stopped|MiB"),
-        ("{{ messages[0].content * 10**10 }}", "needs more than 1024 MiB"),
+        ("{{ messages[0].content * 400000000 }}", "needs more than 1024 MiB"),
         ("{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}", "more than 16777216 characters"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "stopped after 0.5 s"),
         ("{{ (messages[0].content * 30000000) | upper | lower | upper | lower | upper | lower | replace('h', 'hh') }}", "stopped|MiB|more than"),

@@ -24,6 +24,7 @@ from data.tokenizer import (
     write_published,
 )  # fmt: skip
 from data.tokenizers.folders import is_saved
+from data.tokenizers.publish import _splits
 from tests.data.conftest import byte_config, write_corpus
 from tests.data.test_tokenizer import TEXTS
 
@@ -175,6 +176,9 @@ def test_files_and_flags_override(folders, tmp_path):
     assert found.special.end == 2 and found.special.start == 1 and found.stops == (2,) and found.names["bos_token"] == "<s>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "add_bos_token": False}))
     assert read_tokenizer(tmp_path).special.start == -1
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<|im_end|>", "eos_token": "<s>"}))
+    marked = read_tokenizer(tmp_path).special
+    assert marked.mask == package.token_to_id("<|im_end|>") and marked.end == 2
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert read_tokenizer(tmp_path).chat_template == "from the file"
 
@@ -224,6 +228,11 @@ def test_ours_published_are_the_same_to_others(published, name, text):
     assert package.encode(text, add_special_tokens=False).ids == again.encode_marked(text).tolist() == marked
     assert package.encode(text).ids == [ours.special.start, *marked]
     assert package.decode(ids) == text and again.special == ours.special
+
+
+def test_the_leftmost_of_equal_merges_comes_first():
+    # In ab·a·ba both pairs merge to aba: SentencePiece takes (ab, a).
+    assert _splits("aba", frozenset({"a", "b", "ab", "ba", "aba"})) == [("ab", "a"), ("a", "ba")]
 
 
 def test_a_saved_tokenizer_prepares_data(read, folders, tmp_path):

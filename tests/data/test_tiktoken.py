@@ -58,6 +58,10 @@ def test_any_text_round_trips_without_specials(kind, text):
     assert tokenizer.encode_marked(text).tolist() == tokenizer._encoding.encode(tokenizer._normal(text), allowed_special="all")
 
 
+def test_qwen_composes_characters():
+    assert TOKENIZERS["qwen"].encode("e\u0301").tolist() == TOKENIZERS["qwen"].encode("\u00e9").tolist() != TOKENIZERS["gpt2"].encode("e\u0301").tolist()
+
+
 @each
 @given(data=st.data())
 def test_a_stream_equals_decode(kind, data):
