@@ -113,7 +113,6 @@ FAMILIES = (
         ),
         ({"attention.qk_norm": "none"}, {"position.scaling": None}, {"position.scaling.attention_factor": 1.0},
          {"position.scaling.truncate": False}, {"position.scaling.kind": "linear"}, {"norm.epsilon": 1e-6}),
-        seed=1,
     ),
     Family(
         "mixtral",
