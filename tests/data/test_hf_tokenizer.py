@@ -233,6 +233,7 @@ def test_ours_published_are_the_same_to_others(published, name, text):
 def test_the_leftmost_of_equal_merges_comes_first():
     # In ab·a·ba both pairs merge to aba: SentencePiece takes (ab, a).
     assert _splits("aba", frozenset({"a", "b", "ab", "ba", "aba"})) == [("ab", "a"), ("a", "ba")]
+    assert _splits("ababa", frozenset({"ab", "ba", "aba", "ababa"})) == [("ab", "aba"), ("aba", "ba")]
 
 
 def test_a_saved_tokenizer_prepares_data(read, folders, tmp_path):
