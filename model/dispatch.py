@@ -65,7 +65,7 @@ def run_experts(
         return run(x_ND, indices_NC, weights_NC, *weights).reshape(x_BTD.shape)
     token_spec = rules.spec("activations", ("batch", "sequence", None))
     stored = [rules.gathered(axes) for axes in (UP, DOWN, UP_BIAS, DOWN_BIAS)[: len(weights)]]
-    weights = [jax.sharding.reshard(w, spec) for w, (spec, _) in zip(weights, stored, strict=True)]
+    weights = tuple(jax.sharding.reshard(w, spec) for w, (spec, _) in zip(weights, stored, strict=True))
     # Unchecked: kernels' results do not carry the types of varying axes. The gradients of weights are then summed over
     # every axis that their specs do not name, as they have to be.
     return jax.shard_map(

@@ -50,7 +50,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | LatentCache | None, RouterStats | None]:
         rate = self.config.dropout
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        y, cache = self.attention(_apply(self.attention_norm, x_BTD), places, cache)
+        # Each kind of attention is given the cache that it made.
+        y, cache = self.attention(_apply(self.attention_norm, x_BTD), places, cache)  # type: ignore[arg-type]
         x_BTD = x_BTD + dropout(_apply(self.attention_post_norm, y), rate, keys[0])
         h = _apply(self.mlp_norm, x_BTD)
         stats = None

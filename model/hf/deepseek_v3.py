@@ -208,7 +208,7 @@ def _attention(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     K = H - P
     for leaf, part in (("k_up", slice(0, K)), ("v_up", slice(K, K + V))):
         yield Piece(
-            f"{layer.theirs}self_attn.kv_b_proj.weight", (N * (K + V), R), f"{layer.ours}attention/{leaf}", (layer.index,),
+            f"{layer.theirs}self_attn.kv_b_proj.weight", (N * (K + V), R), f"{layer.ours}attention/{leaf}", (layer.repeat,),
             split=(N, K + V, R), take=(ALL, part), order=(2, 0, 1),
         )  # fmt: skip
     yield layer.linear("self_attn.o_proj.weight", "attention/out", (D,), (N, V))

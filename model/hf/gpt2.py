@@ -73,7 +73,7 @@ def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     D, N, H, F = config.embed_dim, config.attention.num_heads, config.attention.head_dim, config.mlp.hidden_dim
 
     def matrix(name: str, leaf: str, split: tuple[int, ...], shape: tuple[int, int], at: Index = (), take: Index = ()) -> Piece:
-        return Piece(f"{layer.theirs}{name}.weight", shape, layer.ours + leaf, (layer.index, *at), split, take)
+        return Piece(f"{layer.theirs}{name}.weight", shape, layer.ours + leaf, (layer.repeat, *at), split, take)
 
     for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
         yield layer.vector(f"{theirs}.weight", f"{ours}/scale", (D,))
@@ -81,7 +81,7 @@ def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     for i, ours in enumerate("qkv"):
         yield matrix("attn.c_attn", f"attention/{ours}", (D, 3, N, H), (D, 3 * D), take=(ALL, i))
         yield Piece(
-            f"{layer.theirs}attn.c_attn.bias", (3 * D,), f"{layer.ours}attention/{ours}_bias", (layer.index,), (3, N, H), (i,)
+            f"{layer.theirs}attn.c_attn.bias", (3 * D,), f"{layer.ours}attention/{ours}_bias", (layer.repeat,), (3, N, H), (i,)
         )
     yield matrix("attn.c_proj", "attention/out", (N, H, D), (D, D))
     yield layer.vector("attn.c_proj.bias", "attention/out_bias", (D,))

@@ -79,7 +79,7 @@ def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     E, F = moe.num_experts, moe.hidden_dim
 
     def experts(name: str, leaf: str, shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Piece:
-        return Piece(f"{layer.theirs}mlp.{name}", shape, f"{layer.ours}mlp/{leaf}", (layer.index,), split=split, order=order)
+        return Piece(f"{layer.theirs}mlp.{name}", shape, f"{layer.ours}mlp/{leaf}", (layer.repeat,), split=split, order=order)
 
     yield layer.linear("mlp.router.weight", "mlp/router", (E,), (D,))
     yield layer.vector("mlp.router.bias", "mlp/router_logit_bias", (E,))

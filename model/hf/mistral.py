@@ -27,7 +27,7 @@ def to_config(keys: Keys) -> ModelConfig:
         raise UnsupportedModelError(
             f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a Mistral alike"
         )
-    attention = replace(config.attention, layers=(kind,))
+    attention = replace(config.attention, layers=(kind,))  # type: ignore[arg-type]
     return replace(config, attention=attention if window is None else replace(attention, window=keys.count("sliding_window")))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from model.hf.load import ModelFilesError, Source, TensorInfo
@@ -21,6 +21,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # by their 4 bits
 BYTES = 16  # of a block
 NAN = 255  # a scale that says that the block is not a number
+BFLOAT16 = np.dtype(jnp.bfloat16)
 ROWS = 512  # of a matrix that are looked up at once
 
 
@@ -72,7 +73,7 @@ class MXFP4:
             rows = e, slice(n * ROWS, (n + 1) * ROWS)
             entry_NGB = (scales_ENG[rows].astype(np.uint16) << 8)[..., None] | blocks_ENGB[rows]
             out_ENX[rows] = TABLE[entry_NGB.reshape(len(entry_NGB), -1)]
-        return out_ENX.view(ml_dtypes.bfloat16).swapaxes(1, 2)
+        return out_ENX.view(BFLOAT16).swapaxes(1, 2)
 
     def release(self) -> None:
         """Gives the pages that were read back to the system."""
@@ -83,7 +84,7 @@ def _table() -> np.ndarray:
     """Of a scale and a byte (256 * scale + byte): the two bfloat16, in the order in which they lie, as one uint32."""
     with np.errstate(over="ignore"):  # beyond the range is infinity, which loading tells
         pairs = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], 1)
-        floats = np.ldexp(pairs, np.arange(256, dtype=np.int32)[:, None, None] - 127).astype(ml_dtypes.bfloat16)
+        floats = np.ldexp(pairs, np.arange(256, dtype=np.int32)[:, None, None] - 127).astype(BFLOAT16)
     floats[NAN] = np.nan
     return floats.view(np.uint32).reshape(-1)
 

@@ -51,18 +51,18 @@ class Layer(NamedTuple):
 
     theirs: str  # 'model.layers.3.'
     ours: str  # 'stacks/0/0/'
-    index: int  # in the stack
+    repeat: int  # in its stack
 
     def vector(self, name: str, leaf: str, shape: tuple[int, ...], at: Index = ()) -> Piece:
         """A vector on disk (a norm's scale, a bias) that is [*shape] of ours."""
         size = int(np.prod(shape))
-        return Piece(self.theirs + name, (size,), self.ours + leaf, (self.index, *at), split=shape)
+        return Piece(self.theirs + name, (size,), self.ours + leaf, (self.repeat, *at), split=shape)
 
     def linear(self, name: str, leaf: str, outputs: tuple[int, ...], inputs: tuple[int, ...], at: Index = ()) -> Piece:
         """A PyTorch Linear [outputs, inputs] that is [*inputs, *outputs] of ours. `at`: behind the index of the layer."""
         shape = int(np.prod(outputs)), int(np.prod(inputs))
         order = (*range(len(outputs), len(outputs) + len(inputs)), *range(len(outputs)))
-        return Piece(self.theirs + name, shape, self.ours + leaf, (self.index, *at), split=(*outputs, *inputs), order=order)
+        return Piece(self.theirs + name, shape, self.ours + leaf, (self.repeat, *at), split=(*outputs, *inputs), order=order)
 
 
 def layers(config: ModelConfig, prefix: str) -> list[Layer]:

@@ -256,7 +256,7 @@ def gated_json(config: ModelConfig) -> str:
     return {kind: name for name, kind in reversed(ACTIVATIONS.items())}.get(config.mlp.kind, "silu")
 
 
-def pattern(kinds: Sequence[str]) -> tuple[str, ...]:
+def pattern(kinds: Sequence[Any]) -> tuple[Any, ...]:
     """The shortest run of layers that, repeated, gives `kinds`."""
     for period in range(1, len(kinds) + 1):
         if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
