@@ -85,7 +85,7 @@ class LatentConfig:
                 "which counts it in"
             )
         # Field, value, and the values that go with it.
-        for field, value, allowed in (
+        for name, value, allowed in (
             ("model.attention.num_kv_heads", a.num_kv_heads, (a.num_heads,)),
             ("model.attention.qk_norm", a.qk_norm, ("none",)),
             ("model.attention.clip_qkv", a.clip_qkv, (None,)),
@@ -96,7 +96,7 @@ class LatentConfig:
         ):
             if value not in allowed:
                 raise ValueError(
-                    f"{field} = {value!r}: does not go with model.attention.latent; use {', '.join(str(x) for x in allowed)}"
+                    f"{name} = {value!r}: does not go with model.attention.latent; use {', '.join(str(x) for x in allowed)}"
                 )
 
 
