@@ -244,8 +244,8 @@ def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, 
             run(programs["stop"], prepared, tmp_path)
     message = str(error.value)
     assert "\n" not in message and "step 7" in message and "train.nonfinite=skip" in message
-    saved = np.load(tmp_path / "nonfinite_step_7_process_0.npz")
-    assert {name: saved[name].tolist() for name in saved} == {name: rows.tolist() for name, rows in batches[0].items()}
+    with np.load(tmp_path / "nonfinite_step_7_process_0.npz") as saved:
+        assert {name: saved[name].tolist() for name in saved} == {name: rows.tolist() for name, rows in batches[0].items()}
     assert events(tmp_path)[-1] == "nonfinite"
 
     good = tmp_path / "good"
