@@ -24,7 +24,7 @@ from model.hf.families import to_json
 from model.hf.load import load
 from model.hf.plan import plan
 from model.hf.published import Published, open_published
-from model.hf.save import save_published
+from model.hf.save import save_published, staged
 from model.hf.verify import verify, verify_saved
 from model.transformer import Transformer, forward
 from sharding.mesh import make_mesh, use_mesh
@@ -79,7 +79,7 @@ def import_run(
         console.print("dry run: only headers were read, nothing was written")
         return
     program = build(experiment)
-    with _whole_or_none(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
+    with staged(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
         write_environment(run, describe_environment())
         tokenizer.save(run.tokenizer)
         with _progress(console, "reading", count_parameters(experiment.model).total) as advance:
@@ -122,7 +122,7 @@ def export_run(
         console.print("dry run: nothing was written")
         return
     program, trained = open_trained(run, experiment, tokenizer, step)
-    with _whole_or_none(folder) as partial, use_mesh(program.mesh):
+    with staged(folder) as partial, use_mesh(program.mesh):
         with _progress(console, "writing", counts.total) as advance:
             save_published(
                 trained.model, experiment.model, partial, family=family, dtype=dtype, progress=lambda piece, size: advance(size)
@@ -139,8 +139,8 @@ def copy_import(run: RunFolder, path: Path) -> None:
         raise RunFolderError(f"{run.path} is not an imported run, or was trained further; without --run it goes on in its own folder")
     if path.exists():
         raise RunFolderError(f"run folder {path} exists already; go on with it by its name, or choose another with --run")
-    with _whole_or_none(path) as partial:
-        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns(run.lock.name))
+    with staged(path) as partial:
+        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns(run.lock.name), dirs_exist_ok=True)
 
 
 def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
@@ -195,19 +195,6 @@ def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, e
     for note in published.notes:
         table.add_row("note", note)
     return table
-
-
-@contextmanager
-def _whole_or_none(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that becomes `path` when all went well, and is removed otherwise."""
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(path)
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class RopeScalingConfig:
             raise ValueError(
                 f"model.position.scaling.original_length = {self.original_length}: the positions of the unscaled model, 1 or more"
             )
-        if self.kind in ("yarn", "llama3") and not self.fast > self.beta_slow > 0:
+        ordered = self.fast >= self.beta_slow if self.kind == "yarn" else self.fast > self.beta_slow  # of yarn, a step is a ramp
+        if self.kind in ("yarn", "llama3") and not (ordered and self.beta_slow > 0):
             raise ValueError(
                 f"model.position.scaling.beta_fast = {self.fast}: must be above beta_slow = {self.beta_slow}, and that above 0"
             )

@@ -2,7 +2,8 @@
 
 Whole rows are attended to as any heads are: the latents are read out into N keys and values. New tokens of a cache, which
 holds latents alone, are absorbed: a head's queries go through its key matrix, so that the latents are the one key that all
-heads share and, weighted, go through its value matrix (sec. 2.1.2: the same product in another order).
+heads share and, weighted, go through its value matrix (sec. 2.1.2: the same product in another order). The Triton kernel of
+decode_attention takes heads of up to 256, and so on GPUs absorbed decoding at the published C = 576 is done in plain JAX.
 
 Shapes: B batch, T queries, S slots, D width, N heads, H head dimension, P its last part, which RoPE turns, V value dimension,
 Q rank of the queries, R rank of keys and values, C = R + P numbers that a token leaves in the cache.

@@ -30,21 +30,24 @@ def swiglu_clamped(gate: Array, up: Array) -> Array:
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
-# Of one array a gate. Made once: the grouped matmul compiles an activation in by its identity.
-ACTIVATIONS: dict[str, Callable[..., Array]] = {
+# Made once: the grouped matmul compiles an activation in by its identity.
+PLAIN: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+GATED: dict[str, Callable[[Array, Array], Array]] = {
     "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: jax.nn.relu(gate) * up,
     "swiglu_clamped": swiglu_clamped,
 }
+ACTIVATIONS: dict[str, Callable[..., Array]] = PLAIN | GATED
 
 
 def gates(kind: str) -> int:
     """Hidden vectors a token needs: 2 for the gated kinds, else 1."""
-    return 1 if kind in ("gelu", "relu", "relu2") else 2
+    return 2 if kind in GATED else 1
 
 
 def activate(kind: str, h: Float[Array, "*lead G F"]) -> Float[Array, "*lead F"]:

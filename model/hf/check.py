@@ -12,7 +12,6 @@ import numpy as np
 from model.config import ModelConfig
 from model.hf.load import ModelFilesError, Source, TensorInfo
 from model.hf.pieces import Piece
-from model.hf.translate import UnsupportedModelError
 
 ROWS = 20  # of the table that are shown
 CANDIDATES = 500  # names among which near ones are looked for
@@ -65,10 +64,7 @@ def check(
 
 def head_name(pieces_of: Callable[[ModelConfig], list[Piece]], config: ModelConfig) -> str:
     """What a family calls an output matrix of its own."""
-    try:
-        untied = pieces_of(replace(config, tied_embeddings=False))
-    except UnsupportedModelError:
-        untied = []
+    untied = pieces_of(replace(config, tied_embeddings=False))
     return next((piece.name for piece in untied if piece.leaf == "head"), "lm_head.weight")
 
 

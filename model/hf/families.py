@@ -53,6 +53,8 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, 
     """(family, config, keys of config.json that nothing read) of a parsed config.json. Raises UnsupportedModelError."""
     named = values.get("architectures") or []
     named = named if isinstance(named, list) else [named]
+    if not named:
+        raise UnsupportedModelError(f'{where}: architectures is missing; add it, as "architectures": ["LlamaForCausalLM"]; there are {", ".join(supported())}')
     for name, family in FAMILIES.items():
         if any(architecture in family.ARCHITECTURES for architecture in named):
             keys = Keys(values, where)

@@ -15,7 +15,7 @@ from model.hf.translate import UnsupportedModelError
 
 SUFFIX = "_scale_inv"
 # Of `quantization_config`: what can be read. Activations are not quantized here, whatever their scheme.
-SUPPORTED: dict[str, tuple[Any, ...]] = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "scale_fmt": ("float", None), "expert_dtype": ("fp8", None)}
+SUPPORTED: dict[str, tuple[Any, ...]] = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None), "expert_dtype": ("fp8", None)}
 SCALES = ("float32", "bfloat16", "float16")
 
 
@@ -48,6 +48,11 @@ class Float8:
             scale = source.tensors.get(name + SUFFIX)
             self.tensors[name] = info if scale is None else self._checked(name, info, scale)
             if scale is None and info.dtype.startswith("float8"):
+                if name + "_scale" in source.tensors:
+                    raise UnsupportedModelError(
+                        f"{info.file}: {name} has one scale, {name}_scale, and not one a block: such releases cannot be read; take the "
+                        "model's release in bfloat16"
+                    )
                 raise ModelFilesError(
                     f"{info.file}: {name} is {info.dtype}, and there is no {name}{SUFFIX}: a file with scales is missing; download it"
                 )

@@ -1,8 +1,9 @@
 """From tensors on disk to the shards of a mesh, a few megabytes at a time.
 
 Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slab is
-converted and copied to where it belongs. Beside the shards the host holds a few times `SLAB_BYTES`, whatever the size of a
-tensor, and the pages of the file that the slab was read from, which it gives back.
+converted and copied to where it belongs. Beside the shards the host holds a few slabs, of `SLAB_BYTES` or of one row of the first
+dimension (an expert, where they are stacked), and the pages of the file that the slab was read from, which it gives back. A
+tensor that is stored quantized is decoded whole first.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     disk: int  # of the tensors that the model needs, as `Source` gives them
     weights: int  # in the dtype asked for
     device: int  # of that, on the device that holds most
-    largest: int  # tensor
+    largest: int  # tensor, decoded where it is stored quantized
 
 
 def plan(published: Published, dtype: str, rules: ShardingRules, mesh: Mesh | None = None) -> Plan:

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import re
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ class SafetensorsFolder:
             _check_index(folder, index, self.entries, self.notes)
         self.tensors = {n: TensorInfo(e.shape, e.dtype.name, e.file.name) for n, e in self.entries.items()}
         self._maps: dict[Path, mmap.mmap] = {}
-        self._touched: dict[Path, tuple[int, int]] = {}  # the bytes of a file that were read since `release`
+        # Of the tensors read last (weights and their scales): map, first byte, end.
+        self._recent: deque[tuple[mmap.mmap, int, int]] = deque(maxlen=2)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, a read-only view of its file; the system begins to read it from disk."""
@@ -75,15 +77,14 @@ class SafetensorsFolder:
             with entry.file.open("rb") as f:
                 self._maps[entry.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         mapped, start, stop = self._maps[entry.file], entry.offset, entry.offset + entry.size
-        first, last = self._touched.get(entry.file, (start, stop))
-        self._touched[entry.file] = min(first, start), max(last, stop)
+        self._recent.append((mapped, start, stop))
         _advise(mapped, "MADV_WILLNEED", start, min(stop, start + AHEAD))
         return np.frombuffer(mapped, entry.dtype, math.prod(entry.shape), start).reshape(entry.shape)
 
     def release(self) -> None:
-        """Gives the pages that were read back to the system; views stay valid and are read anew."""
-        for file, (start, stop) in self._touched.items():
-            _advise(self._maps[file], "MADV_DONTNEED", start, stop)
+        """Gives the pages of the two tensors read last back to the system; views stay valid and are read anew."""
+        for mapped, start, stop in self._recent:
+            _advise(mapped, "MADV_DONTNEED", start, stop)
 
 
 def _advise(mapped: mmap.mmap, advice: str, start: int, stop: int) -> None:

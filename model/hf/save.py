@@ -63,7 +63,7 @@ def save_published(
     check_cover(pieces, weights)
     grouped = groupby(sorted(pieces, key=_order(pieces)), key=lambda p: p.name)
     tensors = [_Tensor(name, parts[0].shape, parts) for name, group in grouped if (parts := list(group))]
-    with _staged(folder, sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize) as staging:
+    with _writable(folder, sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize) as staging:
         files = _pack(tensors, np.dtype(dtype).itemsize, shard_bytes)
         for name, content in files.items():
             with (staging / name).open("wb") as f:
@@ -140,27 +140,32 @@ def _sync(f: IO[bytes]) -> None:
 
 
 @contextmanager
-def _staged(folder: Path, size: int) -> Iterator[Path]:
-    """A folder beside `folder` to write `size` bytes in; takes its place when all went well, and is removed when not."""
+def _writable(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes in that becomes `folder`. Raises ModelFilesError where it is taken, or the disk full."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelFilesError(f"{folder}: exists already and is not empty; choose another folder, or delete it")
-    staging = folder.with_name(folder.name + STAGING)
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
     try:
-        staging.mkdir(parents=True)
-        free = shutil.disk_usage(staging).free
-        if free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield staging
-        staging.replace(folder)
+        with staged(folder) as staging:
+            if shutil.disk_usage(staging).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield staging
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelFilesError(
                 f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a smaller dtype or "
                 "another disk. Nothing was kept"
             ) from error
         raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when not."""
+    staging = folder.with_name(f"{folder.name}.{os.getpid()}{STAGING}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        staging.replace(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

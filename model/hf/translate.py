@@ -35,8 +35,8 @@ IRRELEVANT = {
 }  # fmt: skip
 # Of any family: keys that change the function, and the values at which they do not.
 ORDINARY: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,), "is_causal": (True,), "partial_rotary_factor": (1.0,), "pruned_heads": ({},),
-    "use_bidirectional_attention": (False,),
+    "add_cross_attention": (False,), "attention_chunk_size": (None,), "dual_chunk_attention_config": (None,), "is_causal": (True,), "partial_rotary_factor": (1.0,), "pruned_heads": ({},),
+    "rope_interleaved": (False,), "use_bidirectional_attention": (False,),
 }  # fmt: skip
 LARGEST = 2**31  # no integer of a config.json comes near
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "relu": "reglu"}
@@ -72,7 +72,7 @@ class Keys:
         if value is None:
             if not default:
                 raise UnsupportedModelError(f"{self.where}: {key} is missing; it is needed to build the model")
-            return default[0]
+            return default[0] if assumed is None or default[0] is None else assumed
         like = assumed if assumed is not None else default[0] if default else None
         wanted = _mistyped(value, like)
         if wanted:
@@ -94,8 +94,8 @@ class Keys:
     def must(self, key: str, *allowed: Any, default: Any = None) -> Any:
         """The value, which must be one of `allowed` (a missing one is `default`). Raises UnsupportedModelError."""
         self._read.add(key)
-        value = self.values.get(key, self._assumed.get(key))
-        value = default if value is None else value
+        value = self.values.get(key)
+        value = self._assumed.get(key, default) if value is None else value
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             raise UnsupportedModelError(
                 f"{self.where}: {key} = {_short(value)} cannot be expressed; supported: {', '.join(map(repr, allowed))}"
@@ -169,6 +169,11 @@ def rope(
 
 def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     """The scaling of RoPE that `rope_scaling` or `rope_parameters` of config.json is. Raises UnsupportedModelError."""
+    if scaling.values.get("attn_factor") is not None:
+        raise UnsupportedModelError(
+            f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers leaves it out, other readers multiply by it; "
+            "remove it to compute as transformers does, or say attention_factor"
+        )
     unknown = sorted(k for k, v in scaling.values.items() if k not in ROPE_KEYS and v is not None)
     if unknown:
         raise UnsupportedModelError(

@@ -65,7 +65,7 @@ def test_a_number_is_its_8_bits_times_the_scale_of_its_block(rows: int, columns:
     [
         ({"quant_method": "gptq"}, UnsupportedModelError, "gptq"),
         ({"fmt": "e5m2"}, UnsupportedModelError, "e5m2"),
-        ({"scale_fmt": "ue8m0"}, UnsupportedModelError, "ue8m0"),
+        ({"scale_fmt": "int"}, UnsupportedModelError, "scale_fmt"),
         ({"weight_block_size": [128]}, UnsupportedModelError, "weight_block_size"),
         ({"weight_block_size": [128, 128]}, ModelFilesError, "w_scale_inv"),
     ],
