@@ -29,7 +29,7 @@ from train.objectives import next_token
 TOLERANCE = 2e-5  # of logits of order 1, float32; the issue asks for 1e-4
 SEEN = 10  # tokens of the prompt: longer than the window
 MOVED = 1e-2  # a wrong option moves some logit so much at least: 500 times the tolerance
-TRIED = 2  # wrong options of a family in every run
+TRIED = 1  # wrong options of a family in every run
 RULES = ShardingRules()
 slow = pytest.mark.slow
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -212,7 +212,7 @@ def same(a, b, tolerance: float):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max(), err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_training_is_the_same_in_chunks_on_one_device_and_on_a_mesh(tied):
     config = tiny_config(num_layers=1, tied_embeddings=tied, final_softcap=4.0, mup_base_dim=16)
     batch = packed_batch(0, 8, 9, config.vocab_size)
