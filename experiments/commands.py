@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.table import Table
 from experiments.named import EXPERIMENTS
 from experiments.resolve import find_run, is_run, load_experiment, resolve, resolve_from
 from train.config import Experiment
+from train.records import RunFolder
 
 HEARTBEAT_SECONDS = 30  # after which the others learn that a process died; jax waits 100
 
@@ -69,11 +72,9 @@ def train(args: argparse.Namespace) -> int:
             raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
     elif args.subject not in EXPERIMENTS and is_run(args.subject):
         path = find_run(args.subject).path
-        experiment = _load(args.subject, args.overrides)
         if args.run:
-            from experiments.convert import copy_import
-
-            copy_import(find_run(args.subject), path := _run_path(args.run))
+            path = _copied(find_run(args.subject), _run_path(args.run))
+        experiment = _load(str(path), args.overrides)
     else:
         path = _run_path(args.run or args.subject)
         experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
@@ -84,6 +85,20 @@ def train(args: argparse.Namespace) -> int:
     say = print if jax.process_index() == 0 else lambda text: None
     run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
     return 0
+
+
+def _copied(run: RunFolder, path: Path) -> Path:
+    """`path`, a copy of an imported run, made by process 0 unless it is there."""
+    import jax
+
+    from experiments.convert import copy_import
+    from experiments.run import barrier
+
+    if jax.process_index() == 0:
+        with _written(path):
+            copy_import(run, path)
+    barrier("imported run copied")
+    return path
 
 
 def eval(args: argparse.Namespace) -> int:
@@ -157,40 +172,49 @@ def generate(args: argparse.Namespace) -> int:
 def import_(args: argparse.Namespace) -> int:
     """Makes a run of a published model."""
     from experiments.convert import import_run
-    from model.hf.load import ModelFilesError
-    from model.hf.translate import UnsupportedModelError
 
     use_compilation_cache()
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
         raise UsageError(f"--name {args.name}: names a folder under runs/; use letters, digits, '.', '_' and '-'")
     if args.name in EXPERIMENTS:
         raise UsageError(f"--name {args.name}: is the name of an experiment; choose another")
-    tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
-    try:
+    tokenizer, path = None if args.tokenizer is None else Path(args.tokenizer), Path("runs") / args.name
+    with _written(path):
         import_run(
-            Path(args.subject), Path("runs") / args.name, name=args.name, overrides=args.overrides, dtype=args.dtype,
-            tokenizer_path=tokenizer, dry_run=args.dry_run, console=_console(),
+            Path(args.subject), path, name=args.name, overrides=args.overrides, dtype=args.dtype, tokenizer_path=tokenizer,
+            dry_run=args.dry_run, console=_console(),
         )  # fmt: skip
-    except (ModelFilesError, UnsupportedModelError) as error:
-        raise UsageError(str(error)) from error
     return 0
 
 
 def export(args: argparse.Namespace) -> int:
     """Writes a run as a published model."""
     from experiments.convert import export_run
+
+    run, folder = find_run(args.subject), Path(args.to)
+    with _written(folder):
+        export_run(
+            run, _load(args.subject, args.overrides), folder, dtype=args.dtype, family=args.family, step=args.step,
+            dry_run=args.dry_run, console=_console(),
+        )  # fmt: skip
+    return 0
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """A folder is written in one piece: SIGTERM ends it as Ctrl-C does, and what is wrong with files is the user's to mend."""
     from model.hf.load import ModelFilesError
     from model.hf.translate import UnsupportedModelError
 
-    run = find_run(args.subject)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        export_run(
-            run, _load(args.subject, args.overrides), Path(args.to), dtype=args.dtype, family=args.family, step=args.step,
-            dry_run=args.dry_run, console=_console(),
-        )  # fmt: skip
+        yield
     except (ModelFilesError, UnsupportedModelError) as error:
         raise UsageError(str(error)) from error
-    return 0
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error}); free the disk, or fix the permissions. Nothing was kept") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def upcycle(args: argparse.Namespace) -> int:

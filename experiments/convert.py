@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,30 +20,46 @@ from rich.table import Table
 from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, read_tokenizer, write_published
 from experiments.resolve import resolve_from
-from experiments.run import open_trained, untouched_import
+from experiments.run import imported_from, open_trained, untouched_import
 from model.cost import count_parameters
 from model.hf.families import to_json
 from model.hf.load import load
 from model.hf.plan import plan
 from model.hf.published import Published, open_published
 from model.hf.save import save_published, staged
+from model.hf.translate import architecture, differences
 from model.hf.verify import verify, verify_saved
 from model.transformer import Transformer, forward
 from sharding.mesh import make_mesh, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, OptimizerConfig, TrainConfig
-from train.loop import build
+from train.config_io import ConfigError
 from train.objectives import token_losses
 from train.records import MetricsWriter, RunFolder, RunFolderError, describe_environment, open_run, write_environment
 
 PROBE = Path(argparse.__file__)  # a text that every machine has: what an import is tried on
 PROBE_TOKENS = 256
 
-Say = Callable[[str], None]
-
 
 def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides: Sequence[str]) -> Experiment:
-    """An experiment that goes on training a published model, gently, on the default corpus. Raises ValueError by field."""
+    """An experiment that goes on training a published model, gently, on the default corpus. Raises ConfigError by field."""
+    config = published.config
+    with tempfile.TemporaryDirectory() as folder:  # where the checks find the tokenizer, before the run has it
+        tokenizer.save(folder)
+        saved = TokenizerConfig(kind="saved", path=folder, vocab_size=tokenizer.vocab_size)
+        experiment = _experiment(name, published, saved, overrides)
+    if lost := differences(architecture(config), architecture(experiment.model)):
+        raise ConfigError(f"{lost[0].replace('(there', '(asked for')}: the published weights are of that network; leave --set of it out")
+    if experiment.data.tokenizer != saved:
+        raise ConfigError("data.tokenizer: the published weights need their own tokenizer; leave --set of it out, or give --tokenizer PATH")
+    return _with_tokenizer(experiment, Path("runs") / name / "tokenizer")
+
+
+def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:
+    return replace(experiment, data=replace(experiment.data, tokenizer=replace(experiment.data.tokenizer, path=str(folder))))
+
+
+def _experiment(name: str, published: Published, tokenizer: TokenizerConfig, overrides: Sequence[str]) -> Experiment:
     config = published.config
     experiment = Experiment(
         name=name,
@@ -49,13 +67,15 @@ def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides
         source=f"published weights ({published.family})",
         model=config,
         data=DataConfig(
-            tokenizer=TokenizerConfig(kind="saved", path=f"runs/{name}/tokenizer", vocab_size=tokenizer.vocab_size),
-            sequence_length=min(512, config.max_length), batch_size=8, holdout_fraction=0.01,
+            tokenizer=tokenizer, sequence_length=min(512, config.max_length), batch_size=8, holdout_fraction=0.01,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=20, weight_decay=0.0),
         train=TrainConfig(steps=200, eval_every=50, checkpoint_every=50),
     )  # fmt: skip
-    return resolve_from(experiment, overrides)
+    try:
+        return resolve_from(experiment, overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def import_run(
@@ -76,23 +96,23 @@ def import_run(
     experiment = fine_tuning(name, published, tokenizer, overrides)
     console.print(_plan(path, published, tokenizer, unused, experiment, dtype))
     if dry_run:
-        console.print("dry run: only headers were read, nothing was written")
+        console.print("dry run: nothing was written")
         return
-    program = build(experiment)
+    mesh = make_mesh(experiment.mesh)
     with staged(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
         write_environment(run, describe_environment())
         tokenizer.save(run.tokenizer)
         with _progress(console, "reading", count_parameters(experiment.model).total) as advance:
             model = load(
-                published.source, published.pieces, experiment.model, experiment.sharding, program.mesh, dtype=dtype,
+                published.source, published.pieces, experiment.model, experiment.sharding, mesh, dtype=dtype,
                 progress=lambda piece, size: advance(size),
             )  # fmt: skip
         _write(run, model, experiment, tokenizer, dtype, str(path))
         del model
-        _, trained = open_trained(run, experiment, tokenizer)
+        _, trained = open_trained(run, _with_tokenizer(experiment, run.tokenizer), tokenizer)
         with _progress(console, "verifying", count_parameters(experiment.model).total) as advance:
             verified = verify(trained.model, published, dtype, lambda piece, size: advance(size))
-        with use_mesh(program.mesh):
+        with use_mesh(mesh):
             loss, tokens = probe(trained.model, tokenizer)
         console.print(
             f"verified: {verified.elements:,} weights are those of the files, bit by bit as {dtype}; "
@@ -134,11 +154,15 @@ def export_run(
 
 
 def copy_import(run: RunFolder, path: Path) -> None:
-    """A copy of an imported run, to be trained while that one stays as it is."""
-    if not untouched_import(run):
-        raise RunFolderError(f"{run.path} is not an imported run, or was trained further; without --run it goes on in its own folder")
+    """A copy of an imported run at `path`, to be trained while that one stays as it is; one that is there already stays."""
+    if not imported_from(run):
+        raise RunFolderError(f"{run.path} is not an imported run; without --run it goes on in its own folder")
     if path.exists():
-        raise RunFolderError(f"run folder {path} exists already; go on with it by its name, or choose another with --run")
+        if imported_from(RunFolder(path)) == imported_from(run):
+            return
+        raise RunFolderError(f"{path} exists already and is no copy of {run.path}; choose another name with --run")
+    if not untouched_import(run):
+        raise RunFolderError(f"{run.path} was trained further; without --run it goes on in its own folder")
     with staged(path) as partial:
         shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns(run.lock.name), dirs_exist_ok=True)
 

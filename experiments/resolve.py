@@ -77,17 +77,24 @@ def may_differ_on_resume(name: str) -> bool:
 
 def is_run(text: str) -> bool:
     """Whether `find_run` would find it."""
-    return any((path / "config.json").exists() for path in (Path(text), Path("runs") / text))
+    return any(_holds_run(path) for path in (Path(text), Path("runs") / text))
+
+
+def _holds_run(path: Path) -> bool:
+    """A published model's folder has a config.json, too."""
+    return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
 
 
 def find_run(text: str) -> RunFolder:
     """The run folder of a path or of a name under runs/. Raises RunFolderError."""
     for path in (Path(text), Path("runs") / text):
-        if (path / "config.json").exists():
+        if _holds_run(path):
             return RunFolder(path)
-    known = sorted(p.parent.name for p in Path("runs").glob("*/config.json"))
+    known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
+    if (Path(text) / "config.json").exists():
+        raise RunFolderError(f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it")
     raise RunFolderError(
-        f"run {text!r} is not a run folder (no config.json in it or in runs/{text}); "
+        f"run {text!r} is not a run folder (no config.json and overrides.json in it or in runs/{text}); "
         + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
     )
 

@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 
 from data.chat import chat_template, encode_chat
 from data.compressors import compressed_sizes
+from data.config import DataError
 from data.prepare import Prepared, heldout_files, prepare
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
 from experiments.report import write_report
@@ -54,7 +55,7 @@ def run_experiment(
         prepared = prepare_data(experiment, say)
         if jax.process_index() == 0:
             write_environment(run, describe_environment())
-            prepared.tokenizer.save(run.tokenizer)
+            _keep_tokenizer(run, prepared.tokenizer)
         program = build(experiment)
         trained = train(program, prepared, run, notice=say)
         if trained.finished:
@@ -63,6 +64,17 @@ def run_experiment(
             report = write_report(run.path)
             say(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return trained.finished
+
+
+def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
+    """Saves the tokenizer in the run's folder, never over another one that its weights may need. Raises ConfigError."""
+    with contextlib.suppress(DataError):  # there is none, or it is damaged
+        if load_tokenizer(run.tokenizer).identity != tokenizer.identity:
+            raise ConfigError(
+                f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave data.tokenizer and the "
+                "text it is learned from as they were, or start a new run with --run NEWNAME"
+            )
+    tokenizer.save(run.tokenizer)
 
 
 def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
@@ -89,10 +101,10 @@ def _shared_run(
         with open_run(
             path, experiment, overrides=overrides, may_differ=_may_differ(path, experiment), override=override, notice=say
         ) as run:
-            _barrier("run folder open")
+            barrier("run folder open")
             yield run
     else:
-        _barrier("run folder open")
+        barrier("run folder open")
         yield RunFolder(path)
 
 
@@ -107,8 +119,13 @@ def _may_differ(path: Path, experiment: Experiment) -> Callable[[str], bool]:
 
 def untouched_import(run: RunFolder) -> bool:
     """Whether a run has imported weights and was not trained further."""
+    return imported_from(run) is not None and not any(row["kind"] == "train" for row in read_metrics(run.metrics))
+
+
+def imported_from(run: RunFolder) -> str | None:
+    """What published model a run has its first weights from."""
     rows = read_metrics(run.metrics) if run.metrics.exists() else []
-    return any("imported_from" in row for row in rows) and not any(row["kind"] == "train" for row in rows)
+    return next((row["imported_from"] for row in rows if "imported_from" in row), None)
 
 
 def _agree(digest: str, wrong: str, fix: str) -> None:
@@ -119,7 +136,8 @@ def _agree(digest: str, wrong: str, fix: str) -> None:
             raise ConfigError(f"the processes {wrong} (hashes {', '.join(f'{h:08x}' for h in hashes)} by process); {fix}")
 
 
-def _barrier(name: str) -> None:
+def barrier(name: str) -> None:
+    """Waits for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from experiments.resolve import resolve_from
 from experiments.run import open_trained, prepare_data
 from model.config import MoEConfig
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
+from model.hf.save import staged
 from model.transformer import Transformer, forward, logits
 from model.upcycle import check, upcycle
 from sharding.mesh import put_batch, use_mesh
@@ -73,14 +73,11 @@ def upcycle_run(
     _, trained = open_trained(run, dense, prepared.tokenizer, step)
     origin = {"run": str(run.path), "step": trained.step, "name": dense.name}
 
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with open_run(partial, experiment, overrides=overrides) as new:
+    with staged(path) as partial, open_run(partial, experiment, overrides=overrides) as new:
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
         far = _compare(experiment, dense, run, trained.step, new, prepared, say)
-    partial.rename(path)
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
     return far
 

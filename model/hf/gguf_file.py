@@ -193,5 +193,5 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("GGUF files need the package gguf: pip install 'meshwork[hf]'") from error
+        raise ModelFilesError("GGUF files need the package gguf: pip install 'meshwork[hf]'") from error
     return gguf

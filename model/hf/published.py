@@ -38,6 +38,13 @@ def open_published(path: Path | str) -> Published:
     hold twice, both).
     """
     path = Path(path)
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise ModelFilesError(f"{path}: cannot be read ({error}); look whether all of its files are there, and may be read") from error
+
+
+def _opened(path: Path) -> Published:
     if path.is_file():
         values, source, notes = *_open_gguf(path), []
         where = str(path)
@@ -112,7 +119,7 @@ def _dequantized(source: Source, values: dict[str, Any], where: str) -> Source:
     if not quantization:
         return source
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method not in QUANTIZED:
+    if not isinstance(method, str) or method not in QUANTIZED:
         raise UnsupportedModelError(
             f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: {', '.join(QUANTIZED)}; take the "
             "model's release in bfloat16, or a GGUF file"

@@ -104,7 +104,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     for name, value in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         begin, stop = _offsets(file, name, value)
         shape, dtype = value.get("shape"), value.get("dtype")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise _damaged(file, f"{name} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
             raise _damaged(file, f"{name} has the shape {str(shape)[:80]}")

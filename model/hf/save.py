@@ -10,8 +10,9 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -41,12 +42,13 @@ class _Tensor(NamedTuple):
 
 def save_published(
     model: Transformer, config: ModelConfig, folder: Path, *, family: str | None = None, dtype: str = "float32",
-    shard_bytes: int = SHARD_BYTES, progress: Callable[[Piece, int], object] = lambda piece, size: None,
+    shard_bytes: int = SHARD_BYTES, more: Mapping[str, Any] | None = None,
+    progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> str:  # fmt: skip
     """Writes `folder` (which must not exist, or be empty) with config.json and the weights as `dtype`; returns the family.
 
     `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from which the
-    weights are cut into several files with an index. `progress` is called after each piece with its elements.
+    weights are cut into several files with an index. `more`: further keys of config.json (ids of specials). `progress` is called after each piece with its elements.
     Raises UnsupportedModelError where config.json cannot say the network, ModelFilesError where the folder is taken, the disk
     full, a weight not finite or too large for `dtype`, or weights lie on other hosts. Then, and when interrupted, nothing stays.
     """
@@ -77,7 +79,7 @@ def save_published(
             total = sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize
             places = {t.name: name for name, content in files.items() for t in content}
             _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-        _write_json(staging / "config.json", values | {"torch_dtype": dtype})
+        _write_json(staging / "config.json", values | {"torch_dtype": dtype} | dict(more or {}))
     return family
 
 
@@ -161,7 +163,7 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when not."""
-    staging = folder.with_name(f"{folder.name}.{os.getpid()}{STAGING}")
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
     staging.mkdir(parents=True)
     try:
         yield staging

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data.tokenizer import read_tokenizer
 from experiments.__main__ import main
 from experiments.resolve import find_run, load_experiment
 from model.hf import llama
@@ -133,7 +134,37 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
     refused = refusal(capsys, "train", "tuned", "--set", "optimizer.learning_rate=0.02", "--set", "train.steps=4")
     assert "belongs to another config" in refused
     assert "was trained further" in refusal(capsys, "train", "tuned", "--run", "third")
+    code, out, _ = call(capsys, "train", "tiny", "--run", "tuned", "--set", "optimizer.learning_rate=0.01")
+    assert code == 0 and "is finished" in out, "the same command again goes on"
     assert "model.position.theta" in refusal(capsys, "train", "tiny", "--set", "model.position.theta=5000.0")
+
+
+def test_it_answers_through_its_chat_template(capsys):
+    code, out, err = call(capsys, "generate", "tiny", "--chat", "--system", "Be short.", "--prompt", "Hi", "--max-new-tokens", 3, "--temperature", 0)
+    assert code == 0 and not out.startswith("Hi") and "finished by" in out, err
+    assert "--chat" in refusal(capsys, "generate", "tiny", "--system", "x", "--prompt", "Hi")
+
+
+def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
+    before = {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()}
+    shutil.copytree(place / "runs" / "tiny" / "tokenizer", place / "other")
+    text = json.loads((place / "other" / "huggingface.json").read_text())
+    first, second = list(text["model"]["vocab"])[-2:]
+    vocabulary = text["model"]["vocab"]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (place / "published_other").mkdir()
+    (place / "published_other" / "tokenizer.json").write_text(json.dumps(text))
+    shutil.copy(place / "published" / "tokenizer_config.json", place / "published_other")
+    read_tokenizer(place / "published_other").save(place / "other")
+    assert "has another tokenizer" in refusal(capsys, "train", "tiny", "--set", "data.tokenizer.path=other")
+    assert {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()} == before
+
+
+def test_a_published_folder_is_no_run_and_what_its_weights_are_of_cannot_be_set(place, capsys):
+    assert "is a published model, not a run" in refusal(capsys, "generate", "published", "--prompt", "x")
+    for change in ("model.num_layers=1", "model.vocab_size=512", "model.position.theta=5.0", "data.tokenizer.kind=byte"):
+        told = refusal(capsys, "import", "published", "--name", "new", *SETTINGS, "--set", change)
+        assert change.split("=")[0].removesuffix(".kind") in told and not (place / "runs" / "new").exists()
 
 
 def test_bad_input_is_refused_in_one_paragraph_and_leaves_nothing(place, capsys):
@@ -142,7 +173,7 @@ def test_bad_input_is_refused_in_one_paragraph_and_leaves_nothing(place, capsys)
         change(place / name)
         code, _, told = call(capsys, "import", name, "--name", "bad", *SETTINGS)  # a table may follow the paragraph
         assert code == 1 and told.startswith("error: ") and "Traceback" not in told
-        assert not (place / "runs" / "bad").exists() and not [*(place / "runs").glob("bad.*")]
+        assert not (place / "runs" / "bad").exists() and not [*(place / "runs").glob("*bad*")]
         return told
 
     def values(**changes):

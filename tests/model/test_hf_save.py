@@ -64,7 +64,7 @@ def test_the_library_reads_what_was_written(tmp_path, published, model, dtype):
     assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
     assert verify_saved(model, tmp_path / "out", dtype) == Verified(len(held), len(jax.tree.leaves(model)), ELEMENTS)
-    assert not list(tmp_path.glob("*.writing"))
+    assert not list(tmp_path.glob(".*.writing"))
 
 
 def test_from_a_mesh_the_same_bytes_are_written(tmp_path, published, model):
@@ -144,7 +144,7 @@ def test_verify_sees_a_file_that_changed(tmp_path, published, model):
 def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error):
     def stop(piece, size):
         if piece.name == "model.norm.weight":
-            assert list(tmp_path.glob("out.*.writing")) and not (tmp_path / "out").exists()
+            assert list(tmp_path.glob(".out.*.writing")) and not (tmp_path / "out").exists()
             raise error
 
     with pytest.raises(error):
@@ -154,7 +154,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error)
 
 def test_what_a_killed_export_left_looks_like_no_model_and_is_nobody_elses_to_delete(tmp_path, published, model):
     save_published(model, published.config, tmp_path / "out")
-    left = tmp_path / "again.12.writing"
+    left = tmp_path / ".again.12.writing"
     shutil.copytree(tmp_path / "out", left)
     (left / "config.json").unlink()  # it is written last
     with pytest.raises(ModelFilesError, match=r"there is no config.json"):
