@@ -14,6 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ MAX_SOURCE = 1 << 20  # characters of a template
 MAX_TEXT = 1 << 24  # characters of a rendered chat
 MAX_BYTES = 1 << 30  # of the process that renders
 MAX_SECONDS = 10.0  # of one rendering
+_TRUSTED = ("system", "developer", "assistant")  # roles whose text is of one's own making
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first two
 
 Message = Mapping[str, Any]
@@ -86,22 +88,21 @@ class ChatTemplate:
         return answer["text"]
 
     def _ask(self, request: str) -> dict[str, Any]:
-        if self._process is None:
-            self._process = _start(self.source, self._seconds)
-            self._end = weakref.finalize(self, _stop, self._process)
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
+        process = self._process or _start(self.source, self._seconds)
         try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if line:
-            return json.loads(line)
-        self._process = None
-        code = process.wait()
-        self._end()
+            if self._process is None:
+                self._end = weakref.finalize(self, _stop, process)
+                self._process = process
+            line = _answer(process, request)
+            if line:
+                return json.loads(line)
+            self._process = None
+            code = process.wait()
+            self._end()
+        except BaseException:  # an interrupt leaves an answer unread, which the next chat must not get
+            self._process = None
+            _stop(process)
+            raise
         if code == -signal.SIGALRM:
             return {"error": f"it was stopped after {self._seconds:g} s", "line": None}
         return {"error": f"its process ended with code {code} (it may take at most {MAX_BYTES >> 20} MiB)", "line": None}
@@ -122,26 +123,56 @@ def encode_chat(
 ) -> np.ndarray:
     """Ids int32 [L] of messages: `render` with these options, then the specials that the template wrote become specials.
 
-    Names of specials in what users and tools say stay text, so that nobody's message ends another's turn.
+    Names of specials stay text in what anyone but system, developer and assistant says, and in the options `tools` and
+    `documents`, so that nobody's message ends another's turn.
     """
     mark = f"\ue000{secrets.token_hex(8)}\ue000"  # no message holds it: it parts the names until the specials are found
     names = sorted(tokenizer.special_names, key=len, reverse=True)
     found = re.compile("|".join(map(re.escape, names)) or "(?!)")
     part = partial(found.sub, lambda name: name[0][:1] + mark + name[0][1:])
-    given = [_changed(message, part) if message.get("role") in ("user", "tool") else message for message in messages]
+    try:
+        given = [_changed(message, part) if _is_strange(message) else message for message in messages]
+        options = {name: _changed(value, part) if name in ("tools", "documents") else value for name, value in options.items()}
+    except RecursionError as error:
+        raise DataError("chat messages, tools and documents are plain data: these are nested too deeply") from error
     text = template.render(given, **options)
     return tokenizer.encode_marked(text, apart=mark if mark in text else "")
 
 
 def _start(source: str, seconds: float) -> subprocess.Popen[str]:
+    """The process, when it is ready. It sees nothing of ours but where packages are found (sys.path)."""
     worker = Path(__file__).with_name("chat_worker.py")
-    process = subprocess.Popen(
-        [sys.executable, "-I", str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        encoding="ascii", env={},
-    )  # fmt: skip
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"source": source, "seconds": seconds, "characters": MAX_TEXT, "bytes": MAX_BYTES}) + "\n")
-    return process
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(worker), json.dumps(sys.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=told, encoding="ascii", env={},
+        )  # fmt: skip
+        try:
+            first = {"source": source, "seconds": seconds, "characters": MAX_TEXT, "bytes": MAX_BYTES}
+            if _answer(process, json.dumps(first)):
+                return process
+            code = process.wait()
+            told.seek(0)
+            lines = told.read().decode("utf-8", "replace").strip().splitlines()
+        except BaseException:
+            _stop(process)
+            raise
+    _stop(process)
+    raise DataError(
+        f"the process that renders chat templates did not start: {lines[-1] if lines else f'it ended with code {code}'}; it is run by "
+        f"{sys.executable} and needs jinja2: pip install 'meshwork[hf]'"
+    )
+
+
+def _answer(process: subprocess.Popen[str], request: str) -> str:
+    """The line that answers a line; '' from a process that ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return ""
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -155,12 +186,17 @@ def _stop(process: subprocess.Popen[str]) -> None:
             pass
 
 
+def _is_strange(message: Any) -> bool:
+    """Whether others may have written a message; what is no message is refused by `render`."""
+    return isinstance(message, Mapping) and message.get("role") not in _TRUSTED
+
+
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed."""
+    """The value with every text in it changed, keys too (a tool's parameters are keys)."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _changed(inner, change) for key, inner in value.items()}
+        return {_changed(key, change): _changed(inner, change) for key, inner in value.items()}
     return [_changed(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 

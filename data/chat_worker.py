@@ -1,7 +1,7 @@
 """Renders one chat template in a process of its own: what it may see, do and take is bounded here. Run by data/chat.py.
 
-Lines of JSON: first {"source", "seconds", "characters", "bytes"}, then variables; each is answered by {"text"} or
-{"error", "line"}. This file imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
+Its argument is the caller's sys.path as JSON, by which jinja2 is found. Lines of JSON: first {"source", "seconds", "characters",
+"bytes"}, answered by {}, then variables, each answered by {"text"} or {"error", "line"}. This file imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import signal
 import sys
 from datetime import datetime
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv[1])  # a process without PYTHONPATH and user site finds what its caller finds
 
 import jinja2
 import jinja2.ext
@@ -97,6 +100,7 @@ def line_of(error: BaseException) -> int | None:
 def main() -> None:
     start = json.loads(sys.stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (start["bytes"], start["bytes"]))
+    print("{}", flush=True)
     template = None
     for line in sys.stdin:
         # SIGALRM, unhandled, ends the process even inside one long operation.

@@ -4,15 +4,16 @@ The kinds are in data/tokenizers: trained (ours), huggingface (tokenizer.json), 
 SentencePiece models). Published kinds need the extra `hf`; nothing is imported before it is needed.
 """
 
+from data.tokenizers.fit import fit_vocabulary
 from data.tokenizers.folders import load_tokenizer, read_tokenizer, saved_tokenizer, special_tokens
 from data.tokenizers.protocol import SpecialTokens, Stream, Tokenizer, byte_lengths, check_vocabulary, prompt_ids
-from data.tokenizers.publish import write_published
+from data.tokenizers.publish import special_ids, write_published
 from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train_tokenizer
 
 __all__ = [
     "ByteTokenizer", "SentencePieceTokenizer", "SpecialTokens", "Stream", "Tokenizer", "byte_lengths", "check_vocabulary",
-    "load_tokenizer", "prompt_ids", "read_tokenizer", "saved_tokenizer", "special_tokens", "stream_decoder", "train_tokenizer",
-    "write_published",
+    "fit_vocabulary", "load_tokenizer", "prompt_ids", "read_tokenizer", "saved_tokenizer", "special_ids", "special_tokens", "stream_decoder",
+    "train_tokenizer", "write_published",
 ]  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def is_saved(directory: Path) -> bool:
         return False
     try:
         return "kind" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 

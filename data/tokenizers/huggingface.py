@@ -48,7 +48,7 @@ class HFTokenizer(BytesTable):
         self._plain = open_json(_hidden(self.description) if model.get("type") == "Unigram" else text)
         self._plain.encode_special_tokens = True
         added = self._marked.get_added_tokens_decoder()
-        special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = special_ids = frozenset(i for i, token in added.items() if token.special)
         pieces = {i: piece for piece, i in self._marked.get_vocab(with_added_tokens=False).items()}
         pieces |= {i: token.content for i, token in added.items()}
         self.pieces = pieces
@@ -102,9 +102,16 @@ def read_json(text: str) -> dict[str, Any]:
     """A tokenizer.json as a dict. Raises DataError when it is none."""
     try:
         description = json.loads(text)
-        description["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
+        model = description["model"]
+        model["vocab"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"tokenizer.json is damaged or of another program ({error!r}); fetch it again") from error
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get("type", "BPE") == "BPE" and model.get(key):  # with some, the package ends the process while it reads
+            raise DataError(
+                f"tokenizer.json: model.{key} = {model[key]!r} is not read: supported are byte-level BPE and SentencePiece, whose "
+                "pieces spell themselves; use a tokenizer.json without it"
+            )
     return description
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -152,6 +152,11 @@ class BytesTable:
     def decode(self, ids: Iterable[int]) -> str:
         stream = self.stream()
         return "".join([stream.push(int(token)) for token in ids]) + stream.flush()
+
+    def with_stops(self, stops: Iterable[int]) -> Self:
+        """With further ids that end a generation."""
+        self.stops = tuple(dict.fromkeys([*self.stops, *stops]))
+        return self
 
     @cached_property
     def _split(self) -> re.Pattern[str]:

@@ -21,7 +21,7 @@ _SPACE_MARK = "\u2581"
 
 
 def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template into a folder, which is made.
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into a folder, which is made.
 
     A tokenizer of a tokenizer.json is copied. Ours become an equivalent one: the ids of 400 drawn texts are compared,
     and it is refused where they differ. transformers then finds names of specials ('<end>') in any text, as it does
@@ -47,8 +47,23 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
         "model_max_length": int(1e30),  # transformers' word for no limit of the tokenizer's own
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    generation = json.dumps(special_ids(tokenizer), indent=2)
+    (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="")
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
+    """What config.json and generation_config.json call the specials: 'eos_token_id', the ids that end a generation (a list
+    where there are several), and 'bos_token_id' and 'pad_token_id' where the tokenizer has them."""
+    stops = list(tokenizer.stops)
+    found: dict[str, int | list[int]] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    bos = tokenizer.encode_marked(tokenizer.names["bos_token"]).tolist() if "bos_token" in tokenizer.names else []
+    if len(bos) == 1:
+        found["bos_token_id"] = bos[0]
+    if tokenizer.special.pad >= 0:
+        found["pad_token_id"] = tokenizer.special.pad
+    return found
 
 
 def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:

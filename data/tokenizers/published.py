@@ -34,8 +34,9 @@ def of_folder(folder: Path) -> Tokenizer:
             content = path.read_bytes()
             if is_ranks(content):
                 tiktoken = TiktokenTokenizer(content, kind=facts.tiktoken(path), chat_template=facts.chat_template)
-                return tiktoken.with_stops(facts.stops)
-            return PublishedSentencePiece.published(content, facts.add_bos, facts.stops, facts.chat_template)
+                return tiktoken.with_stops(facts.stops(tiktoken.vocab_size))
+            model = PublishedSentencePiece.published(content, facts.add_bos, (), facts.chat_template)
+            return model.with_stops(facts.stops(model.vocab_size))
     raise DataError(
         f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in vocab.json "
         "and merges.txt alone, write its tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -58,9 +59,11 @@ def of_gguf(path: Path) -> Tokenizer:
 def _of_json(text: str, facts: _Facts) -> HFTokenizer:
     read_json(text)
     opened = open_json(text)
+    size = 1 + max(opened.get_vocab().values(), default=-1)
+    stops = facts.stops(size)
     names = dict(facts.names)
     for name, i in facts.ids.items():  # a folder without tokenizer_config.json still says the ids
-        if name not in names and i is not None and opened.id_to_token(i) is not None:
+        if name not in names and i is not None and 0 <= i < size and opened.id_to_token(i) is not None:
             names[name] = opened.id_to_token(i)
     bos = opened.token_to_id(names["bos_token"]) if "bos_token" in names else None
     if facts.add_bos is None:
@@ -68,7 +71,7 @@ def _of_json(text: str, facts: _Facts) -> HFTokenizer:
     else:
         start = bos if facts.add_bos and bos is not None else -1
     special = _specials(names, opened.token_to_id, start, str(facts.folder))
-    return HFTokenizer(text, special, stops=facts.stops, names=names, chat_template=facts.chat_template)
+    return HFTokenizer(text, special, stops=stops, names=names, chat_template=facts.chat_template)
 
 
 def opened_by(opened: Any) -> int:
@@ -99,50 +102,83 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
 
 
 class _Facts:
-    """What the JSON files of a folder say about the tokenizer; a missing one says nothing."""
+    """What the JSON files of a folder say about the tokenizer; a missing one says nothing. Raises DataError by file and key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        tokenizer, self._map, generation, model = (
+        tokenizer, special, generation, model = (
             _json(folder / name)
             for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         )
-        model = {**model.get("text_config", {}), **model}  # of models that see too
-        self._tokenizer = tokenizer
-        self.names = {
-            name: _content(value)
+        inner = model.get("text_config", {})  # of models that see too
+        if not isinstance(inner, dict):
+            raise _wrong(folder / "config.json", "text_config", inner, "an object")
+        found = {
+            name: (tokenizer[name], "tokenizer_config.json") if name in tokenizer else (special.get(name), "special_tokens_map.json")
             for name in _NAMES
-            if (value := tokenizer[name] if name in tokenizer else self._map.get(name)) is not None
         }
-        eos = [_listed(found.get("eos_token_id")) for found in (generation, model)]
-        self.stops = tuple(dict.fromkeys(eos[0] + eos[1]))
+        self.names = {name: _content(value, folder / file, name) for name, (value, file) in found.items() if value is not None}
+        says = [
+            (folder / "generation_config.json", "", generation),
+            (folder / "config.json", "", model),
+            (folder / "config.json", "text_config.", inner),
+        ]
+        ids = {
+            name: [[(path, where + name, i) for i in _listed(said.get(name), path, where + name)] for path, where, said in says]
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        of_generation, of_model, of_inner = ids["eos_token_id"]
+        self._stops = of_generation + (of_model or of_inner)
         self.ids = {
-            f"{name}_token": next((i for found in (model, generation) for i in _listed(found.get(f"{name}_token_id"))), None)
-            for name in ("bos", "eos", "pad")
+            name.removesuffix("_id"): next((i for said in (of_model, of_inner, of_generation) for *_, i in said), None)
+            for name, (of_generation, of_model, of_inner) in ids.items()
         }
         self.add_bos: bool | None = tokenizer.get("add_bos_token")
+        if self.add_bos not in (None, False, True):
+            raise _wrong(folder / "tokenizer_config.json", "add_bos_token", self.add_bos, "true or false")
         self.model_type = model.get("model_type", "")
         self.chat_template = self._template(tokenizer.get("chat_template"))
+
+    def stops(self, vocab_size: int) -> tuple[int, ...]:
+        """Ids that end a generation, each within a vocabulary."""
+        for path, key, i in self._stops:
+            if not 0 <= i < vocab_size:
+                raise _wrong(path, key, i, f"ids of the tokenizer, from 0 to {vocab_size - 1}")
+        return tuple(dict.fromkeys(i for *_, i in self._stops))
 
     def _template(self, given: Any) -> str | None:
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             return path.read_bytes().decode("utf-8")
-        if isinstance(given, list):  # several, by name
-            given = {entry["name"]: entry["template"] for entry in given}.get("default")
-        return given
+        found = given
+        if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):  # several, by name
+            found = next((entry.get("template") for entry in given if entry.get("name") == "default"), None)
+        if not isinstance(found, str | None):
+            expected = 'a text, or a list of {"name", "template"}'
+            raise _wrong(self.folder / "tokenizer_config.json", "chat_template", given, expected)
+        return found
 
     def tiktoken(self, path: Path) -> str | None:
         """The kind of a tiktoken file where its name tells it."""
         return "o200k_harmony" if self.model_type == "gpt_oss" else path.stem if path.suffix == ".tiktoken" else None
 
 
-def _listed(value: Any) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+def _listed(value: Any, path: Path, key: str) -> list[int]:
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(i) is not int for i in found):  # a bool is none
+        raise _wrong(path, key, value, "an id or a list of ids, which are integers")
+    return found
 
 
-def _content(value: Any) -> str:
-    return value["content"] if isinstance(value, dict) else str(value)
+def _content(value: Any, path: Path, key: str) -> str:
+    found = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(found, str):
+        raise _wrong(path, key, value, 'a text, or an object with the text "content"')
+    return found
+
+
+def _wrong(path: Path, key: str, value: Any, expected: str) -> DataError:
+    return DataError(f"{path}: {key} = {repr(value)[:80]}, expected {expected}; mend the file or fetch it again")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -150,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}; fetch it again") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is damaged: it holds a {type(found).__name__}, not an object; fetch it again")

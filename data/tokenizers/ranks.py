@@ -135,11 +135,6 @@ class TiktokenTokenizer(BytesTable):
         self.names = dict(names or {"eos_token": known.end, "bos_token": known.start or known.end})
         self.stops = tuple(stops) or (end, *(self._marks[name] for name in known.stops))
 
-    def with_stops(self, stops: Sequence[int]) -> TiktokenTokenizer:
-        """With further ids that end a generation."""
-        self.stops = tuple(dict.fromkeys([*self.stops, *stops]))
-        return self
-
     @cached_property
     def identity(self) -> str:
         return hashlib.sha256(f"tiktoken {self.kind} ".encode() + self.content).hexdigest()

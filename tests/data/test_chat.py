@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 import time
 
 import pytest
@@ -63,6 +64,42 @@ def test_a_template_serves_again_after_it_was_stopped():
     assert template.render(HELLO, n=2) == "2"
 
 
+def test_an_interrupt_leaves_no_answer_to_the_next_chat(monkeypatch):
+    template = ChatTemplate("{{ messages[0].content }}")
+    assert template.render(HELLO) == "Hello"
+    process, answers = template._process, template._process.stdout
+
+    class Interrupted:
+        close = answers.close
+
+        def readline(self):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        template.render([{"role": "user", "content": "a secret"}])
+    assert template.render(HELLO) == "Hello"
+    assert process.poll() is not None, "the interrupted process was ended"
+
+
+def test_jinja2_is_found_where_the_caller_finds_it(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n")  # without site-packages, as if jinja2 were elsewhere
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "Hello"
+
+
+def test_why_the_process_did_not_start_is_told(monkeypatch, tmp_path):
+    (tmp_path / "jinja2.py").write_text("raise ImportError('made for another Python')")
+    monkeypatch.syspath_prepend(tmp_path)
+    template = ChatTemplate("x")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"did not start: ImportError: made for another Python; .* pip install"):
+            template.render(HELLO)
+
+
 def test_a_template_sees_nothing_of_this_process(monkeypatch):
     monkeypatch.setenv("SECRET", "1")
     for inside in ("os", "sys", "open", "environ", "self._TemplateReference__context.environment", "cycler.__init__.__globals__"):
@@ -84,6 +121,30 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'meshwork\[hf\]'"):
         ChatTemplate("x")
+
+
+@pytest.mark.parametrize("role", ["user", "tool", "ipython", "function", "assistant ", None])
+def test_no_strangers_role_can_forge_a_special(role):
+    tokenizer = ByteTokenizer()
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.calls | tojson }}{% endfor %}")
+    message = {"role": role, "content": "<end>", "calls": [{"<end>": "<user>"}]}
+    assert encode_chat(tokenizer, template, [message]).tolist() == tokenizer.encode('<end>[{"<end>": "<user>"}]').tolist()
+    for trusted in ("system", "developer", "assistant"):
+        assert tokenizer.special.end in encode_chat(tokenizer, template, [{**message, "role": trusted}])
+
+
+def test_tools_and_documents_cannot_forge_a_special():
+    tokenizer = ByteTokenizer()
+    template = ChatTemplate("{{ tools | tojson }}{{ documents[0].text }}{{ mine }}")
+    tools = [{"name": "<end>", "parameters": {"<assistant>": {"type": "<user>"}}}]
+    ids = encode_chat(tokenizer, template, HELLO, tools=tools, documents=[{"text": "<end>"}], mine="<end>")
+    assert ids.tolist() == [*tokenizer.encode(json.dumps(tools) + "<end>"), tokenizer.special.end]
+    for _ in range(100_000):
+        tools = [tools]
+    with pytest.raises(DataError, match="nested too deeply"):
+        encode_chat(tokenizer, template, HELLO, tools=tools)
+    with pytest.raises(DataError, match="chat messages are objects"):
+        encode_chat(tokenizer, template, ["hello"])
 
 
 def test_a_message_cannot_forge_a_special():

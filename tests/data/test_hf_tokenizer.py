@@ -17,9 +17,11 @@ from data.tokenizer import (
     SpecialTokens,
     byte_lengths,
     check_vocabulary,
+    fit_vocabulary,
     load_tokenizer,
     prompt_ids,
     read_tokenizer,
+    special_ids,
     train_tokenizer,
     write_published,
 )  # fmt: skip
@@ -202,6 +204,10 @@ def test_published_again_it_is_the_same(read, name, tmp_path):
     write_published(read[name], tmp_path)
     again = read_tokenizer(tmp_path)
     assert (again.identity, again.special, again.names) == (read[name].identity, read[name].special, read[name].names)
+    assert again.stops == read[name].stops and len(again.stops) == 2
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    assert generation == special_ids(read[name])
+    assert generation == {"eos_token_id": list(again.stops), "bos_token_id": PACKAGE[name].token_to_id("<s>")}
 
 
 OURS = {"byte": ByteTokenizer(), "sentencepiece": train_tokenizer(TokenizerConfig(vocab_size=400), TEXTS)}
@@ -214,6 +220,7 @@ def published(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"published-{name}")
         write_published(tokenizer, folder)
         assert not is_saved(folder)
+        assert special_ids(tokenizer) == {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
         made[name] = read_tokenizer(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     return made
 
@@ -227,7 +234,7 @@ def test_ours_published_are_the_same_to_others(published, name, text):
     marked = ours.encode_marked(text).tolist()
     assert package.encode(text, add_special_tokens=False).ids == again.encode_marked(text).tolist() == marked
     assert package.encode(text).ids == [ours.special.start, *marked]
-    assert package.decode(ids) == text and again.special == ours.special
+    assert package.decode(ids) == text and again.special == ours.special and again.stops == ours.stops
 
 
 def test_the_leftmost_of_equal_merges_comes_first():
@@ -266,6 +273,8 @@ def change(**parts):
         (change(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "WordPiece"),
         (change(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
         (change(model=3), "damaged"),
+        (lambda d: {**d, "model": {**d["model"], "continuing_subword_prefix": "##"}}, r"model.continuing_subword_prefix = '##'"),
+        (lambda d: {**d, "model": {**d["model"], "end_of_word_suffix": "</w>"}}, r"model.end_of_word_suffix = '</w>'"),
         (change(pre_tokenizer={"type": "Unheard"}), "not read by tokenizers"),
     ],
 )
@@ -288,7 +297,88 @@ def test_missing_files_and_ids_are_named(tmp_path):
         read_tokenizer(tmp_path)
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", {"text_config": None}, "text_config = None"),
+        ("config.json", {"eos_token_id": {}}, "eos_token_id = {}"),
+        ("config.json", {"text_config": {"eos_token_id": "2"}}, "text_config.eos_token_id = '2'"),
+        ("config.json", {"bos_token_id": "1"}, "bos_token_id = '1'"),
+        ("config.json", {"eos_token_id": 99999}, "eos_token_id = 99999, expected ids of the tokenizer, from 0 to "),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id = '2'"),
+        ("generation_config.json", {"eos_token_id": [2, -5]}, "eos_token_id = -5"),
+        ("generation_config.json", {"eos_token_id": [2.5]}, r"eos_token_id = \[2.5\]"),
+        ("generation_config.json", {"eos_token_id": True}, "eos_token_id = True"),
+        ("generation_config.json", DEEP, "recursion"),
+        ("tokenizer_config.json", {**CONFIG, "eos_token": {}}, "eos_token = {}"),
+        ("tokenizer_config.json", {**CONFIG, "eos_token": 2}, "eos_token = 2"),
+        ("tokenizer_config.json", {**CONFIG, "add_bos_token": "no"}, "add_bos_token = 'no'"),
+        ("tokenizer_config.json", {**CONFIG, "chat_template": [1]}, r"chat_template = \[1\]"),
+        ("tokenizer_config.json", {**CONFIG, "chat_template": [{"name": "default", "template": 1}]}, "chat_template = "),
+        ("special_tokens_map.json", {"sep_token": []}, r"sep_token = \[\]"),
+        ("tokenizer.json", DEEP, "recursion"),
+    ],
+)
+def test_malformed_files_are_named_by_key(tmp_path, file, content, words):
+    PACKAGE["llama"].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError, match=f"{file}.*{words}"):
+        read_tokenizer(tmp_path)
+
+
+def test_no_padding_may_be_said_by_minus_one(tmp_path):
+    PACKAGE["llama"].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": 2}}))
+    assert read_tokenizer(tmp_path).special.pad == -1 and read_tokenizer(tmp_path).stops == (2,)
+
+
+@pytest.mark.parametrize("inside", [False, True])  # whether the model's vocabulary holds it too
+@names
+def test_specials_without_a_row_are_dropped(read, name, tmp_path, inside):
+    """As Gemma 3 of text alone is published: its <image_soft_token> comes after the embedding's rows."""
+    ours = read[name]
+    rows = ours.vocab_size
+    description = json.loads(ours.text)
+    token = {**description["added_tokens"][0], "id": rows, "content": "<image>", "special": True}
+    description["added_tokens"].append(token)
+    if inside and name == "unigram":
+        description["model"]["vocab"].append(["<image>", -1.0])
+    elif inside:
+        description["model"]["vocab"]["<image>"] = rows
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "mask_token": "<image>"}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ours.stops)}))
+    wide = read_tokenizer(tmp_path)
+    assert wide.vocab_size == rows + 1 and wide.special.mask == rows
+    if inside and name == "byte_level":  # its specials, numbered after the model's pieces, would move
+        with pytest.raises(DataError, match="other ids would change"):
+            fit_vocabulary(wide, rows)
+        return
+    fitted, unused = fit_vocabulary(wide, rows)
+    assert (fitted.vocab_size, unused) == (rows, 0)
+    assert (fitted.special, fitted.stops, fitted.names) == (ours.special, ours.stops, ours.names)
+    assert fitted.identity != wide.identity and "<image>" not in fitted.special_names
+    text = "the <image> 🦜</s>"
+    assert rows not in fitted.encode(text) and fitted.encode_marked(text).tolist() == ours.encode_marked(text).tolist()
+    assert fit_vocabulary(fitted, rows)[0] is fitted and fit_vocabulary(wide, rows + 3) == (wide, 2)
+    fitted.save(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert (loaded.identity, loaded.vocab_size) == (fitted.identity, rows)
+    for left in (rows - 1, 3):  # an id of text has no row; the ends have none
+        with pytest.raises(DataError, match="ids, but the model's embedding has"):
+            fit_vocabulary(wide, left)
+    with pytest.raises(DataError, match="ids, but the model's embedding has"):
+        fit_vocabulary(read_tokenizer(tmp_path).with_stops([rows]), rows)
+
+
 def test_a_vocabulary_fits_the_rows():
+    assert fit_vocabulary(ByteTokenizer(), 270)[1] == 3
+    with pytest.raises(DataError, match="267 ids, but the model's embedding has 266 rows"):
+        fit_vocabulary(ByteTokenizer(), 266)
     assert check_vocabulary(ByteTokenizer(), 267) == 0 and check_vocabulary(ByteTokenizer(), 384) == 117
     with pytest.raises(DataError, match="267 ids, but the model's embedding has 266 rows"):
         check_vocabulary(ByteTokenizer(), 266)
