@@ -67,6 +67,12 @@ def test_a_published_folder(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"])
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert read_tokenizer(tmp_path).special.start == -1
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 349]}')
+    assert read_tokenizer(tmp_path).stops == (2, 349)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 350]}')
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 350, expected .* from 0 to 349"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"][:100])
     with pytest.raises(DataError, match="neither a SentencePiece model nor a tiktoken file"):
         read_tokenizer(tmp_path)

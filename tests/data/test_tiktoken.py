@@ -106,6 +106,9 @@ def test_a_file_is_known_by_its_ranks(tmp_path, monkeypatch):
     found.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
     assert (loaded.identity, loaded.special, loaded.stops, loaded.kind) == (found.identity, found.special, found.stops, "llama3")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 556}))
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 556, expected .* from 0 to 555"):
+        read_tokenizer(tmp_path)
     with pytest.raises(DataError, match="cannot be written"):
         write_published(found, tmp_path / "published")
 
