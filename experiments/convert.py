@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.config import DataConfig, TokenizerConfig
-from data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, read_tokenizer, write_published
+from data.tokenizer import Tokenizer, fit_vocabulary, load_tokenizer, read_tokenizer, special_ids, write_published
 from experiments.resolve import resolve_from
 from experiments.run import imported_from, open_trained, untouched_import
 from model.cost import count_parameters
@@ -91,8 +91,7 @@ def import_run(
     if run_path.exists():
         raise RunFolderError(f"run folder {run_path} exists already; choose another name with --name, or delete it")
     published = open_published(path)
-    tokenizer = read_tokenizer(tokenizer_path or path)
-    unused = check_vocabulary(tokenizer, published.config.vocab_size)
+    tokenizer, unused = fit_vocabulary(read_tokenizer(tokenizer_path or path), published.config.vocab_size)
     experiment = fine_tuning(name, published, tokenizer, overrides)
     console.print(_plan(path, published, tokenizer, unused, experiment, dtype))
     if dry_run:
@@ -145,8 +144,9 @@ def export_run(
     with staged(folder) as partial, use_mesh(program.mesh):
         with _progress(console, "writing", counts.total) as advance:
             save_published(
-                trained.model, experiment.model, partial, family=family, dtype=dtype, progress=lambda piece, size: advance(size)
-            )
+                trained.model, experiment.model, partial, family=family, dtype=dtype, more=special_ids(tokenizer),
+                progress=lambda piece, size: advance(size),
+            )  # fmt: skip
         write_published(tokenizer, partial)
         with _progress(console, "verifying", counts.total) as advance:
             verify_saved(trained.model, partial, dtype, lambda piece, size: advance(size))
@@ -207,7 +207,7 @@ def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, e
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("model", f"{path.name}: {found.family}, {found.summary}")
     table.add_row("parameters", f"{found.parameters.total:,} ({found.parameters.active:,} active per token)")
-    files = f"{len(found.files)} files" if len(found.files) > 1 else found.files[0]
+    files = f"{len(found.files)} files" if len(found.files) > 1 else Path(found.files[0]).name
     table.add_row("tensors", f"{kinds}, {found.disk / 1e6:,.1f} MB in {files}; the largest {found.largest / 1e6:,.1f} MB")
     device = "" if found.device == found.weights else f", {found.device / 1e6:,.1f} MB a device"
     table.add_row("weights", f"{found.weights / 1e6:,.1f} MB as {dtype}{device}")

@@ -83,6 +83,8 @@ def test_exported_again_it_is_the_folder_it_came_from(place, capsys):
         np.testing.assert_array_equal(tensor, after[name], err_msg=name)
     values = json.loads((place / "again" / "config.json").read_text())
     assert {key: values.get(key) for key in VALUES} == VALUES
+    one, other = (read_tokenizer(place / folder) for folder in ("published", "again"))
+    assert (one.special, one.stops) == (other.special, other.stops) and values["eos_token_id"] == one.special.end
 
 
 def test_an_export_of_another_dtype_is_the_rounded_weights(place, capsys):
