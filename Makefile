@@ -27,10 +27,10 @@ train: install ## train, evaluate, sample and report the experiment `quickstart`
 test: install ## lint, types and every test but the slow ones, on 8 simulated devices
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
 test-all: install ## the slow tests too
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 lint: install ## format and lint
 	$(BIN)/ruff check --fix .
