@@ -12,11 +12,6 @@ from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer, train
 
 __all__ = [
     "ByteTokenizer", "SentencePieceTokenizer", "SpecialTokens", "Stream", "Tokenizer", "byte_lengths", "check_vocabulary",
-    "fit_vocabulary", "load_tokenizer", "prompt_ids", "read_tokenizer", "saved_tokenizer", "special_ids", "special_tokens", "stream_decoder",
+    "fit_vocabulary", "load_tokenizer", "prompt_ids", "read_tokenizer", "saved_tokenizer", "special_ids", "special_tokens",
     "train_tokenizer", "write_published",
 ]  # fmt: skip
-
-
-def stream_decoder(tokenizer: Tokenizer) -> Stream:
-    """A fresh incremental decoder."""
-    return tokenizer.stream()

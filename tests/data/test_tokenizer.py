@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
-from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_tokenizer, stream_decoder, train_tokenizer
+from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_tokenizer, train_tokenizer
 
 CONFIG = TokenizerConfig(vocab_size=400)
 # Specials and byte pieces as text, in the training text too: they must stay text.
@@ -75,7 +75,7 @@ def test_a_stream_equals_decode(tokenizer, data):
     text = data.draw(any_text)
     from_text = tokenizer.encode(text).tolist()
     ids = data.draw(st.just(from_text) | st.lists(st.integers(0, tokenizer.vocab_size - 1)))  # broken UTF-8 as well
-    decoder = stream_decoder(tokenizer)
+    decoder = tokenizer.stream()
     pushed = "".join(decoder.push(token) for token in ids)
     assert pushed + decoder.flush() == tokenizer.decode(ids)
     if ids == from_text:
