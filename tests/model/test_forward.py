@@ -212,10 +212,12 @@ def loss(model, batch):
 slow = pytest.mark.slow
 LAYOUTS = [
     dict(scan_unroll=0, remat="offload"),
-    dict(remat="names", remat_names=("qkv", "mlp_hidden")),
     *(
         pytest.param(changes, marks=slow)
-        for changes in (dict(scan_unroll=2, remat="dots"), dict(scan_unroll=0), dict(remat="full"), dict(remat="offload"))
+        for changes in (
+            dict(scan_unroll=2, remat="dots"), dict(remat="names", remat_names=("qkv", "mlp_hidden")), dict(scan_unroll=0),
+            dict(remat="full"), dict(remat="offload"),
+        )
     ),
 ]
 value_and_gradient = jax.jit(jax.value_and_grad(loss))

@@ -253,7 +253,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_an_odd_value_is_read_or_refused_and_never_a_crash(data: st.DataObject) -> None:
     values = copy.deepcopy(TABLES[data.draw(st.sampled_from(sorted(TABLES)), "family")])
@@ -300,7 +300,7 @@ NETWORKS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(NETWORKS)
 def test_any_network_is_written_as_what_it_is_or_refused(config: ModelConfig) -> None:
     try:
