@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
@@ -133,13 +133,11 @@ class BytesTable:
     names: dict[str, str]
     _table: tuple[bytes, ...]
     _marks: dict[str, int]  # ids of the specials by name
+    encode: Callable[..., np.ndarray]  # of the kind
 
     @property
     def vocab_size(self) -> int:
         return len(self._table)
-
-    def encode(self, text: str) -> np.ndarray:
-        raise NotImplementedError
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < len(self._table):
