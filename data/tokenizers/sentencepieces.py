@@ -43,9 +43,8 @@ class PublishedSentencePiece(BytesTable):
         self._table = tuple(piece or b"" for piece in spelled)
         # The model says whether it puts a space before a text: seen by what it does with one letter.
         prefixed = "".join(self._processor.encode("a", out_type=str)).startswith(_SPACE_MARK)
-        self._spelling = Spelling(
-            spelled, spelled, frozenset(i for i in ids if self._processor.is_byte(i)), (" ", 1 if prefixed else 0), False
-        )
+        byte_pieces = frozenset(i for i in ids if self._processor.is_byte(i))
+        self._spelling = Spelling(spelled, spelled, byte_pieces, byte_pieces, (" ", 1 if prefixed else 0), False)
 
     @classmethod
     def published(

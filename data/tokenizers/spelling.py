@@ -19,6 +19,7 @@ class Spelling(NamedTuple):
     later: tuple[bytes | None, ...]
     first: tuple[bytes | None, ...]  # as the first piece of a text
     byte_pieces: frozenset[int]  # ids of byte fallback: a run of them is UTF-8 as a whole, or U+FFFD for each
+    first_bytes: frozenset[int]  # the same as the first piece of a text: '▁<0x41>' that loses its space is one, too
     strip: tuple[str, int]  # at most so many of a character are dropped at the start of a text
     joined: bool  # all pieces are bytes of one UTF-8 text
 
@@ -43,6 +44,12 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
         elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
             raise _refused(f"{kind}: {step}")
 
+    def changed(token: int, is_first: bool) -> str:
+        piece = pieces[token]
+        for change in changes:
+            piece = change(piece, is_first)
+        return piece
+
     def spelled(token: int, is_first: bool) -> bytes | None:
         piece = pieces.get(token)
         if piece is None or token in specials:
@@ -51,17 +58,19 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
             table = byte_characters()
             known = all(character in table for character in piece)
             return bytes(table[character] for character in piece) if known else piece.encode("utf-8")
+        piece = changed(token, is_first)
         if fallback and _BYTE_PIECE.fullmatch(piece):
             return bytes([int(piece[3:5], 16)])
-        for change in changes:
-            piece = change(piece, is_first)
         return piece.encode("utf-8")
+
+    def byte_pieces(is_first: bool) -> frozenset[int]:
+        spells = (i for i in ids if fallback and later[i] is not None)
+        return frozenset(i for i in spells if _BYTE_PIECE.fullmatch(changed(i, is_first)))
 
     ids = range(max(pieces) + 1)
     later = tuple(spelled(i, False) for i in ids)
     first = tuple(spelled(i, True) for i in ids) if "Metaspace" in kinds else later
-    byte_pieces = {i for i in ids if later[i] is not None and _BYTE_PIECE.fullmatch(pieces[i])} if fallback else ()
-    return Spelling(later, first, frozenset(byte_pieces), strip, joined)
+    return Spelling(later, first, byte_pieces(False), byte_pieces(True), strip, joined)
 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -115,8 +124,9 @@ class PieceStream:
         spelled = self._table[token]
         if spelled is None:
             return ""  # a special: it neither begins the text nor ends a run
+        byte_pieces = self._spelling.first_bytes if self._table is self._spelling.first else self._spelling.byte_pieces
         self._table = self._spelling.later
-        if token in self._spelling.byte_pieces:
+        if token in byte_pieces:
             self._run += spelled
             return ""
         return self._stripped(self._end_run() + spelled.decode("utf-8"))

@@ -122,6 +122,15 @@ def test_ids_are_the_packages_and_no_text_makes_a_special(read, name, text):
 
 
 @names
+def test_every_id_by_itself_and_after_another_spells_what_it_does_there(read, name):
+    ours, package = read[name], PACKAGE[name]
+    other = ours.encode("x").tolist()[-1]
+    for i in range(ours.vocab_size):
+        for ids in ([i], [i, other], [other, i], [i, i]):
+            assert ours.decode(ids) == package.decode(ids, skip_special_tokens=True), ids
+
+
+@names
 @given(data=st.data())
 def test_texts_and_streams_are_the_packages(read, name, data):
     ours, package = read[name], PACKAGE[name]
