@@ -31,11 +31,6 @@ class Piece(NamedTuple):
         seen = tensor.reshape(self.split or self.shape)[self.take]
         return seen if self.order is None else seen.transpose(self.order)
 
-    def put(self, tensor: np.ndarray, part: np.ndarray) -> None:
-        """Writes weight[at] into a contiguous tensor of `shape`."""
-        seen = tensor.reshape(self.split or self.shape)[self.take]
-        seen[...] = part if self.order is None else part.transpose(np.argsort(self.order))
-
 
 def layer_stacks(config: ModelConfig) -> list[tuple[str, int]]:
     """Of each layer, first to last: the path of the Block that holds it and its index in that stack."""
