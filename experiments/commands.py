@@ -128,7 +128,8 @@ def generate(args: argparse.Namespace) -> int:
     from decode.generate import generate as generate_batch
     from decode.generate import stream
     from decode.sampling import SamplingParams
-    from experiments.run import continued, open_trained, text_of
+    from decode.text import chat_prompts, continued, text_of
+    from experiments.run import open_trained
     from sharding.mesh import use_mesh
 
     if args.system is not None and not args.chat:
@@ -144,8 +145,6 @@ def generate(args: argparse.Namespace) -> int:
     )  # fmt: skip
     _checked(params.validate)
     if args.chat:
-        from experiments.run import chat_prompts
-
         prompts = chat_prompts(tokenizer, args.prompt, args.system)
     else:
         prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
@@ -203,8 +202,8 @@ def export(args: argparse.Namespace) -> int:
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
     """A folder is written in one piece: SIGTERM ends it as Ctrl-C does, and what is wrong with files is the user's to mend."""
-    from model.hf.load import ModelFilesError
-    from model.hf.translate import UnsupportedModelError
+    from interop.load import ModelFilesError
+    from interop.translate import UnsupportedModelError
 
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

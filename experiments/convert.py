@@ -21,14 +21,14 @@ from data.config import DataConfig, TokenizerConfig
 from data.tokenizer import Tokenizer, fit_vocabulary, load_tokenizer, read_tokenizer, special_ids, write_published
 from experiments.resolve import resolve_from
 from experiments.run import imported_from, open_trained, untouched_import
+from interop.families import to_json
+from interop.load import load
+from interop.plan import plan
+from interop.published import Published, open_published
+from interop.save import save_published, staged
+from interop.translate import architecture, differences
+from interop.verify import verify, verify_saved
 from model.cost import count_parameters
-from model.hf.families import to_json
-from model.hf.load import load
-from model.hf.plan import plan
-from model.hf.published import Published, open_published
-from model.hf.save import save_published, staged
-from model.hf.translate import architecture, differences
-from model.hf.verify import verify, verify_saved
 from model.transformer import Transformer, forward
 from sharding.mesh import make_mesh, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError

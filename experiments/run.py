@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data.chat import chat_template, encode_chat
 from data.compressors import compressed_sizes
 from data.config import DataError
 from data.prepare import Prepared, heldout_files, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
+from decode.text import text_of
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
+from interop.translate import architecture, differences
 from model.cost import count_parameters
-from model.hf.translate import architecture, differences
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
@@ -204,34 +204,6 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
         }
         for (file, ids, reference), result in zip(cases, results, strict=True)
     ]
-
-
-def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
-    """The text of generated tokens."""
-    return tokenizer.decode([token for token in tokens if spells(tokenizer, token)])
-
-
-def continued(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that each token adds to that of the prompt, then what was left incomplete. (By itself the first token may be
-    spelled otherwise: some tokenizers drop a space before a text.)"""
-    stream = tokenizer.stream()
-    for token in prompt:
-        stream.push(token)
-    for token in tokens:
-        yield stream.push(token) if spells(tokenizer, token) else ""
-    yield stream.flush()
-
-
-def chat_prompts(tokenizer: Tokenizer, texts: Sequence[str], system: str | None) -> list[list[int]]:
-    """Ids of chats in which a user says a text and the assistant is to speak. Raises DataError where there is no template."""
-    template, before = chat_template(tokenizer), [] if system is None else [{"role": "system", "content": system}]
-    chats = [[*before, {"role": "user", "content": text}] for text in texts]
-    return [encode_chat(tokenizer, template, chat, add_generation_prompt=True).tolist() for chat in chats]
-
-
-def spells(tokenizer: Tokenizer, token: int) -> bool:
-    """False for the ids that round the model's vocabulary up: a model hardly trained may still draw one."""
-    return token < tokenizer.vocab_size
 
 
 def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int], str]]:

@@ -14,9 +14,9 @@ from data.pipeline import heldout_windows, train_batches
 from data.prepare import Prepared
 from experiments.resolve import resolve_from
 from experiments.run import open_trained, prepare_data
+from interop.save import staged
 from model.config import MoEConfig
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
-from model.hf.save import staged
 from model.transformer import Transformer, forward, logits
 from model.upcycle import check, upcycle
 from sharding.mesh import put_batch, use_mesh

@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ARROWS = {
     "pallas_kernels": {"pallas_kernels", "jax", "numpy", "jaxtyping"},
     "sharding": {"sharding", "jax", "numpy", "jaxtyping"},
-    "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping", "gguf"},
+    "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping"},
+    "interop": {"interop", "model", "sharding", "jax", "flax", "numpy", "jaxtyping", "gguf"},
     "data": {"data", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
     "train": {"train", "model", "sharding", "data"},
-    "decode": {"decode", "model", "sharding", "jax", "flax", "numpy", "jaxtyping"},
-    "experiments": {"experiments", "train", "decode", "model", "sharding", "data", "pallas_kernels"},
+    "decode": {"decode", "model", "sharding", "data", "jax", "flax", "numpy", "jaxtyping"},
+    "experiments": {"experiments", "train", "decode", "interop", "model", "sharding", "data", "pallas_kernels"},
 }
 LIBRARIES = {"train", "experiments"}  # these import what they need of the dependencies
 

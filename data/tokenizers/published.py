@@ -45,7 +45,7 @@ def of_folder(folder: Path) -> Tokenizer:
 
 def of_gguf(path: Path) -> Tokenizer:
     """The tokenizer of a GGUF file."""
-    from data.gguf_tokenizer import read_gguf_tokenizer
+    from data.tokenizers.gguf import read_gguf_tokenizer
 
     found = read_gguf_tokenizer(path)
     opened = open_json(found.json)

@@ -16,7 +16,7 @@ from decode.generate import generate
 from decode.sampling import SamplingParams
 from experiments.bench.contest import serve
 from experiments.bench.models import DENSE, NEW_TOKENS, prompts
-from model.hf.save import save_published
+from interop.save import save_published
 from model.transformer import Transformer, forward, logits, unstack
 from sharding.rules import ShardingRules
 

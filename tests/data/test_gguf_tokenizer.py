@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data.config import DataError
-from data.gguf_tokenizer import read_gguf_tokenizer
 from data.tokenizer import read_tokenizer
+from data.tokenizers.gguf import read_gguf_tokenizer
 
 TEXT = [
     "def add(a, b):\n    return a + b  # 12 345\n\n\n",

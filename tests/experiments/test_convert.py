@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from data.tokenizer import read_tokenizer
 from experiments.__main__ import main
 from experiments.resolve import find_run, load_experiment
-from model.hf import llama
-from model.hf.families import family_of
+from interop import llama
+from interop.families import family_of
 from tests.experiments.command_line import call, final_row, printed_bits, refusal, write_folder
 from train.records import read_metrics
 

@@ -1,4 +1,4 @@
-"""What transformers makes of the folders that model/hf/save.py writes: the way out, tried on every family."""
+"""What transformers makes of the folders that interop/save.py writes: the way out, tried on every family."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from model.hf.load import load
-from model.hf.published import open_published
-from model.hf.save import save_published
+from interop.load import load
+from interop.published import open_published
+from interop.save import save_published
 from sharding.rules import ShardingRules
 from tests.parity import transformers_families
 from tests.parity.families import FAMILIES, Family, write_folder

@@ -1,6 +1,6 @@
 """Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights drawn.
 
-Written from the issue and the papers, not from model/hf. Numbers come from NumPy's RandomState, whose stream is frozen for
+Written from the issue and the papers, not from interop. Numbers come from NumPy's RandomState, whose stream is frozen for
 good. Numbers that a reader could have built in (an epsilon, a base, a cap) are not the usual ones where that is possible.
 Shapes: B batch, T time, V vocabulary.
 """

@@ -2,7 +2,7 @@
 networks of thirteen families (`families.py`).
 
     python -m tests.parity.make           writes the files (needs torch and transformers: the extra `parity`)
-    python -m tests.parity.make --check   runs them anew and compares, reads with transformers what model/hf/save.py
+    python -m tests.parity.make --check   runs them anew and compares, reads with transformers what interop/save.py
                                           writes, and says what differs: `make parity`
 """
 

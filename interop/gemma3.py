@@ -1,0 +1,72 @@
+"""Gemma 3 (Gemma team 2025), the text part: Gemma 2 with norms of queries and keys for soft caps, five windows to a layer that
+sees all, and a base of RoPE for each of the two kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.gemma2 import DEFAULTS as GEMMA2
+from interop.gemma2 import NORMS, gemma_config, gemma_json
+from interop.llama import IGNORED as LLAMA
+from interop.pieces import Piece
+from interop.translate import Keys, UnsupportedModelError, rope
+from model.config import ModelConfig, PositionConfig
+
+ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+IGNORED = (*LLAMA, r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+DEFAULTS = GEMMA2 | {
+    "vocab_size": 262_208, "max_position_embeddings": 131_072, "final_logit_softcapping": None, "attn_logit_softcapping": None,
+    "sliding_window_pattern": 6, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
+}  # fmt: skip
+VISION = (
+    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id",
+    "image_token_id",
+)  # fmt: skip
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json; of one with images, of what it says of the text. Raises UnsupportedModelError."""
+    defaults = DEFAULTS
+    if (text := keys.inside("text_config")) is not None:
+        for key in VISION:
+            keys.take(key, None)
+        defaults = DEFAULTS | {"tie_word_embeddings": keys.take("tie_word_embeddings", True)}
+        keys = text
+        keys.ordinary()
+    keys.assume(defaults)
+    keys.take("_sliding_window_pattern", None)  # what layer_types were made of
+    keys.must("attn_logit_softcapping", None)  # transformers has the key and does not apply it
+    config = gemma_config(keys, keys.count("sliding_window_pattern", 6), _position(keys))
+    return replace(config, attention=replace(config.attention, qk_norm="head"))
+
+
+def _position(keys: Keys) -> PositionConfig:
+    if not set(keys.take("rope_parameters", {})) <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(f"{keys.where}: rope_parameters must be given for full_attention and sliding_attention apart")
+    theta, scaling = rope(keys, layer_type="full_attention")
+    local_theta, local_scaling = rope(keys, layer_type="sliding_attention", theta="rope_local_base_freq")
+    if local_scaling is not None and (local_theta, local_scaling) != (theta, scaling):
+        raise UnsupportedModelError(f"{keys.where}: rope_parameters.sliding_attention: only full_attention can have a scaling of its own")
+    return PositionConfig(theta=theta, scaling=scaling, local_theta=None if local_scaling else local_theta)
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    return gemma_json(config) | {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": None,
+        "rope_local_base_freq": config.position.local_theta or config.position.theta,
+    }  # fmt: skip
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS)
+
+
+def rename(names: Iterable[str]) -> dict[str, str]:
+    """Of names on disk, those of a model with images: as `pieces` name them."""
+    prefixes = ("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head.")
+    return {name: new + name.removeprefix(old) for name in names for old, new in prefixes if name.startswith(old)}

@@ -1,0 +1,207 @@
+"""GGUF files of Llama's architecture (llama.cpp: LLM_ARCH_LLAMA), as a Hugging Face folder would give them.
+
+llama.cpp rotates pairs (2i, 2i+1) of a head where Hugging Face rotates (i, i + half): its converter reordered the rows of
+queries and keys, which is undone here. A vector of rope_freqs.weight is Llama 3's scaling of RoPE, evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop.gguf_file import GGUFFile
+from interop.load import ModelFilesError, TensorInfo
+from interop.translate import Keys, UnsupportedModelError
+from model.config import RopeScalingConfig
+from model.positions import inverse_frequencies
+
+_NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_FACTORS = "rope_freqs.weight"
+# Of llama.*: what changes no function of a dense Llama.
+_SILENT = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
+
+
+class GGUFSource:
+    """The tensors by Hugging Face's names, rows of queries and keys in Hugging Face's order.
+
+    What is quantized is made float32 on reading, one tensor at a time: beside it a few megabytes are held. The rest is a view
+    of the file, but for queries and keys.
+    """
+
+    def __init__(self, file: GGUFFile, num_heads: int, num_kv_heads: int):
+        self._file = file
+        self._heads = {"attn_q": num_heads, "attn_k": num_kv_heads}
+        self._theirs = {published_name(name): name for name in file.tensors if name != _FACTORS}
+        self.tensors = {
+            ours: TensorInfo(file.tensors[name].shape, file.tensors[name].dtype.name, str(file.path))
+            for ours, name in self._theirs.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, float32 where it is quantized in the file."""
+        theirs = self._theirs[name]
+        heads = self._heads.get(theirs.split(".")[-2])
+        rows = None if heads is None else unpermuted(self.tensors[name].shape[0], heads)
+        if rows is None or len(self.tensors[name].shape) > 1:
+            return self._file.array(theirs, rows)
+        biases = self._file.array(theirs)
+        ordered = np.empty_like(biases)
+        ordered[rows] = biases
+        return ordered
+
+    def release(self) -> None:
+        """Gives the pages of the file back to the system."""
+        self._file.release()
+
+
+def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
+    """(config.json as a Hugging Face folder of this model would hold it, its tensors). Nothing but the header is read.
+
+    Raises UnsupportedModelError for what is not a dense Llama, ModelFilesError for a damaged file.
+    """
+    file = GGUFFile(Path(path))
+    keys = Keys({key: _alike(str(path), key, value) for key, value in file.metadata.items()}, str(path))
+    if keys.take("split.count", 1) > 1:
+        raise UnsupportedModelError(f"{path}: one of {file.metadata['split.count']} parts; merge them with llama-gguf-split --merge")
+    keys.must("general.type", "model", default="model")
+    keys.must("general.quantization_version", 2, default=2)
+    keys.must("general.architecture", "llama")
+    values = _config(keys, file)
+    left = [key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _SILENT]
+    if left:
+        raise UnsupportedModelError(
+            f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not known to this reader, which will not guess"
+        )
+    return values, GGUFSource(file, values["num_attention_heads"], values["num_key_value_heads"])
+
+
+def published_name(name: str) -> str:
+    """Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. One that is not
+    known stays as it is."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is None or match[2] not in _NAMES:
+        return name
+    layer = "" if match[1] is None else f"model.layers.{int(match[1])}."
+    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+
+
+def unpermuted(rows: int, heads: int) -> np.ndarray:
+    """Int [rows]: where each row of llama.cpp's q or k belongs in Hugging Face's."""
+    if rows % (2 * heads):
+        raise ModelFilesError(f"attn_q or attn_k has {rows} rows, which {heads} heads of even size cannot have; the file is damaged")
+    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
+
+
+def _alike(where: str, key: str, value: Any) -> Any:
+    """What some files give for each layer, once. Raises UnsupportedModelError where layers differ."""
+    if not (isinstance(value, list) and key.startswith("llama.")):
+        return value
+    if len(set(value)) != 1:
+        raise UnsupportedModelError(f"{where}: {key} differs by layer ({value[:4]} ...): all layers must be alike")
+    return value[0]
+
+
+def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
+    """config.json of the metadata."""
+    if keys.take("llama.expert_count", 0) or keys.take("llama.expert_used_count", 0):
+        raise UnsupportedModelError(
+            f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in GGUF are not "
+            "supported, dense Llamas are; give the model as a folder of safetensors"
+        )
+    keys.must("llama.attention.causal", True, default=True)
+    keys.must("llama.use_parallel_residual", False, default=False)
+    for key in ("attention.sliding_window", "attention.max_alibi_bias", "attention.clamp_kqv", "attention.scale"):
+        keys.must(f"llama.{key}", 0, default=0)
+    for key in ("logit_scale", "residual_scale", "embedding_scale"):
+        keys.must(f"llama.{key}", 0, 1, default=0)
+    width, heads = keys.count("llama.embedding_length"), keys.count("llama.attention.head_count")
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFilesError(f"{keys.where}: token_embd.weight is missing: the file holds no language model or is damaged")
+    vocab = file.tensors["token_embd.weight"].shape[0]
+    tokens = keys.take("tokenizer.ggml.tokens", None)
+    for what, size in (("llama.vocab_size", keys.take("llama.vocab_size", vocab)), ("tokenizer.ggml.tokens", len(tokens or []) or vocab)):
+        if size != vocab:
+            raise ModelFilesError(f"{keys.where}: {what} has {size} tokens, token_embd.weight {vocab} rows; the file is inconsistent")
+    head_dim = keys.count("llama.attention.key_length", width // heads)
+    keys.must("llama.attention.value_length", head_dim, default=head_dim)
+    keys.must("llama.rope.dimension_count", head_dim, default=head_dim)
+    theta, length = keys.take("llama.rope.freq_base", 10_000.0), keys.count("llama.context_length")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": keys.count("llama.block_count"),
+        "max_position_embeddings": length,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.count("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "attention_bias": any(name.startswith("blk.") and name.endswith("attn_q.bias") for name in file.tensors),
+        "mlp_bias": any(name.startswith("blk.") and name.endswith("ffn_up.bias") for name in file.tensors),
+        "hidden_act": "silu",
+        "rms_norm_eps": _short(keys.take("llama.attention.layer_norm_rms_epsilon")),
+        "intermediate_size": keys.count("llama.feed_forward_length"),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(keys, file, head_dim, theta, length),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
+def _short(value: float) -> float:
+    """The decimal that a float32 of the metadata was written from: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: int) -> dict[str, Any] | None:
+    prefix = "llama.rope.scaling."
+    kind = keys.must(f"{prefix}type", "none", "linear", "yarn", default="none")
+    old = _short(keys.take("llama.rope.scale_linear", 1.0))
+    factor = _short(keys.take(f"{prefix}factor", old))
+    if kind == "none" and old != 1:
+        kind = "linear"
+    original = keys.take(f"{prefix}original_context_length", length)
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        keys.must(f"{prefix}{key}", 1.0, default=1.0)
+    keys.must(f"{prefix}yarn_log_multiplier", 0.0, default=0.0)
+    fast, slow = (_short(keys.take(f"{prefix}yarn_beta_{end}", value)) for end, value in (("fast", 32.0), ("slow", 1.0)))
+    if _FACTORS in file.tensors:
+        if kind != "none":
+            raise UnsupportedModelError(f"{keys.where}: {prefix}type = {kind!r} and {_FACTORS} at once cannot be expressed; one of them can")
+        return _llama3(keys.where, file.array(_FACTORS), dim, theta)
+    if kind == "none" or factor in (0, 1):
+        return None
+    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+    return scaling | ({"beta_fast": fast, "beta_slow": slow} if kind == "yarn" else {})
+
+
+def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[str, Any] | None:
+    """The llama3 scaling that divides the frequencies so. The file gives its result alone: factor is the last divisor, and
+    the ramp between wavelengths original / 4 and original / 1 is tried for original lengths of powers of two."""
+    if divisors.shape != (dim // 2,):
+        raise ModelFilesError(f"{where}: {_FACTORS} has shape {list(divisors.shape)}, heads of {dim} need {dim // 2}")
+    if (divisors == 1).all():
+        return None
+    factor, plain = _short(divisors[-1]), inverse_frequencies(dim, theta, None)
+    for original in (8192, *(1 << power for power in range(9, 21))):
+        if math.isfinite(factor) and factor > 1:
+            scaled = inverse_frequencies(dim, theta, RopeScalingConfig("llama3", factor, original))
+            if np.allclose(plain / scaled, divisors, rtol=1e-5, atol=0):
+                return {
+                    "rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original,
+                    "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                }  # fmt: skip
+    raise UnsupportedModelError(
+        f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's scaling of RoPE, the only one that is "
+        "supported so; give the model as a folder of safetensors"
+    )

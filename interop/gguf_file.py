@@ -1,0 +1,197 @@
+"""The container: metadata and tensors of a GGUF file, version 2 or 3, memory-mapped and checked on opening.
+
+Written here and not read by the package `gguf`, which takes seconds for a vocabulary's strings and gives short arrays for a
+file that was cut off. Layout: the GGUF specification of ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from interop.load import ModelFilesError
+from interop.translate import UnsupportedModelError
+
+# Codes of scalars in the metadata, as NumPy names them; 7 is a bool, 8 a string, 9 an array.
+_SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY = 8, 9
+_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16), "F64": np.dtype(np.float64)}
+_SLICE_BYTES = 1 << 20  # of float32 that one call of dequantize makes; it holds some copies of that
+
+
+class Tensor(NamedTuple):
+    """One tensor as it lies in the file."""
+
+    shape: tuple[int, ...]  # rows first, as NumPy has it
+    kind: str  # 'Q4_0', 'F16', ...
+    offset: int  # of its first byte, from the start of the file
+    row_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array that `GGUFFile.array` gives: float32 for what is quantized."""
+        return _PLAIN.get(self.kind, np.dtype(np.float32))
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
+
+class GGUFFile:
+    """An open file. `metadata`: numbers, strings, bools, and lists of them; `tensors`: by the file's own names.
+
+    Raises ModelFilesError for a file that is cut off or no GGUF file, UnsupportedModelError for a quantization that the
+    package `gguf` cannot undo in NumPy.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.quants = path, _package()
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelFilesError(f"{path}: {error.strerror}; give a GGUF file that can be read") from error
+        except ValueError as error:  # what mmap says of an empty file
+            raise ModelFilesError(f"{path}: the file is empty; get it again") from error
+        self._at = 0
+        self.metadata, self.tensors = self._header()
+
+    def array(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """The tensor, of its own shape: a view of the file where it is not quantized, else new, in float32.
+
+        `rows`: row i of the file becomes row rows[i] (the rows of a matrix in another order). Beside the result a few
+        megabytes are held.
+        """
+        tensor = self.tensors[name]
+        data = np.frombuffer(self._map, np.uint8, tensor.rows * tensor.row_bytes, tensor.offset)
+        data = data.reshape(tensor.rows, tensor.row_bytes)
+        if tensor.kind in _PLAIN:
+            plain = data.view(tensor.dtype)
+            if rows is None:
+                return plain.reshape(tensor.shape)
+            ordered = np.empty_like(plain)
+            ordered[rows] = plain
+            return ordered.reshape(tensor.shape)
+        made = np.empty((tensor.rows, tensor.shape[-1]), np.float32)
+        step = max(1, _SLICE_BYTES // (4 * tensor.shape[-1]))
+        with np.errstate(all="ignore"):  # what is not finite is told by who reads it
+            for start in range(0, tensor.rows, step):
+                part = slice(start, start + step)
+                made[part if rows is None else rows[part]] = self.quants.dequantize(data[part], self._kind(tensor.kind))
+        return made.reshape(tensor.shape)
+
+    def release(self) -> None:
+        """Gives the pages that were read back to the system."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _kind(self, kind: str) -> Any:
+        return self.quants.GGMLQuantizationType[kind]
+
+    # The header, front to back: a cursor that never reads past the end.
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self._map) - self._at:
+            raise ModelFilesError(
+                f"{self.path}: the file ends inside its header, after {len(self._map)} bytes; it was cut off or is damaged: get it again"
+            )
+        self._at += size
+        return self._map[self._at - size : self._at]
+
+    def _number(self, code: str) -> Any:
+        return struct.unpack(code, self._take(struct.calcsize(code)))[0]
+
+    def _string(self) -> str:
+        raw = self._take(self._number("<Q"))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFilesError(f"{self.path}: a string of the header is not UTF-8 ({error}); the file is damaged") from error
+
+    def _value(self, code: int) -> Any:
+        if code == _STRING:
+            return self._string()
+        if code == _ARRAY:
+            inner, count = self._number("<I"), self._number("<Q")
+            if inner == _STRING:
+                return [self._string() for _ in range(count)]
+            return self._scalars(inner, count).tolist()
+        return self._scalars(code, 1)[0].item()
+
+    def _scalars(self, code: int, count: int) -> np.ndarray:
+        if code not in _SCALARS:
+            raise ModelFilesError(f"{self.path}: the header holds a value of type {code}, which is not known; the file is damaged")
+        dtype = np.dtype(_SCALARS[code])
+        return np.frombuffer(self._take(count * dtype.itemsize), dtype)
+
+    def _header(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self._take(4) != b"GGUF":
+            raise ModelFilesError(f"{self.path}: does not begin with 'GGUF'; it is no GGUF file")
+        version = self._number("<I")
+        if version not in (2, 3):
+            swapped = version & 0xFFFF == 0
+            raise UnsupportedModelError(
+                f"{self.path}: GGUF {'of big-endian machines' if swapped else f'version {version}'} is not supported; "
+                "there are versions 2 and 3, little-endian"
+            )
+        num_tensors, num_values = self._number("<Q"), self._number("<Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = self._string()
+            if key in metadata:
+                raise ModelFilesError(f"{self.path}: {key} stands twice in the metadata; the file is damaged")
+            metadata[key] = self._value(self._number("<I"))
+        found = [self._tensor() for _ in range(num_tensors)]
+        align = metadata.get("general.alignment", 32)
+        if not isinstance(align, int) or align < 1:
+            raise ModelFilesError(f"{self.path}: general.alignment = {align!r}; must be a positive number of bytes")
+        first = -(-self._at // align) * align
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in found:
+            if name in tensors:
+                raise ModelFilesError(f"{self.path}: tensor {name} stands twice in the header; the file is damaged")
+            tensor = tensor._replace(offset=first + tensor.offset)
+            end = tensor.offset + tensor.rows * tensor.row_bytes
+            if end > len(self._map):
+                raise ModelFilesError(
+                    f"{self.path}: {name} ends at byte {end}, the file after {len(self._map)}: it was cut off; get it again"
+                )
+            tensors[name] = tensor
+        return metadata, tensors
+
+    def _tensor(self) -> tuple[str, Tensor]:
+        name, dims = self._string(), self._number("<I")
+        if not 1 <= dims <= 4:
+            raise ModelFilesError(f"{self.path}: {name} has {dims} dimensions; GGUF has 1 to 4: the file is damaged")
+        shape = tuple(self._number("<Q") for _ in range(dims))[::-1]
+        code, offset = self._number("<I"), self._number("<Q")
+        try:
+            kind = self.quants.GGMLQuantizationType(code)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self.path}: {name} has the unknown type {code}; convert the file to Q8_0 or F16") from error
+        block, size = self.quants.GGML_QUANT_SIZES[kind]
+        if min(shape) < 1 or shape[-1] % block:
+            raise ModelFilesError(f"{self.path}: {name} of shape {list(shape)} cannot be {kind.name}, which has blocks of {block}")
+        if kind.name not in _PLAIN:
+            try:
+                self.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+            except NotImplementedError as error:
+                raise UnsupportedModelError(
+                    f"{self.path}: {name} is {kind.name}, which cannot be undone in NumPy; convert the file to Q8_0 or F16"
+                ) from error
+        return name, Tensor(shape, kind.name, offset, shape[-1] // block * size)
+
+
+def _package() -> Any:
+    """The package gguf, which holds the formulas of the quantizations."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelFilesError("GGUF files need the package gguf: pip install 'meshwork[hf]'") from error
+    return gguf

@@ -1,0 +1,44 @@
+"""Mistral (Jiang et al. 2023): Llama whose layers all see a sliding window, or none does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, NORMS, base_config, base_json
+from interop.pieces import Piece
+from interop.translate import Keys, UnsupportedModelError, attention_layers, layer_types
+from model.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("MistralForCausalLM",)
+DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    keys.assume(DEFAULTS)
+    config = base_config(keys, bias=False)
+    window = keys.take("sliding_window", None)
+    kind = "global" if window is None else "sliding"
+    if attention_layers(keys, config.num_layers) not in (None, (kind,)):
+        raise UnsupportedModelError(
+            f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a Mistral alike"
+        )
+    attention = replace(config.attention, layers=(kind,))  # type: ignore[arg-type]
+    return replace(config, attention=attention if window is None else replace(attention, window=keys.count("sliding_window")))
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "mistral"}
+    values["sliding_window"] = config.attention.window if layer_types(config)[0] == "sliding_attention" else None
+    del values["attention_bias"]
+    return values
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS)

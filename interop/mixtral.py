@@ -1,0 +1,123 @@
+"""Mixtral (Jiang et al. 2024): Mistral with a few large experts in every layer. w1 is the gate, w3 up, w2 down.
+
+Also what the families of experts after it share: the numbers of MoEConfig, and the table of an expert's matrices.
+Letters: D width, E experts, F hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, NORMS, base_config, base_json
+from interop.pieces import ALL, Layer, Piece
+from interop.translate import Keys, UnsupportedModelError, layer_types, pattern
+from model.config import ModelConfig, layer_specs
+from model.moe_config import MoEConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("MixtralForCausalLM",)
+DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": None, "router_aux_loss_coef": 0.001}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    keys.assume(DEFAULTS)
+    config = base_config(keys, theta=1e6, epsilon=1e-5, bias=False)
+    window = keys.take("sliding_window", None)
+    if window is not None:
+        config = replace(config, attention=replace(config.attention, layers=("sliding",), window=keys.count("sliding_window")))
+    hidden = config.mlp.hidden_dim
+    return replace(config, moe=moe_config(keys, ["moe"] * config.num_layers, keys.count("num_local_experts", 8), 2, hidden))
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    moe = needed(config)
+    values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "mixtral"}
+    values |= {"num_local_experts": moe.num_experts, "intermediate_size": moe.hidden_dim} | moe_json(config)
+    values["sliding_window"] = config.attention.window if layer_types(config)[0] == "sliding_attention" else None
+    del values["attention_bias"]
+    return values
+
+
+def moe_config(
+    keys: Keys, kinds: list[str], experts: int, top_k: int, hidden_dim: int, weights: str = "renormalized"
+) -> MoEConfig | None:
+    """Experts of layers of these `kinds` ('dense', 'moe'). `top_k`: where config.json has none. None: no layer has experts.
+
+    The losses of transformers' routers are averaged over the layers, ours summed; at perfect balance theirs is top_k.
+    """
+    keys.must("mlp_bias", False, default=False)
+    chosen, coefficient = keys.count("num_experts_per_tok", top_k), keys.take("router_aux_loss_coef", 0.0)
+    if "moe" not in kinds:
+        return None
+    if chosen > experts:
+        raise UnsupportedModelError(f"{keys.where}: num_experts_per_tok = {chosen}: there are {experts} experts; config.json is damaged")
+    if chosen == 1 < experts and weights != "softmax":
+        raise UnsupportedModelError(
+            f"{keys.where}: num_experts_per_tok = 1: the weight of the one expert would always be 1, which is not supported; supported: 2 or more"
+        )
+    return MoEConfig(
+        num_experts=experts,
+        top_k=chosen,
+        hidden_dim=hidden_dim,
+        layers=pattern(kinds),  # type: ignore[arg-type]
+        weights=weights,  # type: ignore[arg-type]
+        load_balance=coefficient * chosen / kinds.count("moe"),
+        z_loss=0.0,
+    )
+
+
+def one_of(keys: Keys, names: tuple[str, ...], default: int) -> int:
+    """A count that versions of transformers name differently. Raises UnsupportedModelError where two names disagree."""
+    found = {name: keys.count(name) for name in names if name in keys}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name} = {value}" for name, value in found.items())
+        raise UnsupportedModelError(f"{keys.where}: {said}: two names of one number; remove the wrong one")
+    return next(iter(found.values()), default)
+
+
+def needed(config: ModelConfig) -> MoEConfig:
+    """The experts of a config. Raises UnsupportedModelError where there are none."""
+    if config.moe is None:
+        raise UnsupportedModelError("model.moe = none: the family has experts in its layers")
+    return config.moe
+
+
+def moe_json(config: ModelConfig) -> dict[str, Any]:
+    """The keys that `moe_config` reads."""
+    moe = needed(config)
+    layers = sum(spec.moe for spec in layer_specs(config))
+    return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.load_balance * layers / moe.top_k}
+
+
+def normalized_json(config: ModelConfig) -> dict[str, Any]:
+    """`norm_topk_prob`."""
+    return {"norm_topk_prob": needed(config).weights == "renormalized"}
+
+
+def expert_pieces(
+    config: ModelConfig, layer: Layer, theirs: str = "mlp.", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterable[Piece]:
+    """The router, and of each expert the gate, up and down projection."""
+    moe, D = config.moe, config.embed_dim
+    assert moe is not None
+    E, F = moe.num_experts, moe.hidden_dim
+    yield layer.linear(f"{theirs}gate.weight", "mlp/router", (E,), (D,))
+    for e in range(E):
+        for g, name in enumerate(names[:2]):
+            yield layer.linear(f"{theirs}experts.{e}.{name}.weight", "mlp/up", (F,), (D,), at=(e, ALL, g))
+        yield layer.linear(f"{theirs}experts.{e}.{names[2]}.weight", "mlp/down", (D,), (F,), at=(e,))
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS, experts=_experts)
+
+
+def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+    return expert_pieces(config, layer, "block_sparse_moe.", ("w1", "w3", "w2"))

@@ -1,0 +1,35 @@
+"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before, and norms of the whole of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, base_config, base_json
+from interop.pieces import Piece
+from interop.translate import Keys
+from model.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("Olmo2ForCausalLM",)
+NORMS = {"post_attention_layernorm": "attention_post_norm", "post_feedforward_layernorm": "mlp_post_norm"}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    config = base_config(keys, epsilon=1e-5)
+    return replace(
+        config, attention=replace(config.attention, qk_norm="full"), norm=replace(config.norm, placement="post")
+    )
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "olmo2"}
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS)

@@ -1,0 +1,51 @@
+"""OLMoE (Muennighoff et al. 2024): experts in every layer, norms of the whole of queries and keys, which may be cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, NORMS, base_config, base_json
+from interop.mixtral import expert_pieces, moe_config, moe_json, needed, normalized_json, one_of
+from interop.pieces import Piece
+from interop.translate import Keys, UnsupportedModelError
+from model.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("OlmoeForCausalLM",)
+DEFAULTS = {"max_position_embeddings": 4096, "router_aux_loss_coef": 0.01, "clip_qkv": None}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    keys.assume(DEFAULTS)
+    config = base_config(keys, epsilon=1e-5)
+    clip = None if keys.take("clip_qkv", None) is None else keys.number("clip_qkv")
+    if clip is not None and clip <= 0:
+        raise UnsupportedModelError(f"{keys.where}: clip_qkv = {clip}: must be above 0, or null")
+    weights = "renormalized" if keys.take("norm_topk_prob", False) else "softmax"
+    experts = one_of(keys, ("num_experts", "num_local_experts"), 64)
+    return replace(
+        config,
+        attention=replace(config.attention, qk_norm="full", clip_qkv=clip),
+        moe=moe_config(keys, ["moe"] * config.num_layers, experts, 8, config.mlp.hidden_dim, weights),
+    )
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    moe = needed(config)
+    return base_json(config) | {
+        "architectures": list(ARCHITECTURES),
+        "model_type": "olmoe",
+        "clip_qkv": config.attention.clip_qkv,
+        "num_experts": moe.num_experts,
+        "intermediate_size": moe.hidden_dim,
+    } | moe_json(config) | normalized_json(config)  # fmt: skip
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS, experts=expert_pieces)

@@ -1,0 +1,57 @@
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on queries, keys and values; some layers may see a window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, NORMS, base_config, base_json
+from interop.pieces import Piece
+from interop.translate import Keys, sliding_json, windowed
+from model.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+DEFAULTS = {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    keys.assume(DEFAULTS)
+    config = base_config(keys, bias=False)
+    keys.must("use_mrope", False, default=False)  # positions of images
+    return replace(config, attention=replace(config.attention, bias="qkv", **qwen_windows(keys, config.num_layers)))
+
+
+def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
+    """Fields `layers` and `window`: of `layer_types`, else the layers from `max_window_layers` on see a window if
+    `use_sliding_window`."""
+    first = keys.take("max_window_layers", 28)
+    if not keys.take("use_sliding_window", False):
+        keys.take("sliding_window", None)
+        keys = Keys({"layer_types": keys.take("layer_types", None)}, keys.where)  # which has no window
+        return windowed(keys, num_layers, ("global",))
+    sliding = "sliding" if "sliding_window" in keys or "sliding_window" not in keys.values else "global"
+    return windowed(keys, num_layers, tuple(sliding if i >= first else "global" for i in range(num_layers)))
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen2"} | qwen_windows_json(config)
+    del values["attention_bias"]
+    return values
+
+
+def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `qwen_windows`; the older keys too where they can say it."""
+    values = sliding_json(config)
+    types = values["layer_types"]
+    first = types.index("sliding_attention") if "sliding_attention" in types else len(types)
+    return values | {"use_sliding_window": values["sliding_window"] is not None, "max_window_layers": first}
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS)

@@ -1,0 +1,36 @@
+"""Qwen3 (Yang et al. 2025), dense: Llama with norms of each head's queries and keys; some layers may see a window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from interop.decoder import decoder
+from interop.llama import IGNORED, NORMS, base_config, base_json
+from interop.pieces import Piece
+from interop.qwen2 import DEFAULTS as QWEN2
+from interop.qwen2 import qwen_windows, qwen_windows_json
+from interop.translate import Keys
+from model.config import ModelConfig
+
+__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+
+ARCHITECTURES = ("Qwen3ForCausalLM",)
+DEFAULTS = QWEN2 | {"head_dim": 128}
+
+
+def to_config(keys: Keys) -> ModelConfig:
+    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    keys.assume(DEFAULTS)
+    config = base_config(keys)
+    return replace(config, attention=replace(config.attention, qk_norm="head", **qwen_windows(keys, config.num_layers)))
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen3"} | qwen_windows_json(config)
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    """The tensors on disk and the weights they are."""
+    return decoder(config, norms=NORMS)

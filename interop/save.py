@@ -1,0 +1,173 @@
+"""A network as a published model: config.json and safetensors, as transformers writes and reads them.
+
+A tensor at a time, fetched from the shards: beside them the host holds the largest tensor. Written into a folder beside the
+goal and renamed at the end, so that a folder of the goal's name is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from interop.families import FAMILIES, to_json
+from interop.load import SLAB_BYTES, ModelFilesError, converted, named
+from interop.pieces import Piece
+from interop.safetensors import DTYPES, INDEX, SINGLE
+from interop.slabs import check_cover, elements, fetch, slabs
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+SHARD_BYTES = 5_000_000_000  # of a file; transformers' default
+SAVED_DTYPES = ("float32", "bfloat16", "float16")
+STAGING = ".writing"
+
+
+class _Tensor(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    parts: list[Piece]
+
+
+def save_published(
+    model: Transformer, config: ModelConfig, folder: Path, *, family: str | None = None, dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES, more: Mapping[str, Any] | None = None,
+    progress: Callable[[Piece, int], object] = lambda piece, size: None,
+) -> str:  # fmt: skip
+    """Writes `folder` (which must not exist, or be empty) with config.json and the weights as `dtype`; returns the family.
+
+    `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from which the
+    weights are cut into several files with an index. `more`: further keys of config.json (ids of specials). `progress` is called after each piece with its elements.
+    Raises UnsupportedModelError where config.json cannot say the network, ModelFilesError where the folder is taken, the disk
+    full, a weight not finite or too large for `dtype`, or weights lie on other hosts. Then, and when interrupted, nothing stays.
+    """
+    if dtype not in SAVED_DTYPES:
+        raise ModelFilesError(f"dtype {dtype!r} cannot be written; there are {', '.join(SAVED_DTYPES)}")
+    family, values = to_json(config, family)
+    weights = named(model)
+    if not all(weight.is_fully_addressable for weight in weights.values()):
+        raise ModelFilesError(
+            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the checkpoint on one "
+            "host (its memory must hold the weights) and export there"
+        )
+    pieces = FAMILIES[family].pieces(config)
+    check_cover(pieces, weights)
+    grouped = groupby(sorted(pieces, key=_order(pieces)), key=lambda p: p.name)
+    tensors = [_Tensor(name, parts[0].shape, parts) for name, group in grouped if (parts := list(group))]
+    with _writable(folder, sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize) as staging:
+        files = _pack(tensors, np.dtype(dtype).itemsize, shard_bytes)
+        for name, content in files.items():
+            with (staging / name).open("wb") as f:
+                f.write(_header(content, dtype))
+                for tensor in content:
+                    _write(f, _gather(tensor, weights, np.dtype(dtype)))
+                    for piece in tensor.parts:
+                        progress(piece, elements(piece))
+                _sync(f)
+        if len(files) > 1:
+            total = sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize
+            places = {t.name: name for name, content in files.items() for t in content}
+            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        _write_json(staging / "config.json", values | {"torch_dtype": dtype} | dict(more or {}))
+    return family
+
+
+def _order(pieces: list[Piece]) -> Callable[[Piece], int]:
+    first = {piece.name: i for i, piece in reversed(list(enumerate(pieces)))}
+    return lambda piece: first[piece.name]
+
+
+def _pack(tensors: list[_Tensor], itemsize: int, shard_bytes: int) -> dict[str, list[_Tensor]]:
+    """Files and what each holds: as much as goes into `shard_bytes`, and one tensor at least."""
+    files: list[list[_Tensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * itemsize
+        if files[-1] and used + size > shard_bytes:
+            files.append([])
+            used = 0
+        files[-1].append(tensor)
+        used += size
+    if len(files) == 1:
+        return {SINGLE: files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": content for i, content in enumerate(files, 1)}
+
+
+def _header(tensors: list[_Tensor], dtype: str) -> bytes:
+    kind = next(kind for kind, name in DTYPES.items() if name == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    begin = 0
+    for tensor in tensors:
+        end = begin + math.prod(tensor.shape) * np.dtype(dtype).itemsize
+        header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _gather(tensor: _Tensor, weights: dict[str, jax.Array], dtype: np.dtype) -> np.ndarray:
+    """The tensor as it is on disk, put together from the weights it is made of."""
+    found = np.empty(tensor.shape, dtype)
+    for piece in tensor.parts:
+        for slab in slabs(piece, found, weights[piece.leaf].shape, SLAB_BYTES):
+            slab.values[...] = converted(fetch(weights[piece.leaf], slab.low, slab.high), dtype, tensor.name)
+    return found
+
+
+def _write(f: IO[bytes], array: np.ndarray) -> None:
+    f.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    with path.open("wb") as f:
+        f.write((json.dumps(values, indent=2) + "\n").encode())
+        _sync(f)
+
+
+def _sync(f: IO[bytes]) -> None:
+    f.flush()
+    os.fsync(f.fileno())
+
+
+@contextmanager
+def _writable(folder: Path, size: int) -> Iterator[Path]:
+    """A folder to write `size` bytes in that becomes `folder`. Raises ModelFilesError where it is taken, or the disk full."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelFilesError(f"{folder}: exists already and is not empty; choose another folder, or delete it")
+    try:
+        with staged(folder) as staging:
+            if shutil.disk_usage(staging).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield staging
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelFilesError(
+                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a smaller dtype or "
+                "another disk. Nothing was kept"
+            ) from error
+        raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when not."""
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        staging.replace(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

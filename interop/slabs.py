@@ -1,0 +1,131 @@
+"""The parts of weights that tensors on disk are, cut small: what reading, writing and comparing have in common."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from interop.pieces import Piece
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # first and last + 1 along each dimension of a weight
+
+
+class Slab(NamedTuple):
+    """weight[low:high] is `values`, in the dtype of the tensor: a view of it, writable if it is."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    values: np.ndarray
+
+
+def box(piece: Piece, shape: tuple[int, ...]) -> Box:
+    """Where in the weight (of `shape`) the piece lies."""
+    at = (*piece.at, *(slice(None),) * (len(shape) - len(piece.at)))
+    bounds = [(i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(at, shape, strict=True)]
+    return tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
+
+
+def slabs(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4) -> Iterator[Slab]:
+    """The piece in slabs of some `slab_bytes` (`itemsize` bytes an element), in the order in which the tensor lies on disk.
+    `shape`: of the weight."""
+    low, high = box(piece, shape)
+    part = piece.part(tensor).reshape([b - a for a, b in zip(low, high, strict=True)])  # dimensions taken by an int are back
+    kept = [d for d in range(len(shape)) if d >= len(piece.at) or not isinstance(piece.at[d], int)]
+    if not kept:
+        yield Slab(low, high, part)
+        return
+    along = kept[int(np.argmin(piece.order))] if piece.order else kept[0]  # the first dimension of the tensor
+    rows = part.shape[along]
+    step = _step(rows, slab_bytes // max(1, part.size // max(1, rows) * itemsize))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        cut = (*(slice(None),) * along, slice(first, last))
+        start, stop = list(low), list(high)
+        start[along], stop[along] = low[along] + first, low[along] + last
+        yield Slab(tuple(start), tuple(stop), part[cut])
+
+
+def _step(rows: int, most: int) -> int:
+    """Rows of a slab: at most `most`, and where that costs little a divisor, for a shard is written by one program a shape."""
+    most = max(1, min(most, rows))
+    return next((step for step in range(most, most // 2, -1) if rows % step == 0), most)
+
+
+def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
+    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error in the
+    table of a family, not in a file. `weights`: by path, anything with a shape."""
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    tensors: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        assert piece.leaf in weights, f"{piece.name}: there is no weight {piece.leaf}"
+        boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
+        tensors[piece.name].append(piece)
+    for path, weight in weights.items():
+        held, size = sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]), math.prod(weight.shape)
+        assert held == size, f"{path}: the pieces hold {held} of its {size} elements"
+        assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
+    for name, parts in tensors.items():
+        taken, size = sum(elements(piece) for piece in parts), math.prod(parts[0].shape)
+        assert taken == size, f"{name}: the pieces take {taken} of its {size} elements"
+
+
+def elements(piece: Piece) -> int:
+    """Elements of the weight that the piece holds."""
+    return piece.part(np.broadcast_to(np.int8(0), piece.shape)).size
+
+
+def _disjoint(boxes: list[Box]) -> bool:
+    if len(boxes) < 2:
+        return True
+    low, high = np.asarray([b[0] for b in boxes]), np.asarray([b[1] for b in boxes])
+    size = high - low
+    if (size == size[0]).all() and (low % np.maximum(size[0], 1) == 0).all():  # on a grid: layers, experts, gates
+        return len(np.unique(low, axis=0)) == len(low)
+    return all(
+        not ((low[i + 1 :] < high[i]) & (high[i + 1 :] > low[i])).all(axis=1).any() for i in range(len(boxes) - 1)
+    )
+
+
+def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
+    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. A weight that lies on
+    several hosts: AssertionError; callers refuse it before."""
+    assert weight.is_fully_addressable, "a weight lies partly on another host"
+    found = np.empty(np.subtract(high, low), weight.dtype)
+    seen = set()
+    for shard in weight.addressable_shards:
+        corner = tuple(s.indices(n)[0] for s, n in zip(shard.index, weight.shape, strict=True))
+        if corner in seen:  # a copy
+            continue
+        seen.add(corner)
+        start = np.maximum(low, corner)
+        stop = np.minimum(high, np.add(corner, shard.data.shape))
+        if (start >= stop).any():
+            continue
+        part = _part(shard.data, tuple((start - corner).tolist()), tuple((stop - start).tolist()))
+        found[tuple(slice(a, b) for a, b in (np.stack([start, stop]) - low).T.tolist())] = part
+    return found
+
+
+def _part(data: jax.Array, offset: tuple[int, ...], size: tuple[int, ...], on_host: bool | None = None) -> np.ndarray:
+    """data[offset : offset + size]. `on_host`: seen in place, which a CPU's arrays allow; else cut on the device first."""
+    if on_host if on_host is not None else next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
+    with off_mesh():
+        return np.asarray(_cut(data, np.asarray(offset, np.int32), size))
+
+
+def off_mesh() -> AbstractContextManager:
+    """Context in which an array of one device can be computed with, whichever mesh is the current one."""
+    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
+
+
+@partial(jax.jit, static_argnums=2)
+def _cut(data: jax.Array, offset: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(data, tuple(offset[d] for d in range(data.ndim)), size)

@@ -1,0 +1,202 @@
+"""Thirteen published families, tiny, read from a folder, beside what transformers makes of it (tests/parity/families.py).
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from interop.families import FAMILIES as READERS
+from interop.load import abstract, load, named
+from interop.published import Published, open_published
+from model.config import ModelConfig
+from model.transformer import Transformer, forward, init_cache, logits
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.rules import ShardingRules
+from tests.parity import families as reference
+from tests.parity.families import BY_NAME, FAMILIES, B, Family, T
+from train.objectives import next_token
+
+TOLERANCE = 2e-5  # of logits of order 1, float32; the issue asks for 1e-4
+SEEN = 10  # tokens of the prompt: longer than the window
+MOVED = 1e-2  # a wrong option moves some logit so much at least: 500 times the tolerance
+TRIED = 1  # wrong options of a family in every run
+RULES = ShardingRules()
+slow = pytest.mark.slow
+by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+class Opened(NamedTuple):
+    published: Published
+    model: Transformer
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Opened]:
+    """The family's folder, written by the safetensors library, and the network in it."""
+
+    @cache
+    def open_(family: Family) -> Opened:
+        published = open_published(reference.write_folder(family, tmp_path_factory.mktemp(family.name)))
+        return Opened(published, load(published.source, published.pieces, published.config, RULES))
+
+    return open_
+
+
+class Found(NamedTuple):
+    whole_BTV: jax.Array
+    cached_BTV: jax.Array
+    packed_TV: jax.Array
+
+
+FIRST = SEEN + 1  # tokens of the first of two documents in a row: as many of row 0, the others of row 1
+
+
+@jax.jit
+def everything(model: Transformer, tokens_BT: jax.Array) -> Found:
+    """Logits of whole rows; of a prompt in one piece and then token by token; of two documents packed into a row."""
+    whole_BTV = logits(model, forward(model, tokens_BT).hidden_BTD)
+
+    def step(cache, token_B):
+        out = forward(model, token_B[:, None], cache=cache)
+        return out.cache, logits(model, out.hidden_BTD)[:, 0]
+
+    prompt = forward(model, tokens_BT[:, :SEEN], cache=init_cache(model, B, T))
+    _, rest_TBV = jax.lax.scan(step, prompt.cache, tokens_BT[:, SEEN:].T)
+    cached_BTV = jnp.concatenate([logits(model, prompt.hidden_BTD), rest_TBV.swapaxes(0, 1)], 1)
+
+    row_1T = jnp.concatenate([tokens_BT[0, :FIRST], tokens_BT[1, : T - FIRST]])[None]
+    t = np.arange(T)
+    places = {"positions_BT": np.where(t < FIRST, t, t - FIRST)[None], "segment_ids_BT": 1 + (t >= FIRST)[None]}
+    packed = forward(model, row_1T, **{name: jnp.asarray(x, jnp.int32) for name, x in places.items()})
+    return Found(whole_BTV, cached_BTV, logits(model, packed.hidden_BTD)[0])
+
+
+@by_name
+def test_logits_loss_cache_and_packing(family: Family, opened):
+    tokens_BT, want = reference.tokens(family), reference.load(family)
+    found = jax.device_get(everything(opened(family).model, tokens_BT))
+    assert np.abs(want["logits"]).max() > 1
+    close(found.whole_BTV, want["logits"], "logits")
+    shifted = found.whole_BTV[:, :-1].astype(np.float64)
+    nll = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, tokens_BT[:, 1:, None], -1)[..., 0]
+    close(nll.mean(), want["loss"], "loss")
+    close(found.cached_BTV, found.whole_BTV, "cached")
+    close(found.packed_TV[:FIRST], found.whole_BTV[0, :FIRST], "first document")
+    close(found.packed_TV[FIRST:], found.whole_BTV[1, : T - FIRST], "second document")
+
+
+def close(found: Any, want: Any, what: str) -> None:
+    np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE, err_msg=what)
+
+
+@by_name
+def test_names_and_shapes_on_disk_are_those_that_transformers_writes(family: Family, opened):
+    assert {piece.name: piece.shape for piece in opened(family).published.pieces} == reference.shapes(family)
+
+
+@jax.jit
+def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, Transformer]:
+    """Of what training minimizes."""
+    ones, places = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
+    batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": places}
+
+
+    def mean(model: Transformer) -> jax.Array:
+        loss = next_token(model, batch, None)
+        return loss.total / loss.count
+
+    return jax.value_and_grad(mean)(model)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.gradients], ids=lambda family: family.name)
+def test_gradients_of_every_tensor(family: Family, opened):
+    published, model = opened(family)
+    want = reference.load(family)
+    if published.config.moe is not None:  # transformers' loss does not hold what routers add
+        moe = dataclasses.replace(published.config.moe, load_balance=0.0, z_loss=0.0)
+        model = filled(family, published, dataclasses.replace(published.config, moe=moe))
+    loss, gradients = jax.device_get(loss_and_gradients(model, reference.tokens(family)))
+    close(loss, want["loss"], "loss")
+    leaves, seen = named(gradients), set()
+    for piece in published.pieces:
+        if f"d_{piece.name}" in want:
+            part = piece.part(want[f"d_{piece.name}"])
+            seen.add(f"d_{piece.name}")
+            assert np.abs(part).max() > 1e-4, f"{piece.name}: the reference's gradient says nothing"
+            close(leaves[piece.leaf][piece.at], part, piece.name)
+    assert seen == {name for name in want if name.startswith("d_")} and len(seen) > 20
+
+
+@jax.jit
+def plain(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
+    return logits(model, forward(model, tokens_BT).hidden_BTD)
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """A config with fields, by dotted name, set to other values."""
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            value = changed(getattr(config, first), {rest: value})
+        assert getattr(config, first) != value, f"{name} is {value!r}: nothing is wrong with that"
+        config = dataclasses.replace(config, **{first: value})
+    return config
+
+
+def filled(family: Family, published: Published, config: ModelConfig) -> Transformer:
+    """A network of another config with the published weights, those that it has."""
+    model = abstract(config, RULES, None)
+    weights = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named(model).items()}
+    for piece in READERS[published.family].pieces(config):
+        if piece.leaf in weights:
+            weights[piece.leaf][piece.at] = piece.part(reference.draw(family, piece.name, piece.shape))
+    return jax.tree.unflatten(jax.tree.structure(model), weights.values())
+
+
+WRONG = [
+    pytest.param(f, w, marks=[slow] if i >= TRIED else [], id=f"{f.name}-{', '.join(f'{k}={v}' for k, v in w.items())}")
+    for f in FAMILIES for i, w in enumerate(f.wrong)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, wrong", WRONG)
+def test_a_wrong_option_does_not_pass_for_the_right_one(family: Family, wrong: dict, opened):
+    published = opened(family).published
+    config = changed(published.config, wrong)
+    if config.moe is not None:  # through every expert on every token: quicker to compile
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dense"))
+    model = filled(family, published, config)
+    moved = np.abs(plain(model, reference.tokens(family)) - reference.load(family)["logits"]).max()
+    assert moved > MOVED, f"moves the logits by {moved:.1e} only"
+
+
+@pytest.mark.parametrize(
+    "name, axes",
+    [
+        ("mixtral", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        pytest.param("deepseek_v3", {"data": 2, "fsdp": 2, "tensor": 2}, marks=slow),
+        pytest.param("gpt_oss", {"fsdp": 2, "expert": 2, "tensor": 2}, marks=slow),
+        pytest.param("gemma3", {"fsdp": 4, "sequence": 2}, marks=slow),
+    ],
+)
+def test_read_straight_into_the_shards_of_eight_devices(name: str, axes: dict[str, int], opened):
+    family = BY_NAME[name]
+    published = opened(family).published
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **axes}))
+    model = load(published.source, published.pieces, published.config, RULES, mesh)
+    assert any(leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(model))
+    with use_mesh(mesh):
+        spec = jax.NamedSharding(mesh, RULES.spec("activations", ("batch", "sequence")))
+        tokens_BT = jax.device_put(np.tile(reference.tokens(family), (4, 1)), spec)
+        found = jax.device_get(plain(model, tokens_BT))
+    close(found, np.tile(reference.load(family)["logits"], (4, 1, 1)), name)

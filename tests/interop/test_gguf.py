@@ -1,0 +1,296 @@
+"""GGUF files of Llama: tiny ones as llama.cpp's converter would write them, beside a Hugging Face folder of the same weights."""
+
+import json
+import math
+import struct
+import tracemalloc
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from interop.gguf import open_gguf
+from interop.gguf_file import GGUFFile
+from interop.load import ModelFilesError, load
+from interop.published import open_published
+from interop.translate import UnsupportedModelError
+from model.positions import inverse_frequencies
+from model.transformer import forward, logits
+from sharding.rules import ShardingRules
+
+D, F, V, N, K, H, LAYERS = 64, 96, 96, 4, 2, 16, 2
+JSON = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": V, "num_hidden_layers": LAYERS, "hidden_size": D, "head_dim": H,
+    "max_position_embeddings": 256, "num_attention_heads": N, "num_key_value_heads": K, "rms_norm_eps": 1e-5,
+    "intermediate_size": F, "rope_theta": 10_000.0,
+}  # fmt: skip
+METADATA = {
+    "block_count": LAYERS, "context_length": 256, "embedding_length": D, "feed_forward_length": F, "attention.head_count": N,
+    "attention.head_count_kv": K, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": V, "rope.dimension_count": H,
+}  # fmt: skip
+TYPES = gguf.GGMLQuantizationType
+LAYER = {
+    "attn_norm": ("input_layernorm", (D,)), "ffn_norm": ("post_attention_layernorm", (D,)),
+    "attn_q": ("self_attn.q_proj", (N * H, D)), "attn_k": ("self_attn.k_proj", (K * H, D)),
+    "attn_v": ("self_attn.v_proj", (K * H, D)), "attn_output": ("self_attn.o_proj", (D, N * H)),
+    "ffn_gate": ("mlp.gate_proj", (F, D)), "ffn_up": ("mlp.up_proj", (F, D)), "ffn_down": ("mlp.down_proj", (D, F)),
+}  # fmt: skip
+NAMES = {"token_embd": ("model.embed_tokens", (V, D)), "output_norm": ("model.norm", (D,)), "output": ("lm_head", (V, D))} | {
+    f"blk.{i}.{theirs}": (f"model.layers.{i}.{ours}", shape) for i in range(LAYERS) for theirs, (ours, shape) in LAYER.items()
+}
+
+
+def permuted(weights, heads):
+    """As llama.cpp's convert_hf_to_gguf.py writes rows of queries and keys."""
+    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+
+
+def drawn():
+    rng = np.random.default_rng(0)
+    return {
+        f"{name}.weight": (1.0 + 0.2 * rng.normal(size=s) if len(s) == 1 else rng.normal(size=s) / s[-1] ** 0.5).astype(np.float32)
+        for name, s in NAMES.values()
+    }
+
+
+def write(path, kind=TYPES.F32, *, tied=False, change=None, metadata=None, general=None, architecture="llama", permute=permuted, extra=None):
+    """A GGUF file of the drawn weights; returns them as quantization leaves them, by Hugging Face's names."""
+    writer = gguf.GGUFWriter(path, architecture)
+    values = {f"{architecture}.{key}": value for key, value in (METADATA | (metadata or {})).items()} | (general or {})
+    for key, value in values.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_key_value
+        add(key, value, *() if isinstance(value, list) else (gguf.GGUFValueType.get_type(value),))
+    weights, left = drawn() | (change or {}), {}
+    for theirs, (ours, shape) in NAMES.items():
+        if tied and theirs == "output":
+            continue
+        of = kind if len(shape) > 1 else TYPES.F32
+        heads = {"attn_q": N, "attn_k": K}.get(theirs.rpartition(".")[2])
+        order = (lambda w, heads=heads: w if heads is None else permute(w, heads))
+        stored = gguf.quantize(order(weights[f"{ours}.weight"]), of)
+        writer.add_tensor(f"{theirs}.weight", stored, raw_dtype=of)
+        left[f"{ours}.weight"] = gguf.dequantize(gguf.quantize(weights[f"{ours}.weight"], of), of).reshape(shape).astype(np.float32)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return left
+
+
+def loaded(path):
+    found = open_published(path)
+    return load(found.source, found.pieces, found.config, ShardingRules())
+
+
+@jax.jit
+def run(model, tokens_BT):
+    return logits(model, forward(model, tokens_BT).hidden_BTD)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 24)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("Q8_0", True), *((kind, False) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"))]
+)
+def test_the_network_is_that_of_a_folder_of_the_dequantized_weights(tmp_path, kind, tied):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(write(tmp_path / "a.gguf", TYPES[kind], tied=tied), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(JSON | {"tie_word_embeddings": tied}))
+    ours, theirs = loaded(tmp_path / "a.gguf"), loaded(folder)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    np.testing.assert_array_equal(run(ours, TOKENS), run(theirs, TOKENS))
+
+
+def test_rows_in_another_order_would_show(tmp_path):
+    write(tmp_path / "a.gguf")
+    write(tmp_path / "b.gguf", permute=lambda weights, heads: weights)
+    assert np.abs(run(loaded(tmp_path / "a.gguf"), TOKENS) - run(loaded(tmp_path / "b.gguf"), TOKENS)).max() > 0.1
+
+
+def test_biases_are_read_in_the_order_of_their_rows(tmp_path):
+    q_bias = np.arange(N * H, dtype=np.float32)
+    write(tmp_path / "a.gguf", extra={"blk.0.attn_q.bias": permuted(q_bias, N)})
+    values, source = open_gguf(tmp_path / "a.gguf")
+    assert values["attention_bias"]
+    np.testing.assert_array_equal(source.read("model.layers.0.self_attn.q_proj.bias"), q_bias)
+    with pytest.raises(ModelFilesError, match=r"o_proj\.bias"):  # Llama's biases are all there or none
+        open_published(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_other_quantizations_in_slices_equal_the_whole(tmp_path, kind):
+    block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
+    raw = np.random.default_rng(0).integers(0, 64, (700, 2 * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("x", raw, raw_dtype=TYPES[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    rows = np.random.default_rng(1).permutation(700)
+    found = GGUFFile(tmp_path / "a.gguf").array("x", rows)
+    assert found.shape == (700, 2 * block)
+    np.testing.assert_array_equal(found[rows], gguf.dequantize(raw, TYPES[kind]))
+
+
+def test_reading_holds_the_tensor_and_little_more(tmp_path):
+    rows, width = 1024, 8192
+    large = np.full((rows, width), 0.5, np.float32)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("x", gguf.quantize(large, TYPES.Q8_0), raw_dtype=TYPES.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "a.gguf")
+    tracemalloc.start()
+    try:
+        array = file.array("x", np.arange(rows)[::-1])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert array.nbytes <= peak <= 1.2 * array.nbytes
+
+
+def test_floats_that_need_no_reordering_are_views_of_the_file(tmp_path):
+    write(tmp_path / "a.gguf", TYPES.F16)
+    _, source = open_gguf(tmp_path / "a.gguf")
+    up = source.read("model.layers.0.mlp.up_proj.weight")
+    assert up.dtype == np.float16 and not up.flags.owndata and not up.flags.writeable
+    source.release()
+    np.testing.assert_array_equal(up, drawn()["model.layers.0.mlp.up_proj.weight"].astype(np.float16))
+
+
+def divisors(factor, low=1.0, high=4.0, original=8192):
+    """As llama.cpp's converter writes rope_freqs.weight of Llama 3.1."""
+    found = []
+    for i in range(0, H, 2):
+        wavelength = 2 * math.pi * 10_000.0 ** (i / H)
+        if wavelength < original / high:
+            found.append(1.0)
+        elif wavelength > original / low:
+            found.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.asarray(found, np.float32)
+
+
+@pytest.mark.parametrize(("factor", "original"), [(8.0, 8192), (32.0, 8192), (4.0, 4096)])
+def test_factors_of_frequencies_are_llama_3s_scaling(tmp_path, factor, original):
+    written = divisors(factor, original=original)
+    write(tmp_path / "a.gguf", extra={"rope_freqs.weight": written})
+    scaling = open_published(tmp_path / "a.gguf").config.position.scaling
+    assert scaling is not None and scaling.kind == "llama3" and (scaling.factor, scaling.original_length) == (factor, original)
+    np.testing.assert_allclose(inverse_frequencies(H, 10_000.0, None) / inverse_frequencies(H, 10_000.0, scaling), written, rtol=1e-6)
+
+
+def test_other_factors_of_frequencies_are_refused(tmp_path):
+    for name, wrong in (("a", divisors(8.0, high=3.0)), ("b", divisors(8.0) * 1.01)):
+        write(tmp_path / f"{name}.gguf", extra={"rope_freqs.weight": wrong})
+        with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
+            open_published(tmp_path / f"{name}.gguf")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kind"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, "linear"),
+        ({"rope.scale_linear": 2.0}, "linear"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 128}, "yarn"),
+        ({"rope.scaling.type": "none"}, None),
+    ],
+)
+def test_scalings_of_rope(tmp_path, metadata, kind):
+    write(tmp_path / "a.gguf", metadata=metadata)
+    scaling = open_published(tmp_path / "a.gguf").config.position.scaling
+    assert (scaling and (scaling.kind, scaling.factor)) == (kind and (kind, 2.0))
+    assert kind != "yarn" or scaling.original_length == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "qwen2"}, "general.architecture = 'qwen2'.*'llama'"),
+        ({"metadata": {"expert_count": 8}}, "expert_count = 8.*safetensors"),
+        ({"metadata": {"attention.sliding_window": 128}}, "sliding_window = 128"),
+        ({"metadata": {"rope.dimension_count": 8}}, "dimension_count = 8"),
+        ({"metadata": {"rope.scaling.type": "longrope"}}, "longrope.*yarn"),
+        ({"metadata": {"attention.new_thing": 3}}, "llama.attention.new_thing = 3"),
+        ({"metadata": {"attention.head_count_kv": [2, 4]}}, "head_count_kv differs by layer"),
+        ({"general": {"split.count": 2}}, "one of 2 parts.*merge"),
+        ({"general": {"general.type": "adapter"}}, "general.type = 'adapter'"),
+        ({"extra": {"rope_freqs.weight": divisors(8.0)}, "metadata": {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}}, "at once"),
+        ({"extra": {"blk.0.attn_q.steps": np.zeros(4, np.int8)}}, "I8"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
+    write(tmp_path / "a.gguf", **change)
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_published(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metadata": {"vocab_size": 95}}, "vocab_size has 95 tokens.*96 rows"),
+        ({"general": {"tokenizer.ggml.tokens": ["a", "b"]}}, "tokens has 2 tokens.*96 rows"),
+        ({"metadata": {"block_count": 3}}, r"model\.layers\.2"),
+        ({"metadata": {"feed_forward_length": 64}}, r"mlp\.up_proj"),
+        ({"extra": {"blk.0.attn_extra.weight": np.zeros(32, np.float32)}}, r"blk\.0\.attn_extra\.weight"),
+    ],
+)
+def test_what_does_not_belong_together_is_told(tmp_path, change, message):
+    write(tmp_path / "a.gguf", **change)
+    with pytest.raises(ModelFilesError, match=message):
+        open_published(tmp_path / "a.gguf")
+
+
+def test_a_file_cut_off_anywhere_is_told(tmp_path):
+    write(tmp_path / "a.gguf", TYPES.Q4_0, general={"tokenizer.ggml.tokens": [f"token {i}" for i in range(V)]})
+    whole = (tmp_path / "a.gguf").read_bytes()
+    cut = tmp_path / "b.gguf"
+    for size in [*range(0, 5000, 61), *range(5000, len(whole), 9001), len(whole) - 4096]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ModelFilesError, match=r"b\.gguf: .*(empty|no GGUF|ends inside|cut off)"):
+            open_gguf(cut)
+
+
+def test_damaged_files_are_told(tmp_path):
+    write(tmp_path / "a.gguf")
+    whole, other = (tmp_path / "a.gguf").read_bytes(), tmp_path / "b.gguf"
+    for start, new, error, message in (
+        (0, b"GGML", ModelFilesError, "no GGUF file"),
+        (4, struct.pack("<I", 1), UnsupportedModelError, "version 1"),
+        (4, struct.pack(">I", 3), UnsupportedModelError, "big-endian"),
+        (8, struct.pack("<Q", 1 << 60), ModelFilesError, "damaged|ends inside"),
+        (16, struct.pack("<Q", 1 << 60), ModelFilesError, "damaged|ends inside"),
+        (24, struct.pack("<Q", 1 << 63), ModelFilesError, "ends inside"),
+    ):
+        other.write_bytes(whole[:start] + new + whole[start + len(new) :])
+        with pytest.raises(error, match=message):
+            open_gguf(other)
+    at = whole.index(b"blk.1.ffn_down.weight") + len(b"blk.1.ffn_down.weight") + 4 + 2 * 8 + 4  # its offset
+    other.write_bytes(whole[:at] + struct.pack("<Q", 1 << 30) + whole[at + 8 :])
+    with pytest.raises(ModelFilesError, match=r"blk\.1\.ffn_down\.weight ends at byte"):
+        open_gguf(other)
+    with pytest.raises(ModelFilesError, match=r"missing\.gguf"):
+        open_gguf(tmp_path / "missing.gguf")
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_weights_that_are_not_finite_are_told(tmp_path, kind):
+    name = "model.layers.1.mlp.down_proj.weight"
+    ruined = drawn()[name]
+    ruined[3, 5] = np.inf
+    with np.errstate(all="ignore"):
+        write(tmp_path / "a.gguf", TYPES[kind], change={name: ruined})
+    with pytest.raises(ModelFilesError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: .*not finite"):
+        loaded(tmp_path / "a.gguf")

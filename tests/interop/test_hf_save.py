@@ -1,0 +1,253 @@
+"""Published models written: read by an independent reader, whole or not at all, and verified."""
+
+import errno
+import json
+import math
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import interop.load as loading
+import interop.save as saving
+import interop.verify as verifying
+from interop import llama
+from interop.load import ModelFilesError, abstract, load, named
+from interop.pieces import Piece
+from interop.plan import plan
+from interop.published import open_published
+from interop.save import save_published
+from interop.slabs import _part, check_cover, fetch, slabs
+from interop.translate import UnsupportedModelError
+from interop.verify import Verified, verify, verify_saved
+from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.rules import ShardingRules
+from tests.interop.hf_folder import EMBEDDING, HEAD, D, V, tensors, write
+
+RULES = ShardingRules()
+ELEMENTS = sum(x.size for x in tensors().values())
+
+
+@pytest.fixture
+def published(tmp_path):
+    return open_published(write(tmp_path / "published", shards=2))
+
+
+@pytest.fixture
+def model(published):
+    return load(published.source, published.pieces, published.config, RULES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_library_reads_what_was_written(tmp_path, published, model, dtype):
+    assert save_published(model, published.config, tmp_path / "out", dtype=dtype, shard_bytes=20_000) == "llama"
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    found, held = {}, tensors()
+    for file in files:
+        with safe_open(file, "np") as f:
+            assert f.metadata() == {"format": "pt"}
+        mine = load_file(file)
+        assert sum(x.nbytes for x in mine.values()) <= 20_000
+        found |= mine
+    assert files[-1].name == f"model-{len(files):05d}-of-{len(files):05d}.safetensors" and len(files) > 2
+    assert found.keys() == held.keys()
+    for name, wanted in held.items():
+        assert found[name].tobytes() == wanted.astype(jnp.dtype(dtype)).tobytes(), name
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == ELEMENTS * jnp.dtype(dtype).itemsize
+    assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    assert verify_saved(model, tmp_path / "out", dtype) == Verified(len(held), len(jax.tree.leaves(model)), ELEMENTS)
+    assert not list(tmp_path.glob(".*.writing"))
+
+
+def test_from_a_mesh_the_same_bytes_are_written(tmp_path, published, model):
+    mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+    spread = load(published.source, published.pieces, published.config, RULES, mesh)
+    save_published(model, published.config, tmp_path / "one")
+    save_published(spread, published.config, tmp_path / "eight", progress=lambda _, size: seen.append(size))
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "eight" / file.name).read_bytes()
+    assert sum(seen) == ELEMENTS
+    assert verify(spread, published, "float32").elements == ELEMENTS
+
+
+def test_within_the_context_of_a_mesh_too(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)  # one weight goes by slabs
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    with use_mesh(mesh):
+        spread = load(published.source, published.pieces, published.config, RULES, mesh)
+        assert verify(spread, published, "float32").elements == ELEMENTS
+        save_published(spread, published.config, tmp_path / "out")
+        verify_saved(spread, tmp_path / "out", "float32")
+
+
+def test_weights_of_several_hosts_are_refused(tmp_path, published, model, monkeypatch):
+    elsewhere = {path: namedtuple("Weight", "is_fully_addressable")(path != "head") for path in named(model)}
+    monkeypatch.setattr(saving, "named", lambda _: elsewhere)
+    monkeypatch.setattr(verifying, "named", lambda _: elsewhere)
+    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+        save_published(model, published.config, tmp_path / "out")
+    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+        verify(model, published, "float32")
+
+
+def test_a_part_of_a_weight_is_fetched_from_its_shards(model):
+    rng, mesh = np.random.default_rng(0), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    whole = rng.standard_normal((4, 6, 8)).astype(np.float32)
+    spec = jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    spread = jax.device_put(whole, jax.sharding.NamedSharding(mesh, spec))
+    for low, high in (((1, 0, 0), (2, 6, 8)), ((0, 2, 3), (4, 5, 5)), ((0, 0, 0), (4, 6, 8)), ((3, 4, 0), (4, 5, 3))):
+        np.testing.assert_array_equal(fetch(spread, low, high), whole[tuple(map(slice, low, high))])
+    for on_host in (True, False):
+        with use_mesh(None if on_host else mesh):  # on an accelerator, an export within the context of its mesh
+            found = _part(spread.addressable_shards[3].data, (1, 2, 1), (2, 1, 2), on_host)
+        np.testing.assert_array_equal(found, np.asarray(spread.addressable_shards[3].data)[1:3, 2:3, 1:3])
+        np.testing.assert_array_equal(_part(jnp.asarray(whole), (1, 2, 3), (2, 3, 4), on_host), whole[1:3, 2:5, 3:7])
+
+
+def test_verify_names_what_differs(published, model):
+    assert verify(model, published, "float32") == Verified(21, 11, ELEMENTS)
+    up = model.stacks[0][0].mlp.up
+    up[...] = up[...].at[1, 3, 1, 7].add(0.5).at[1, 4, 1, 8].add(0.25)
+    with pytest.raises(ModelFilesError, match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0.5"):
+        verify(model, published, "float32")
+
+
+def test_verify_sees_the_last_bit_of_the_dtype_and_no_further(published, model):
+    norm = model.final_norm.scale
+    norm[...] = jnp.asarray(np.nextafter(np.asarray(norm[...]), np.float32(np.inf)))
+    with pytest.raises(ModelFilesError, match=r"model.norm.weight .*32 of 32"):
+        verify(model, published, "float32")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), load(published.source, published.pieces, published.config, RULES))
+    assert verify(rounded, published, "bfloat16").elements == ELEMENTS
+
+
+def test_verify_sees_a_file_that_changed(tmp_path, published, model):
+    save_published(model, published.config, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ModelFilesError, match=r"1 of \d+ elements"):
+        verify_saved(model, tmp_path / "out", "float32")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error):
+    def stop(piece, size):
+        if piece.name == "model.norm.weight":
+            assert list(tmp_path.glob(".out.*.writing")) and not (tmp_path / "out").exists()
+            raise error
+
+    with pytest.raises(error):
+        save_published(model, published.config, tmp_path / "out", progress=stop, shard_bytes=5000)
+    assert [p.name for p in tmp_path.iterdir()] == ["published"]
+
+
+def test_what_a_killed_export_left_looks_like_no_model_and_is_nobody_elses_to_delete(tmp_path, published, model):
+    save_published(model, published.config, tmp_path / "out")
+    left = tmp_path / ".again.12.writing"
+    shutil.copytree(tmp_path / "out", left)
+    (left / "config.json").unlink()  # it is written last
+    with pytest.raises(ModelFilesError, match=r"there is no config.json"):
+        open_published(left)
+    save_published(model, published.config, tmp_path / "again")
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"] and left.exists()
+
+
+def test_config_json_is_written_last(tmp_path, published, model, monkeypatch):
+    seen, write_json = [], saving._write_json
+
+    def spy(path, values):
+        seen.append(sorted(p.name for p in path.parent.iterdir()))
+        write_json(path, values)
+
+    monkeypatch.setattr(saving, "_write_json", spy)
+    save_published(model, published.config, tmp_path / "out", shard_bytes=60_000)
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert seen == [shards, [*shards, "model.safetensors.index.json"]]
+
+
+def test_a_full_disk_is_told_and_nothing_is_kept(tmp_path, published, model, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ModelFilesError, match="the disk is full: 0 MB are needed"):
+        patch.setattr(saving, "_write", full)
+        save_published(model, published.config, tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(ModelFilesError, match="the disk is full"):
+        patch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(80_000))
+        save_published(model, published.config, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["published"]
+
+
+def test_what_cannot_be_written_is_refused(tmp_path, published, model):
+    (tmp_path / "taken").mkdir()
+    save_published(model, published.config, tmp_path / "taken")  # empty: it is replaced
+    with pytest.raises(ModelFilesError, match="exists already and is not empty"):
+        save_published(model, published.config, tmp_path / "taken")
+    with pytest.raises(ModelFilesError, match=r"dtype 'int8' .* float32, bfloat16, float16"):
+        save_published(model, published.config, tmp_path / "out", dtype="int8")
+    with pytest.raises(UnsupportedModelError, match="which cannot say"):
+        save_published(model, replace(published.config, norm=replace(published.config.norm, kind="layer")), tmp_path / "out", family="llama")
+    model.head[...] = model.head[...].at[3, 50].set(7e4)
+    with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say"):
+        save_published(model, published.config, tmp_path / "out", dtype="float16")
+    model.head[...] = model.head[...].at[3, 50].set(jnp.nan)
+    with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds nan"):
+        save_published(model, published.config, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["published", "taken"]
+
+
+def test_slabs_go_through_the_file_from_its_beginning_to_its_end(published):
+    weights, held = named(abstract(published.config, RULES, None)), tensors()
+    for piece in published.pieces:
+        tensor = held[piece.name]
+        at = np.lib.array_utils.byte_bounds(tensor)[0]
+        for slab in slabs(piece, tensor, weights[piece.leaf].shape, 1000):
+            start, stop = np.lib.array_utils.byte_bounds(slab.values)
+            assert start == at and stop - start == slab.values.nbytes, piece.name
+            at = stop
+        assert at == np.lib.array_utils.byte_bounds(tensor)[1]
+
+
+def test_pieces_must_cover_each_weight_and_tensor_once(published):
+    weights = named(abstract(published.config, RULES, None))
+    check_cover(published.pieces, weights)
+    wrong = {
+        "the pieces hold 0 of its 3072": [p for p in published.pieces if p.leaf != "head"],
+        "two pieces hold the same": [p if p.at != (1, slice(None), 1) else p._replace(at=(1, slice(None), 0)) for p in published.pieces],
+        "there is no weight": [*published.pieces, Piece("x", (1,), "x")],
+        "the pieces take 3072 of its 3104": [p._replace(shape=(V + 1, D), take=(slice(0, V),)) if p.leaf == "embedding" else p for p in published.pieces],
+    }  # fmt: skip
+    for message, pieces in wrong.items():
+        with pytest.raises(AssertionError, match=message):
+            check_cover(pieces, weights)
+
+
+def test_the_plan_is_made_of_headers(tmp_path, published, model):
+    held = tensors("bfloat16")
+    held[EMBEDDING] = held[EMBEDDING].astype(np.float32)
+    source = open_published(write(tmp_path / "mixed", held, shards=2))
+    found = plan(source, "float32", RULES)
+    assert (found.family, found.parameters.total) == ("llama", ELEMENTS)
+    assert found.tensors == {"bfloat16": 20, "float32": 1} and found.disk == sum(x.nbytes for x in held.values())
+    assert found.weights == found.device == 4 * ELEMENTS and found.largest == 4 * V * D and len(found.files) == 2
+    assert found.summary == "2 layers of width 32, 4 heads of 8 (2 of keys), vocabulary 96"
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    spread = load(source.source, source.pieces, source.config, RULES, mesh, dtype="bfloat16")
+    largest = max(sum(s.data.nbytes for x in jax.tree.leaves(spread) for s in x.addressable_shards if s.device == d) for d in mesh.devices.flat)
+    assert plan(source, "bfloat16", RULES, mesh).device == largest < 2 * ELEMENTS
+    assert math.prod(held[HEAD].shape) == V * D
+
+
+def test_pieces_of_the_family_are_those_of_the_config(published):
+    assert llama.pieces(published.config) == published.pieces
