@@ -26,6 +26,7 @@ train: install ## train, evaluate, sample and report the experiment `quickstart`
 
 test: install ## lint, types and every test but the slow ones, on 8 simulated devices
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
@@ -34,6 +35,7 @@ test-all: install ## the slow tests too
 
 lint: install ## format and lint
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: ## speed beside PyTorch, transformers: ratios in one run (installs the extra `bench`)
 	$(MAKE) install EXTRAS=dev,bench

@@ -32,7 +32,11 @@ MAX_TEXT = 1 << 24  # characters of a rendered chat
 MAX_BYTES = 1 << 30  # of the process that renders
 MAX_SECONDS = 10.0  # of one rendering
 _TRUSTED = ("system", "developer", "assistant")  # roles whose text is of one's own making
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; templates read the first two
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of a message's reasoning; templates read the first two
 
 Message = Mapping[str, Any]
 
@@ -40,14 +44,19 @@ Message = Mapping[str, Any]
 class ChatTemplate:
     """A template's source and what it calls the tokenizer's specials ({'bos_token': '<s>', ...}).
 
-    The first `render` starts a process, which serves all later ones of this object and ends with it. Threads take turns.
+    The first `render` starts a process, which serves all later ones of this object and ends with it. Threads take
+    turns.
     """
 
     def __init__(self, source: str, names: Mapping[str, str] | None = None, *, seconds: float = MAX_SECONDS):
         if importlib.util.find_spec("jinja2") is None:
-            raise DataError("chat templates need the package jinja2, which is not installed: pip install 'meshwork[hf]'")
+            raise DataError(
+                "chat templates need the package jinja2, which is not installed: pip install 'meshwork[hf]'"
+            )
         if len(source) > MAX_SOURCE:
-            raise DataError(f"the chat template has {len(source)} characters: at most {MAX_SOURCE} are read; it is no chat template")
+            raise DataError(
+                f"the chat template has {len(source)} characters: at most {MAX_SOURCE} are read; it is no chat template"
+            )
         self.source, self.names = source, dict(names or {})
         self._seconds, self._lock = seconds, threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -62,9 +71,9 @@ class ChatTemplate:
     ) -> str:
         """The text of messages ({'role', 'content', ...}), as transformers' apply_chat_template gives it.
 
-        `add_generation_prompt`: what makes the assistant speak follows. `tools`: JSON schemas. Further variables are the
-        template's own (enable_thinking=False). Raises DataError naming the template's line, for what it refuses, cannot
-        do, or takes too long for.
+        `add_generation_prompt`: what makes the assistant speak follows. `tools`: JSON schemas. Further variables are
+        the template's own (enable_thinking=False). Raises DataError naming the template's line, for what it refuses,
+        cannot do, or takes too long for.
         """
         if not all(isinstance(message, Mapping) for message in messages):
             raise DataError("chat messages are objects such as {'role': 'user', 'content': 'Hello'}: one is not")
@@ -84,7 +93,9 @@ class ChatTemplate:
             answer = self._ask(request)
         if "error" in answer:
             line = "" if answer["line"] is None else f", line {answer['line']}"
-            raise DataError(f"chat template{line}: {answer['error']}; mend the messages, or the template that came with the model")
+            raise DataError(
+                f"chat template{line}: {answer['error']}; mend the messages, or the template that came with the model"
+            )
         return answer["text"]
 
     def _ask(self, request: str) -> dict[str, Any]:
@@ -105,14 +116,18 @@ class ChatTemplate:
             raise
         if code == -signal.SIGALRM:
             return {"error": f"it was stopped after {self._seconds:g} s", "line": None}
-        return {"error": f"its process ended with code {code} (it may take at most {MAX_BYTES >> 20} MiB)", "line": None}
+        return {
+            "error": f"its process ended with code {code} (it may take at most {MAX_BYTES >> 20} MiB)",
+            "line": None,
+        }
 
 
 def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template that a tokenizer was published with. Raises DataError when it has none."""
     if tokenizer.chat_template is None:
         raise DataError(
-            "the tokenizer has no chat template: the model was not tuned for chats, or its chat_template.jinja is missing; give "
+            "the tokenizer has no chat template: the model was not tuned for chats, or its chat_template.jinja is "
+            "missing; give "
             "plain prompts, or save the template in the tokenizer's folder"
         )
     return ChatTemplate(tokenizer.chat_template, tokenizer.names)
@@ -121,7 +136,8 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 def encode_chat(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], **options: Any
 ) -> np.ndarray:
-    """Ids int32 [L] of messages: `render` with these options, then the specials that the template wrote become specials.
+    """Ids int32 [L] of messages: `render` with these options, then the specials that the template wrote become
+    specials.
 
     Names of specials stay text in what anyone but system, developer and assistant says, and in the options `tools` and
     `documents`, so that nobody's message ends another's turn.
@@ -132,7 +148,9 @@ def encode_chat(
     part = partial(found.sub, lambda name: name[0][:1] + mark + name[0][1:])
     try:
         given = [_changed(message, part) if _is_strange(message) else message for message in messages]
-        options = {name: _changed(value, part) if name in ("tools", "documents") else value for name, value in options.items()}
+        options = {
+            name: _changed(value, part) if name in ("tools", "documents") else value for name, value in options.items()
+        }
     except RecursionError as error:
         raise DataError("chat messages, tools and documents are plain data: these are nested too deeply") from error
     text = template.render(given, **options)
@@ -159,7 +177,8 @@ def _start(source: str, seconds: float) -> subprocess.Popen[str]:
             raise
     _stop(process)
     raise DataError(
-        f"the process that renders chat templates did not start: {lines[-1] if lines else f'it ended with code {code}'}; it is run by "
+        f"the process that renders chat templates did not start: "
+        f"{lines[-1] if lines else f'it ended with code {code}'}; it is run by "
         f"{sys.executable} and needs jinja2: pip install 'meshwork[hf]'"
     )
 

@@ -1,7 +1,8 @@
 """Renders one chat template in a process of its own: what it may see, do and take is bounded here. Run by data/chat.py.
 
-Its argument is the caller's sys.path as JSON, by which jinja2 is found. Lines of JSON: first {"source", "seconds", "characters",
-"bytes"}, answered by {}, then variables, each answered by {"text"} or {"error", "line"}. This file imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
+Its argument is the caller's sys.path as JSON, by which jinja2 is found. Lines of JSON: first {"source", "seconds",
+"characters", "bytes"}, answered by {}, then variables, each answered by {"text"} or {"error", "line"}. This file
+imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
 """
 
 from __future__ import annotations
@@ -58,13 +59,17 @@ def _raise(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def compiled(source: str) -> jinja2.Template:
     """The template in the environment that transformers gives it (utils/chat_template_utils.py)."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raise,

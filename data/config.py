@@ -24,8 +24,8 @@ class DataError(ValueError):
 class SourceConfig:
     """One named corpus: a folder or a file of text or JSONL, or the interpreter's own standard library.
 
-    Globs are relative to `path`, `**` crosses folders; hidden files and folders are never read, and links to folders not
-    followed.
+    Globs are relative to `path`, `**` crosses folders; hidden files and folders are never read, and links to folders
+    not followed.
     """
 
     name: str = "stdlib"
@@ -118,7 +118,8 @@ def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
         raise DataError("data.tokenizer.kind = 'saved', but data.tokenizer.path is empty: name the tokenizer's folder")
     if tokenizer.kind != "saved" and tokenizer.path:
         raise DataError(
-            f"data.tokenizer.path = {tokenizer.path!r}: a {tokenizer.kind} tokenizer is not read from a folder; leave it empty, or set "
+            f"data.tokenizer.path = {tokenizer.path!r}: a {tokenizer.kind} tokenizer is not read from a folder; leave "
+            f"it empty, or set "
             "data.tokenizer.kind to 'saved'"
         )
     if tokenizer.vocab_size < 1:

@@ -1,6 +1,7 @@
 """Documents of a source: found by globs, read as UTF-8, exactly deduplicated, and split by the hash of their content.
 
-Nothing here keeps text: a survey holds a name, a digest and a size per document, and the text is read again where needed.
+Nothing here keeps text: a survey holds a name, a digest and a size per document, and the text is read again where
+needed.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"source {source.name!r}: folder {error.filename} cannot be read ({error.strerror}); mend it, or exclude it by "
+            f"source {source.name!r}: folder {error.filename} cannot be read ({error.strerror}); mend it, or exclude "
+            f"it by "
             "source.exclude"
         )
 
@@ -158,7 +160,8 @@ def survey(source: SourceConfig, seen: set[str]) -> Survey:
     if not entries:
         reasons = f"; the first skipped: {'; '.join(skipped[:3])}" if skipped else ""
         raise DataError(
-            f"source {source.name!r} is empty: path {source.path!r}, include {source.include}, exclude {source.exclude} "
+            f"source {source.name!r} is empty: path {source.path!r}, include {source.include}, exclude "
+            f"{source.exclude} "
             f"gave no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of others){reasons}; "
             "correct the path or the globs"
         )

@@ -1,8 +1,8 @@
 """Documents to windows: which tokens share a window, and which of them are predicted.
 
-A document is an opening token (`<end>`, or what a published tokenizer opens texts with) + content + `<end>`, a segment of its
-own; tokens attend and are predicted within their segment alone. So every token but the opening one of each document is
-predicted exactly once, by either packing.
+A document is an opening token (`<end>`, or what a published tokenizer opens texts with) + content + `<end>`, a segment
+of its own; tokens attend and are predicted within their segment alone. So every token but the opening one of each
+document is predicted exactly once, by either packing.
 
 Letters: N windows, T predicted tokens per window (it holds T + 1), M tokens of a stream, D documents.
 """
@@ -22,7 +22,8 @@ def token_dtype(limit: int) -> np.dtype:
 def concatenate(
     documents: Iterable[np.ndarray], start: int, end: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Join contents into one stream: (tokens `dtype` [M], starts int64 [D + 1]); document d is starts[d] to starts[d + 1]."""
+    """Join contents into one stream: (tokens `dtype` [M], starts int64 [D + 1]); document d is starts[d] to starts[d +
+    1]."""
     first, last = np.array([start], dtype), np.array([end], dtype)
     framed = [np.concatenate([first, content.astype(dtype), last]) for content in documents]
     starts = np.cumsum([0] + [len(document) for document in framed], dtype=np.int64)
@@ -45,7 +46,8 @@ def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length:
 
 
 def split_offsets(tokens: int, length: int, stride: int) -> np.ndarray:
-    """Starts int64 [N] of windows of T = length - 1 predicted tokens, so that together they predict all but the first token.
+    """Starts int64 [N] of windows of T = length - 1 predicted tokens, so that together they predict all but the first
+    token.
 
     The first window predicts T tokens, every later one its last `stride`; the rest of it is context.
     """
@@ -54,7 +56,8 @@ def split_offsets(tokens: int, length: int, stride: int) -> np.ndarray:
 
 
 def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
-    """Place whole documents, largest first, where the least room is left over: windows of (start, end) spans of the stream.
+    """Place whole documents, largest first, where the least room is left over: windows of (start, end) spans of the
+    stream.
 
     A document longer than a window is cut in pieces that overlap by one token. Best-fit packing: Ding et al. 2024,
     arXiv:2404.10830.

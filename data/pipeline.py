@@ -62,12 +62,14 @@ class TrainBatches(Iterator[Batch]):
         config.validate()
         if config.batch_size % process_count or not 0 <= process_index < process_count:
             raise DataError(
-                f"data.batch_size = {config.batch_size} over {process_count} hosts (this one is {process_index}): the batch "
+                f"data.batch_size = {config.batch_size} over {process_count} hosts (this one is {process_index}): the "
+                f"batch "
                 "must divide evenly and hosts count from 0; change data.batch_size"
             )
         if config.sequence_length != prepared.sequence_length:
             raise DataError(
-                f"data.sequence_length = {config.sequence_length}, but the prepared windows have {prepared.sequence_length}: "
+                f"data.sequence_length = {config.sequence_length}, but the prepared windows have "
+                f"{prepared.sequence_length}: "
                 "prepare the data again with this config"
             )
         shares = mixture(prepared, config)
@@ -121,7 +123,8 @@ class TrainBatches(Iterator[Batch]):
         for name, value in self._fixed.items():
             if state.get(name) != value:
                 raise DataError(
-                    f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}: the stream would not "
+                    f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}: the stream "
+                    f"would not "
                     "continue; restore the data config, or start without the saved position"
                 )
         step = state.get("step")
@@ -142,7 +145,8 @@ class TrainBatches(Iterator[Batch]):
 
 
 def _release(live: list[grain.DatasetIterator]) -> None:
-    # Emptied as well as closed: Grain's __del__ fails when it runs only after the interpreter has taken its module apart.
+    # Emptied as well as closed: Grain's __del__ fails when it runs only after the interpreter has taken its module
+    # apart.
     live.pop().close()
 
 
@@ -168,13 +172,15 @@ def heldout_windows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of a source's held-out documents in order: `tokens`, `segment_ids`, `positions` int32 [B, T + 1], `weights` float32 [B, T].
+    """Batches of a source's held-out documents in order: `tokens`, `segment_ids`, `positions` int32 [B, T + 1],
+    `weights` float32 [B, T].
 
-    Every token but each document's opening `<end>` has weight 1 exactly once, so that the scored tokens spell exactly the
-    held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last `stride`
-    targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly spread: count
-    their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as in training.
-    Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the hosts.
+    Every token but each document's opening `<end>` has weight 1 exactly once, so that the scored tokens spell exactly
+    the held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last `stride`
+    targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly spread:
+    count their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as in
+    training. Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the
+    hosts.
     """
     length = prepared.sequence_length + 1
     stride = length - 1 if stride is None else stride

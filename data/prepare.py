@@ -1,7 +1,8 @@
 """From a DataConfig to a folder of tokenizer, packed windows and held-out sets, made once and memory-mapped after.
 
-The folder's name is a hash of everything that decides its content: the documents, the tokenizer, the window and the packing. It is
-written aside and renamed, so that a half-written one is never seen; a damaged one is named, removed and made again.
+The folder's name is a hash of everything that decides its content: the documents, the tokenizer, the window and the
+packing. It is written aside and renamed, so that a half-written one is never seen; a damaged one is named, removed and
+made again.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = _logger.info) -> Pr
         skipped = f"; skipped: {'; '.join(read.skipped[:5])}" if read.skipped else ""
         log(
             f"source {read.source.name}: {len(train)} training and {len(heldout)} held-out documents "
-            f"({sum(entry.size for entry in heldout):,} bytes held out), {read.duplicates} duplicates, {read.empty} empty, "
+            f"({sum(entry.size for entry in heldout):,} bytes held out), {read.duplicates} duplicates, {read.empty} "
+            f"empty, "
             f"{len(read.skipped)} skipped{skipped}"
         )
     tokenizer = _cached_tokenizer(config, parts, cache, log)
@@ -137,7 +139,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = _logger.info) -> Pr
 
 
 def open_prepared(directory: str | Path) -> Prepared:
-    """Open a prepared folder. Raises DataError naming the file that is missing, truncated or altered, and where it ends."""
+    """Open a prepared folder. Raises DataError naming the file that is missing, truncated or altered, and where it
+    ends."""
     directory = Path(directory)
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())

@@ -62,8 +62,8 @@ def generate(
 
     A row's noise depends on its seed and the index of the new token alone, so that a request gives the same text in any
     batch, but where two tokens are as likely to within rounding: a matmul of other sizes may sum in another order.
-    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh that
-    is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is
+    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh
+    that is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is
     compiled, for what the model cannot continue.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -112,7 +112,8 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
         )
     if not no_mesh() and any(jax.sharding.get_abstract_mesh().shape[a] > 1 for a in model.rules.activations.sequence):
         raise ValueError(
-            f"mesh.{model.rules.activations.sequence[0]} > 1: one new token at a time cannot lie on several devices; use a mesh "
+            f"mesh.{model.rules.activations.sequence[0]} > 1: one new token at a time cannot lie on several devices; "
+            f"use a mesh "
             "whose sequence axis is 1"
         )
     if not prompts:

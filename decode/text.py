@@ -14,7 +14,8 @@ def text_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
 
 
 def continued(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text that each token adds to that of the prompt, then what was left incomplete. (By itself the first token may be
+    """The text that each token adds to that of the prompt, then what was left incomplete. (By itself the first token
+    may be
     spelled otherwise: some tokenizers drop a space before a text.)"""
     stream = tokenizer.stream()
     for token in prompt:
@@ -25,7 +26,8 @@ def continued(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
 
 
 def chat_prompts(tokenizer: Tokenizer, texts: Sequence[str], system: str | None) -> list[list[int]]:
-    """Ids of chats in which a user says a text and the assistant is to speak. Raises DataError where there is no template."""
+    """Ids of chats in which a user says a text and the assistant is to speak. Raises DataError where there is no
+    template."""
     template, before = chat_template(tokenizer), [] if system is None else [{"role": "system", "content": system}]
     chats = [[*before, {"role": "user", "content": text}] for text in texts]
     return [encode_chat(tokenizer, template, chat, add_generation_prompt=True).tolist() for chat in chats]

@@ -1,4 +1,5 @@
-"""The command line: python -m experiments list | show | train | compile | eval | generate | import | export | upcycle | report."""
+"""The command line: python -m experiments list | show | train | compile | eval | generate | import | export | upcycle |
+report."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from train.host_memory import keep_freed_memory
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 0 when it did what was asked, 1 with one paragraph on stderr when the user must change something."""
+    """Runs one command; 0 when it did what was asked, 1 with one paragraph on stderr when the user must change
+    something."""
     args = _parser().parse_args(arguments)
     if args.command in ("train", "eval"):
         keep_freed_memory()
@@ -63,22 +65,32 @@ def _parser() -> argparse.ArgumentParser:
     settable(show)
     show.add_argument("--devices", type=int, help="as if so many devices were here (default: those that are)")
 
-    compile_ = command("compile", "compile the train step for TPUs that are not here: memory and collectives", "EXPERIMENT")
+    compile_ = command(
+        "compile", "compile the train step for TPUs that are not here: memory and collectives", "EXPERIMENT"
+    )
     settable(compile_)
-    compile_.add_argument("--topology", required=True, help="generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16")
+    compile_.add_argument(
+        "--topology", required=True, help="generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16"
+    )
     compile_.add_argument("--save", metavar="FILE", help="write the figures as JSON, too")
 
     train = command("train", "train, evaluate, sample and report; the same command again resumes", "EXPERIMENT|RUN")
     settable(train)
-    train.add_argument("--run", metavar="NAME", help="name of the run under runs/, or a path (default: the experiment's name)")
+    train.add_argument(
+        "--run", metavar="NAME", help="name of the run under runs/, or a path (default: the experiment's name)"
+    )
     train.add_argument("--resume", metavar="RUN", help="go on with this run")
-    train.add_argument("--override", action="store_true", help="go on although the run folder belongs to another config")
+    train.add_argument(
+        "--override", action="store_true", help="go on although the run folder belongs to another config"
+    )
 
     train.add_argument(
-        "--distributed", action="store_true",
-        help="one of several processes: on a TPU pod or under SLURM found by itself, elsewhere by JAX_COORDINATOR_ADDRESS, "
+        "--distributed",
+        action="store_true",
+        help="one of several processes: on a TPU pod or under SLURM found by itself, elsewhere by "
+        "JAX_COORDINATOR_ADDRESS, "
         "JAX_NUM_PROCESSES and JAX_PROCESS_ID; the run folder must be on a file system they share",
-    )  # fmt: skip
+    )
 
     evaluate = command("eval", "bits per byte on all held-out files", "RUN")
     settable(evaluate)
@@ -88,13 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", "continue a prompt", "RUN")
     settable(generate)
     generate.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
-    generate.add_argument("--chat", action="store_true", help="the prompt is said by a user; the chat template is applied")
+    generate.add_argument(
+        "--chat", action="store_true", help="the prompt is said by a user; the chat template is applied"
+    )
     generate.add_argument("--system", help="with --chat: what the model is told first")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens; 0 keeps all")
     generate.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
-    generate.add_argument("--min-p", type=float, default=0.0, help="keep tokens at least this fraction as likely as the best")
+    generate.add_argument(
+        "--min-p", type=float, default=0.0, help="keep tokens at least this fraction as likely as the best"
+    )
     generate.add_argument("--repetition-penalty", type=float, default=1.0)
     generate.add_argument("--frequency-penalty", type=float, default=0.0)
     generate.add_argument("--presence-penalty", type=float, default=0.0)
@@ -106,14 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     import_ = command("import", "make a run of a published model: a Hugging Face folder or a GGUF file", "PATH")
     settable(import_)
     import_.add_argument("--name", required=True, help="of the run, under runs/")
-    import_.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that the weights are stored in")
+    import_.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="that the weights are stored in"
+    )
     import_.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is, if not beside the weights")
     import_.add_argument("--dry-run", action="store_true", help="read headers alone, and tell what would be done")
 
     export = command("export", "write a run as a Hugging Face folder that transformers loads", "RUN")
     settable(export)
     export.add_argument("--to", required=True, metavar="FOLDER", help="that is to be made")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="that the weights are stored in")
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="that the weights are stored in"
+    )
     export.add_argument("--family", help="architecture to write (default: the first that can say all of the config)")
     export.add_argument("--step", type=int, help="of this checkpoint (default: the newest good one)")
     export.add_argument("--dry-run", action="store_true", help="tell what would be written")

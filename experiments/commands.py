@@ -1,4 +1,5 @@
-"""What each command of the command line does. Heavy imports wait until the command needs them, so that errors come fast."""
+"""What each command of the command line does. Heavy imports wait until the command needs them, so that errors come
+fast."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def train(args: argparse.Namespace) -> int:
     if args.distributed:
         join_processes()
     if args.resume and args.run:
-        raise UsageError(f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run")
+        raise UsageError(
+            f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run"
+        )
     if args.resume:
         path = find_run(args.resume).path
         experiment = _load(args.resume, args.overrides)
@@ -180,9 +183,15 @@ def import_(args: argparse.Namespace) -> int:
     tokenizer, path = None if args.tokenizer is None else Path(args.tokenizer), Path("runs") / args.name
     with _written(path):
         import_run(
-            Path(args.subject), path, name=args.name, overrides=args.overrides, dtype=args.dtype, tokenizer_path=tokenizer,
-            dry_run=args.dry_run, console=_console(),
-        )  # fmt: skip
+            Path(args.subject),
+            path,
+            name=args.name,
+            overrides=args.overrides,
+            dtype=args.dtype,
+            tokenizer_path=tokenizer,
+            dry_run=args.dry_run,
+            console=_console(),
+        )
     return 0
 
 
@@ -201,7 +210,8 @@ def export(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
-    """A folder is written in one piece: SIGTERM ends it as Ctrl-C does, and what is wrong with files is the user's to mend."""
+    """A folder is written in one piece: SIGTERM ends it as Ctrl-C does, and what is wrong with files is the user's to
+    mend."""
     from interop.load import ModelFilesError
     from interop.translate import UnsupportedModelError
 
@@ -211,7 +221,9 @@ def _written(folder: Path) -> Iterator[None]:
     except (ModelFilesError, UnsupportedModelError) as error:
         raise UsageError(str(error)) from error
     except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error}); free the disk, or fix the permissions. Nothing was kept") from error
+        raise UsageError(
+            f"{folder} cannot be written ({error}); free the disk, or fix the permissions. Nothing was kept"
+        ) from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -237,7 +249,8 @@ def report(args: argparse.Namespace) -> int:
 
 
 def join_processes() -> None:
-    """Makes this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the like."""
+    """Makes this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the
+    like."""
     import jax
 
     from train.signals import exit_hard_on_exception

@@ -1,8 +1,9 @@
-"""The train step of an experiment, compiled for TPUs that are not here: what it takes of each device, and what it sends.
+"""The train step of an experiment, compiled for TPUs that are not here: what it takes of each device, and what it
+sends.
 
-The TPU compiler (`pip install libtpu`) runs on any machine. It lays out the whole step, forward, backward, clipping and update,
-on a topology such as v5p:4x4x4, refuses what does not fit into memory, and says what each device holds and which collectives
-it runs. Nothing is timed: how fast the step is, only the pod can say.
+The TPU compiler (`pip install libtpu`) runs on any machine. It lays out the whole step, forward, backward, clipping and
+update, on a topology such as v5p:4x4x4, refuses what does not fit into memory, and says what each device holds and
+which collectives it runs. Nothing is timed: how fast the step is, only the pod can say.
 """
 
 from __future__ import annotations
@@ -31,11 +32,18 @@ from train.config_io import ConfigError
 from train.loop import Program, build
 from train.progress import count
 
-# What the compiler lets a program use of a JAX device's memory, bytes: read from its refusals (libtpu 0.0.52). A chip of v4 or
-# 7x has two JAX devices. The data sheets (32, 16, 95, 32 and 192 GB a chip) count what the system keeps for itself, too.
+# What the compiler lets a program use of a JAX device's memory, bytes: read from its refusals (libtpu 0.0.52). A chip
+# of v4 or 7x has two JAX devices. The data sheets (32, 16, 95, 32 and 192 GB a chip) count what the system keeps for
+# itself, too.
 AVAILABLE = {
     name: int(gibibytes * 2**30)
-    for name, gibibytes in {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24, "TPU7x": 94.74}.items()
+    for name, gibibytes in {
+        "TPU v4": 15.25,
+        "TPU v5 lite": 15.75,
+        "TPU v5": 95.73,
+        "TPU v6 lite": 31.24,
+        "TPU7x": 94.74,
+    }.items()
 }
 LARGEST = 12  # buffers that are named
 
@@ -107,7 +115,8 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 
 def compile_step(experiment: Experiment, topology: str) -> Compiled:
-    """Compiles the train step of an experiment, resolved for the topology's devices. Raises ConfigError if that cannot be:
+    """Compiles the train step of an experiment, resolved for the topology's devices. Raises ConfigError if that cannot
+    be:
     DoesNotFit where the memory of a device does not suffice. The dtype 'auto' is bfloat16, as it is on a TPU."""
     devices = topology_devices(topology)
     if experiment.model.dtype == "auto":  # which looks at the backend that is here
@@ -166,7 +175,9 @@ def _size(size: float) -> str:
 
 def _peak(device: jax.Device) -> tuple[float | None, str]:
     peak, source = peak_flops(device)
-    half = device.device_kind == "TPU v4" and device.num_cores == 1  # topologies of v4 have a device for each of a chip's two cores
+    half = (
+        device.device_kind == "TPU v4" and device.num_cores == 1
+    )  # topologies of v4 have a device for each of a chip's two cores
     return (peak / 2, f"half of the {source}") if half and peak else (peak, source)
 
 
@@ -180,8 +191,10 @@ def _largest(report: str) -> tuple[str, ...]:
 def _refusal(message: str, topology: str) -> str:
     told = re.search(r"(Ran out of memory[^\n]*?)(?: HLO module:|\n|$)", message)
     return (
-        f"--topology {topology}: the step does not fit into a device's memory. The compiler: {told[1] if told else message[:300]} "
-        "Take more devices, fewer rows (data.batch_size), more train.microbatches, model.remat=full, or a mesh that holds less "
+        f"--topology {topology}: the step does not fit into a device's memory. The compiler: "
+        f"{told[1] if told else message[:300]} "
+        "Take more devices, fewer rows (data.batch_size), more train.microbatches, model.remat=full, or a mesh that "
+        "holds less "
         "(mesh.fsdp, mesh.expert)"
     )
 
@@ -221,7 +234,8 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
         column.justify = "right"
     console.print(table)
     console.print(
-        "put out: bytes of the results; sent: bytes that leave the device if rings and direct messages do it. Loops count as often "
+        "put out: bytes of the results; sent: bytes that leave the device if rings and direct messages do it. Loops "
+        "count as often "
         "as they go round",
         soft_wrap=True,
     )
@@ -232,11 +246,14 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
         )
     if c.traffic.open_loops:
         console.print(
-            f"{c.traffic.open_loops} loops whose length depends on data, such as further rounds of an exchange of tokens, are not "
+            f"{c.traffic.open_loops} loops whose length depends on data, such as further rounds of an exchange of "
+            f"tokens, are not "
             f"counted; a round of each puts out {_size(c.traffic.a_round)}",
             soft_wrap=True,
         )
-    seconds = f"; {c.flops / c.peak:.3f} s at the {c.peak_source}, without waiting for memory or links" if c.peak else ""
+    seconds = (
+        f"; {c.flops / c.peak:.3f} s at the {c.peak_source}, without waiting for memory or links" if c.peak else ""
+    )
     console.print(f"\n{count(c.flops)}FLOP ({CONVENTION}){seconds}", soft_wrap=True)
 
 
@@ -245,4 +262,3 @@ def save(compiled: Compiled, experiment: Experiment, overrides: list[str], path:
     told = {"experiment": experiment.name, "overrides": overrides, **compiled.to_json()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(told, indent=1) + "\n")
-

@@ -42,21 +42,30 @@ PROBE_TOKENS = 256
 
 
 def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides: Sequence[str]) -> Experiment:
-    """An experiment that goes on training a published model, gently, on the default corpus. Raises ConfigError by field."""
+    """An experiment that goes on training a published model, gently, on the default corpus. Raises ConfigError by
+    field."""
     config = published.config
     with tempfile.TemporaryDirectory() as folder:  # where the checks find the tokenizer, before the run has it
         tokenizer.save(folder)
         saved = TokenizerConfig(kind="saved", path=folder, vocab_size=tokenizer.vocab_size)
         experiment = _experiment(name, published, saved, overrides)
     if lost := differences(architecture(config), architecture(experiment.model)):
-        raise ConfigError(f"{lost[0].replace('(there', '(asked for')}: the published weights are of that network; leave --set of it out")
+        raise ConfigError(
+            f"{lost[0].replace('(there', '(asked for')}: the published weights are of that network; leave --set of it "
+            f"out"
+        )
     if experiment.data.tokenizer != saved:
-        raise ConfigError("data.tokenizer: the published weights need their own tokenizer; leave --set of it out, or give --tokenizer PATH")
+        raise ConfigError(
+            "data.tokenizer: the published weights need their own tokenizer; leave --set of it out, or give "
+            "--tokenizer PATH"
+        )
     return _with_tokenizer(experiment, Path("runs") / name / "tokenizer")
 
 
 def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:
-    return replace(experiment, data=replace(experiment.data, tokenizer=replace(experiment.data.tokenizer, path=str(folder))))
+    return replace(
+        experiment, data=replace(experiment.data, tokenizer=replace(experiment.data.tokenizer, path=str(folder)))
+    )
 
 
 def _experiment(name: str, published: Published, tokenizer: TokenizerConfig, overrides: Sequence[str]) -> Experiment:
@@ -82,11 +91,13 @@ def import_run(
     path: Path, run_path: Path, *, name: str, overrides: Sequence[str], dtype: str, tokenizer_path: Path | None,
     dry_run: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Writes the run folder `run_path`: the published model at `path` (a folder, or a GGUF file) with its weights stored as
+    """Writes the run folder `run_path`: the published model at `path` (a folder, or a GGUF file) with its weights
+    stored as
     `dtype`, its tokenizer (or that at `tokenizer_path`) and an experiment that would train it further.
 
-    Read back, every weight is compared with the files bit by bit. The folder appears whole or not at all; `dry_run` reads headers
-    alone and tells what would be done. Raises RunFolderError, ModelFilesError, UnsupportedModelError, DataError, ConfigError.
+    Read back, every weight is compared with the files bit by bit. The folder appears whole or not at all; `dry_run`
+    reads headers alone and tells what would be done. Raises RunFolderError, ModelFilesError, UnsupportedModelError,
+    DataError, ConfigError.
     """
     if run_path.exists():
         raise RunFolderError(f"run folder {run_path} exists already; choose another name with --name, or delete it")
@@ -115,7 +126,8 @@ def import_run(
             loss, tokens = probe(trained.model, tokenizer)
         console.print(
             f"verified: {verified.elements:,} weights are those of the files, bit by bit as {dtype}; "
-            f"{loss:.3f} nats a token on {tokens} tokens of Python's {PROBE.name} (guessing: {math.log(experiment.model.vocab_size):.2f})"
+            f"{loss:.3f} nats a token on {tokens} tokens of Python's {PROBE.name} (guessing: "
+            f"{math.log(experiment.model.vocab_size):.2f})"
         )
         if not math.isfinite(loss):
             raise CheckpointError(f"{path}: the model's loss on a text is {loss}; nothing was kept")
@@ -123,12 +135,21 @@ def import_run(
 
 
 def export_run(
-    run: RunFolder, experiment: Experiment, folder: Path, *, dtype: str, family: str | None, step: int | None, dry_run: bool, console: Console
+    run: RunFolder,
+    experiment: Experiment,
+    folder: Path,
+    *,
+    dtype: str,
+    family: str | None,
+    step: int | None,
+    dry_run: bool,
+    console: Console,
 ) -> None:
     """Writes a run's weights (the average where it keeps one) and tokenizer as a folder that transformers loads.
 
-    Read back, every weight is compared with the run's. The folder appears whole or not at all. Raises UnsupportedModelError
-    where no family's config.json can say the network, naming the fields; ModelFilesError, RunFolderError, CheckpointError.
+    Read back, every weight is compared with the run's. The folder appears whole or not at all. Raises
+    UnsupportedModelError where no family's config.json can say the network, naming the fields; ModelFilesError,
+    RunFolderError, CheckpointError.
     """
     if folder.exists():
         raise RunFolderError(f"{folder} exists already; choose another folder with --to, or delete it")
@@ -136,7 +157,10 @@ def export_run(
     tokenizer = load_tokenizer(run.tokenizer)
     counts = count_parameters(experiment.model)
     size = counts.total * jnp.dtype(dtype).itemsize
-    console.print(f"{run.path} as {values['architectures'][0]} ({family}): {counts.total:,} parameters, {size / 1e6:,.0f} MB of {dtype}")
+    console.print(
+        f"{run.path} as {values['architectures'][0]} ({family}): {counts.total:,} parameters, {size / 1e6:,.0f} MB of "
+        f"{dtype}"
+    )
     if dry_run:
         console.print("dry run: nothing was written")
         return
@@ -154,7 +178,8 @@ def export_run(
 
 
 def copy_import(run: RunFolder, path: Path) -> None:
-    """A copy of an imported run at `path`, to be trained while that one stays as it is; one that is there already stays."""
+    """A copy of an imported run at `path`, to be trained while that one stays as it is; one that is there already
+    stays."""
     if not imported_from(run):
         raise RunFolderError(f"{run.path} is not an imported run; without --run it goes on in its own folder")
     if path.exists():
@@ -170,7 +195,9 @@ def copy_import(run: RunFolder, path: Path) -> None:
 def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
     """(nats a token, tokens) of the beginning of `PROBE`."""
     start = [] if tokenizer.special.start < 0 else [tokenizer.special.start]
-    ids = [*start, *tokenizer.encode(PROBE.read_text()[: 16 * PROBE_TOKENS]).tolist()][: min(PROBE_TOKENS, model.config.max_length) + 1]
+    ids = [*start, *tokenizer.encode(PROBE.read_text()[: 16 * PROBE_TOKENS]).tolist()][
+        : min(PROBE_TOKENS, model.config.max_length) + 1
+    ]
     tokens = jnp.asarray([ids] * _rows(model))
 
     @jax.jit
@@ -186,21 +213,27 @@ def _rows(model: Transformer) -> int:
     return math.prod(sizes.get(axis, 1) for axis in model.rules.activations.batch)
 
 
-def _write(run: RunFolder, model: Transformer, experiment: Experiment, tokenizer: Tokenizer, dtype: str, origin: str) -> None:
+def _write(
+    run: RunFolder, model: Transformer, experiment: Experiment, tokenizer: Tokenizer, dtype: str, origin: str
+) -> None:
     """The checkpoint of weights alone at step 0, and the event that the report reads."""
     counts = count_parameters(experiment.model)
     told = f"{counts.total:,} parameters ({counts.active:,} active per token) from {Path(origin).name}"
     metadata = {"weights": dtype, "tokenizer": tokenizer.identity, "seconds": 0.0, "imported_from": Path(origin).name}
     with Checkpointer(str(run.checkpoints)) as checkpoints, MetricsWriter(run) as metrics:
         if not checkpoints.save(0, {"model": model}, metadata=metadata, wait=True):
-            raise CheckpointError(f"{run.path}: the checkpoint was not written (the warning above says why); free the disk")
+            raise CheckpointError(
+                f"{run.path}: the checkpoint was not written (the warning above says why); free the disk"
+            )
         metrics.write({
             "kind": "event", "step": 0, "event": "started", "message": f"imported: {told}",
             "imported_from": Path(origin).name, "parameters_total": counts.total, "parameters_active": counts.active,
         })  # fmt: skip
 
 
-def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, experiment: Experiment, dtype: str) -> Table:
+def _plan(
+    path: Path, published: Published, tokenizer: Tokenizer, unused: int, experiment: Experiment, dtype: str
+) -> Table:
     """What is in the files and what becomes of it."""
     found = plan(published, dtype, experiment.sharding, make_mesh(experiment.mesh))
     kinds = ", ".join(f"{n} of {kind}" for kind, n in sorted(found.tensors.items()))
@@ -208,14 +241,18 @@ def _plan(path: Path, published: Published, tokenizer: Tokenizer, unused: int, e
     table.add_row("model", f"{path.name}: {found.family}, {found.summary}")
     table.add_row("parameters", f"{found.parameters.total:,} ({found.parameters.active:,} active per token)")
     files = f"{len(found.files)} files" if len(found.files) > 1 else Path(found.files[0]).name
-    table.add_row("tensors", f"{kinds}, {found.disk / 1e6:,.1f} MB in {files}; the largest {found.largest / 1e6:,.1f} MB")
+    table.add_row(
+        "tensors", f"{kinds}, {found.disk / 1e6:,.1f} MB in {files}; the largest {found.largest / 1e6:,.1f} MB"
+    )
     device = "" if found.device == found.weights else f", {found.device / 1e6:,.1f} MB a device"
     table.add_row("weights", f"{found.weights / 1e6:,.1f} MB as {dtype}{device}")
     rows = f"; {unused} rows of the embedding have no id" if unused else ""
     chats = "" if tokenizer.chat_template is None else "; a chat template"
     table.add_row("tokenizer", f"{tokenizer.vocab_size:,} ids{rows}{chats}")
     if published.unread:
-        table.add_row("not read", f"{', '.join(published.unread)} (of config.json: see that none changes what the model computes)")
+        table.add_row(
+            "not read", f"{', '.join(published.unread)} (of config.json: see that none changes what the model computes)"
+        )
     for note in published.notes:
         table.add_row("note", note)
     return table
@@ -228,7 +265,12 @@ def _progress(console: Console, title: str, total: int) -> Iterator[Callable[[in
         console.print(f"{title} {total:,} numbers")
         yield lambda size: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=total)
         yield lambda size: bar.advance(task, size)

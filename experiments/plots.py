@@ -113,7 +113,9 @@ def speed(rows: Rows, theme: Theme) -> Figure | None:
     return figure
 
 
-def figures(rows: Rows, theme: Theme, compressors: Mapping[str, float], study: Study | None = None) -> dict[str, Figure]:
+def figures(
+    rows: Rows, theme: Theme, compressors: Mapping[str, float], study: Study | None = None
+) -> dict[str, Figure]:
     """Every figure that there is data for, by name, in the order of the report. `study`: what the routers chose."""
     drawn = {
         "bits_per_byte": bits_per_byte(rows, theme, compressors),

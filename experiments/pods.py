@@ -1,8 +1,9 @@
-"""Mixtures of experts that need a pod: compiled ahead of time here (`python -m experiments compile`), trained where the pod is.
+"""Mixtures of experts that need a pod: compiled ahead of time here (`python -m experiments compile`), trained where the
+pod is.
 
-On the mesh `expert` x `fsdp` a layer sends tokens over the `expert` group, to the devices that hold their experts, and each
-device gathers the slices of its own experts alone, over the `fsdp` group. Heads and vocabulary are stored over `expert`, too,
-so that no weight of size lies on two devices; at use every device has them whole.
+On the mesh `expert` x `fsdp` a layer sends tokens over the `expert` group, to the devices that hold their experts, and
+each device gathers the slices of its own experts alone, over the `fsdp` group. Heads and vocabulary are stored over
+`expert`, too, so that no weight of size lies on two devices; at use every device has them whole.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from sharding.rules import AxisRules, ShardingRules
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 
 STORED_OVER_ALL = ShardingRules(
-    weights=AxisRules(embed=("fsdp",), heads=("tensor", "expert"), kv_heads=("tensor", "expert"), vocab=("tensor", "expert"))
+    weights=AxisRules(
+        embed=("fsdp",), heads=("tensor", "expert"), kv_heads=("tensor", "expert"), vocab=("tensor", "expert")
+    )
 )
 
 
 def mixtral_8x7b() -> Experiment:
-    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, 8 experts, top-2, 2 sequences of 4,096 a chip of v5p-128.
+    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, 8 experts, top-2, 2 sequences of 4,096 a chip of
+    v5p-128.
 
     Command: python -m experiments compile mixtral_8x7b --topology v5p:4x4x4
-    Expect, of each chip: 8.76 GB of arguments, 11.95 GB of temporaries; collectives put out 61 GB a step and send 66 GB (libtpu
-    0.0.52, jax 0.10.2). A chip's buffer takes 18,432 pairs, 1.125 of an even share; what exceeds it goes in a further round.
-    The load-balance loss is transformers' with 0.02: that is k where ours is 1, and pools the layers where ours adds them.
+    Expect, of each chip: 8.76 GB of arguments, 11.95 GB of temporaries; collectives put out 61 GB a step and send 66 GB
+    (libtpu
+    0.0.52, jax 0.10.2). A chip's buffer takes 18,432 pairs, 1.125 of an even share; what exceeds it goes in a further
+    round. The load-balance loss is transformers' with 0.02: that is k where ours is 1, and pools the layers where ours
+    adds them.
     """
     return Experiment(
         name="mixtral_8x7b",
@@ -58,12 +64,12 @@ def mixtral_8x7b() -> Experiment:
 def deepseek_v3_like() -> Experiment:
     """The experts of DeepSeek-V3 (DeepSeek-AI 2024, sec. 4.2), 16 of its 61 layers, for 64 v5p chips.
 
-    As there: 256 experts of width 2,048 of which 8 in 4 of 8 groups, one shared, sigmoid weights scaled by 2.5, balanced
-    by a bias, three dense layers of width 18,432 first. Not as there: grouped-query attention, 128 heads of 128 with 16 key heads, in
-    place of latent attention; no prediction of further tokens; AdamW's state in float32. At full depth weights and that state,
-    12 bytes for each of 676 B parameters, are 127 GB a chip of 64, and a v5p chip has 95: `deepseek_v3_like_full` is for 512.
-    Command: python -m experiments compile deepseek_v3_like --topology v5p:4x4x4
-    Expect, of each chip: 34.0 GB of arguments, 45.0 GB of temporaries; collectives put out 166 GB a step.
+    As there: 256 experts of width 2,048 of which 8 in 4 of 8 groups, one shared, sigmoid weights scaled by 2.5,
+    balanced by a bias, three dense layers of width 18,432 first. Not as there: grouped-query attention, 128 heads of
+    128 with 16 key heads, in place of latent attention; no prediction of further tokens; AdamW's state in float32. At
+    full depth weights and that state, 12 bytes for each of 676 B parameters, are 127 GB a chip of 64, and a v5p chip
+    has 95: `deepseek_v3_like_full` is for 512. Command: python -m experiments compile deepseek_v3_like --topology
+    v5p:4x4x4 Expect, of each chip: 34.0 GB of arguments, 45.0 GB of temporaries; collectives put out 166 GB a step.
     """
     return Experiment(
         name="deepseek_v3_like",
@@ -78,9 +84,19 @@ def deepseek_v3_like() -> Experiment:
             attention=AttentionConfig(num_heads=128, num_kv_heads=16, head_dim=128),
             mlp=MLPConfig(kind="swiglu", hidden_dim=18_432),
             moe=MoEConfig(
-                num_experts=256, top_k=8, hidden_dim=2048, shared_experts=1, layers=("dense",) * 3 + ("moe",) * 58,
-                weights="sigmoid_renormalized", scale=2.5, groups=(8, 4), bias_rate=1e-3, load_balance=1e-4,
-                balance_scope="sequence", z_loss=0.0, exchange=1.25,
+                num_experts=256,
+                top_k=8,
+                hidden_dim=2048,
+                shared_experts=1,
+                layers=("dense",) * 3 + ("moe",) * 58,
+                weights="sigmoid_renormalized",
+                scale=2.5,
+                groups=(8, 4),
+                bias_rate=1e-3,
+                load_balance=1e-4,
+                balance_scope="sequence",
+                z_loss=0.0,
+                exchange=1.25,
             ),
             init=InitConfig(scheme="normal", scale=0.006, embedding_std=0.006),
             dtype="bfloat16",

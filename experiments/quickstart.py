@@ -1,4 +1,5 @@
-"""The first experiments: a small language model learns Python from the standard library of the interpreter that runs it."""
+"""The first experiments: a small language model learns Python from the standard library of the interpreter that runs
+it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ def quickstart() -> Experiment:
     """A mixture-of-experts Transformer, 8 experts, top-2, trained for minutes on two CPU cores.
 
     Command: python -m experiments train quickstart
-    Expect: 1.84 bits per byte on the held-out files, beside gzip -9 2.10, xz -9e 1.96, bz2 -9 1.92 on each file by itself.
+    Expect: 1.84 bits per byte on the held-out files, beside gzip -9 2.10, xz -9e 1.96, bz2 -9 1.92 on each file by
+    itself.
     """
     return Experiment(
         name="quickstart",
@@ -30,7 +32,9 @@ def quickstart() -> Experiment:
             tied_embeddings=True,
             scan_unroll=0,
         ),
-        data=DataConfig(tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=256, batch_size=8, holdout_fraction=0.1),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(vocab_size=4096), sequence_length=256, batch_size=8, holdout_fraction=0.1
+        ),
         optimizer=OptimizerConfig(
             learning_rate=4e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
         ),

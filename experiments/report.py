@@ -4,8 +4,8 @@
 
 It works at any time: on a run that has just begun, is unfinished, has no experts or no evaluations, it shows what there
 is. The facts of the summary come from the `final` row and, before there is one, from the event "started":
-`parameters_total`, `parameters_active`, `tokens`, `wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The verdict
-compares `sets` of the final row, {name: {"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
+`parameters_total`, `parameters_active`, `tokens`, `wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The
+verdict compares `sets` of the final row, {name: {"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
 """
 
 import base64
@@ -166,7 +166,10 @@ def _verdict(rows: Sequence[Row], sets: Mapping[str, Row]) -> str:
             for n, bits in sorted({"model": ours, **others}.items(), key=lambda item: item[1])
         )
         parts.append(f'<p class="verdict">{told}.</p><div class="bars">{bars}</div>')
-    note = '<p class="faint">Bits per byte, less is better; the compressors take the same bytes, each held-out file by itself.</p>'
+    note = (
+        '<p class="faint">Bits per byte, less is better; the compressors take the same bytes, '
+        "each held-out file by itself.</p>"
+    )
     return "".join(parts) + (note if any(s.get("compressors") for s in sets.values()) else "")
 
 
@@ -203,7 +206,8 @@ def _plots(images: Mapping[tuple[str, str], bytes]) -> str:
         light, dark = (base64.b64encode(images[name, appearance]).decode() for appearance in ("light", "dark"))
         wide = ' class="wide"' if name in ("expert_load", "co_activation") else ""
         parts.append(
-            f'<figure{wide}><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+            f'<figure{wide}><picture><source media="(prefers-color-scheme: dark)" '
+            f'srcset="data:image/png;base64,{dark}">'
             f'<img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{light}"></picture></figure>'
         )
     return f'<h2>Curves</h2><div class="plots">{"".join(parts)}</div>' if parts else ""

@@ -16,15 +16,35 @@ VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
 
 # What may change when a run goes on: how long, how it is watched and stored, not what is computed.
 MAY_DIFFER_ON_RESUME = (
-    "train.steps", "train.eval_every", "train.eval_windows", "train.eval_stride", "train.checkpoint_every",
-    "train.keep_last", "train.keep_best", "train.log_every", "train.sinks", "train.watchdog_seconds", "train.nonfinite",
-    "data.prefetch", "data.cache_dir", "data.tokenizer.path", "mesh.", "sharding.", "samples.", "name", "question", "source", "cost",
-    "model.remat", "model.scan_unroll",
-)  # fmt: skip
+    "train.steps",
+    "train.eval_every",
+    "train.eval_windows",
+    "train.eval_stride",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.log_every",
+    "train.sinks",
+    "train.watchdog_seconds",
+    "train.nonfinite",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.tokenizer.path",
+    "mesh.",
+    "sharding.",
+    "samples.",
+    "name",
+    "question",
+    "source",
+    "cost",
+    "model.remat",
+    "model.scan_unroll",
+)
 
 
 def resolve(name: str, overrides: Sequence[str], device_count: int | None, platform: str | None = None) -> Experiment:
-    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices of
+    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices
+    of
     `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
@@ -52,7 +72,8 @@ def resolve_from(
 
         if (platform or jax.default_backend()) != wanted:
             raise ConfigError(
-                f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, and here is a "
+                f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, "
+                f"and here is a "
                 f"{platform or jax.default_backend()}; use 'auto', 'xla' or 'reference'"
             )
     return experiment
@@ -64,7 +85,8 @@ def fill_vocabulary(experiment: Experiment) -> Experiment:
     needed = tokenizer.ids
     if given and given < needed:
         raise ConfigError(
-            f"model.vocab_size = {given}: the {tokenizer.kind} tokenizer has {needed} ids; set it to 0 (fitted) or more than that"
+            f"model.vocab_size = {given}: the {tokenizer.kind} tokenizer has {needed} ids; set it to 0 (fitted) or "
+            f"more than that"
         )
     vocab_size = given or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
@@ -72,7 +94,9 @@ def fill_vocabulary(experiment: Experiment) -> Experiment:
 
 def may_differ_on_resume(name: str) -> bool:
     """Whether a field (dotted) may change when a run is resumed."""
-    return any(name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in MAY_DIFFER_ON_RESUME)
+    return any(
+        name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in MAY_DIFFER_ON_RESUME
+    )
 
 
 def is_run(text: str) -> bool:
@@ -92,7 +116,9 @@ def find_run(text: str) -> RunFolder:
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
     if (Path(text) / "config.json").exists():
-        raise RunFolderError(f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it")
+        raise RunFolderError(
+            f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it"
+        )
     raise RunFolderError(
         f"run {text!r} is not a run folder (no config.json and overrides.json in it or in runs/{text}); "
         + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
@@ -100,7 +126,8 @@ def find_run(text: str) -> RunFolder:
 
 
 def load_experiment(run: RunFolder) -> Experiment:
-    """The resolved experiment of a run folder. A saved tokenizer is the one that lies in the folder, wherever that went."""
+    """The resolved experiment of a run folder. A saved tokenizer is the one that lies in the folder, wherever that
+    went."""
     experiment = load_json(Experiment, run.config)
     tokenizer = experiment.data.tokenizer
     if tokenizer.kind != "saved" or not run.tokenizer.exists():

@@ -63,9 +63,7 @@ def saturation(study: Study, theme: Theme) -> Figure | None:
     figure, axes = single(theme, "Router saturation, by layer", "choices shared with the last step")
     _lines_of_layers(axes, theme, study.steps, study.saturation_SL)
     axes.axhline(study.chance, color=theme.faint, linewidth=1, linestyle=":")
-    axes.annotate(
-        "chance", (study.steps[-1], study.chance), color=theme.faint, fontsize=8.5, ha="right", va="bottom"
-    )
+    axes.annotate("chance", (study.steps[-1], study.chance), color=theme.faint, fontsize=8.5, ha="right", va="bottom")
     axes.set_ylim(0, 1.05)
     return figure
 
@@ -97,7 +95,11 @@ def _lines_of_layers(axes, theme: Theme, steps: np.ndarray, values_NL: np.ndarra
     for layer in range(layers):
         told = layer in (0, layers - 1) or layers <= 6
         axes.plot(
-            steps, values_NL[:, layer], color=ramp(layer / max(layers - 1, 1)), linewidth=1.3, label=f"MoE layer {layer}" if told else None
+            steps,
+            values_NL[:, layer],
+            color=ramp(layer / max(layers - 1, 1)),
+            linewidth=1.3,
+            label=f"MoE layer {layer}" if told else None,
         )
     legend(axes, theme)
 

@@ -17,7 +17,9 @@ from train.routing import read_choices
 class Study(NamedTuple):
     steps: np.ndarray  # [S]
     saturation_SL: np.ndarray  # part of the choices of each step that are the last step's too
-    co_activation_LEE: np.ndarray  # at the last step: of the tokens that chose i, the part that chose j; NaN on the diagonal
+    co_activation_LEE: (
+        np.ndarray
+    )  # at the last step: of the tokens that chose i, the part that chose j; NaN on the diagonal
     chance: float  # the saturation of routers that have nothing to do with each other: choices of a token / E
     choices_a_token: int  # the most
 

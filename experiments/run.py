@@ -71,7 +71,8 @@ def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
     with contextlib.suppress(DataError):  # there is none, or it is damaged
         if load_tokenizer(run.tokenizer).identity != tokenizer.identity:
             raise ConfigError(
-                f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave data.tokenizer and the "
+                f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave "
+                f"data.tokenizer and the "
                 "text it is learned from as they were, or start a new run with --run NEWNAME"
             )
     tokenizer.save(run.tokenizer)
@@ -83,7 +84,8 @@ def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared
         prepared = prepare(experiment.data, log=say)
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free the disk, "
+            f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free "
+            f"the disk, "
             "fix the permissions, or set it to another folder"
         ) from error
     _agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
@@ -99,7 +101,12 @@ def _shared_run(
     _agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:
         with open_run(
-            path, experiment, overrides=overrides, may_differ=_may_differ(path, experiment), override=override, notice=say
+            path,
+            experiment,
+            overrides=overrides,
+            may_differ=_may_differ(path, experiment),
+            override=override,
+            notice=say,
         ) as run:
             barrier("run folder open")
             yield run
@@ -109,10 +116,13 @@ def _shared_run(
 
 
 def _may_differ(path: Path, experiment: Experiment) -> Callable[[str], bool]:
-    """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave the
+    """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave
+    the
     network and its tokenizer what they are."""
     run = RunFolder(path)
-    if not untouched_import(run) or differences(architecture(load_experiment(run).model), architecture(experiment.model)):
+    if not untouched_import(run) or differences(
+        architecture(load_experiment(run).model), architecture(experiment.model)
+    ):
         return may_differ_on_resume
     return lambda name: not name.startswith("data.tokenizer.") or may_differ_on_resume(name)
 
@@ -133,7 +143,9 @@ def _agree(digest: str, wrong: str, fix: str) -> None:
     if jax.process_count() > 1:
         hashes = multihost_utils.process_allgather(np.uint32(int(digest[:8], 16))).tolist()
         if len(set(hashes)) > 1:
-            raise ConfigError(f"the processes {wrong} (hashes {', '.join(f'{h:08x}' for h in hashes)} by process); {fix}")
+            raise ConfigError(
+                f"the processes {wrong} (hashes {', '.join(f'{h:08x}' for h in hashes)} by process); {fix}"
+            )
 
 
 def barrier(name: str) -> None:
@@ -211,7 +223,10 @@ def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int
     tokenizer: Tokenizer = prepared.tokenizer
     needed = (config.prompt_tokens + config.new_tokens) * 8
     files = [
-        (name, text) for set_name in prepared.heldout_names for name, text in heldout_files(prepared, set_name) if len(text) > needed
+        (name, text)
+        for set_name in prepared.heldout_names
+        for name, text in heldout_files(prepared, set_name)
+        if len(text) > needed
     ]
     if not files:
         return []
@@ -226,7 +241,9 @@ def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int
     return cases
 
 
-def open_trained(run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, step: int | None = None) -> tuple[Program, Trained]:
+def open_trained(
+    run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, step: int | None = None
+) -> tuple[Program, Trained]:
     """A run's program and its weights of `step` (default: the newest good checkpoint), for evaluation and sampling."""
     program = build(experiment)
     with (
@@ -235,5 +252,7 @@ def open_trained(run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, s
     ):
         restored = restore(program, checkpoints, tokenizer, step, training=False)
     if restored is None:
-        raise CheckpointError(f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}")
+        raise CheckpointError(
+            f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}"
+        )
     return program, Trained(restored.state, restored.step, restored.step >= experiment.train.steps, math.nan)

@@ -34,7 +34,9 @@ def print_experiment(experiment: Experiment, device_count: int | None, console: 
     for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
         per_device = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += per_device
-        spec = ", ".join("-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in leaf.sharding.spec)
+        spec = ", ".join(
+            "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in leaf.sharding.spec
+        )
         table.add_row(parameter_name(path), str(leaf.shape), str(leaf.dtype), f"({spec})", f"{per_device:,}")
     console.print()
     console.print(table)
@@ -42,12 +44,16 @@ def print_experiment(experiment: Experiment, device_count: int | None, console: 
     counts = count_parameters(experiment.model)
     flops = train_flops_per_token(experiment.model, experiment.data.sequence_length)
     tokens = experiment.data.batch_size * experiment.data.sequence_length
-    mesh_told = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if size > 1) or "one device"
+    mesh_told = (
+        " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True) if size > 1) or "one device"
+    )
     console.print(
         f"\nmesh: {mesh_told}; weights per device: {total:,} bytes"
-        f"\nparameters: {counts.total:,} total, {counts.active:,} active per token, {counts.embedding:,} of the total in embeddings and head"
+        f"\nparameters: {counts.total:,} total, {counts.active:,} active per token, {counts.embedding:,} of the total "
+        f"in embeddings and head"
         f"\ntraining FLOPs per token: {count(flops)} ({CONVENTION})"
-        f"\na step: {tokens:,} tokens, {count(flops * tokens)}FLOP; the run: {count(tokens * experiment.train.steps)} tokens",
+        f"\na step: {tokens:,} tokens, {count(flops * tokens)}FLOP; the run: {count(tokens * experiment.train.steps)} "
+        f"tokens",
         soft_wrap=True,
         highlight=False,
     )

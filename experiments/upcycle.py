@@ -39,7 +39,8 @@ TOLERANCE = 1e-5  # of the largest logit; float32 rounding gives 1e-6
 
 
 def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
-    """The dense run's experiment with experts as wide as its MLP, and `overrides` on top. Raises ValueError by field."""
+    """The dense run's experiment with experts as wide as its MLP, and `overrides` on top. Raises ValueError by
+    field."""
     if dense.model.moe is not None:
         raise ConfigError(f"run of {dense.name!r}: its model has experts already; upcycling starts from a dense run")
     base = replace(
@@ -55,15 +56,21 @@ def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
 
 
 def upcycle_run(
-    run: RunFolder, dense: Experiment, experiment: Experiment, path: Path, *, overrides: Sequence[str], step: int | None = None,
+    run: RunFolder,
+    dense: Experiment,
+    experiment: Experiment,
+    path: Path,
+    *,
+    overrides: Sequence[str],
+    step: int | None = None,
     say: Callable[[str], None] = print,
-) -> float:  # fmt: skip
+) -> float:
     """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
-    `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data from
-    their start. Read back, the largest difference of its logits from the dense run's is told and returned.
+    `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data
+    from their start. Read back, the largest difference of its logits from the dense run's is told and returned.
 
-    The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run` cannot be
-    read or the logits differ.
+    The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run`
+    cannot be read or the logits differ.
     """
     if path.exists():
         raise RunFolderError(f"run folder {path} exists already; choose another name with --run, or delete it")
@@ -83,14 +90,20 @@ def upcycle_run(
 
 
 def _write(
-    experiment: Experiment, trained: Trained, prepared: Prepared, new: RunFolder, origin: dict, say: Callable[[str], None]
+    experiment: Experiment,
+    trained: Trained,
+    prepared: Prepared,
+    new: RunFolder,
+    origin: dict,
+    say: Callable[[str], None],
 ) -> None:
     """The checkpoint at step 0, and the event that the report reads."""
     moe, mlp, counts = experiment.model.moe, experiment.model.mlp, count_parameters(experiment.model)
     assert moe is not None
     shards = mlp.hidden_dim // moe.hidden_dim
     told = (
-        f"{counts.total:,} parameters ({counts.active:,} active per token) from {origin['run']} at step {origin['step']}: "
+        f"{counts.total:,} parameters ({counts.active:,} active per token) from {origin['run']} at step "
+        f"{origin['step']}: "
         f"{moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its layer's MLP"
     )
     say(told)
@@ -98,10 +111,15 @@ def _write(
         with train_batches(prepared, experiment.data) as batches:
             position = batches.get_state()
         metadata = {
-            "data": {**position, "step": 0}, "tokenizer": prepared.tokenizer.identity, "seconds": 0.0, "upcycled_from": origin,
-        }  # fmt: skip
+            "data": {**position, "step": 0},
+            "tokenizer": prepared.tokenizer.identity,
+            "seconds": 0.0,
+            "upcycled_from": origin,
+        }
         if not checkpoints.save(0, _state(experiment, trained.model), metadata=metadata, wait=True):
-            raise CheckpointError(f"{new.path}: the checkpoint was not written (the warning above says why); free the disk")
+            raise CheckpointError(
+                f"{new.path}: the checkpoint was not written (the warning above says why); free the disk"
+            )
         metrics.write({
             "kind": "event", "step": 0, "event": "started", "message": f"upcycled: {told}", "upcycled_from": origin,
             "parameters_total": counts.total, "parameters_active": counts.active,
@@ -138,10 +156,13 @@ def _compare(
     _, before = load(old, dense, step)
 
     @jax.jit
-    def differences(models: tuple[Transformer, Transformer], batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def differences(
+        models: tuple[Transformer, Transformer], batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         given, segments, positions = (batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions"))
         first, second = (
-            logits(model, forward(model, given, segment_ids_BT=segments, positions_BT=positions).hidden_BTD) for model in models
+            logits(model, forward(model, given, segment_ids_BT=segments, positions_BT=positions).hidden_BTD)
+            for model in models
         )
         seen = segments[..., None] > 0
         return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
@@ -153,10 +174,14 @@ def _compare(
     batch.pop("weights")
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))
-    say(f"largest difference of the logits from the dense run's, {rows} held-out windows: {far:.1e} (logits up to {largest:.3g})")
+    say(
+        f"largest difference of the logits from the dense run's, {rows} held-out windows: {far:.1e} (logits up to "
+        f"{largest:.3g})"
+    )
     if not far <= TOLERANCE * max(1.0, largest):
         raise CheckpointError(
-            f"upcycled logits differ from those of {old.path} by {far:.3g} where {TOLERANCE * max(1.0, largest):.1g} is rounding: "
+            f"upcycled logits differ from those of {old.path} by {far:.3g} where {TOLERANCE * max(1.0, largest):.1g} "
+            f"is rounding: "
             "nothing was kept; report it with the two configs"
         )
     return far

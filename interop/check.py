@@ -47,10 +47,11 @@ def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callab
 def check(
     pieces: list[Piece], source: Source, config: ModelConfig, head: str, ignored: Callable[[str], bool], where: str
 ) -> None:
-    """Raises ModelFilesError, with a table, unless every tensor of `pieces` is there in its shape and none is left over.
+    """Raises ModelFilesError, with a table, unless every tensor of `pieces` is there in its shape and none is left
+    over.
 
-    `head`: the name on disk of an output matrix of its own. Where the config ties it to the embedding and the files hold it
-    all the same, it must be equal to the embedding; that is the one comparison that reads more than headers.
+    `head`: the name on disk of an output matrix of its own. Where the config ties it to the embedding and the files
+    hold it all the same, it must be equal to the embedding; that is the one comparison that reads more than headers.
     """
     found = compare(pieces, source.tensors, ignored)
     embedding = next(piece for piece in pieces if piece.leaf == "embedding")
@@ -75,7 +76,8 @@ def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
         rows = (a != b).any(axis=1)
         if rows.any():
             raise ModelFilesError(
-                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row {i + int(np.argmax(rows))} "
+                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row "
+                f"{i + int(np.argmax(rows))} "
                 "on): one of both would be lost. If the model was trained with an output matrix of its own, set "
                 f"tie_word_embeddings to false in config.json; otherwise remove {head} from the files"
             )
@@ -92,20 +94,27 @@ def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, w
         wanted, shape = found.misshaped.get(name, ((), ()))
         if wanted and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             lines.append(
-                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to {shape[0]} if "
+                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to "
+                f"{shape[0]} if "
                 "that is what the tokenizer was made for, or take the matching config.json."
             )
     if head in found.missing and not config.tied_embeddings:
         lines.append(
-            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true if the model "
+            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true "
+            f"if the model "
             f"uses {embedding.name} for its output, else a file is incomplete."
         )
     if found.undecoded:
         name, dtype = next(iter(found.undecoded.items()))
-        lines.append(f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's bfloat16 files.")
+        lines.append(
+            f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's bfloat16 files."
+        )
     prefix = _common_prefix(found)
     if prefix:
-        lines.append(f"The missing are there with {prefix!r} before their names: the model was saved inside another; rename them.")
+        lines.append(
+            f"The missing are there with {prefix!r} before their names: the model was saved inside another; rename "
+            f"them."
+        )
     return lines
 
 
@@ -123,7 +132,10 @@ def _common_prefix(found: Mismatch) -> str:
 
 def _table(found: Mismatch) -> list[str]:
     rows = [("missing", name, f"{list(shape)}", _near(name, found.unexpected)) for name, shape in found.missing.items()]
-    rows += [("shape", n, f"{list(wanted)} wanted, {list(shape)} found", "") for n, (wanted, shape) in found.misshaped.items()]
+    rows += [
+        ("shape", n, f"{list(wanted)} wanted, {list(shape)} found", "")
+        for n, (wanted, shape) in found.misshaped.items()
+    ]
     rows += [("dtype", name, dtype, "") for name, dtype in found.undecoded.items()]
     rows += [("unexpected", name, f"{list(shape)}", "") for name, shape in found.unexpected.items()]
     if len(rows) > ROWS:  # some of each kind

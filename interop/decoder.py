@@ -22,7 +22,8 @@ def decoder(
     experts: Callable[[ModelConfig, Layer], Pieces] | None = None,
     prefix: str = "model.",
 ) -> list[Piece]:
-    """Every piece of a decoder. `norms`: of a Block, ours by their names. `attention`, `experts`: where they are not Llama's."""
+    """Every piece of a decoder. `norms`: of a Block, ours by their names. `attention`, `experts`: where they are not
+    Llama's."""
     V, D = config.vocab_size, config.embed_dim
     found = [
         Piece(f"{prefix}embed_tokens.weight", (V, D), "embedding"),

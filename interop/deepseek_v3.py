@@ -1,8 +1,10 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Kimi K2, Moonlight: latent attention, experts chosen within groups by biased sigmoids.
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Kimi K2, Moonlight: latent attention, experts chosen within groups by biased
+sigmoids.
 
 The layers behind the last (`num_nextn_predict_layers`: prediction of further tokens) are no part of the network here.
 
-Letters: D width, N heads, H head dimension, P its rotated part, V value dimension, R rank of keys and values, E experts, F hidden width.
+Letters: D width, N heads, H head dimension, P its rotated part, V value dimension, R rank of keys and values, E
+experts, F hidden width.
 """
 
 from __future__ import annotations
@@ -32,17 +34,43 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old ch
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 # transformers' DeepseekV3Config, where config.json is silent.
 DEFAULTS: dict[str, Any] = {
-    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
-    "num_attention_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256, "routed_scaling_factor": 2.5, "kv_lora_rank": 512,
-    "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4,
-    "num_experts_per_tok": 8, "first_k_dense_replace": 3, "norm_topk_prob": True, "hidden_act": "silu",
-    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_interleave": True,
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_nope_head_dim": 128,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_interleave": True,
     "attention_bias": False,
-}  # fmt: skip
+}
 # Read by nothing: of training, of the layers that are not here, or computed from others.
 SILENT = (
-    "aux_loss_alpha", "ep_size", "head_dim", "num_mtp_layers", "num_nextn_predict_layers", "qk_head_dim", "router_aux_loss_coef", "seq_aux",
-)  # fmt: skip
+    "aux_loss_alpha",
+    "ep_size",
+    "head_dim",
+    "num_mtp_layers",
+    "num_nextn_predict_layers",
+    "qk_head_dim",
+    "router_aux_loss_coef",
+    "seq_aux",
+)
 
 
 def to_config(keys: Keys) -> ModelConfig:
@@ -150,7 +178,8 @@ def _moe_json(moe: MoEConfig | None) -> dict[str, Any]:
         return {}
     if moe.bias_rate is None:
         raise UnsupportedModelError(
-            "model.moe.bias_rate = none: DeepSeek-V3's routers have a bias on their choice; set it to 0 to give the network one (of zeros)"
+            "model.moe.bias_rate = none: DeepSeek-V3's routers have a bias on their choice; set it to 0 to give the "
+            "network one (of zeros)"
         )
     return {
         "n_routed_experts": moe.num_experts,
@@ -176,7 +205,8 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     scaling = config.position.scaling
     if scaling is None or scaling.factor <= 1 or ratio < 1:
         raise UnsupportedModelError(
-            f"model.attention.query_scale = {a.query_scale}: DeepSeek-V3 can say one above head_dim ** -0.5 alone, with scaled positions"
+            f"model.attention.query_scale = {a.query_scale}: DeepSeek-V3 can say one above head_dim ** -0.5 alone, "
+            f"with scaled positions"
         )
     step = 0.1 * math.log(scaling.factor)
     more = {"mscale_all_dim": round((ratio**0.5 - 1) / step, 12)}
@@ -208,9 +238,14 @@ def _attention(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     K = H - P
     for leaf, part in (("k_up", slice(0, K)), ("v_up", slice(K, K + V))):
         yield Piece(
-            f"{layer.theirs}self_attn.kv_b_proj.weight", (N * (K + V), R), f"{layer.ours}attention/{leaf}", (layer.repeat,),
-            split=(N, K + V, R), take=(ALL, part), order=(2, 0, 1),
-        )  # fmt: skip
+            f"{layer.theirs}self_attn.kv_b_proj.weight",
+            (N * (K + V), R),
+            f"{layer.ours}attention/{leaf}",
+            (layer.repeat,),
+            split=(N, K + V, R),
+            take=(ALL, part),
+            order=(2, 0, 1),
+        )
     yield layer.linear("self_attn.o_proj.weight", "attention/out", (D,), (N, V))
     if a.bias != "none":
         if Q is not None:

@@ -24,9 +24,10 @@ from interop import (
 from interop.translate import Keys, UnsupportedModelError, architecture, differences
 from model.config import ModelConfig
 
-# A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed), to_config(keys),
-# to_json(config), pieces(config); where a config is needed to tell, ignored(config, name); where releases name tensors in more
-# than one way, rename(names) -> {on disk: in pieces}. A config is written by the first that can say all of it.
+# A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed),
+# to_config(keys), to_json(config), pieces(config); where a config is needed to tell, ignored(config, name); where
+# releases name tensors in more than one way, rename(names) -> {on disk: in pieces}. A config is written by the first
+# that can say all of it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,
@@ -54,7 +55,10 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, 
     named = values.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     if not named:
-        raise UnsupportedModelError(f'{where}: architectures is missing; add it, as "architectures": ["LlamaForCausalLM"]; there are {", ".join(supported())}')
+        raise UnsupportedModelError(
+            f'{where}: architectures is missing; add it, as "architectures": ["LlamaForCausalLM"]; there are '
+            f"{', '.join(supported())}"
+        )
     for name, family in FAMILIES.items():
         if any(architecture in family.ARCHITECTURES for architecture in named):
             keys = Keys(values, where)
@@ -65,13 +69,12 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, 
             except ValueError as error:
                 raise UnsupportedModelError(f"{where}: gives a network that cannot be built: {error}") from None
             return name, config, keys.left()
-    raise UnsupportedModelError(
-        f"{where}: architectures = {named}: not supported; there are {', '.join(supported())}"
-    )
+    raise UnsupportedModelError(f"{where}: architectures = {named}: not supported; there are {', '.join(supported())}")
 
 
 def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[str, Any]]:
-    """(family, config.json) of a config: read back it must be the same network. Raises UnsupportedModelError, which names
+    """(family, config.json) of a config: read back it must be the same network. Raises UnsupportedModelError, which
+    names
     the fields that the family (None: the one that comes nearest) cannot say."""
     if family is not None and family not in FAMILIES:
         raise UnsupportedModelError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
@@ -79,7 +82,10 @@ def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[s
     for name in FAMILIES if family is None else (family,):
         try:
             values = FAMILIES[name].to_json(config)
-            lost, refused = differences(architecture(config), architecture(FAMILIES[name].to_config(Keys(values)))), False
+            lost, refused = (
+                differences(architecture(config), architecture(FAMILIES[name].to_config(Keys(values)))),
+                False,
+            )
         except UnsupportedModelError as error:
             lost, refused = [str(error)], True
         if not lost:
@@ -87,7 +93,8 @@ def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[s
         nearest = min(nearest or (True, len(lost), name, lost), (refused, len(lost), name, lost))
     assert nearest is not None
     raise UnsupportedModelError(
-        f"the network cannot be written as {'any published family; nearest is ' if family is None else ''}{nearest[2]}, which cannot say: "
+        f"the network cannot be written as "
+        f"{'any published family; nearest is ' if family is None else ''}{nearest[2]}, which cannot say: "
         + "; ".join(nearest[3][:8])
     )
 

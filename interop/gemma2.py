@@ -1,4 +1,5 @@
-"""Gemma 2 (Gemma team 2024): norms on both sides that scale by 1 + w, soft caps, scaled embeddings, windows every other layer."""
+"""Gemma 2 (Gemma team 2024): norms on both sides that scale by 1 + w, soft caps, scaled embeddings, windows every other
+layer."""
 
 from __future__ import annotations
 
@@ -23,11 +24,21 @@ NORMS = {
 }
 # Gemma's config.json leave out much of their class's defaults, sizes too.
 DEFAULTS = {
-    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
-    "tie_word_embeddings": True, "query_pre_attn_scalar": 256.0, "sliding_window": 4096, "final_logit_softcapping": 30.0,
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
-}  # fmt: skip
+}
 
 
 def to_config(keys: Keys) -> ModelConfig:
@@ -39,7 +50,8 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None) -> ModelConfig:
-    """What Gemma 2 and 3 say alike. `period`: layers up to and with one that sees all, where `layer_types` does not say."""
+    """What Gemma 2 and 3 say alike. `period`: layers up to and with one that sees all, where `layer_types` does not
+    say."""
     config = base_config(keys, activation="hidden_activation", position=position)
     keys.take("hidden_act", None)  # of older files; transformers goes by hidden_activation
     scalar = keys.number("query_pre_attn_scalar")
@@ -56,8 +68,10 @@ def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
     return gemma_json(config) | {
-        "architectures": list(ARCHITECTURES), "model_type": "gemma2", "attn_logit_softcapping": config.attention.softcap,
-    }  # fmt: skip
+        "architectures": list(ARCHITECTURES),
+        "model_type": "gemma2",
+        "attn_logit_softcapping": config.attention.softcap,
+    }
 
 
 def gemma_json(config: ModelConfig) -> dict[str, Any]:
@@ -65,12 +79,19 @@ def gemma_json(config: ModelConfig) -> dict[str, Any]:
     a = config.attention
     if config.embed_dim % a.num_heads:
         raise UnsupportedModelError(
-            f"model.embed_dim = {config.embed_dim}: transformers' Gemma takes only a multiple of num_heads = {a.num_heads}"
+            f"model.embed_dim = {config.embed_dim}: transformers' Gemma takes only a multiple of num_heads = "
+            f"{a.num_heads}"
         )
     scalar = a.head_dim if a.query_scale is None else round(a.query_scale**-2)  # transformers takes an integer
-    values = base_json(config) | sliding_json(config) | {
-        "hidden_activation": gated_json(config), "query_pre_attn_scalar": scalar, "final_logit_softcapping": config.final_softcap,
-    }  # fmt: skip
+    values = (
+        base_json(config)
+        | sliding_json(config)
+        | {
+            "hidden_activation": gated_json(config),
+            "query_pre_attn_scalar": scalar,
+            "final_logit_softcapping": config.final_softcap,
+        }
+    )
     del values["hidden_act"]
     return values
 

@@ -1,4 +1,5 @@
-"""Gemma 3 (Gemma team 2025), the text part: Gemma 2 with norms of queries and keys for soft caps, five windows to a layer that
+"""Gemma 3 (Gemma team 2025), the text part: Gemma 2 with norms of queries and keys for soft caps, five windows to a
+layer that
 sees all, and a base of RoPE for each of the two kinds."""
 
 from __future__ import annotations
@@ -18,13 +19,24 @@ from model.config import ModelConfig, PositionConfig
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 IGNORED = (*LLAMA, r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 DEFAULTS = GEMMA2 | {
-    "vocab_size": 262_208, "max_position_embeddings": 131_072, "final_logit_softcapping": None, "attn_logit_softcapping": None,
-    "sliding_window_pattern": 6, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
-}  # fmt: skip
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+}
 VISION = (
-    "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", "boi_token_id", "eoi_token_id",
+    "vision_config",
+    "mm_tokens_per_image",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "boi_token_id",
+    "eoi_token_id",
     "image_token_id",
-)  # fmt: skip
+)
 
 
 def to_config(keys: Keys) -> ModelConfig:
@@ -45,11 +57,15 @@ def to_config(keys: Keys) -> ModelConfig:
 
 def _position(keys: Keys) -> PositionConfig:
     if not set(keys.take("rope_parameters", {})) <= {"full_attention", "sliding_attention"}:
-        raise UnsupportedModelError(f"{keys.where}: rope_parameters must be given for full_attention and sliding_attention apart")
+        raise UnsupportedModelError(
+            f"{keys.where}: rope_parameters must be given for full_attention and sliding_attention apart"
+        )
     theta, scaling = rope(keys, layer_type="full_attention")
     local_theta, local_scaling = rope(keys, layer_type="sliding_attention", theta="rope_local_base_freq")
     if local_scaling is not None and (local_theta, local_scaling) != (theta, scaling):
-        raise UnsupportedModelError(f"{keys.where}: rope_parameters.sliding_attention: only full_attention can have a scaling of its own")
+        raise UnsupportedModelError(
+            f"{keys.where}: rope_parameters.sliding_attention: only full_attention can have a scaling of its own"
+        )
     return PositionConfig(theta=theta, scaling=scaling, local_theta=None if local_scaling else local_theta)
 
 
@@ -68,5 +84,9 @@ def pieces(config: ModelConfig) -> list[Piece]:
 
 def rename(names: Iterable[str]) -> dict[str, str]:
     """Of names on disk, those of a model with images: as `pieces` name them."""
-    prefixes = ("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.lm_head.", "lm_head.")
+    prefixes = (
+        ("language_model.model.", "model."),
+        ("model.language_model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+    )
     return {name: new + name.removeprefix(old) for name in names for old, new in prefixes if name.startswith(old)}

@@ -1,7 +1,7 @@
 """GGUF files of Llama's architecture (llama.cpp: LLM_ARCH_LLAMA), as a Hugging Face folder would give them.
 
-llama.cpp rotates pairs (2i, 2i+1) of a head where Hugging Face rotates (i, i + half): its converter reordered the rows of
-queries and keys, which is undone here. A vector of rope_freqs.weight is Llama 3's scaling of RoPE, evaluated.
+llama.cpp rotates pairs (2i, 2i+1) of a head where Hugging Face rotates (i, i + half): its converter reordered the rows
+of queries and keys, which is undone here. A vector of rope_freqs.weight is Llama 3's scaling of RoPE, evaluated.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from model.config import RopeScalingConfig
 from model.positions import inverse_frequencies
 
 _NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 _FACTORS = "rope_freqs.weight"
 # Of llama.*: what changes no function of a dense Llama.
 _SILENT = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
@@ -33,8 +41,8 @@ _SILENT = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "atte
 class GGUFSource:
     """The tensors by Hugging Face's names, rows of queries and keys in Hugging Face's order.
 
-    What is quantized is made float32 on reading, one tensor at a time: beside it a few megabytes are held. The rest is a view
-    of the file, but for queries and keys.
+    What is quantized is made float32 on reading, one tensor at a time: beside it a few megabytes are held. The rest is
+    a view of the file, but for queries and keys.
     """
 
     def __init__(self, file: GGUFFile, num_heads: int, num_kv_heads: int):
@@ -71,7 +79,9 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
     file = GGUFFile(Path(path))
     keys = Keys({key: _alike(str(path), key, value) for key, value in file.metadata.items()}, str(path))
     if keys.take("split.count", 1) > 1:
-        raise UnsupportedModelError(f"{path}: one of {file.metadata['split.count']} parts; merge them with llama-gguf-split --merge")
+        raise UnsupportedModelError(
+            f"{path}: one of {file.metadata['split.count']} parts; merge them with llama-gguf-split --merge"
+        )
     keys.must("general.type", "model", default="model")
     keys.must("general.quantization_version", 2, default=2)
     keys.must("general.architecture", "llama")
@@ -79,13 +89,15 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
     left = [key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _SILENT]
     if left:
         raise UnsupportedModelError(
-            f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not known to this reader, which will not guess"
+            f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not known to this reader, which "
+            f"will not guess"
         )
     return values, GGUFSource(file, values["num_attention_heads"], values["num_key_value_heads"])
 
 
 def published_name(name: str) -> str:
-    """Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. One that is not
+    """Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. One that is
+    not
     known stays as it is."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
@@ -97,7 +109,9 @@ def published_name(name: str) -> str:
 def unpermuted(rows: int, heads: int) -> np.ndarray:
     """Int [rows]: where each row of llama.cpp's q or k belongs in Hugging Face's."""
     if rows % (2 * heads):
-        raise ModelFilesError(f"attn_q or attn_k has {rows} rows, which {heads} heads of even size cannot have; the file is damaged")
+        raise ModelFilesError(
+            f"attn_q or attn_k has {rows} rows, which {heads} heads of even size cannot have; the file is damaged"
+        )
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
 
 
@@ -114,7 +128,8 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     """config.json of the metadata."""
     if keys.take("llama.expert_count", 0) or keys.take("llama.expert_used_count", 0):
         raise UnsupportedModelError(
-            f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in GGUF are not "
+            f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in "
+            f"GGUF are not "
             "supported, dense Llamas are; give the model as a folder of safetensors"
         )
     keys.must("llama.attention.causal", True, default=True)
@@ -125,12 +140,19 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
         keys.must(f"llama.{key}", 0, 1, default=0)
     width, heads = keys.count("llama.embedding_length"), keys.count("llama.attention.head_count")
     if "token_embd.weight" not in file.tensors:
-        raise ModelFilesError(f"{keys.where}: token_embd.weight is missing: the file holds no language model or is damaged")
+        raise ModelFilesError(
+            f"{keys.where}: token_embd.weight is missing: the file holds no language model or is damaged"
+        )
     vocab = file.tensors["token_embd.weight"].shape[0]
     tokens = keys.take("tokenizer.ggml.tokens", None)
-    for what, size in (("llama.vocab_size", keys.take("llama.vocab_size", vocab)), ("tokenizer.ggml.tokens", len(tokens or []) or vocab)):
+    for what, size in (
+        ("llama.vocab_size", keys.take("llama.vocab_size", vocab)),
+        ("tokenizer.ggml.tokens", len(tokens or []) or vocab),
+    ):
         if size != vocab:
-            raise ModelFilesError(f"{keys.where}: {what} has {size} tokens, token_embd.weight {vocab} rows; the file is inconsistent")
+            raise ModelFilesError(
+                f"{keys.where}: {what} has {size} tokens, token_embd.weight {vocab} rows; the file is inconsistent"
+            )
     head_dim = keys.count("llama.attention.key_length", width // heads)
     keys.must("llama.attention.value_length", head_dim, default=head_dim)
     keys.must("llama.rope.dimension_count", head_dim, default=head_dim)
@@ -174,10 +196,14 @@ def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: in
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
         keys.must(f"{prefix}{key}", 1.0, default=1.0)
     keys.must(f"{prefix}yarn_log_multiplier", 0.0, default=0.0)
-    fast, slow = (_short(keys.take(f"{prefix}yarn_beta_{end}", value)) for end, value in (("fast", 32.0), ("slow", 1.0)))
+    fast, slow = (
+        _short(keys.take(f"{prefix}yarn_beta_{end}", value)) for end, value in (("fast", 32.0), ("slow", 1.0))
+    )
     if _FACTORS in file.tensors:
         if kind != "none":
-            raise UnsupportedModelError(f"{keys.where}: {prefix}type = {kind!r} and {_FACTORS} at once cannot be expressed; one of them can")
+            raise UnsupportedModelError(
+                f"{keys.where}: {prefix}type = {kind!r} and {_FACTORS} at once cannot be expressed; one of them can"
+            )
         return _llama3(keys.where, file.array(_FACTORS), dim, theta)
     if kind == "none" or factor in (0, 1):
         return None
@@ -186,7 +212,8 @@ def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: in
 
 
 def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[str, Any] | None:
-    """The llama3 scaling that divides the frequencies so. The file gives its result alone: factor is the last divisor, and
+    """The llama3 scaling that divides the frequencies so. The file gives its result alone: factor is the last divisor,
+    and
     the ramp between wavelengths original / 4 and original / 1 is tried for original lengths of powers of two."""
     if divisors.shape != (dim // 2,):
         raise ModelFilesError(f"{where}: {_FACTORS} has shape {list(divisors.shape)}, heads of {dim} need {dim // 2}")
@@ -202,6 +229,7 @@ def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[st
                     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 }  # fmt: skip
     raise UnsupportedModelError(
-        f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's scaling of RoPE, the only one that is "
+        f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's scaling of RoPE, the only one "
+        f"that is "
         "supported so; give the model as a folder of safetensors"
     )

@@ -1,7 +1,7 @@
 """The container: metadata and tensors of a GGUF file, version 2 or 3, memory-mapped and checked on opening.
 
-Written here and not read by the package `gguf`, which takes seconds for a vocabulary's strings and gives short arrays for a
-file that was cut off. Layout: the GGUF specification of ggml, docs/gguf.md.
+Written here and not read by the package `gguf`, which takes seconds for a vocabulary's strings and gives short arrays
+for a file that was cut off. Layout: the GGUF specification of ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from interop.translate import UnsupportedModelError
 # Codes of scalars in the metadata, as NumPy names them; 7 is a bool, 8 a string, 9 an array.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16), "F64": np.dtype(np.float64)}
+_PLAIN = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F64": np.dtype(np.float64),
+}
 _SLICE_BYTES = 1 << 20  # of float32 that one call of dequantize makes; it holds some copies of that
 
 
@@ -99,7 +104,8 @@ class GGUFFile:
     def _take(self, size: int) -> bytes:
         if size > len(self._map) - self._at:
             raise ModelFilesError(
-                f"{self.path}: the file ends inside its header, after {len(self._map)} bytes; it was cut off or is damaged: get it again"
+                f"{self.path}: the file ends inside its header, after {len(self._map)} bytes; it was cut off or is "
+                f"damaged: get it again"
             )
         self._at += size
         return self._map[self._at - size : self._at]
@@ -112,7 +118,9 @@ class GGUFFile:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ModelFilesError(f"{self.path}: a string of the header is not UTF-8 ({error}); the file is damaged") from error
+            raise ModelFilesError(
+                f"{self.path}: a string of the header is not UTF-8 ({error}); the file is damaged"
+            ) from error
 
     def _value(self, code: int) -> Any:
         if code == _STRING:
@@ -126,7 +134,9 @@ class GGUFFile:
 
     def _scalars(self, code: int, count: int) -> np.ndarray:
         if code not in _SCALARS:
-            raise ModelFilesError(f"{self.path}: the header holds a value of type {code}, which is not known; the file is damaged")
+            raise ModelFilesError(
+                f"{self.path}: the header holds a value of type {code}, which is not known; the file is damaged"
+            )
         dtype = np.dtype(_SCALARS[code])
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 
@@ -160,7 +170,8 @@ class GGUFFile:
             end = tensor.offset + tensor.rows * tensor.row_bytes
             if end > len(self._map):
                 raise ModelFilesError(
-                    f"{self.path}: {name} ends at byte {end}, the file after {len(self._map)}: it was cut off; get it again"
+                    f"{self.path}: {name} ends at byte {end}, the file after {len(self._map)}: it was cut off; get it "
+                    f"again"
                 )
             tensors[name] = tensor
         return metadata, tensors
@@ -174,16 +185,21 @@ class GGUFFile:
         try:
             kind = self.quants.GGMLQuantizationType(code)
         except ValueError as error:
-            raise UnsupportedModelError(f"{self.path}: {name} has the unknown type {code}; convert the file to Q8_0 or F16") from error
+            raise UnsupportedModelError(
+                f"{self.path}: {name} has the unknown type {code}; convert the file to Q8_0 or F16"
+            ) from error
         block, size = self.quants.GGML_QUANT_SIZES[kind]
         if min(shape) < 1 or shape[-1] % block:
-            raise ModelFilesError(f"{self.path}: {name} of shape {list(shape)} cannot be {kind.name}, which has blocks of {block}")
+            raise ModelFilesError(
+                f"{self.path}: {name} of shape {list(shape)} cannot be {kind.name}, which has blocks of {block}"
+            )
         if kind.name not in _PLAIN:
             try:
                 self.quants.dequantize(np.zeros((1, size), np.uint8), kind)
             except NotImplementedError as error:
                 raise UnsupportedModelError(
-                    f"{self.path}: {name} is {kind.name}, which cannot be undone in NumPy; convert the file to Q8_0 or F16"
+                    f"{self.path}: {name} is {kind.name}, which cannot be undone in NumPy; convert the file to Q8_0 or "
+                    f"F16"
                 ) from error
         return name, Tensor(shape, kind.name, offset, shape[-1] // block * size)
 

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, an MLP without gate, biases everywhere, one embedding.
 
-Its matrices are stored [in, out], those of queries, keys and values as one. Letters: D width, N heads, H head dimension,
-F hidden width, V vocabulary, T positions.
+Its matrices are stored [in, out], those of queries, keys and values as one. Letters: D width, N heads, H head
+dimension, F hidden width, V vocabulary, T positions.
 """
 
 from __future__ import annotations
@@ -46,11 +46,18 @@ def to_config(keys: Keys) -> ModelConfig:
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
     return {
-        "architectures": list(ARCHITECTURES), "model_type": "gpt2", "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size, "n_layer": config.num_layers, "n_embd": config.embed_dim, "n_positions": config.max_length,
-        "n_head": config.attention.num_heads, "n_inner": config.mlp.hidden_dim, "layer_norm_epsilon": config.norm.epsilon,
+        "architectures": list(ARCHITECTURES),
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.vocab_size,
+        "n_layer": config.num_layers,
+        "n_embd": config.embed_dim,
+        "n_positions": config.max_length,
+        "n_head": config.attention.num_heads,
+        "n_inner": config.mlp.hidden_dim,
+        "layer_norm_epsilon": config.norm.epsilon,
         "tie_word_embeddings": config.tied_embeddings,
-    }  # fmt: skip
+    }
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
@@ -72,7 +79,9 @@ def pieces(config: ModelConfig) -> list[Piece]:
 def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     D, N, H, F = config.embed_dim, config.attention.num_heads, config.attention.head_dim, config.mlp.hidden_dim
 
-    def matrix(name: str, leaf: str, split: tuple[int, ...], shape: tuple[int, int], at: Index = (), take: Index = ()) -> Piece:
+    def matrix(
+        name: str, leaf: str, split: tuple[int, ...], shape: tuple[int, int], at: Index = (), take: Index = ()
+    ) -> Piece:
         return Piece(f"{layer.theirs}{name}.weight", shape, layer.ours + leaf, (layer.repeat, *at), split, take)
 
     for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
@@ -81,7 +90,12 @@ def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     for i, ours in enumerate("qkv"):
         yield matrix("attn.c_attn", f"attention/{ours}", (D, 3, N, H), (D, 3 * D), take=(ALL, i))
         yield Piece(
-            f"{layer.theirs}attn.c_attn.bias", (3 * D,), f"{layer.ours}attention/{ours}_bias", (layer.repeat,), (3, N, H), (i,)
+            f"{layer.theirs}attn.c_attn.bias",
+            (3 * D,),
+            f"{layer.ours}attention/{ours}_bias",
+            (layer.repeat,),
+            (3, N, H),
+            (i,),
         )
     yield matrix("attn.c_proj", "attention/out", (N, H, D), (D, D))
     yield layer.vector("attn.c_proj.bias", "attention/out_bias", (D,))

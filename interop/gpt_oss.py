@@ -1,5 +1,5 @@
-"""gpt-oss (OpenAI 2025): experts of all layers in one tensor each way, biases everywhere, attention sinks, layers that see a
-window and layers that see everything in turn. The released weights of experts are MXFP4 (`mxfp4.py`).
+"""gpt-oss (OpenAI 2025): experts of all layers in one tensor each way, biases everywhere, attention sinks, layers that
+see a window and layers that see everything in turn. The released weights of experts are MXFP4 (`mxfp4.py`).
 
 Letters: D width, E experts, F hidden width of an expert, G 2 (gate, up).
 """
@@ -22,9 +22,14 @@ __all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
 ARCHITECTURES = ("GptOssForCausalLM",)
 THETA = 150_000.0
 DEFAULTS = {
-    "max_position_embeddings": 131_072, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128,
-    "attention_bias": True, "router_aux_loss_coef": 0.001,
-}  # fmt: skip
+    "max_position_embeddings": 131_072,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "router_aux_loss_coef": 0.001,
+}
 # What transformers takes where config.json has neither `rope_parameters` nor `rope_scaling`, or null.
 ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -79,7 +84,9 @@ def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     E, F = moe.num_experts, moe.hidden_dim
 
     def experts(name: str, leaf: str, shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Piece:
-        return Piece(f"{layer.theirs}mlp.{name}", shape, f"{layer.ours}mlp/{leaf}", (layer.repeat,), split=split, order=order)
+        return Piece(
+            f"{layer.theirs}mlp.{name}", shape, f"{layer.ours}mlp/{leaf}", (layer.repeat,), split=split, order=order
+        )
 
     yield layer.linear("mlp.router.weight", "mlp/router", (E,), (D,))
     yield layer.vector("mlp.router.bias", "mlp/router_logit_bias", (E,))

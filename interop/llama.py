@@ -20,9 +20,14 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def base_config(
-    keys: Keys, *, theta: float = 10_000.0, epsilon: float = 1e-6, bias: bool | None = None, activation: str = "hidden_act",
+    keys: Keys,
+    *,
+    theta: float = 10_000.0,
+    epsilon: float = 1e-6,
+    bias: bool | None = None,
+    activation: str = "hidden_act",
     position: PositionConfig | None = None,
-) -> ModelConfig:  # fmt: skip
+) -> ModelConfig:
     """What Llama and its descendants say alike; theirs differ in the defaults of transformers' config classes.
 
     `theta`, `epsilon`: where config.json has none. `bias`: of the attention, where it is no choice of the family.
@@ -55,9 +60,14 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
     if config.embed_dim % config.attention.num_heads:
         raise UnsupportedModelError(
-            f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = {config.attention.num_heads}"
+            f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = "
+            f"{config.attention.num_heads}"
         )
-    return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "llama", "mlp_bias": config.mlp.bias}
+    return base_json(config) | {
+        "architectures": list(ARCHITECTURES),
+        "model_type": "llama",
+        "mlp_bias": config.mlp.bias,
+    }
 
 
 def base_json(config: ModelConfig) -> dict[str, Any]:

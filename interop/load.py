@@ -1,9 +1,9 @@
 """From tensors on disk to the shards of a mesh, a few megabytes at a time.
 
-Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slab is
-converted and copied to where it belongs. Beside the shards the host holds a few slabs, of `SLAB_BYTES` or of one row of the first
-dimension (an expert, where they are stacked), and the pages of the file that the slab was read from, which it gives back. A
-tensor that is stored quantized is decoded whole first.
+Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slab
+is converted and copied to where it belongs. Beside the shards the host holds a few slabs, of `SLAB_BYTES` or of one row
+of the first dimension (an expert, where they are stacked), and the pages of the file that the slab was read from, which
+it gives back. A tensor that is stored quantized is decoded whole first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SMALL_BYTES = 1 << 20  # weights up to this size are put together on the host: n
 
 
 class ModelFilesError(ValueError):
-    """Files of a model that are damaged, incomplete, or do not belong together; the message names file, tensor and fix."""
+    """Files of a model that are damaged, incomplete, or do not belong together; the message names file, tensor and
+    fix."""
 
 
 class TensorInfo(NamedTuple):
@@ -64,7 +65,9 @@ def abstract(config: ModelConfig, rules: ShardingRules, mesh: Mesh | None, dtype
 def named(model: Transformer) -> dict[str, Any]:
     """Weights by the paths that pieces name: 'stacks/0/0/attention/q'."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves
+    }
 
 
 def load(
@@ -96,7 +99,8 @@ def load(
 
 
 def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`values` of the tensor `name` as a contiguous array of `dtype`. Raises ModelFilesError where one is not finite."""
+    """`values` of the tensor `name` as a contiguous array of `dtype`. Raises ModelFilesError where one is not
+    finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         if values.itemsize <= dtype.itemsize:  # the smaller of both is transposed: twice as fast
             new = np.ascontiguousarray(values).astype(dtype, copy=False)
@@ -107,12 +111,14 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     bad = ~np.isfinite(values)
     if bad.any():
         raise ModelFilesError(
-            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: the file is "
+            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: "
+            f"the file is "
             "damaged, or the training that wrote it went astray; take another copy or an earlier checkpoint"
         )
     largest = np.abs(values.astype(np.float64)).max()
     raise ModelFilesError(
-        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say ({float(jnp.finfo(dtype).max):g}); choose "
+        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say ({float(jnp.finfo(dtype).max):g}); "
+        f"choose "
         "bfloat16 or float32"
     )
 

@@ -25,10 +25,13 @@ def to_config(keys: Keys) -> ModelConfig:
     kind = "global" if window is None else "sliding"
     if attention_layers(keys, config.num_layers) not in (None, (kind,)):
         raise UnsupportedModelError(
-            f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a Mistral alike"
+            f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a "
+            f"Mistral alike"
         )
     attention = replace(config.attention, layers=(kind,))  # type: ignore[arg-type]
-    return replace(config, attention=attention if window is None else replace(attention, window=keys.count("sliding_window")))
+    return replace(
+        config, attention=attention if window is None else replace(attention, window=keys.count("sliding_window"))
+    )
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:

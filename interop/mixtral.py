@@ -20,7 +20,12 @@ from model.moe_config import MoEConfig
 __all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
 
 ARCHITECTURES = ("MixtralForCausalLM",)
-DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": None, "router_aux_loss_coef": 0.001}
+DEFAULTS = {
+    "max_position_embeddings": 131_072,
+    "num_key_value_heads": 8,
+    "sliding_window": None,
+    "router_aux_loss_coef": 0.001,
+}
 
 
 def to_config(keys: Keys) -> ModelConfig:
@@ -29,9 +34,13 @@ def to_config(keys: Keys) -> ModelConfig:
     config = base_config(keys, theta=1e6, epsilon=1e-5, bias=False)
     window = keys.take("sliding_window", None)
     if window is not None:
-        config = replace(config, attention=replace(config.attention, layers=("sliding",), window=keys.count("sliding_window")))
+        config = replace(
+            config, attention=replace(config.attention, layers=("sliding",), window=keys.count("sliding_window"))
+        )
     hidden = config.mlp.hidden_dim
-    return replace(config, moe=moe_config(keys, ["moe"] * config.num_layers, keys.count("num_local_experts", 8), 2, hidden))
+    return replace(
+        config, moe=moe_config(keys, ["moe"] * config.num_layers, keys.count("num_local_experts", 8), 2, hidden)
+    )
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -47,7 +56,8 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 def moe_config(
     keys: Keys, kinds: list[str], experts: int, top_k: int, hidden_dim: int, weights: str = "renormalized"
 ) -> MoEConfig | None:
-    """Experts of layers of these `kinds` ('dense', 'moe'). `top_k`: where config.json has none. None: no layer has experts.
+    """Experts of layers of these `kinds` ('dense', 'moe'). `top_k`: where config.json has none. None: no layer has
+    experts.
 
     The losses of transformers' routers are averaged over the layers, ours summed; at perfect balance theirs is top_k.
     """
@@ -56,10 +66,13 @@ def moe_config(
     if "moe" not in kinds:
         return None
     if chosen > experts:
-        raise UnsupportedModelError(f"{keys.where}: num_experts_per_tok = {chosen}: there are {experts} experts; config.json is damaged")
+        raise UnsupportedModelError(
+            f"{keys.where}: num_experts_per_tok = {chosen}: there are {experts} experts; config.json is damaged"
+        )
     if chosen == 1 < experts and weights != "softmax":
         raise UnsupportedModelError(
-            f"{keys.where}: num_experts_per_tok = 1: the weight of the one expert would always be 1, which is not supported; supported: 2 or more"
+            f"{keys.where}: num_experts_per_tok = 1: the weight of the one expert would always be 1, which is not "
+            f"supported; supported: 2 or more"
         )
     return MoEConfig(
         num_experts=experts,
@@ -101,7 +114,10 @@ def normalized_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def expert_pieces(
-    config: ModelConfig, layer: Layer, theirs: str = "mlp.", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    config: ModelConfig,
+    layer: Layer,
+    theirs: str = "mlp.",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Iterable[Piece]:
     """The router, and of each expert the gate, up and down projection."""
     moe, D = config.moe, config.embed_dim

@@ -1,8 +1,10 @@
-"""Weights of 4-bit floats with a scale for each 32 of them (OCP Microscaling Formats 1.0, sec. 5.2, 6.3), as OpenAI releases the
-experts of gpt-oss, read as bfloat16, which holds every such number.
+"""Weights of 4-bit floats with a scale for each 32 of them (OCP Microscaling Formats 1.0, sec. 5.2, 6.3), as OpenAI
+releases the experts of gpt-oss, read as bfloat16, which holds every such number.
 
-On disk a tensor [E, K, N] is `<name>_blocks` uint8 [E, N, K / 32, 16], two numbers a byte and the first in the low bits, and
-`<name>_scales` uint8 [E, N, K / 32]: a number is its FP4 value (1 bit of sign, 2 of exponent, 1 of mantissa) times 2^(scale - 127).
+On disk a tensor [E, K, N] is `<name>_blocks` uint8 [E, N, K / 32, 16], two numbers a byte and the first in the low
+bits, and
+`<name>_scales` uint8 [E, N, K / 32]: a number is its FP4 value (1 bit of sign, 2 of exponent, 1 of mantissa) times
+2^(scale - 127).
 
 Letters: E experts, K inputs, N outputs.
 """
@@ -26,11 +28,15 @@ ROWS = 512  # of a matrix that are looked up at once
 
 
 def dequantize(source: Source, quantization: dict[str, Any]) -> Source:
-    """`source` with each pair of blocks and scales as one bfloat16 tensor. Of a tensor that is read, the host holds all of it as
-    bfloat16: 1.1 GB of gpt-oss-20b's largest. Raises UnsupportedModelError, and ModelFilesError where blocks and scales do not fit."""
+    """`source` with each pair of blocks and scales as one bfloat16 tensor. Of a tensor that is read, the host holds all
+    of it as
+    bfloat16: 1.1 GB of gpt-oss-20b's largest. Raises UnsupportedModelError, and ModelFilesError where blocks and scales
+    do not fit."""
     method = quantization.get("quant_method")
     if method != "mxfp4":
-        raise UnsupportedModelError(f"config.json: quantization_config.quant_method = {method!r} cannot be read here; supported: 'mxfp4'")
+        raise UnsupportedModelError(
+            f"config.json: quantization_config.quant_method = {method!r} cannot be read here; supported: 'mxfp4'"
+        )
     return MXFP4(source)
 
 
@@ -50,14 +56,21 @@ class MXFP4:
     def _checked(self, name: str, blocks: TensorInfo) -> TensorInfo:
         scales = self.source.tensors.get(name + SCALES)
         if scales is None:
-            raise ModelFilesError(f"{blocks.file}: {name}{BLOCKS} has no {name}{SCALES}: a file with scales is missing; download it")
+            raise ModelFilesError(
+                f"{blocks.file}: {name}{BLOCKS} has no {name}{SCALES}: a file with scales is missing; download it"
+            )
         if name in self.source.tensors:
-            raise ModelFilesError(f"{blocks.file}: {name} is there twice, as 4-bit floats and as {self.source.tensors[name].dtype}; take one release's files")
+            raise ModelFilesError(
+                f"{blocks.file}: {name} is there twice, as 4-bit floats and as {self.source.tensors[name].dtype}; take "
+                f"one release's files"
+            )
         right = len(blocks.shape) == 4 and blocks.shape[-1] == BYTES and scales.shape == blocks.shape[:-1]
         if not right or (blocks.dtype, scales.dtype) != ("uint8", "uint8"):
             raise ModelFilesError(
-                f"{blocks.file}: {name}{BLOCKS} is {blocks.dtype}{list(blocks.shape)} and {name}{SCALES} {scales.dtype}{list(scales.shape)}: "
-                f"must be uint8 [experts, outputs, inputs / 32, {BYTES}] and uint8 of the first three; take the files of one release"
+                f"{blocks.file}: {name}{BLOCKS} is {blocks.dtype}{list(blocks.shape)} and {name}{SCALES} "
+                f"{scales.dtype}{list(scales.shape)}: "
+                f"must be uint8 [experts, outputs, inputs / 32, {BYTES}] and uint8 of the first three; take the files "
+                f"of one release"
             )
         E, N, groups, _ = blocks.shape
         return TensorInfo((E, groups * 2 * BYTES, N), "bfloat16", blocks.file)

@@ -1,4 +1,5 @@
-"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before, and norms of the whole of queries and keys."""
+"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before, and norms of the whole of queries and
+keys."""
 
 from __future__ import annotations
 

@@ -54,10 +54,13 @@ class Layer(NamedTuple):
         return Piece(self.theirs + name, (size,), self.ours + leaf, (self.repeat, *at), split=shape)
 
     def linear(self, name: str, leaf: str, outputs: tuple[int, ...], inputs: tuple[int, ...], at: Index = ()) -> Piece:
-        """A PyTorch Linear [outputs, inputs] that is [*inputs, *outputs] of ours. `at`: behind the index of the layer."""
+        """A PyTorch Linear [outputs, inputs] that is [*inputs, *outputs] of ours. `at`: behind the index of the
+        layer."""
         shape = int(np.prod(outputs)), int(np.prod(inputs))
         order = (*range(len(outputs), len(outputs) + len(inputs)), *range(len(outputs)))
-        return Piece(self.theirs + name, shape, self.ours + leaf, (self.repeat, *at), split=(*outputs, *inputs), order=order)
+        return Piece(
+            self.theirs + name, shape, self.ours + leaf, (self.repeat, *at), split=(*outputs, *inputs), order=order
+        )
 
 
 def layers(config: ModelConfig, prefix: str) -> list[Layer]:

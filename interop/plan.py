@@ -31,7 +31,8 @@ class Plan(NamedTuple):
 
 
 def plan(published: Published, dtype: str, rules: ShardingRules, mesh: Mesh | None = None) -> Plan:
-    """Tensors, parameters and memory of a published model whose weights are stored as `dtype` on `mesh`. Nothing is allocated."""
+    """Tensors, parameters and memory of a published model whose weights are stored as `dtype` on `mesh`. Nothing is
+    allocated."""
     config, source = published.config, published.source
     infos = {piece.name: source.tensors[piece.name] for piece in published.pieces}
     sizes = {name: math.prod(info.shape) * np.dtype(info.dtype).itemsize for name, info in infos.items()}
@@ -58,6 +59,7 @@ def _summary(published: Published) -> str:
     keys = f" ({a.num_kv_heads} of keys)" if a.num_kv_heads != a.num_heads else ""
     experts = f", {config.moe.num_experts} experts ({config.moe.top_k} a token)" if config.moe is not None else ""
     return (
-        f"{config.num_layers} layers of width {config.embed_dim:,}, {a.num_heads} heads of {a.head_dim}{keys}{experts}, "
+        f"{config.num_layers} layers of width {config.embed_dim:,}, {a.num_heads} heads of "
+        f"{a.head_dim}{keys}{experts}, "
         f"vocabulary {config.vocab_size:,}"
     )

@@ -34,14 +34,16 @@ def open_published(path: Path | str) -> Published:
     """Opens a folder of config.json and safetensors, or a GGUF file.
 
     Every tensor that the config asks for is there in its shape, and none is left over. Raises UnsupportedModelError and
-    ModelFilesError, which name file, key or tensor and fix. Only headers are read (and, of tied embeddings that the files
-    hold twice, both).
+    ModelFilesError, which name file, key or tensor and fix. Only headers are read (and, of tied embeddings that the
+    files hold twice, both).
     """
     path = Path(path)
     try:
         return _opened(path)
     except OSError as error:
-        raise ModelFilesError(f"{path}: cannot be read ({error}); look whether all of its files are there, and may be read") from error
+        raise ModelFilesError(
+            f"{path}: cannot be read ({error}); look whether all of its files are there, and may be read"
+        ) from error
 
 
 def _opened(path: Path) -> Published:
@@ -55,13 +57,22 @@ def _opened(path: Path) -> Published:
         folder = SafetensorsFolder(path)
         source, notes = _dequantized(folder, values, where), folder.notes
     else:
-        raise ModelFilesError(f"{path}: there is no such path; give a folder with config.json and safetensors, or a .gguf file")
+        raise ModelFilesError(
+            f"{path}: there is no such path; give a folder with config.json and safetensors, or a .gguf file"
+        )
     family, config, unread = family_of(values, where)
     rename = getattr(FAMILIES[family], "rename", None)
     if rename is not None and (names := rename(source.tensors)):
         source = Renamed(source, names)
     pieces = FAMILIES[family].pieces(config)
-    check(pieces, source, config, head_name(FAMILIES[family].pieces, config), lambda name: ignored(family, name, config), str(path))
+    check(
+        pieces,
+        source,
+        config,
+        head_name(FAMILIES[family].pieces, config),
+        lambda name: ignored(family, name, config),
+        str(path),
+    )
     return Published(family, config, pieces, source, unread, tuple(notes))
 
 
@@ -73,7 +84,9 @@ class Renamed:
         self.tensors: dict[str, TensorInfo] = {names.get(name, name): info for name, info in source.tensors.items()}
         if len(self.tensors) < len(source.tensors):
             old, new = next(iter(names.items()))
-            raise ModelFilesError(f"the files hold tensors under two names, as {old!r} and as {new!r}; remove one of each")
+            raise ModelFilesError(
+                f"the files hold tensors under two names, as {old!r} and as {new!r}; remove one of each"
+            )
 
     def read(self, name: str) -> np.ndarray:
         return self.source.read(self.theirs.get(name, name))
@@ -92,10 +105,14 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "(peft: merge_and_unload) and save that"
             )
         if (folder / "snapshots").is_dir():
-            raise ModelFilesError(f"{folder}: is a cache of several versions; give one of the folders in {folder / 'snapshots'}")
+            raise ModelFilesError(
+                f"{folder}: is a cache of several versions; give one of the folders in {folder / 'snapshots'}"
+            )
         if ggufs := sorted(f.name for f in folder.glob("*.gguf")):
             raise ModelFilesError(f"{folder}: there is no config.json, but {ggufs[0]}: give the path of that file")
-        raise ModelFilesError(f"{folder}: there is no config.json; a published model's folder has one beside its safetensors")
+        raise ModelFilesError(
+            f"{folder}: there is no config.json; a published model's folder has one beside its safetensors"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -109,7 +126,9 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], Source]:
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF" and path.suffix != ".gguf":
-        raise ModelFilesError(f"{path}: a single file that is not GGUF; give the folder that holds it, with its config.json")
+        raise ModelFilesError(
+            f"{path}: a single file that is not GGUF; give the folder that holds it, with its config.json"
+        )
     return import_module("interop.gguf").open_gguf(path)
 
 
@@ -121,7 +140,8 @@ def _dequantized(source: Source, values: dict[str, Any], where: str) -> Source:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(method, str) or method not in QUANTIZED:
         raise UnsupportedModelError(
-            f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: {', '.join(QUANTIZED)}; take the "
+            f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: "
+            f"{', '.join(QUANTIZED)}; take the "
             "model's release in bfloat16, or a GGUF file"
         )
     return import_module(QUANTIZED[method]).dequantize(source, quantization)

@@ -14,7 +14,12 @@ from model.config import ModelConfig
 __all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
-DEFAULTS = {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+DEFAULTS = {
+    "max_position_embeddings": 32_768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 def to_config(keys: Keys) -> ModelConfig:
@@ -39,7 +44,9 @@ def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
-    values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen2"} | qwen_windows_json(config)
+    values = (
+        base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen2"} | qwen_windows_json(config)
+    )
     del values["attention_bias"]
     return values
 

@@ -34,7 +34,8 @@ def to_config(keys: Keys) -> ModelConfig:
     layers = range(config.num_layers)
     if any(type(i) is not int or i not in layers for i in dense):
         raise UnsupportedModelError(
-            f"{keys.where}: mlp_only_layers = {str(dense)[:60]}: must be numbers of the {config.num_layers} layers, from 0 on"
+            f"{keys.where}: mlp_only_layers = {str(dense)[:60]}: must be numbers of the {config.num_layers} layers, "
+            f"from 0 on"
         )
     kinds = ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in layers]
     weights = "renormalized" if keys.take("norm_topk_prob", False) else "softmax"

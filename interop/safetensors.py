@@ -1,8 +1,8 @@
 """The safetensors files of a folder as a Source: checked as a whole on opening, read as views of the files.
 
-Format (github.com/huggingface/safetensors): 8 bytes, the little-endian length of a JSON header; the header, name to dtype,
-shape and [begin, end) in the data; the data, without holes. Read here rather than by the package of that name, which in
-NumPy knows neither bfloat16 nor float8 and cannot give pages back.
+Format (github.com/huggingface/safetensors): 8 bytes, the little-endian length of a JSON header; the header, name to
+dtype, shape and [begin, end) in the data; the data, without holes. Read here rather than by the package of that name,
+which in NumPy knows neither bfloat16 nor float8 and cannot give pages back.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class SafetensorsFolder:
                 other = self.entries.setdefault(name, entry)
                 if other is not entry:
                     raise ModelFilesError(
-                        f"{folder}: {name} is both in {other.file.name} and in {file.name}: files of two checkpoints are mixed; "
+                        f"{folder}: {name} is both in {other.file.name} and in {file.name}: files of two checkpoints "
+                        f"are mixed; "
                         "download the model again into an empty folder"
                     )
         if index is not None:
@@ -109,7 +110,10 @@ def read_header(file: Path) -> dict[str, Entry]:
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
             raise _damaged(file, f"{name} has the shape {str(shape)[:80]}")
         kind = np.dtype(DTYPES[dtype])
-        if math.prod(n or 1 for n in shape) * kind.itemsize >= 1 << 62 or math.prod(shape) * kind.itemsize != stop - begin:
+        if (
+            math.prod(n or 1 for n in shape) * kind.itemsize >= 1 << 62
+            or math.prod(shape) * kind.itemsize != stop - begin
+        ):
             raise _damaged(file, f"{name} is {dtype}{shape}, which does not fit its {stop - begin} bytes")
         if begin != end:
             what = "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes unused before it"
@@ -118,7 +122,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
     if start + end > size:
         raise ModelFilesError(
-            f"{file}: truncated: {start + end:,} bytes expected, {size:,} found; the download or copy was cut short, repeat it"
+            f"{file}: truncated: {start + end:,} bytes expected, {size:,} found; the download or copy was cut short, "
+            f"repeat it"
         )
     if start + end < size:
         raise _damaged(file, f"{size - start - end:,} bytes follow the last tensor")
@@ -131,15 +136,22 @@ def _parse(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as f:
         head = f.read(8)
         if head.startswith(b"version "):
-            raise ModelFilesError(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
+            raise ModelFilesError(
+                f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository"
+            )
         length = int.from_bytes(head, "little")
         if len(head) < 8:
-            raise ModelFilesError(f"{file}: truncated: {size} bytes found, a safetensors file has more than 8; download it again")
+            raise ModelFilesError(
+                f"{file}: truncated: {size} bytes found, a safetensors file has more than 8; download it again"
+            )
         if length > HEADER_LIMIT:
-            raise _damaged(file, f"its header claims {length:,} bytes, of {HEADER_LIMIT:,} at most: not a safetensors file")
+            raise _damaged(
+                file, f"its header claims {length:,} bytes, of {HEADER_LIMIT:,} at most: not a safetensors file"
+            )
         if 8 + length > size:
             raise ModelFilesError(
-                f"{file}: truncated: {8 + length:,} bytes expected for its header alone, {size:,} found; repeat the download or copy"
+                f"{file}: truncated: {8 + length:,} bytes expected for its header alone, {size:,} found; repeat the "
+                f"download or copy"
             )
         text = f.read(length)
     try:
@@ -185,20 +197,24 @@ def _choose(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, Any] 
         missing = sorted(set(range(1, int(numbered[0][3]) + 1)) - there)
         if missing:
             names = ", ".join(f"{numbered[0][1]}-{i:05d}-of-{numbered[0][3]}.safetensors" for i in missing[:8])
-            raise ModelFilesError(f"{folder}: {len(missing)} of its {int(numbered[0][3])} shards are missing: {names}; download them")
+            raise ModelFilesError(
+                f"{folder}: {len(missing)} of its {int(numbered[0][3])} shards are missing: {names}; download them"
+            )
         notes.append(f"there is no {INDEX}; its shards were read by their numbers")
         return [folder / m[0] for m in numbered], None
     if len(files) == 1:
         return files, None
     if files:
         raise ModelFilesError(
-            f"{folder}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) and no {INDEX} that says which "
+            f"{folder}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) and no {INDEX} that "
+            f"says which "
             "belong to the model; keep one, or download the index"
         )
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
     if pickles:
         raise ModelFilesError(
-            f"{folder}: {pickles[0]} is a pickle: reading one runs whatever code it holds, so none is read. Take the model's "
+            f"{folder}: {pickles[0]} is a pickle: reading one runs whatever code it holds, so none is read. Take the "
+            f"model's "
             "safetensors, or make them where you trust the file: there, load it with transformers and "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
@@ -210,7 +226,9 @@ def _indexed(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
         weight_map = index["weight_map"]
-        plain = all(isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in weight_map.values())
+        plain = all(
+            isinstance(f, str) and Path(f).name == f and f.endswith(".safetensors") for f in weight_map.values()
+        )
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"it holds no weight_map ({type(error).__name__}: {str(error)[:120]})") from None
     if not weight_map or not plain:
@@ -219,7 +237,9 @@ def _indexed(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         names = ", ".join(missing[:8])
-        raise ModelFilesError(f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {names}; download them")
+        raise ModelFilesError(
+            f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {names}; download them"
+        )
     return files, index
 
 
@@ -227,15 +247,19 @@ def _check_index(folder: Path, index: dict[str, Any], entries: dict[str, Entry],
     for name, file in index["weight_map"].items():
         if name not in entries:
             raise ModelFilesError(
-                f"{folder / INDEX}: {name} should be in {file}, which does not hold it: index and shards are of two checkpoints; "
+                f"{folder / INDEX}: {name} should be in {file}, which does not hold it: index and shards are of two "
+                f"checkpoints; "
                 "download them again"
             )
         if entries[name].file.name != file:
             raise ModelFilesError(
-                f"{folder / INDEX}: {name} should be in {file} and is in {entries[name].file.name}: index and shards are of two "
+                f"{folder / INDEX}: {name} should be in {file} and is in {entries[name].file.name}: index and shards "
+                f"are of two "
                 "checkpoints; download them again"
             )
     metadata, found = index.get("metadata"), sum(entry.size for entry in entries.values())
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != found:  # so in published models: counted before tied weights were dropped
-        notes.append(f"{INDEX}: total_size = {total}, but its tensors are {found} bytes; each is there and whole: harmless")
+        notes.append(
+            f"{INDEX}: total_size = {total}, but its tensors are {found} bytes; each is there and whole: harmless"
+        )

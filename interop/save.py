@@ -1,7 +1,7 @@
 """A network as a published model: config.json and safetensors, as transformers writes and reads them.
 
-A tensor at a time, fetched from the shards: beside them the host holds the largest tensor. Written into a folder beside the
-goal and renamed at the end, so that a folder of the goal's name is whole.
+A tensor at a time, fetched from the shards: beside them the host holds the largest tensor. Written into a folder beside
+the goal and renamed at the end, so that a folder of the goal's name is whole.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ def save_published(
     shard_bytes: int = SHARD_BYTES, more: Mapping[str, Any] | None = None,
     progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> str:  # fmt: skip
-    """Writes `folder` (which must not exist, or be empty) with config.json and the weights as `dtype`; returns the family.
+    """Writes `folder` (which must not exist, or be empty) with config.json and the weights as `dtype`; returns the
+    family.
 
-    `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from which the
-    weights are cut into several files with an index. `more`: further keys of config.json (ids of specials). `progress` is called after each piece with its elements.
-    Raises UnsupportedModelError where config.json cannot say the network, ModelFilesError where the folder is taken, the disk
-    full, a weight not finite or too large for `dtype`, or weights lie on other hosts. Then, and when interrupted, nothing stays.
+    `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from
+    which the weights are cut into several files with an index. `more`: further keys of config.json (ids of specials).
+    `progress` is called after each piece with its elements. Raises UnsupportedModelError where config.json cannot say
+    the network, ModelFilesError where the folder is taken, the disk full, a weight not finite or too large for `dtype`,
+    or weights lie on other hosts. Then, and when interrupted, nothing stays.
     """
     if dtype not in SAVED_DTYPES:
         raise ModelFilesError(f"dtype {dtype!r} cannot be written; there are {', '.join(SAVED_DTYPES)}")
@@ -58,7 +60,8 @@ def save_published(
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
         raise ModelFilesError(
-            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the checkpoint on one "
+            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the "
+            f"checkpoint on one "
             "host (its memory must hold the weights) and export there"
         )
     pieces = FAMILIES[family].pieces(config)
@@ -143,7 +146,8 @@ def _sync(f: IO[bytes]) -> None:
 
 @contextmanager
 def _writable(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to write `size` bytes in that becomes `folder`. Raises ModelFilesError where it is taken, or the disk full."""
+    """A folder to write `size` bytes in that becomes `folder`. Raises ModelFilesError where it is taken, or the disk
+    full."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelFilesError(f"{folder}: exists already and is not empty; choose another folder, or delete it")
     try:
@@ -154,7 +158,8 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelFilesError(
-                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a smaller dtype or "
+                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a "
+                f"smaller dtype or "
                 "another disk. Nothing was kept"
             ) from error
         raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
@@ -162,7 +167,8 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when not."""
+    """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when
+    not."""
     staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
     staging.mkdir(parents=True)
     try:

@@ -32,11 +32,16 @@ def box(piece: Piece, shape: tuple[int, ...]) -> Box:
     return tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
 
 
-def slabs(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4) -> Iterator[Slab]:
-    """The piece in slabs of some `slab_bytes` (`itemsize` bytes an element), in the order in which the tensor lies on disk.
+def slabs(
+    piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4
+) -> Iterator[Slab]:
+    """The piece in slabs of some `slab_bytes` (`itemsize` bytes an element), in the order in which the tensor lies on
+    disk.
     `shape`: of the weight."""
     low, high = box(piece, shape)
-    part = piece.part(tensor).reshape([b - a for a, b in zip(low, high, strict=True)])  # dimensions taken by an int are back
+    part = piece.part(tensor).reshape(
+        [b - a for a, b in zip(low, high, strict=True)]
+    )  # dimensions taken by an int are back
     kept = [d for d in range(len(shape)) if d >= len(piece.at) or not isinstance(piece.at[d], int)]
     if not kept:
         yield Slab(low, high, part)
@@ -53,13 +58,15 @@ def slabs(piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: 
 
 
 def _step(rows: int, most: int) -> int:
-    """Rows of a slab: at most `most`, and where that costs little a divisor, for a shard is written by one program a shape."""
+    """Rows of a slab: at most `most`, and where that costs little a divisor, for a shard is written by one program a
+    shape."""
     most = max(1, min(most, rows))
     return next((step for step in range(most, most // 2, -1) if rows % step == 0), most)
 
 
 def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
-    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error in the
+    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error
+    in the
     table of a family, not in a file. `weights`: by path, anything with a shape."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     tensors: dict[str, list[Piece]] = defaultdict(list)
@@ -68,7 +75,10 @@ def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
         boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
         tensors[piece.name].append(piece)
     for path, weight in weights.items():
-        held, size = sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]), math.prod(weight.shape)
+        held, size = (
+            sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]),
+            math.prod(weight.shape),
+        )
         assert held == size, f"{path}: the pieces hold {held} of its {size} elements"
         assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
     for name, parts in tensors.items():
@@ -94,7 +104,8 @@ def _disjoint(boxes: list[Box]) -> bool:
 
 
 def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
-    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. A weight that lies on
+    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. A weight that
+    lies on
     several hosts: AssertionError; callers refuse it before."""
     assert weight.is_fully_addressable, "a weight lies partly on another host"
     found = np.empty(np.subtract(high, low), weight.dtype)
@@ -114,7 +125,8 @@ def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.
 
 
 def _part(data: jax.Array, offset: tuple[int, ...], size: tuple[int, ...], on_host: bool | None = None) -> np.ndarray:
-    """data[offset : offset + size]. `on_host`: seen in place, which a CPU's arrays allow; else cut on the device first."""
+    """data[offset : offset + size]. `on_host`: seen in place, which a CPU's arrays allow; else cut on the device
+    first."""
     if on_host if on_host is not None else next(iter(data.devices())).platform == "cpu":
         return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
     with off_mesh():

@@ -26,24 +26,63 @@ from model.moe_config import MoEConfig
 
 # Of config.json: what says nothing of the function that the network computes.
 IRRELEVANT = {
-    "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout", "attn_implementation", "auto_map",
-    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "gradient_checkpointing",
-    "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "num_labels",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
-    "quantization_config", "return_dict", "router_jitter_noise", "task_specific_params", "tie_encoder_decoder", "tokenizer_class",
-    "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed", "use_bfloat16", "use_cache",
-}  # fmt: skip
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "attention_dropout",
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "router_jitter_noise",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "unsloth_fixed",
+    "use_bfloat16",
+    "use_cache",
+}
 # Of any family: keys that change the function, and the values at which they do not.
 ORDINARY: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,), "attention_chunk_size": (None,), "dual_chunk_attention_config": (None,), "is_causal": (True,), "partial_rotary_factor": (1.0,), "pruned_heads": ({},),
-    "rope_interleaved": (False,), "use_bidirectional_attention": (False,),
-}  # fmt: skip
+    "add_cross_attention": (False,),
+    "attention_chunk_size": (None,),
+    "dual_chunk_attention_config": (None,),
+    "is_causal": (True,),
+    "partial_rotary_factor": (1.0,),
+    "pruned_heads": ({},),
+    "rope_interleaved": (False,),
+    "use_bidirectional_attention": (False,),
+}
 LARGEST = 2**31  # no integer of a config.json comes near
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "relu": "reglu"}
 
 
 class UnsupportedModelError(ValueError):
-    """A published model that the Transformer or this reader cannot express; the message names key, value and what can be."""
+    """A published model that the Transformer or this reader cannot express; the message names key, value and what can
+    be."""
 
 
 class Keys:
@@ -62,7 +101,8 @@ class Keys:
         self._assumed = values
 
     def take(self, key: str, *default: Any) -> Any:
-        """The value; where it is missing and nothing assumed, or null, the default, or UnsupportedModelError if there is none.
+        """The value; where it is missing and nothing assumed, or null, the default, or UnsupportedModelError if there
+        is none.
 
         It must be of the type of what is assumed or of the default: 2048 of an integer, 1.0 of any finite number.
         """
@@ -83,7 +123,9 @@ class Keys:
         """As `take`; an integer above 0 that an index could be."""
         value = self.take(key, *default)
         if type(value) is not int or not 0 < value < LARGEST:
-            raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be an integer above 0 and below {LARGEST}")
+            raise UnsupportedModelError(
+                f"{self.where}: {key} = {_short(value)}: must be an integer above 0 and below {LARGEST}"
+            )
         return value
 
     def number(self, key: str, *default: float | None) -> Any:
@@ -142,22 +184,37 @@ def _short(value: Any) -> str:
 
 # Keys of `rope_scaling` and `rope_parameters`; each kind reads those that it needs.
 ROPE_KEYS = {
-    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "truncate",
-}  # fmt: skip
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
 
 
 def rope(
     keys: Keys, default_theta: float = 10_000.0, layer_type: str | None = None, theta: str = "rope_theta"
 ) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling of RoPE. `layer_type`: where transformers 5 keeps parameters for each kind of layer. `theta`: the key of
+    """Base and scaling of RoPE. `layer_type`: where transformers 5 keeps parameters for each kind of layer. `theta`:
+    the key of
     the base, where one kind has its own, which `rope_scaling` then leaves alone."""
     base, parameters = keys.take(theta, float(default_theta)), keys.inside("rope_parameters")
     if parameters is not None and layer_type is not None:
         parameters = parameters.inside(layer_type)
     scaling = keys.inside("rope_scaling")
     if scaling is not None and "rope_parameters" in keys and keys.values["rope_parameters"] != scaling.values:
-        raise UnsupportedModelError(f"{keys.where}: rope_parameters and rope_scaling say different things; remove one of them")
+        raise UnsupportedModelError(
+            f"{keys.where}: rope_parameters and rope_scaling say different things; remove one of them"
+        )
     if theta == "rope_theta":
         parameters = parameters or scaling
     if parameters is None:
@@ -171,13 +228,15 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     """The scaling of RoPE that `rope_scaling` or `rope_parameters` of config.json is. Raises UnsupportedModelError."""
     if scaling.values.get("attn_factor") is not None:
         raise UnsupportedModelError(
-            f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers leaves it out, other readers multiply by it; "
+            f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers leaves it out, "
+            f"other readers multiply by it; "
             "remove it to compute as transformers does, or say attention_factor"
         )
     unknown = sorted(k for k, v in scaling.values.items() if k not in ROPE_KEYS and v is not None)
     if unknown:
         raise UnsupportedModelError(
-            f"{scaling.where}: {unknown[0]} = {_short(scaling.values[unknown[0]])} is not supported; there are {', '.join(sorted(ROPE_KEYS))}"
+            f"{scaling.where}: {unknown[0]} = {_short(scaling.values[unknown[0]])} is not supported; there are "
+            f"{', '.join(sorted(ROPE_KEYS))}"
         )
     for key in ROPE_KEYS:
         scaling.take(key, None)  # what another kind would read says nothing
@@ -187,7 +246,8 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     inner, outer = (k.take("original_max_position_embeddings", None) for k in (scaling, keys))
     if None not in (inner, outer) and inner != outer and kind in ("llama3", "yarn"):
         raise UnsupportedModelError(
-            f"{scaling.where}: original_max_position_embeddings = {_short(inner)}, but {keys.where} has {_short(outer)} beside it; make them equal"
+            f"{scaling.where}: original_max_position_embeddings = {_short(inner)}, but {keys.where} has "
+            f"{_short(outer)} beside it; make them equal"
         )
     where = keys if inner is None else scaling
     original = where.count("original_max_position_embeddings", length)
@@ -203,11 +263,17 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
         return RopeScalingConfig("llama3", factor, original, beta_fast=fast, beta_slow=slow)
     if kind == "yarn":
         return RopeScalingConfig(
-            "yarn", factor, original, beta_fast=scaling.take("beta_fast", 32.0) or 32.0, beta_slow=scaling.take("beta_slow", 1.0) or 1.0,
-            truncate=scaling.take("truncate", True), attention_factor=_yarn_attention_factor(factor, scaling),
-        )  # fmt: skip
+            "yarn",
+            factor,
+            original,
+            beta_fast=scaling.take("beta_fast", 32.0) or 32.0,
+            beta_slow=scaling.take("beta_slow", 1.0) or 1.0,
+            truncate=scaling.take("truncate", True),
+            attention_factor=_yarn_attention_factor(factor, scaling),
+        )
     raise UnsupportedModelError(
-        f"{scaling.where}: RoPE of type {_short(kind)} is not supported; there are default, linear, dynamic, llama3, yarn"
+        f"{scaling.where}: RoPE of type {_short(kind)} is not supported; there are default, linear, dynamic, llama3, "
+        f"yarn"
     )
 
 
@@ -235,9 +301,18 @@ def rope_json(config: ModelConfig) -> dict[str, Any]:
     kind = {"dynamic_ntk": "dynamic"}.get(s.kind, s.kind)
     scaling: dict[str, Any] = {"rope_type": kind, "factor": s.factor}
     if s.kind == "llama3":
-        scaling |= {"high_freq_factor": s.fast, "low_freq_factor": s.beta_slow, "original_max_position_embeddings": s.original_length}
+        scaling |= {
+            "high_freq_factor": s.fast,
+            "low_freq_factor": s.beta_slow,
+            "original_max_position_embeddings": s.original_length,
+        }
     if s.kind == "yarn":
-        scaling |= {"beta_fast": s.fast, "beta_slow": s.beta_slow, "original_max_position_embeddings": s.original_length, "truncate": s.truncate}
+        scaling |= {
+            "beta_fast": s.fast,
+            "beta_slow": s.beta_slow,
+            "original_max_position_embeddings": s.original_length,
+            "truncate": s.truncate,
+        }
         if s.attention_factor is not None:
             scaling["attention_factor"] = s.attention_factor
     return {"rope_theta": theta, "rope_scaling": scaling}
@@ -279,7 +354,11 @@ def attention_layers(keys: Keys, num_layers: int) -> tuple[str, ...] | None:
     if unknown or len(types) != num_layers:
         raise UnsupportedModelError(
             f"{keys.where}: layer_types has {len(types)} entries for {num_layers} layers"
-            + (f", and {_short(unknown[0])} is not supported; there are {', '.join(names)}" if unknown else "; give each layer one")
+            + (
+                f", and {_short(unknown[0])} is not supported; there are {', '.join(names)}"
+                if unknown
+                else "; give each layer one"
+            )
         )
     return pattern([names[t] for t in types])
 
@@ -290,12 +369,15 @@ def windowed(keys: Keys, num_layers: int, layers: tuple[str, ...]) -> dict[str, 
     if "sliding" not in pattern([layers[i % len(layers)] for i in range(num_layers)]):
         return {"layers": ("global",)}
     if window is None:
-        raise UnsupportedModelError(f"{keys.where}: sliding_window = None, but there are layers of sliding attention; give its positions")
+        raise UnsupportedModelError(
+            f"{keys.where}: sliding_window = None, but there are layers of sliding attention; give its positions"
+        )
     return {"layers": layers, "window": keys.count("sliding_window")}
 
 
 def sliding_json(config: ModelConfig) -> dict[str, Any]:
-    """`layer_types` and `sliding_window` (null where no layer slides). Raises UnsupportedModelError for block-sparse layers."""
+    """`layer_types` and `sliding_window` (null where no layer slides). Raises UnsupportedModelError for block-sparse
+    layers."""
     types = layer_types(config)
     return {"layer_types": types, "sliding_window": config.attention.window if "sliding_attention" in types else None}
 
@@ -305,12 +387,15 @@ def layer_types(config: ModelConfig) -> list[str]:
     names = {"global": "full_attention", "sliding": "sliding_attention"}
     kinds = [spec.attention for spec in layer_specs(config)]
     if not set(kinds) <= set(names):
-        raise UnsupportedModelError(f"model.attention.layers = {config.attention.layers}: config.json knows only {', '.join(names)}")
+        raise UnsupportedModelError(
+            f"model.attention.layers = {config.attention.layers}: config.json knows only {', '.join(names)}"
+        )
     return [names[kind] for kind in kinds]
 
 
 def architecture(config: ModelConfig) -> ModelConfig:
-    """The config with all that does not change what the trained network computes set to its default: two that are equal so
+    """The config with all that does not change what the trained network computes set to its default: two that are equal
+    so
     are the same function of the same weights."""
     a, p, m = config.attention, _without_ntk(config), config.moe
     d = AttentionConfig()
@@ -336,13 +421,24 @@ def architecture(config: ModelConfig) -> ModelConfig:
         fast, slow = (s.fast, s.beta_slow) if s.kind in ("yarn", "llama3") else (None, 1.0)
         length = RopeScalingConfig().original_length if s.kind == "linear" else s.original_length
         truncate = s.truncate or s.kind != "yarn"
-        s = replace(s, original_length=length, beta_fast=fast, beta_slow=slow, truncate=truncate, attention_factor=factor)
+        s = replace(
+            s, original_length=length, beta_fast=fast, beta_slow=slow, truncate=truncate, attention_factor=factor
+        )
         p = replace(p, scaling=s)
     mlp = config.mlp
     if m is not None:
         kinds = pattern(["moe" if spec.moe else "dense" for spec in layer_specs(config)])
         e = MoEConfig()
-        same = ("router_dtype", "load_balance", "balance_scope", "z_loss", "dispatch", "exchange", "jitter", "router_dropout")
+        same = (
+            "router_dtype",
+            "load_balance",
+            "balance_scope",
+            "z_loss",
+            "dispatch",
+            "exchange",
+            "jitter",
+            "router_dropout",
+        )
         m = replace(m, layers=kinds, **{name: getattr(e, name) for name in same})
         if m.bias_rate is not None:
             m = replace(m, bias_rate=0.0)
@@ -350,15 +446,28 @@ def architecture(config: ModelConfig) -> ModelConfig:
             mlp = replace(mlp, hidden_dim=MLPConfig().hidden_dim)
     plain = ModelConfig()
     return replace(
-        config, attention=a, position=p, mlp=mlp, moe=m, init=InitConfig(), dropout=0.0, dtype=plain.dtype, remat=plain.remat,
-        remat_names=plain.remat_names, scan_unroll=plain.scan_unroll,
-    )  # fmt: skip
+        config,
+        attention=a,
+        position=p,
+        mlp=mlp,
+        moe=m,
+        init=InitConfig(),
+        dropout=0.0,
+        dtype=plain.dtype,
+        remat=plain.remat,
+        remat_names=plain.remat_names,
+        scan_unroll=plain.scan_unroll,
+    )
 
 
 def differences(one: Any, other: Any, path: str = "model") -> list[str]:
     """Dotted fields in which two configs differ, with both values."""
     if dataclasses.is_dataclass(one) and type(one) is type(other):
         fields = (f.name for f in dataclasses.fields(one))
-        return [line for name in fields for line in differences(getattr(one, name), getattr(other, name), f"{path}.{name}")]
-    same = math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) and isinstance(other, float) else one == other
+        return [
+            line for name in fields for line in differences(getattr(one, name), getattr(other, name), f"{path}.{name}")
+        ]
+    same = (
+        math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) and isinstance(other, float) else one == other
+    )
     return [] if same else [f"{path} = {one!r} (there {other!r})"]

@@ -25,17 +25,23 @@ class Verified(NamedTuple):
 
 
 def verify(
-    model: Transformer, published: Published, dtype: str, progress: Callable[[Piece, int], object] = lambda piece, size: None
+    model: Transformer,
+    published: Published,
+    dtype: str,
+    progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> Verified:
     """Compares every weight with its tensor on disk, both as `dtype`: the same bits, each element once.
 
-    Of a mesh over several hosts, each compares with what it holds whole; a weight that lies partly elsewhere is refused.
-    `progress` is called after each piece with its elements. Raises ModelFilesError, which names the first tensor that differs,
-    how many of its elements do and by how much at most.
+    Of a mesh over several hosts, each compares with what it holds whole; a weight that lies partly elsewhere is
+    refused.
+    `progress` is called after each piece with its elements. Raises ModelFilesError, which names the first tensor that
+    differs, how many of its elements do and by how much at most.
     """
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
-        raise ModelFilesError("the weights lie on several hosts; one host cannot compare them with the files: verify on one host")
+        raise ModelFilesError(
+            "the weights lie on several hosts; one host cannot compare them with the files: verify on one host"
+        )
     check_cover(published.pieces, weights)
     source, kind, count = published.source, np.dtype(dtype), 0
     bits = UNSIGNED[kind.itemsize]
@@ -54,8 +60,10 @@ def verify(
                 source.release()
             if wrong:
                 raise ModelFilesError(
-                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of the weight "
-                    f"{piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory changed on the way: repeat "
+                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of the "
+                    f"weight "
+                    f"{piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory changed on "
+                    f"the way: repeat "
                     "the conversion"
                 )
             count += elements(piece)

@@ -39,13 +39,15 @@ class LayerCache(NamedTuple):
 
 
 class LatentCache(NamedTuple):
-    """What keys and values of all heads of one layer are read out of (`model/latent.py`): C = kv_rank + rope_dim numbers a slot."""
+    """What keys and values of all heads of one layer are read out of (`model/latent.py`): C = kv_rank + rope_dim
+    numbers a slot."""
 
     latent_B1SC: Float[Array, "B 1 S C"]
 
 
 def layer_mask(a: AttentionConfig, layer: str) -> Mask:
-    """The mask of a layer of kind `layer`. Order and distance go by slots; blocks of a block-sparse pattern by positions,
+    """The mask of a layer of kind `layer`. Order and distance go by slots; blocks of a block-sparse pattern by
+    positions,
     so that they start anew with each packed document."""
     strided = Strided(*a.blocks) if layer == "block_sparse" else None
     return Mask(a.mask != "bidirectional", a.window if layer == "sliding" else None, strided)
@@ -62,7 +64,8 @@ def attend(
     places: Places,
 ) -> Float[Array, "B T N H"]:
     """Each query over the keys of its row that its layer's mask shows it, on one device or on a mesh: batch and heads
-    divide; where a row is spread over devices its keys are gathered, passed around, or exchanged for heads (`context`)."""
+    divide; where a row is spread over devices its keys are gathered, passed around, or exchanged for heads (`context`).
+    """
     a = config.attention
     mask = layer_mask(a, layer)
     segments_BT, prefix_BT = places.segment_ids_BT, places.prefix_BT if a.mask == "prefix" else None
@@ -72,7 +75,8 @@ def attend(
     if _spread(rules) and a.context != "gather":
         if len(rules.activations.sequence) > 1:
             raise ValueError(
-                f"model.attention.context = {a.context!r}: rows lie over one mesh axis, but sharding.activations.sequence = "
+                f"model.attention.context = {a.context!r}: rows lie over one mesh axis, but "
+                f"sharding.activations.sequence = "
                 f"{rules.activations.sequence}; name one, or use 'gather'"
             )
         return _on_devices(
@@ -109,7 +113,8 @@ def attend_cache(
     sinks_N: Float[Array, "N"] | None,
     places: Places,
 ) -> Float[Array, "B T N H"]:
-    """As `attend`, of T new tokens whose keys are in the cache already, at `places.slots_BT`. No segments: a row of a cache
+    """As `attend`, of T new tokens whose keys are in the cache already, at `places.slots_BT`. No segments: a row of a
+    cache
     is one document."""
     a, T = config.attention, q_BTNH.shape[1]
     mask = layer_mask(a, layer)
@@ -123,11 +128,25 @@ def attend_cache(
         options = _options(config)
         if few:
             # Caches start as zeros and only keys and values are written: unseen slots are finite.
-            options |= {"window": mask.window, "alibi_N": alibi, "sinks_N": sinks, "finite": True, "implementation": None}
+            options |= {
+                "window": mask.window,
+                "alibi_N": alibi,
+                "sinks_N": sinks,
+                "finite": True,
+                "implementation": None,
+            }
             return decode_attention(q, k, v, start_B + T, **options)
         k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
         return flash_attention(
-            q, k, v, mask=mask, offset=start_B + _first_slot(q, rules), prefix_BS=prefix, alibi_N=alibi, sinks_N=sinks, **options
+            q,
+            k,
+            v,
+            mask=mask,
+            offset=start_B + _first_slot(q, rules),
+            prefix_BS=prefix,
+            alibi_N=alibi,
+            sinks_N=sinks,
+            **options,
         )
 
     rows = ("batch", None, "heads", None) if few else ("batch", "sequence", "heads", None)
@@ -154,7 +173,8 @@ def attend_latents(
     sinks_N: Float[Array, "N"] | None,
     places: Places,
 ) -> Float[Array, "B T N C"]:
-    """As `attend_cache`, of few tokens whose queries were brought among the latents, which are keys and values of all heads.
+    """As `attend_cache`, of few tokens whose queries were brought among the latents, which are keys and values of all
+    heads.
     The last rope_dim numbers of the result mean nothing: to leave them out of the values would be to copy the cache."""
     T, window = q_BTNC.shape[1], layer_mask(config.attention, layer).window
     options = _options(config) | {"window": window, "finite": True, "implementation": None}
@@ -237,13 +257,15 @@ def _slopes(config: ModelConfig) -> Array | None:
 
 
 def _on_devices(fn: Callable, rules: ShardingRules, out_axes: tuple, *inputs: tuple[Array | None, tuple]) -> Array:
-    """`fn` of each device's part of the inputs, given with their logical axes; kernels take part in no mesh themselves."""
+    """`fn` of each device's part of the inputs, given with their logical axes; kernels take part in no mesh
+    themselves."""
     if no_mesh():
         return fn(*(x for x, _ in inputs))
     arrays = tuple(None if x is None else reshard(x, rules, *axes) for x, axes in inputs)
     specs = tuple(None if x is None else rules.spec("activations", axes) for x, axes in inputs)
     out_spec = rules.spec("activations", out_axes)
-    # Unchecked: kernels' results do not carry the types of varying axes. All mesh axes are manual, nothing is summed inside.
+    # Unchecked: kernels' results do not carry the types of varying axes. All mesh axes are manual, nothing is summed
+    # inside.
     return jax.shard_map(fn, in_specs=specs, out_specs=out_spec, check_vma=False)(*arrays)
 
 
@@ -252,7 +274,9 @@ def _first_slot(q_BTNH: Array, rules: ShardingRules) -> int | Array:
     return jax.lax.axis_index(rules.activations.sequence) * q_BTNH.shape[1] if _spread(rules) else 0
 
 
-def _heads_of(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, a: AttentionConfig, rules: ShardingRules) -> tuple[Array, Array]:
+def _heads_of(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, a: AttentionConfig, rules: ShardingRules
+) -> tuple[Array, Array]:
     """The key/value heads of this device's query heads, where those are spread over more devices than the former."""
     N, K, group = q_BTNH.shape[2], k_BSKH.shape[2], a.num_heads // a.num_kv_heads
     if N == K * group:

@@ -52,7 +52,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], places: Places, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """The output and, if one was given, the cache with this call's keys and values at `places.slots_BT[:, 0]` on."""
+        """The output and, if one was given, the cache with this call's keys and values at `places.slots_BT[:, 0]`
+        on."""
         config, rules = self.config, self.rules
         dtype = x_BTD.dtype
         q = self._project(x_BTD, self.q, self.q_bias, "heads")
@@ -82,11 +83,15 @@ class Attention(nnx.Module):
             cache = LayerCache(write_cache(cache.k_BKSH, k_BKTH, start_BK), write_cache(cache.v_BKSH, v_BKTH, start_BK))
             seen = cache
             if late:
-                slots_BS = jnp.broadcast_to(jnp.arange(cache.k_BKSH.shape[2], dtype=jnp.int32), (k.shape[0], cache.k_BKSH.shape[2]))
+                slots_BS = jnp.broadcast_to(
+                    jnp.arange(cache.k_BKSH.shape[2], dtype=jnp.int32), (k.shape[0], cache.k_BKSH.shape[2])
+                )
                 turned = turn(config, self.layer, cache.k_BKSH.transpose(0, 2, 1, 3).astype(dtype), slots_BS, length_B)
                 seen = LayerCache(turned.transpose(0, 2, 1, 3), cache.v_BKSH)
             out_BTNH = attend_cache(config, rules, self.layer, q, seen, sinks_N, places)
-        out = matmul(out_BTNH, use(self.out, ("heads", None, "embed"), dtype, rules), 2, ("batch", "sequence", "embed"), rules)
+        out = matmul(
+            out_BTNH, use(self.out, ("heads", None, "embed"), dtype, rules), 2, ("batch", "sequence", "embed"), rules
+        )
         if self.out_bias is not None:
             out = out + use(self.out_bias, ("embed",), dtype, rules)
         return checkpoint_name(out, "attention_out"), cache
@@ -113,19 +118,23 @@ def turn(
     positions_BT: Int[Array, "B T"],
     length_B: Int[Array, "B"] | None,
 ) -> Float[Array, "B T N H"]:
-    """The first `rotary_dim` dimensions of each head turned by RoPE as a layer of kind `layer` does; without RoPE, as they are."""
+    """The first `rotary_dim` dimensions of each head turned by RoPE as a layer of kind `layer` does; without RoPE, as
+    they are."""
     if config.position.kind != "rope":
         return x_BTNH
     # The barrier keeps XLA from computing sines anew for every head and every use.
-    cos_BTR, sin_BTR = jax.lax.optimization_barrier(rope_tables(config, positions_BT, length_B, local=layer == "sliding"))
+    cos_BTR, sin_BTR = jax.lax.optimization_barrier(
+        rope_tables(config, positions_BT, length_B, local=layer == "sliding")
+    )
     return rotate(x_BTNH, cos_BTR, sin_BTR, config.position.interleaved)
 
 
 def write_cache(cache_BKSH: Array, new_BKTH: Array, start_BK: Array) -> Array:
     """The cache with each row's new entries at its own start.
 
-    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place. To a
-    batch of one it would give a dynamic_update_slice, fuse that into each reader, and copy the cache to keep its old state.
+    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place.
+    To a batch of one it would give a dynamic_update_slice, fuse that into each reader, and copy the cache to keep its
+    old state.
     """
     write = lambda cache_SH, new_TH, start: jax.lax.dynamic_update_slice_in_dim(cache_SH, new_TH, start, axis=0)
     return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)

@@ -1,6 +1,7 @@
 """How evenly a router uses its experts: losses, statistics, and the bias that balances without a loss.
 
-Shapes: B batch, T time, E experts, C choices of a token, N tokens, L MoE layers, S scopes (groups of tokens balanced together).
+Shapes: B batch, T time, E experts, C choices of a token, N tokens, L MoE layers, S scopes (groups of tokens balanced
+together).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class RouterStats(NamedTuple):
 
     load_balance: Float[Array, ""]  # 1 at perfect balance, E / C when C experts take everything
     z: Float[Array, ""]  # mean of logsumexp(logits)^2
-    load_E: Float[Array, "E"]  # fraction of the choices that each expert was chosen for, dropped ones included; sums to 1
+    load_E: Float[
+        Array, "E"
+    ]  # fraction of the choices that each expert was chosen for, dropped ones included; sums to 1
     entropy: Float[Array, ""]  # mean entropy of the routing distribution, nats
     confidence: Float[Array, ""]  # mean of the largest probability
     dropped: Float[Array, ""]  # fraction of the choices that found no place
@@ -39,14 +42,16 @@ def router_stats(
 ) -> RouterStats:
     """Losses and statistics of a routing. `kept_BTC`: its indices after the capacity; E where a choice was dropped.
 
-    Load balance: `load_balance`, per choice, over `config.balance_scope`, averaged over the scopes by their tokens. batch:
-    all tokens (Qiu et al. 2025: best for specialization); device: the rows of each of `slices` devices, which must divide
-    the rows (what most trainers do); sequence: each row (DeepSeek-V3, eq. 17-20; f counts the choices
-    as made, a bias included, where eq. 18 leaves it out). z: `z_loss`.
+    Load balance: `load_balance`, per choice, over `config.balance_scope`, averaged over the scopes by their tokens.
+    batch: all tokens (Qiu et al. 2025: best for specialization); device: the rows of each of `slices` devices, which
+    must divide the rows (what most trainers do); sequence: each row (DeepSeek-V3, eq. 17-20; f counts the choices as
+    made, a bias included, where eq. 18 leaves it out). z: `z_loss`.
     """
     E, rows = config.num_experts, valid_BT.shape[0]
     if config.balance_scope == "device" and rows % slices:
-        raise ValueError(f"{rows} rows do not divide into the {slices} devices that model.moe.balance_scope = 'device' balances")
+        raise ValueError(
+            f"{rows} rows do not divide into the {slices} devices that model.moe.balance_scope = 'device' balances"
+        )
     valid_BT1 = valid_BT[..., None]
     probs_BTE = jnp.where(valid_BT1, routing.probs_BTE, 0.0)
     chosen_BTE = (routing.indices_BTC[..., None] == jnp.arange(E)).sum(2, dtype=jnp.float32) * valid_BT1
@@ -59,7 +64,9 @@ def router_stats(
     else:
         scopes = slices if config.balance_scope == "device" else 1
         member_BS = jax.nn.one_hot(jnp.arange(rows) // (rows // scopes), scopes)
-        count_SE, probs_SE, tokens_S = (jnp.einsum("bs,b...->s...", member_BS, y) for y in (count_BE, probs_BE, tokens_B))
+        count_SE, probs_SE, tokens_S = (
+            jnp.einsum("bs,b...->s...", member_BS, y) for y in (count_BE, probs_BE, tokens_B)
+        )
     balance_S = load_balance(count_SE, probs_SE, tokens_S)
     balance = (balance_S * tokens_S).sum() / tokens
     logs = jnp.log(jnp.maximum(probs_BTE, jnp.finfo(jnp.float32).tiny))
@@ -76,13 +83,14 @@ def load_balance(
     tokens_S: Float[Array, "*S"],
     per: Literal["choice", "token"] = "choice",
 ) -> Float[Array, "*S"]:
-    """E * sum_e f_e P_e (Fedus et al. 2021, eq. 4-6; Shazeer et al. 2017 had the square of the variation): f_e the fraction of
-    choices (`count_SE` of them, no gradient) that fall on expert e, P_e the mean of the router's probabilities, which
+    """E * sum_e f_e P_e (Fedus et al. 2021, eq. 4-6; Shazeer et al. 2017 had the square of the variation): f_e the
+    fraction of choices (`count_SE` of them, no gradient) that fall on expert e, P_e the mean of the router's
+    probabilities, which
     `probs_SE` sums over `tokens_S` tokens.
 
-    per 'choice': f sums to 1 and the loss is 1 at perfect balance (Switch, megablocks, OLMoE's paper); per 'token': f counts
-    choices of a token and sums to k, as the loss is at balance (transformers' load_balancing_loss_func, which besides adds up the
-    layers' counts and probabilities before it multiplies them: give it sums over them too).
+    per 'choice': f sums to 1 and the loss is 1 at perfect balance (Switch, megablocks, OLMoE's paper); per 'token': f
+    counts choices of a token and sums to k, as the loss is at balance (transformers' load_balancing_loss_func, which
+    besides adds up the layers' counts and probabilities before it multiplies them: give it sums over them too).
     """
     tokens_S1 = jnp.maximum(tokens_S[..., None], 1.0)
     count_SE = jax.lax.stop_gradient(count_SE)
@@ -96,15 +104,20 @@ def z_loss(log_total_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> F
 
 
 def max_violation(load_E: Float[Array, "*lead E"]) -> Float[Array, "*lead"]:
-    """MaxVio (Wang et al. 2024, eq. 4): the greatest load over the mean load, less 1. 0 at balance, E / k - 1 where k experts
+    """MaxVio (Wang et al. 2024, eq. 4): the greatest load over the mean load, less 1. 0 at balance, E / k - 1 where k
+    experts
     take everything. Of a batch's load it is their MaxVio_batch, of the load of all evaluated text MaxVio_global."""
     return load_E.max(-1) / load_E.mean(-1) - 1.0
 
 
 def saturation(
-    early_NC: Int[Array, "*N C"], late_NC: Int[Array, "*N C"], num_experts: int, valid_N: Bool[Array, "*N"] | None = None
+    early_NC: Int[Array, "*N C"],
+    late_NC: Int[Array, "*N C"],
+    num_experts: int,
+    valid_N: Bool[Array, "*N"] | None = None,
 ) -> Float[Array, ""]:
-    """The fraction of the choices of one checkpoint that another makes too, for the same tokens (OLMoE, Muennighoff et al. 2024,
+    """The fraction of the choices of one checkpoint that another makes too, for the same tokens (OLMoE, Muennighoff et
+    al. 2024,
     sec. 5.1). Choices with index `num_experts` are none. 0 to 1; chance gives k / E."""
     real_NC = late_NC < num_experts
     if valid_N is not None:
@@ -116,7 +129,8 @@ def saturation(
 def co_activation(
     indices_NC: Int[Array, "*N C"], num_experts: int, valid_N: Bool[Array, "*N"] | None = None
 ) -> Float[Array, "E E"]:
-    """P(j | i): of the tokens that chose expert i, the part that chose j too (OLMoE, sec. 5.2). The diagonal is 1, and 0 like all
+    """P(j | i): of the tokens that chose expert i, the part that chose j too (OLMoE, sec. 5.2). The diagonal is 1, and
+    0 like all
     its row for an expert that none chose."""
     E = num_experts
     chosen_NE = (indices_NC[..., None] == jnp.arange(E)).any(-2)
@@ -127,16 +141,21 @@ def co_activation(
     return together_EE / jnp.maximum(jnp.diag(together_EE)[:, None], 1.0)
 
 
-def update_bias(bias_E: Float[Array, "*lead E"], load_E: Float[Array, "*lead E"], rate: float) -> Float[Array, "*lead E"]:
-    """bias + rate * sign(mean load - load) (Wang et al. 2024, algorithm 1): overloaded experts look worse from the next step on."""
+def update_bias(
+    bias_E: Float[Array, "*lead E"], load_E: Float[Array, "*lead E"], rate: float
+) -> Float[Array, "*lead E"]:
+    """bias + rate * sign(mean load - load) (Wang et al. 2024, algorithm 1): overloaded experts look worse from the next
+    step on."""
     return bias_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
 
 
 def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEConfig) -> Transformer:
-    """`model` with every MoE layer's `router_bias` moved by `config.bias_rate`; the model itself where there is none or 0.
+    """`model` with every MoE layer's `router_bias` moved by `config.bias_rate`; the model itself where there is none or
+    0.
 
     `load_LE`: the loads of the MoE layers in their order, of the whole batch (`forward`'s router.load_E, averaged over
-    microbatches by their targets). Called in the train step after the optimizer, which leaves these biases alone (train/optimizers.py).
+    microbatches by their targets). Called in the train step after the optimizer, which leaves these biases alone
+    (train/optimizers.py).
     """
     if not config.bias_rate:
         return model

@@ -1,11 +1,12 @@
-"""Experts with a bounded number of places: each has a buffer of so many rows for each sequence, filled from the tokens and
-read back into them, by one-hot matmuls (GShard, Lepikhin et al. 2020, sec. 3.2) or by gathers.
+"""Experts with a bounded number of places: each has a buffer of so many rows for each sequence, filled from the tokens
+and read back into them, by one-hot matmuls (GShard, Lepikhin et al. 2020, sec. 3.2) or by gathers.
 
-A place that no token took is computed too: the cost is that of the capacity, whatever the router does, and all shapes are
-known when the program is compiled. On a mesh explicit shardings do the rest: buffers are born where their sequence is, laid out
-anew so that experts lie over their axes (the all-to-all of GShard), multiplied, and laid out back.
+A place that no token took is computed too: the cost is that of the capacity, whatever the router does, and all shapes
+are known when the program is compiled. On a mesh explicit shardings do the rest: buffers are born where their sequence
+is, laid out anew so that experts lie over their axes (the all-to-all of GShard), multiplied, and laid out back.
 
-Shapes: B batch, T time, D width, E experts, C choices of a token, P places, G 2 if gated else 1, F hidden width, N = B * T.
+Shapes: B batch, T time, D width, E experts, C choices of a token, P places, G 2 if gated else 1, F hidden width, N = B
+* T.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def buffered_experts(
 ) -> Float[Array, "B T D"]:
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
-    `place_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it means
-    nothing (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a token that is not finite spoils its
-    whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
+    `place_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it
+    means nothing (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a token that is
+    not finite spoils its whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
     """
     E = up_EDGF.shape[0]
     fill = partial(_fill if how == "gather" else _fill_by_matmul, experts=E, capacity=capacity)
@@ -56,17 +57,23 @@ def buffered_experts(
     x, indices, weights, place = (
         reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, place_BTC)
     )
-    tokens, buffers = rules.spec("activations", ("batch", None, None)), rules.spec("activations", (None, "batch", None, None))
+    tokens, buffers = (
+        rules.spec("activations", ("batch", None, None)),
+        rules.spec("activations", (None, "batch", None, None)),
+    )
     apart = _expert_spec(rules, capacity)
     buffer_EBPD = jax.shard_map(fill, in_specs=(tokens, tokens, tokens), out_specs=buffers)(x, indices, place)
     y_EBPD = _mlp(jax.sharding.reshard(buffer_EBPD, apart), up_EDGF, down_EFD, biases, kind, apart, rules)
     y_EBPD = jax.sharding.reshard(y_EBPD, buffers)
-    out = jax.shard_map(combine, in_specs=(buffers, tokens, tokens, tokens), out_specs=tokens)(y_EBPD, weights, indices, place)
+    out = jax.shard_map(combine, in_specs=(buffers, tokens, tokens, tokens), out_specs=tokens)(
+        y_EBPD, weights, indices, place
+    )
     return reshard(out, rules, "batch", "sequence", None)
 
 
 def _expert_spec(rules: ShardingRules, capacity: int) -> PartitionSpec:
-    """How buffers [E, B, P, D] lie while experts work: experts over their axes, sequences over the other axes of the batch, and
+    """How buffers [E, B, P, D] lie while experts work: experts over their axes, sequences over the other axes of the
+    batch, and
     places over those of the sequence where these divide them (else devices of a sequence repeat each other's work)."""
     a, sizes = rules.activations, jax.sharding.get_abstract_mesh().shape
     batch = tuple(axis for axis in a.batch if axis not in a.expert)
@@ -114,7 +121,8 @@ def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, place_BTC: A
 
 
 def _slots(indices_BTC: Array, place_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
-    """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C where
+    """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C
+    where
     it has none)."""
     B, T, C = indices_BTC.shape
     slots, pairs = E * B * P, B * T * C

@@ -18,18 +18,22 @@ from sharding.rules import no_mesh
 def places(
     indices_BTC: Int[Array, "B T C"], num_experts: int, capacity: int
 ) -> tuple[Int[Array, "B T C"], Int[Array, "B T C"]]:
-    """(indices, place of each choice among those of its expert in its sequence). What comes at place `capacity` or later is
+    """(indices, place of each choice among those of its expert in its sequence). What comes at place `capacity` or
+    later is
     dropped: its index becomes E. The place of a choice with index E means nothing.
 
-    Earlier tokens are served first, and so no choice depends on later tokens. (GShard serves all first choices before the
-    second ones, by which later tokens push out the second choices of earlier ones.) A token's choices are distinct; what goes
-    nowhere takes no place. Memory is of the order of B T (C + E). Under a mesh a sequence that is spread is gathered first.
+    Earlier tokens are served first, and so no choice depends on later tokens. (GShard serves all first choices before
+    the second ones, by which later tokens push out the second choices of earlier ones.) A token's choices are distinct;
+    what goes nowhere takes no place. Memory is of the order of B T (C + E). Under a mesh a sequence that is spread is
+    gathered first.
     """
     if no_mesh():
         return _places(indices_BTC, num_experts, capacity)
     spec = jax.typeof(indices_BTC).sharding.spec
     whole = P(spec[0], None, None)  # of the indices alone: a few integers a token
-    local = jax.shard_map(partial(_places, num_experts=num_experts, capacity=capacity), in_specs=whole, out_specs=(whole, whole))
+    local = jax.shard_map(
+        partial(_places, num_experts=num_experts, capacity=capacity), in_specs=whole, out_specs=(whole, whole)
+    )
     kept_BTC, place_BTC = local(jax.sharding.reshard(indices_BTC, whole))
     return jax.sharding.reshard(kept_BTC, spec), jax.sharding.reshard(place_BTC, spec)
 

@@ -26,8 +26,8 @@ class RopeScalingConfig:
     kind: Literal["linear", "ntk", "dynamic_ntk", "yarn", "llama3"] = "linear"
     factor: float = 1.0
     original_length: int = 2048  # positions the unscaled model was trained on
-    # yarn, llama3: rotations over the original length above which a frequency is left as it is, and below which it is divided by
-    # the factor (Llama's high_freq_factor and low_freq_factor). None: 32 for yarn, 4 for llama3.
+    # yarn, llama3: rotations over the original length above which a frequency is left as it is, and below which it is
+    # divided by the factor (Llama's high_freq_factor and low_freq_factor). None: 32 for yarn, 4 for llama3.
     beta_fast: float | None = None
     beta_slow: float = 1.0
     truncate: bool = True  # yarn: the two ends of the ramp are whole pairs; gpt-oss: false
@@ -46,12 +46,16 @@ class RopeScalingConfig:
             )
         if self.original_length < 1:
             raise ValueError(
-                f"model.position.scaling.original_length = {self.original_length}: the positions of the unscaled model, 1 or more"
+                f"model.position.scaling.original_length = {self.original_length}: the positions of the unscaled "
+                f"model, 1 or more"
             )
-        ordered = self.fast >= self.beta_slow if self.kind == "yarn" else self.fast > self.beta_slow  # of yarn, a step is a ramp
+        ordered = (
+            self.fast >= self.beta_slow if self.kind == "yarn" else self.fast > self.beta_slow
+        )  # of yarn, a step is a ramp
         if self.kind in ("yarn", "llama3") and not (ordered and self.beta_slow > 0):
             raise ValueError(
-                f"model.position.scaling.beta_fast = {self.fast}: must be above beta_slow = {self.beta_slow}, and that above 0"
+                f"model.position.scaling.beta_fast = {self.fast}: must be above beta_slow = {self.beta_slow}, and that "
+                f"above 0"
             )
 
 
@@ -59,7 +63,9 @@ class RopeScalingConfig:
 class PositionConfig:
     kind: Literal["rope", "alibi", "learned", "sinusoidal", "none"] = "rope"
     theta: float = 10_000.0  # RoPE base (Su et al. 2021)
-    local_theta: float | None = None  # RoPE base of the sliding-window layers, which are then not scaled (Gemma 3); None: theta
+    local_theta: float | None = (
+        None  # RoPE base of the sliding-window layers, which are then not scaled (Gemma 3); None: theta
+    )
     rotary_fraction: float = 1.0  # part of the head dimension that is rotated
     interleaved: bool = False  # pairs (2i, 2i+1) instead of (i, i + half)
     scaling: RopeScalingConfig | None = None
@@ -67,12 +73,15 @@ class PositionConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small vector a
+    """Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small
+    vector a
     token, which is all that the cache holds, beside one rotated key that the heads share."""
 
     q_rank: int | None = None  # queries too are read out of a vector of this size; None: out of the residual stream
     kv_rank: int = 512  # of the vector that keys and values are read out of
-    rope_dim: int = 64  # dimensions of a head, of its head_dim the last, that RoPE rotates; their key is shared by the heads
+    rope_dim: int = (
+        64  # dimensions of a head, of its head_dim the last, that RoPE rotates; their key is shared by the heads
+    )
     value_dim: int = 128  # of a head
 
     def validate(self, a: AttentionConfig, p: PositionConfig) -> None:
@@ -82,7 +91,8 @@ class LatentConfig:
                 raise ValueError(f"model.attention.latent.{name} = {size}: must be at least 1")
         if self.rope_dim % 2 or self.rope_dim >= a.head_dim:
             raise ValueError(
-                f"model.attention.latent.rope_dim = {self.rope_dim}: must be even and below model.attention.head_dim = {a.head_dim}, "
+                f"model.attention.latent.rope_dim = {self.rope_dim}: must be even and below model.attention.head_dim = "
+                f"{a.head_dim}, "
                 "which counts it in"
             )
         # Field, value, and the values that go with it.
@@ -93,11 +103,16 @@ class LatentConfig:
             ("model.attention.context", a.context, ("gather",)),
             ("model.position.kind", p.kind, ("rope", "none")),
             ("model.position.rotary_fraction", p.rotary_fraction, (1.0,)),
-            ("model.position.scaling.kind", None if p.scaling is None else p.scaling.kind, (None, "linear", "ntk", "yarn", "llama3")),
+            (
+                "model.position.scaling.kind",
+                None if p.scaling is None else p.scaling.kind,
+                (None, "linear", "ntk", "yarn", "llama3"),
+            ),
         ):
             if value not in allowed:
                 raise ValueError(
-                    f"{name} = {value!r}: does not go with model.attention.latent; use {', '.join(str(x) for x in allowed)}"
+                    f"{name} = {value!r}: does not go with model.attention.latent; use "
+                    f"{', '.join(str(x) for x in allowed)}"
                 )
 
 
@@ -122,10 +137,11 @@ class AttentionConfig:
     # block_sparse (Child 2019): positions a block; the last so many blocks a query sees, its own included; and every so
     # many-th block (its index % stride == stride - 1).
     blocks: tuple[int, ...] = (64, 4, 8)
-    # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton': GPUs).
+    # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton':
+    # GPUs).
     implementation: Literal["auto", "tpu", "hopper", "triton", "xla", "reference"] = "auto"
-    # Rows spread over the mesh axis 'sequence': keys are gathered, passed around (Liu et al. 2023), or exchanged for heads
-    # (Jacobs et al. 2023).
+    # Rows spread over the mesh axis 'sequence': keys are gathered, passed around (Liu et al. 2023), or exchanged for
+    # heads (Jacobs et al. 2023).
     context: Literal["gather", "ring", "ulysses"] = "gather"
 
 
@@ -165,9 +181,13 @@ class ModelConfig:
     dropout: float = 0.0  # on the embeddings and on each residual branch
     mup_base_dim: int | None = None  # muP (Yang et al. 2022): the width whose hyperparameters are carried over
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of computation; auto: bfloat16 but on CPU
-    # What the backward pass keeps: everything; nothing; matmul outputs; values named in `remat_names`; or those, offloaded.
+    # What the backward pass keeps: everything; nothing; matmul outputs; values named in `remat_names`; or those,
+    # offloaded.
     remat: Literal["none", "full", "dots", "names", "offload"] = "none"
-    remat_names: tuple[Literal["attention_out", "mlp_out", "qkv", "mlp_hidden", "expert_in", "expert_out"], ...] = ("attention_out", "mlp_out")
+    remat_names: tuple[Literal["attention_out", "mlp_out", "qkv", "mlp_hidden", "expert_in", "expert_out"], ...] = (
+        "attention_out",
+        "mlp_out",
+    )
     scan_unroll: int = 1  # layers a step of the scan over layers; 0: all (faster on CPU, compiles longer)
 
     def validate(self) -> None:
@@ -213,22 +233,27 @@ class ModelConfig:
         if a.num_heads % a.num_kv_heads:
             divisors = [str(d) for d in range(1, a.num_heads + 1) if a.num_heads % d == 0]
             raise ValueError(
-                f"model.attention.num_kv_heads = {a.num_kv_heads}: must divide model.attention.num_heads = {a.num_heads}; "
+                f"model.attention.num_kv_heads = {a.num_kv_heads}: must divide model.attention.num_heads = "
+                f"{a.num_heads}; "
                 f"set it to {', '.join(divisors)}"
             )
         if len(a.blocks) != 3 or min(a.blocks) < 1:
             raise ValueError(
-                f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last blocks that a "
+                f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last blocks "
+                f"that a "
                 "query sees (its own included), and every so many-th block; as in (64, 4, 8)"
             )
         if not a.layers:
             raise ValueError("model.attention.layers = (): give at least one of global, sliding, block_sparse")
         if a.context != "gather" and ("block_sparse" in a.layers or a.mask == "prefix"):
             raise ValueError(
-                f"model.attention.context = {a.context!r}: rows spread so take no block_sparse layers and no prefix; use 'gather'"
+                f"model.attention.context = {a.context!r}: rows spread so take no block_sparse layers and no prefix; "
+                f"use 'gather'"
             )
         if a.context == "ring" and p.kind == "alibi":
-            raise ValueError("model.attention.context = 'ring': takes no model.position.kind = 'alibi'; use 'ulysses' or 'gather'")
+            raise ValueError(
+                "model.attention.context = 'ring': takes no model.position.kind = 'alibi'; use 'ulysses' or 'gather'"
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout = {self.dropout}: a probability in [0, 1)")
         if not 0.0 < p.rotary_fraction <= 1.0:
@@ -249,25 +274,29 @@ class ModelConfig:
                 )
         if p.kind == "sinusoidal" and self.embed_dim % 2:
             raise ValueError(
-                f"model.embed_dim = {self.embed_dim}: must be even for model.position.kind = 'sinusoidal'; add or take 1"
+                f"model.embed_dim = {self.embed_dim}: must be even for model.position.kind = 'sinusoidal'; add or take "
+                f"1"
             )
         if self.scan_unroll < 0:
             raise ValueError(f"model.scan_unroll = {self.scan_unroll}: 1 or more layers a step, or 0 for all")
         if self.remat in ("names", "offload") and not self.remat_names:
             raise ValueError(
-                f"model.remat_names = (): model.remat = {self.remat!r} keeps what it names; name one, or set remat to full"
+                f"model.remat_names = (): model.remat = {self.remat!r} keeps what it names; name one, or set remat to "
+                f"full"
             )
         if m is not None:
             m.validate(causal=a.mask != "bidirectional")
             if not any(spec.moe for spec in layer_specs(self)):
                 raise ValueError(
-                    f"model.moe.layers = {m.layers}: none of the model.num_layers = {self.num_layers} layers is a 'moe' one; "
+                    f"model.moe.layers = {m.layers}: none of the model.num_layers = {self.num_layers} layers is a "
+                    f"'moe' one; "
                     "name it earlier, add layers, or set model.moe to none"
                 )
 
 
 def _refuse_unknown_choices(config, path: str) -> None:
-    """Checks every Literal below `config`, in tuples too: a misspelt choice in an experiment is not to be taken for another."""
+    """Checks every Literal below `config`, in tuples too: a misspelt choice in an experiment is not to be taken for
+    another."""
     hints = typing.get_type_hints(type(config))
     for name, value in vars(config).items():
         if dataclasses.is_dataclass(value):

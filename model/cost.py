@@ -80,7 +80,8 @@ def _projections(config: ModelConfig) -> int:
 
 
 def experts_per_token(config: ModelConfig, length: int) -> float:
-    """Experts that a token of a window of `length` goes to, on average; a capacity's drops are not counted. Soft: slots."""
+    """Experts that a token of a window of `length` goes to, on average; a capacity's drops are not counted. Soft:
+    slots."""
     moe = config.moe
     assert moe is not None
     if moe.router == "soft":

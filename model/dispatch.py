@@ -1,6 +1,7 @@
 """Runs the experts on the choices of a router, over the mesh.
 
-Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width, N tokens of a device.
+Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width, N tokens of a
+device.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def run_experts(
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
     `up_EDGF`, `down_EFD`, `biases`: in the dtype of computation, laid out as stored: each device gathers its part.
-    `place_BTC`: where the choice stands in its expert's buffer, of config.moe.capacity(T) places; None without a capacity.
-    Gradients flow to x, weights, up, down and biases. On a mesh experts lie over the axes of `rules.activations.expert`. Where those
-    also divide the tokens, either the pairs travel (`config.moe.exchange` a number: model/exchange.py) or all tokens are
-    gathered on each device of the group (None). Tokens are gathered too where only some of those axes divide them; where
-    none does, each device has the group's tokens already, and its experts' part of the results is summed.
+    `place_BTC`: where the choice stands in its expert's buffer, of config.moe.capacity(T) places; None without a
+    capacity. Gradients flow to x, weights, up, down and biases. On a mesh experts lie over the axes of
+    `rules.activations.expert`. Where those also divide the tokens, either the pairs travel (`config.moe.exchange` a
+    number: model/exchange.py) or all tokens are gathered on each device of the group (None). Tokens are gathered too
+    where only some of those axes divide them; where none does, each device has the group's tokens already, and its
+    experts' part of the results is summed.
     """
     moe = config.moe
     assert moe is not None
@@ -80,9 +82,13 @@ def _run(x_ND, indices_NC, weights_NC, up, down, *biases: Array, kind: str, impl
     return expert_mlp(x_ND, indices_NC, weights_NC, up, down, kind, implementation, Biases(*biases) if biases else None)
 
 
-def _on_a_device(x_BTD, indices_BTC, weights_BTC, *stored, run, rules: ShardingRules, factor: float | None, spread) -> Array:
-    """The device's tokens through their experts. Each device computes with some experts, and some columns of them; it holds
-    slices of those, `spread` as it says, and gathers them here, so that their gradients are reduced and scattered in one."""
+def _on_a_device(
+    x_BTD, indices_BTC, weights_BTC, *stored, run, rules: ShardingRules, factor: float | None, spread
+) -> Array:
+    """The device's tokens through their experts. Each device computes with some experts, and some columns of them; it
+    holds
+    slices of those, `spread` as it says, and gathers them here, so that their gradients are reduced and scattered in
+    one."""
     up, down, *biases = (gather_weight(w, axes) for w, axes in zip(stored, spread, strict=True))
     activations = rules.activations
     if biases and (columns := tuple(a for a in activations.mlp if jax.lax.axis_size(a) > 1)):
@@ -95,7 +101,16 @@ def _on_a_device(x_BTD, indices_BTC, weights_BTC, *stored, run, rules: ShardingR
     peers = jax.lax.axis_size(expert_axes) if expert_axes else 1
     if peers > 1 and factor is not None and not whole:
         y = exchanged_experts(
-            x, indices, weights, up, down, partial(_rows, run), *biases, axes=expert_axes, agree=token_axes, factor=factor
+            x,
+            indices,
+            weights,
+            up,
+            down,
+            partial(_rows, run),
+            *biases,
+            axes=expert_axes,
+            agree=token_axes,
+            factor=factor,
         )
     else:
         first = jax.lax.axis_index(expert_axes) * up.shape[0] if expert_axes else 0
@@ -115,7 +130,8 @@ def _rows(run, x_RD: Array, expert_R: Array, *weights: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _total(y: Array, axes: tuple[str, ...]) -> Array:
-    """`jax.lax.psum` whose gradient needs no communication: shard_map, unchecked, divides that of a result by the devices
+    """`jax.lax.psum` whose gradient needs no communication: shard_map, unchecked, divides that of a result by the
+    devices
     that hold copies of it, for a psum to put together again. Each has it all."""
     return jax.lax.psum(y, axes)
 

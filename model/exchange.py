@@ -1,21 +1,23 @@
-"""Tokens to the devices that hold their experts, and back: the all-to-all of expert parallelism (Lepikhin et al. 2020, GShard,
-sec. 3.3), without a token that is dropped.
+"""Tokens to the devices that hold their experts, and back: the all-to-all of expert parallelism (Lepikhin et al. 2020,
+GShard, sec. 3.3), without a token that is dropped.
 
-A device sends each of its pairs (token, choice) to the device of the expert; results come back, are weighed and summed at the
-source, so that routing weights never travel. Buffers have a fixed size. What exceeds it goes in further rounds of the same
-exchange, as many as the fullest buffer needs (all devices agree on the number, which is 1 for a balanced router); those rounds
-are computed anew in the backward pass, and so memory stays what one round takes.
+A device sends each of its pairs (token, choice) to the device of the expert; results come back, are weighed and summed
+at the source, so that routing weights never travel. Buffers have a fixed size. What exceeds it goes in further rounds
+of the same exchange, as many as the fullest buffer needs (all devices agree on the number, which is 1 for a balanced
+router); those rounds are computed anew in the backward pass, and so memory stays what one round takes.
 
 Two carriers:
 - padded (every backend): `all_to_all` of equal parts, one for each peer, of `room / peers` rows.
-- ragged (TPUs): `jax.lax.ragged_all_to_all` sends what there is, into one buffer of `room` rows. XLA:CPU lacks it; on GPUs it
+- ragged (TPUs): `jax.lax.ragged_all_to_all` sends what there is, into one buffer of `room` rows. XLA:CPU lacks it; on
+  GPUs it
   has not been run, and so they take the padded one unless asked.
 
-Rows that a device sends, each way: padded (P - 1) / P * factor * k * N, ragged about (P - 1) / P * k * N; gathering the tokens
-takes (P - 1) * N. So with more choices than peers gathering sends less, though each device then sorts P times the pairs.
+Rows that a device sends, each way: padded (P - 1) / P * factor * k * N, ragged about (P - 1) / P * k * N; gathering the
+tokens takes (P - 1) * N. So with more choices than peers gathering sends less, though each device then sorts P times
+the pairs.
 
-Shapes: N tokens of this device, C choices, P peers, A pairs (N * C), D width, E experts here, G 2 if gated else 1, F hidden
-width, S rows to send, R rows received.
+Shapes: N tokens of this device, C choices, P peers, A pairs (N * C), D width, E experts here, G 2 if gated else 1, F
+hidden width, S rows to send, R rows received.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ Experts = Callable[..., Array]  # (x_RD, local expert of each row [R], up, down,
 
 
 class Plan(NamedTuple):
-    """The pairs of a device in order of their experts, and so of their destinations, and how many every device has for every
+    """The pairs of a device in order of their experts, and so of their destinations, and how many every device has for
+    every
     expert: from that a device knows which expert the rows that it receives are for."""
 
     order_A: Int[Array, "A"]  # pair at each place of that order; those that go nowhere at the end
@@ -48,7 +51,8 @@ class Plan(NamedTuple):
 
 
 def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tuple[str, ...]) -> Plan:
-    """Sorts the pairs by expert, in the order of tokens, and tells the peers along `axes` how many there are. `experts`: of
+    """Sorts the pairs by expert, in the order of tokens, and tells the peers along `axes` how many there are.
+    `experts`: of
     one device. Indices outside [0, peers * experts) go nowhere."""
     A, last = indices_NC.size, peers * experts
     index_A = jnp.where((indices_NC >= 0) & (indices_NC < last), indices_NC, last).reshape(-1).astype(jnp.int32)
@@ -62,7 +66,8 @@ def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tup
 
 
 def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
-    """Rows of the receiving buffer for an even share of `pairs`, times `factor`: for each peer whole tiles, or as many as can
+    """Rows of the receiving buffer for an even share of `pairs`, times `factor`: for each peer whole tiles, or as many
+    as can
     arrive where that is less (a token's choices are distinct)."""
     most = tokens * min(choices, experts)
     share = -(-math.ceil(factor * pairs / peers) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -88,14 +93,18 @@ def exchanged_experts(
     factor: float,
     ragged: bool | None = None,
 ) -> Float[Array, "N D"]:
-    """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n]: to be called inside shard_map (unchecked).
+    """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n]: to be called inside shard_map
+    (unchecked).
 
-    The experts lie over the devices along `axes`, device i holding those from i * E on; indices outside [0, P * E) add nothing.
-    `experts(x_RD, expert_R, up, down, *more)`: the MLP of each row's expert, in [0, E), or E: such rows may give anything finite.
+    The experts lie over the devices along `axes`, device i holding those from i * E on; indices outside [0, P * E) add
+    nothing.
+    `experts(x_RD, expert_R, up, down, *more)`: the MLP of each row's expert, in [0, E), or E: such rows may give
+    anything finite.
     `more`: what else the experts here have (biases).
     `agree`: mesh axes along which devices may have other tokens. `factor`: room of the buffers, in even shares.
     `ragged`: the carrier; None: ragged on TPUs, padded elsewhere, on GPUs too until one has run the other.
-    Gradients flow to x, weights, up, down and more. Pairs come back to their tokens exactly; the sum is in the order of choices.
+    Gradients flow to x, weights, up, down and more. Pairs come back to their tokens exactly; the sum is in the order of
+    choices.
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
     tokens, choices = indices_NC.shape
@@ -109,7 +118,9 @@ def exchanged_experts(
     return _rounds(step, needed, plan, (x_ND, weights_NC, up_EDGF, down_EFD, *more))
 
 
-def _round(experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, *weights) -> Array:
+def _round(
+    experts: Experts, carrier: Callable, axes, rows: int, r: int | Array, plan: Plan, x_ND, weights_NC, *weights
+) -> Array:
     """What the pairs of round r add: those that the first r rounds left and the buffers hold."""
     way = carrier(axes, rows, r, plan)
     x_SD = spread(x_ND, way.slot_NC, way.pair_S)
@@ -167,7 +178,8 @@ def _ragged(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Wa
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def carry_ragged(axes: tuple[str, ...], size: int, rows: Array, there: tuple, home: tuple) -> Array:
-    """`rows` sent as `there` says (input offsets, send sizes, output offsets, receive sizes of `jax.lax.ragged_all_to_all`)
+    """`rows` sent as `there` says (input offsets, send sizes, output offsets, receive sizes of
+    `jax.lax.ragged_all_to_all`)
     into a buffer of `size` rows, zero where nothing arrives. The gradient takes the way `home`."""
     out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, out, *there, axis_name=axes)

@@ -1,7 +1,9 @@
 """Dropless expert computation: sort the (token, choice) pairs by expert, multiply each run by its expert's weights
-(pallas_kernels/grouped_matmul), put the results back and sum them by their routing weights. No capacity, no dropped token.
+(pallas_kernels/grouped_matmul), put the results back and sum them by their routing weights. No capacity, no dropped
+token.
 
-Biases are added to the products of a grouped matmul (none of its kernels takes them), which then reach memory before they are
+Biases are added to the products of a grouped matmul (none of its kernels takes them), which then reach memory before
+they are
 activated: without biases they do not.
 
 Shapes: N tokens, C choices per token, E experts here, D width, G 2 if gated else 1, F hidden width, S = N * C slots.
@@ -72,7 +74,8 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
 
 @jax.custom_vjp
 def spread(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """x_SD: each token's row in the slots of its pairs; zero in a slot whose pair is N * C (none). A pair whose slot is S has
+    """x_SD: each token's row in the slots of its pairs; zero in a slot whose pair is N * C (none). A pair whose slot is
+    S has
     none. Both directions are gathers, never scatters."""
     return _rows(x_ND, pair_S // slot_NC.shape[1])
 
@@ -121,7 +124,8 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n].
 
-    Indices outside [0, E) belong to experts on other devices and add nothing. Gradients flow to x, weights, up, down and biases.
+    Indices outside [0, E) belong to experts on other devices and add nothing. Gradients flow to x, weights, up, down
+    and biases.
     `implementation`: of the grouped matmul, as in its api (None: the best for the backend), or 'dense': every expert on
     every token, the oracle.
     """
@@ -162,7 +166,8 @@ def _runs(sizes_E: Array, S: int) -> Array:
 
 
 def _of_runs(run_SE: Array, bias_EX: Array) -> Array:
-    """Each row's bias, zero where it has none, in float32 or wider. A matmul: of a gather the gradient would be a scatter of rows
+    """Each row's bias, zero where it has none, in float32 or wider. A matmul: of a gather the gradient would be a
+    scatter of rows
     that are mostly the same, which accelerators add one after the other, in the dtype of the bias."""
     wide = jnp.promote_types(bias_EX.dtype, jnp.float32)
     return jnp.dot(run_SE, bias_EX, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)

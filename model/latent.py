@@ -1,12 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small vector a token.
+"""Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small vector a
+token.
 
-Whole rows are attended to as any heads are: the latents are read out into N keys and values. New tokens of a cache, which
-holds latents alone, are absorbed: a head's queries go through its key matrix, so that the latents are the one key that all
-heads share and, weighted, go through its value matrix (sec. 2.1.2: the same product in another order). The Triton kernel of
-decode_attention takes heads of up to 256, and so on GPUs absorbed decoding at the published C = 576 is done in plain JAX.
+Whole rows are attended to as any heads are: the latents are read out into N keys and values. New tokens of a cache,
+which holds latents alone, are absorbed: a head's queries go through its key matrix, so that the latents are the one key
+that all heads share and, weighted, go through its value matrix (sec. 2.1.2: the same product in another order). The
+Triton kernel of decode_attention takes heads of up to 256, and so on GPUs absorbed decoding at the published C = 576 is
+done in plain JAX.
 
-Shapes: B batch, T queries, S slots, D width, N heads, H head dimension, P its last part, which RoPE turns, V value dimension,
-Q rank of the queries, R rank of keys and values, C = R + P numbers that a token leaves in the cache.
+Shapes: B batch, T queries, S slots, D width, N heads, H head dimension, P its last part, which RoPE turns, V value
+dimension, Q rank of the queries, R rank of keys and values, C = R + P numbers that a token leaves in the cache.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ NORM_EPSILON = 1e-6
 
 
 class LatentAttention(nnx.Module):
-    """Attention as `AttentionConfig.latent` says. Heads divide over devices; latents, the cache among them, are on each."""
+    """Attention as `AttentionConfig.latent` says. Heads divide over devices; latents, the cache among them, are on
+    each."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, layer: str):
         latent = config.attention.latent
@@ -127,7 +130,9 @@ class LatentAttention(nnx.Module):
         k_RNX, v_RNV = self._up(self.k_up, dtype), self._up(self.v_up, dtype)
         q_BTNR = jnp.einsum("btnx,rnx->btnr", q_BTNH[..., :nope], k_RNX, out_sharding=spec)
         q_BTNC = jnp.concatenate((q_BTNR, q_BTNH[..., nope:]), axis=-1)
-        seen_BTNR = attend_latents(self.config, rules, self.layer, q_BTNC, cache, sinks_N, places)[..., : self.latent.kv_rank]
+        seen_BTNR = attend_latents(self.config, rules, self.layer, q_BTNC, cache, sinks_N, places)[
+            ..., : self.latent.kv_rank
+        ]
         return jnp.einsum("btnr,rnv->btnv", seen_BTNR, v_RNV, out_sharding=spec)
 
     def _down(self, x_BTD: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
@@ -136,5 +141,6 @@ class LatentAttention(nnx.Module):
         return y if bias is None else y + use(bias, (None,), x_BTD.dtype, self.rules)
 
     def _up(self, weight: nnx.Param, dtype: jnp.dtype) -> Array:
-        """A weight [rank, N, ...] at use. A rank is spread as 'embed' where it is stored, and whole where it is used."""
+        """A weight [rank, N, ...] at use. A rank is spread as 'embed' where it is stored, and whole where it is
+        used."""
         return reshard(use(weight, ("embed", "heads", None), dtype, self.rules), self.rules, None, "heads", None)

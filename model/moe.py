@@ -67,7 +67,8 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """`key`: given in training alone, for what is random in the router. With `tokens.cached` no choice is dropped."""
+        """`key`: given in training alone, for what is random in the router. With `tokens.cached` no choice is
+        dropped."""
         config, rules, dtype = self.config, self.rules, x_BTD.dtype
         assert config.moe is not None
         if tokens.cached and config.moe.capacity_factor is not None:

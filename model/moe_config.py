@@ -10,14 +10,22 @@ from typing import Literal
 # Routers whose choice for a token depends on later tokens, in scoring too: no decoder can have them.
 NONCAUSAL = ("expert_choice", "soft")
 SIGMOID = ("sigmoid", "sigmoid_renormalized")
-ALWAYS_ONE = ("renormalized", "softmax_top_k", "sigmoid_renormalized")  # `weights` that are 1 where one expert is chosen
+ALWAYS_ONE = (
+    "renormalized",
+    "softmax_top_k",
+    "sigmoid_renormalized",
+)  # `weights` that are 1 where one expert is chosen
 WITHOUT_LOGITS = ("hash", "random")  # routers that have no weights of their own and learn nothing
 # Routers that read `weights`; the others weight their experts as their papers do, which is the form that is named here
 # where there is one.
 WEIGHTED = ("top_k", "sinkhorn")
 PAPER_WEIGHTS = {
-    "switch": "softmax", "gshard": "renormalized", "noisy_top_k": "softmax_top_k", "dense": "softmax", "expert_choice": "softmax",
-}  # fmt: skip
+    "switch": "softmax",
+    "gshard": "renormalized",
+    "noisy_top_k": "softmax_top_k",
+    "dense": "softmax",
+    "expert_choice": "softmax",
+}
 
 
 @dataclass(frozen=True)
@@ -28,23 +36,29 @@ class MoEConfig:
     top_k: int = 2  # experts a token goes to; expert_choice: on average; soft: slots of an expert
     hidden_dim: int = 256  # of one expert; fine-grained experts (Dai et al. 2024): small, and many chosen
     shared_experts: int = 0  # experts that every token goes to, beside the chosen ones, unweighted (Dai et al. 2024)
-    # Which layers have experts, repeated: ('moe',) all, ('dense', 'moe') every second, ('dense',) * 3 + ('moe',) * 58 as
-    # DeepSeek-V3. A dense layer's width is `mlp.hidden_dim`.
+    # Which layers have experts, repeated: ('moe',) all, ('dense', 'moe') every second, ('dense',) * 3 + ('moe',) * 58
+    # as DeepSeek-V3. A dense layer's width is `mlp.hidden_dim`.
     layers: tuple[Literal["dense", "moe"], ...] = ("moe",)
     # model/routers.py has the papers. expert_choice and soft see later tokens and are refused in decoders.
     router: Literal[
         "top_k", "switch", "gshard", "noisy_top_k", "expert_choice", "sinkhorn", "hash", "random", "soft", "dense"
     ] = "top_k"
-    # How the chosen experts are weighted: softmax over all; that, summing to one over the chosen (Mixtral); softmax over the
-    # chosen logits (the same in exact arithmetic; gpt-oss); sigmoid of each logit; that, summing to one (DeepSeek-V3).
+    # How the chosen experts are weighted: softmax over all; that, summing to one over the chosen (Mixtral); softmax
+    # over the chosen logits (the same in exact arithmetic; gpt-oss); sigmoid of each logit; that, summing to one
+    # (DeepSeek-V3).
     weights: Literal["softmax", "renormalized", "softmax_top_k", "sigmoid", "sigmoid_renormalized"] = "renormalized"
     scale: float = 1.0  # multiplies the weights (DeepSeek-V3: 2.5)
-    groups: tuple[int, ...] = (1, 1)  # experts lie in so many groups, and a token uses so many of them (DeepSeek-V3, sec. 2.1.2)
+    groups: tuple[int, ...] = (
+        1,
+        1,
+    )  # experts lie in so many groups, and a token uses so many of them (DeepSeek-V3, sec. 2.1.2)
     # Balancing without a loss (Wang et al. 2024): a bias on the choice, moved so much a step; 0: fixed; none: no bias.
     bias_rate: float | None = None
     jitter: float = 0.0  # training: the router's input times uniform(1 - jitter, 1 + jitter) (Fedus et al. 2021)
     router_dropout: float = 0.0  # training: probability that an input of the router is zeroed
-    router_dtype: Literal["float32", "bfloat16"] = "float32"  # of the router's matmul and softmax (Fedus et al. 2021, table 2)
+    router_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the router's matmul and softmax (Fedus et al. 2021, table 2)
+    )
     load_balance: float = 0.01  # coefficient of a loss that is 1 at perfect balance; transformers' is top_k times it
     # Tokens that are balanced together: the global batch's, those of each device's rows, or each sequence's.
     balance_scope: Literal["batch", "device", "sequence"] = "batch"
@@ -55,8 +69,8 @@ class MoEConfig:
     # What runs the experts: pairs sorted by expert and a grouped matmul; a buffer of `capacity_factor` places for each
     # expert, filled by gathers or by one-hot matmuls (GShard); every expert on every token (the oracle).
     dispatch: Literal["auto", "sort", "gather", "einsum", "dense"] = "auto"
-    # Expert parallelism: room of the all-to-all buffers, as a multiple of an even share (what exceeds it goes in further
-    # rounds; nothing is lost). None: tokens are gathered on every device instead.
+    # Expert parallelism: room of the all-to-all buffers, as a multiple of an even share (what exceeds it goes in
+    # further rounds; nothing is lost). None: tokens are gathered on every device instead.
     exchange: float | None = 2.0
 
     @property
@@ -101,7 +115,8 @@ class MoEConfig:
         self._validate_places()
 
     def validate_length(self, tokens: int) -> None:
-        """Refuses a capacity below one token in sequences of so many: it would be rounded up to one, which is not what was
+        """Refuses a capacity below one token in sequences of so many: it would be rounded up to one, which is not what
+        was
         asked for. Raises ValueError."""
         if not self.bounded:
             return
@@ -110,19 +125,24 @@ class MoEConfig:
         if share < 1:
             least = math.ceil(1000 * self.num_experts / (self.top_k * tokens)) / 1000
             raise ValueError(
-                f"model.moe.capacity_factor = {self.capacity_factor}: with model.moe.top_k = {self.top_k} of {self.num_experts} "
-                f"experts and data.sequence_length = {tokens} an expert has room for {float(share):.3g} tokens, less than one; "
+                f"model.moe.capacity_factor = {self.capacity_factor}: with model.moe.top_k = {self.top_k} of "
+                f"{self.num_experts} "
+                f"experts and data.sequence_length = {tokens} an expert has room for {float(share):.3g} tokens, less "
+                f"than one; "
                 f"use {least:g} or more" + (", or none" if self.router != "expert_choice" else "")
             )
 
     def _validate_router(self, causal: bool) -> None:
         router, k = self.router, self.top_k
         if causal and router in NONCAUSAL:
-            why = "each expert picks its tokens among the whole sequence" if router == "expert_choice" else (
-                "every expert is given mixtures of the whole sequence"
+            why = (
+                "each expert picks its tokens among the whole sequence"
+                if router == "expert_choice"
+                else ("every expert is given mixtures of the whole sequence")
             )
             raise ValueError(
-                f"model.moe.router = {router!r}: {why}, so that a token's output tells of later ones, which a decoder is to "
+                f"model.moe.router = {router!r}: {why}, so that a token's output tells of later ones, which a decoder "
+                f"is to "
                 "predict; use another router, or model.attention.mask='bidirectional' with train.objective='masked'"
             )
         for name, needed in (("switch", 1), ("gshard", 2), ("dense", self.num_experts)):
@@ -134,25 +154,29 @@ class MoEConfig:
         allowed = ("renormalized", PAPER_WEIGHTS.get(router))  # the default, which says nothing, and its own
         if router not in WEIGHTED and self.weights not in allowed:
             raise ValueError(
-                f"model.moe.weights = {self.weights!r}: model.moe.router = {router!r} has weights of its own; leave this at "
+                f"model.moe.weights = {self.weights!r}: model.moe.router = {router!r} has weights of its own; leave "
+                f"this at "
                 f"renormalized, or use one of the routers {', '.join(WEIGHTED)}"
             )
         if router in WEIGHTED and k == 1 < self.num_experts and self.weights in ALWAYS_ONE:
             raise ValueError(
-                f"model.moe.weights = {self.weights!r}: with model.moe.top_k = 1 every weight is 1 and the router learns nothing "
+                f"model.moe.weights = {self.weights!r}: with model.moe.top_k = 1 every weight is 1 and the router "
+                f"learns nothing "
                 "from the loss; set weights to softmax (Switch) or sigmoid"
             )
         if self.bias_rate is not None and not 0 <= self.bias_rate < math.inf:
             raise ValueError(f"model.moe.bias_rate = {self.bias_rate}: must be 0 or more, or none for no bias")
         if self.bias_rate is not None and router != "top_k":
             raise ValueError(
-                f"model.moe.bias_rate = {self.bias_rate}: only model.moe.router = 'top_k' has a bias on its choice, this is "
+                f"model.moe.bias_rate = {self.bias_rate}: only model.moe.router = 'top_k' has a bias on its choice, "
+                f"this is "
                 f"{router!r}; set bias_rate to none"
             )
         for name in ("jitter", "router_dropout"):
             if router in WITHOUT_LOGITS and getattr(self, name) > 0:
                 raise ValueError(
-                    f"model.moe.{name} = {getattr(self, name)}: model.moe.router = {router!r} does not look at its input; "
+                    f"model.moe.{name} = {getattr(self, name)}: model.moe.router = {router!r} does not look at its "
+                    f"input; "
                     "set it to 0"
                 )
 
@@ -160,17 +184,20 @@ class MoEConfig:
         groups, E, k = self.groups, self.num_experts, self.top_k
         if len(groups) != 2 or min(groups) < 1 or groups[1] > groups[0]:
             raise ValueError(
-                f"model.moe.groups = {groups}: give two numbers, how many groups there are and how many a token uses, e.g. (8, 4)"
+                f"model.moe.groups = {groups}: give two numbers, how many groups there are and how many a token uses, "
+                f"e.g. (8, 4)"
             )
         count, used = groups
         if E % count:
             divisors = ", ".join(str(d) for d in range(1, E + 1) if E % d == 0)
             raise ValueError(
-                f"model.moe.groups = {groups}: {count} groups do not divide model.moe.num_experts = {E}; use one of {divisors} groups"
+                f"model.moe.groups = {groups}: {count} groups do not divide model.moe.num_experts = {E}; use one of "
+                f"{divisors} groups"
             )
         if used * (E // count) < k:
             raise ValueError(
-                f"model.moe.groups = {groups}: {used} groups of {E // count} experts hold fewer than model.moe.top_k = {k}; use "
+                f"model.moe.groups = {groups}: {used} groups of {E // count} experts hold fewer than model.moe.top_k = "
+                f"{k}; use "
                 f"{-(-k // (E // count))} groups or more"
             )
         if count > 1 and self.router != "top_k":
@@ -187,11 +214,13 @@ class MoEConfig:
             )
         if self.router == "soft" and (self.capacity_factor is not None or self.dispatch in ("gather", "einsum")):
             raise ValueError(
-                f"model.moe.router = 'soft': an expert's slots are model.moe.top_k of them, with model.moe.capacity_factor = "
+                f"model.moe.router = 'soft': an expert's slots are model.moe.top_k of them, with "
+                f"model.moe.capacity_factor = "
                 f"{self.capacity_factor} and model.moe.dispatch = {self.dispatch!r}; set these to none and auto"
             )
         if self.router == "dense" and self.capacity_factor is not None:
             raise ValueError(
-                f"model.moe.capacity_factor = {self.capacity_factor}: model.moe.router = 'dense' sends every token to every "
+                f"model.moe.capacity_factor = {self.capacity_factor}: model.moe.router = 'dense' sends every token to "
+                f"every "
                 "expert; set it to none"
             )

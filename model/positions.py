@@ -51,8 +51,8 @@ def rope_tables(
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
     """Cosines and sines, float32 [B, T, R], of the angles at `positions_BT`.
 
-    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it. `local`: of a layer
-    that sees a sliding window, which may have a base of its own and is then not scaled.
+    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it. `local`: of a
+    layer that sees a sliding window, which may have a base of its own and is then not scaled.
     """
     dim, theta, scaling = rotary_dim(config), config.position.theta, config.position.scaling
     if local and config.position.local_theta is not None:
@@ -89,7 +89,8 @@ def rotate(
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """Float32 [N]: the slopes of ALiBi (Press et al. 2022, sec. 3), with its rule for head counts off the powers of 2."""
+    """Float32 [N]: the slopes of ALiBi (Press et al. 2022, sec. 3), with its rule for head counts off the powers of
+    2."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]

@@ -1,7 +1,7 @@
 """Which experts a token goes to: pure functions from router logits to choices and weights.
 
-One function a router, named for its paper; each returns (indices_BTC, weights_BTC). `route` runs the one of the config and
-adds what all share: scale, padding, and the mark of logits that are not finite.
+One function a router, named for its paper; each returns (indices_BTC, weights_BTC). `route` runs the one of the config
+and adds what all share: scale, padding, and the mark of logits that are not finite.
 
     router         choice                                    weight                          sees later tokens
     top_k          best k, by biased scores, in few groups   `config.weights`                no
@@ -65,14 +65,13 @@ def route(
 ) -> Routing:
     """The choice of `config.router`. `key`: given in training alone; what is random is drawn from it.
 
-    `bias_E` is added for the choice, not to the weights. `noise_BTE`: what noisy_top_k's noise is scaled by, before softplus.
-    Tokens that are not valid (padding) go nowhere. A token whose logits are not finite gets weights that are not finite, so
-    that the loss shows it; of the other tokens only expert_choice harms some (see there).
+    `bias_E` is added for the choice, not to the weights. `noise_BTE`: what noisy_top_k's noise is scaled by, before
+    softplus. Tokens that are not valid (padding) go nowhere. A token whose logits are not finite gets weights that are
+    not finite, so that the loss shows it; of the other tokens only expert_choice harms some (see there).
 
-    hash (needs `ids_BT`) and random (without a key: `ids_BT` and `positions_BT`) take no logits: `probs_BTE` is then 1 / k at
-    the chosen experts, for random 1 / E at all, and `log_total_BT` is 0, so that a load-balance loss tells the
-    imbalance but has no gradient, and a z-loss is 0.
-    Raises ValueError for soft, which chooses nothing (model/soft.py).
+    hash (needs `ids_BT`) and random (without a key: `ids_BT` and `positions_BT`) take no logits: `probs_BTE` is then 1
+    / k at the chosen experts, for random 1 / E at all, and `log_total_BT` is 0, so that a load-balance loss tells the
+    imbalance but has no gradient, and a z-loss is 0. Raises ValueError for soft, which chooses nothing (model/soft.py).
     """
     E, router = config.num_experts, config.router
     if router in ("hash", "random"):
@@ -106,8 +105,8 @@ def route(
 def scores(logits_BTE: Float[Array, "B T E"], config: MoEConfig) -> Scores:
     """Softmax, or for sigmoid weights the sigmoids, and as probabilities these over their sum (DeepSeek-V3, eq. 19).
 
-    With router_dtype 'bfloat16' every step is rounded to it (sums excepted, which accelerators too keep in float32): what
-    Fedus et al. 2021 (table 2) found to diverge. Rounding is explicit, as XLA may else leave it out.
+    With router_dtype 'bfloat16' every step is rounded to it (sums excepted, which accelerators too keep in float32):
+    what Fedus et al. 2021 (table 2) found to diverge. Rounding is explicit, as XLA may else leave it out.
     """
     coarse = config.router_dtype == "bfloat16"
 
@@ -134,9 +133,9 @@ def top_k(s: Scores, config: MoEConfig, bias_E: Float[Array, "E"] | None = None)
     """The k experts of the best scores (Shazeer et al. 2017, sec. 2.1, without its noise).
 
     `bias_E` is added to the scores for the choice alone and has no gradient (Wang et al. 2024, sec. 3.1). With
-    `config.groups` = (n, used), n > 1, only experts of the `used` best groups are chosen: with sigmoid weights a group is
-    worth the sum of its two best biased scores (DeepSeek-V3, sec. 2.1.2 and its code), with the others its best
-    one (DeepSeek-V2, sec. 2.1.2: a softmax tends to put all on one expert, so that a second says little).
+    `config.groups` = (n, used), n > 1, only experts of the `used` best groups are chosen: with sigmoid weights a group
+    is worth the sum of its two best biased scores (DeepSeek-V3, sec. 2.1.2 and its code), with the others its best one
+    (DeepSeek-V2, sec. 2.1.2: a softmax tends to put all on one expert, so that a second says little).
     """
     ranked_BTE = s.logits_BTE if config.weights == "softmax_top_k" else s.values_BTE
     if bias_E is not None:
@@ -155,7 +154,8 @@ def switch(s: Scores) -> Choice:
 
 
 def gshard(s: Scores, key: PRNGKeyArray | None) -> Choice:
-    """The two best experts with weights g1, g2 that sum to one; in training (a key is given) a token goes to the second with
+    """The two best experts with weights g1, g2 that sum to one; in training (a key is given) a token goes to the second
+    with
     probability min(1, 2 g2) alone, and g1 is then still g1 (Lepikhin et al. 2020, algorithm 1)."""
     E = s.values_BTE.shape[-1]
     indices_BTC = jax.lax.top_k(jax.lax.stop_gradient(s.values_BTE), 2)[1]
@@ -180,20 +180,22 @@ def noisy_top_k(s: Scores, noise_BTE: Float[Array, "B T E"] | None, k: int, key:
 
 
 def expert_choice(s: Scores, valid_BT: Bool[Array, "B T"], capacity: int) -> Choice:
-    """Each expert takes its `capacity` best tokens of each sequence, weighted by their probability; C = E, and choice e of a
-    token is expert e or, if that did not take it, E (Zhou et al. 2022, sec. 3.2, whose pool of tokens is the batch).
+    """Each expert takes its `capacity` best tokens of each sequence, weighted by their probability; C = E, and choice e
+    of a token is expert e or, if that did not take it, E (Zhou et al. 2022, sec. 3.2, whose pool of tokens is the
+    batch).
 
     A row is one sequence, whatever documents are packed into it: they compete for its places.
-    Every expert has the same load (where enough tokens are valid), a token any number of experts. A token is taken or not
-    according to the others of its sequence, later ones too. A token with logits that are not finite comes
-    first with every expert, so that it shows; it takes one place of each.
+    Every expert has the same load (where enough tokens are valid), a token any number of experts. A token is taken or
+    not according to the others of its sequence, later ones too. A token with logits that are not finite comes first
+    with every expert, so that it shows; it takes one place of each.
     """
     E = s.values_BTE.shape[-1]
     eager_BTE = jnp.where(jnp.isfinite(s.logits_BTE).all(-1, keepdims=True), s.values_BTE, jnp.inf)
     eager_BTE = jax.lax.stop_gradient(jnp.where(valid_BT[..., None], eager_BTE, -1.0))
 
     def first(eager_BTE: Array) -> Array:
-        """Whether a token is among an expert's best; of equals the earlier. (Two argsorts would cost 2.5 times as much.)"""
+        """Whether a token is among an expert's best; of equals the earlier. (Two argsorts would cost 2.5 times as
+        much.)"""
         worst_BE1 = jax.lax.top_k(jnp.swapaxes(eager_BTE, 1, 2), capacity)[0][..., -1:]
         worst_B1E = jnp.swapaxes(worst_BE1, 1, 2)
         better_BTE, equal_BTE = eager_BTE > worst_B1E, eager_BTE == worst_B1E
@@ -205,13 +207,13 @@ def expert_choice(s: Scores, valid_BT: Bool[Array, "B T"], capacity: int) -> Cho
 
 
 def sinkhorn(s: Scores, valid_BT: Bool[Array, "B T"], config: MoEConfig, balanced: bool) -> Choice:
-    """In training (`balanced`) the k best of a plan in which every expert has the same share of the batch (BASE layers, Lewis et
-    al. 2021, sec. 2, by Sinkhorn iterations in place of an auction: Clark et al. 2022, sec. 3.2, S-BASE), else of the logits;
-    weighted by the raw logits as `config.weights` says (BASE: sigmoid).
+    """In training (`balanced`) the k best of a plan in which every expert has the same share of the batch (BASE layers,
+    Lewis et al. 2021, sec. 2, by Sinkhorn iterations in place of an auction: Clark et al. 2022, sec. 3.2, S-BASE), else
+    of the logits; weighted by the raw logits as `config.weights` says (BASE: sigmoid).
 
-    The choice of a token in training depends on the whole batch, later tokens and other rows too; scoring is causal. The
-    plan is exp(logits_te + f_t + g_e) with rows of equal and columns of equal sums; f_t does not change a token's order of
-    experts, and so the plan is but a bias g_e. Tokens that are not valid have no part in it.
+    The choice of a token in training depends on the whole batch, later tokens and other rows too; scoring is causal.
+    The plan is exp(logits_te + f_t + g_e) with rows of equal and columns of equal sums; f_t does not change a token's
+    order of experts, and so the plan is but a bias g_e. Tokens that are not valid have no part in it.
     """
     ranked_BTE = jax.lax.stop_gradient(s.logits_BTE)
     if balanced:
@@ -234,7 +236,8 @@ def dense(s: Scores) -> Choice:
 
 
 def hash_scores(ids_BT: Int[Array, "B T"], num_experts: int) -> Float[Array, "B T E"]:
-    """A number in [0, 1) for each token id and expert, the same in every layer and run. The k experts of the greatest are a
+    """A number in [0, 1) for each token id and expert, the same in every layer and run. The k experts of the greatest
+    are a
     draw without replacement that each id keeps (random hashing of Roller et al. 2021, sec. 3.1)."""
     experts_E = _mix(jnp.arange(1, num_experts + 1, dtype=jnp.uint32))
     mixed_BTE = _mix(_mix(ids_BT.astype(jnp.uint32))[..., None] ^ experts_E)
@@ -242,8 +245,10 @@ def hash_scores(ids_BT: Int[Array, "B T"], num_experts: int) -> Float[Array, "B 
 
 
 def noisy_input(x_BTD: Float[Array, "B T D"], config: MoEConfig, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
-    """The router's input in training: times uniform(1 - jitter, 1 + jitter) (Fedus et al. 2021, sec. 2.4, 'input jitter'),
-    then with dropout (Zoph et al. 2022, table 3). Unchanged without a key. In the dtype of `x_BTD`, which is to be router_dtype."""
+    """The router's input in training: times uniform(1 - jitter, 1 + jitter) (Fedus et al. 2021, sec. 2.4, 'input
+    jitter'),
+    then with dropout (Zoph et al. 2022, table 3). Unchanged without a key. In the dtype of `x_BTD`, which is to be
+    router_dtype."""
     if key is None:
         return x_BTD
     jitter_key, dropout_key = jax.random.split(key)
@@ -265,7 +270,8 @@ def stochastic(config: MoEConfig | None) -> bool:
 
 
 def at(x_BTE: Float[Array, "B T E"], indices_BTC: Int[Array, "B T C"]) -> Float[Array, "B T C"]:
-    """x_BTE[b, t, indices[b, t, c]]. A comparison with every expert, which XLA fuses with its sum: neither the gather nor, in
+    """x_BTE[b, t, indices[b, t, c]]. A comparison with every expert, which XLA fuses with its sum: neither the gather
+    nor, in
     the backward pass, the scatter that accelerators are slow at."""
     E = x_BTE.shape[-1]
     return jnp.where(indices_BTC[..., None] == jnp.arange(E), x_BTE[..., None, :], 0).sum(-1)
@@ -277,7 +283,8 @@ def draw(sampler: Callable[..., Array], key: PRNGKeyArray, like: Array) -> Array
 
 
 def whole_sequences(f: Callable[[Array], Array], x_BTX: Array) -> Array:
-    """f(x) of an f that looks along the sequence and keeps the layout: rows that are spread over devices are gathered first."""
+    """f(x) of an f that looks along the sequence and keeps the layout: rows that are spread over devices are gathered
+    first."""
     if no_mesh():
         return f(x_BTX)
     spec = jax.typeof(x_BTX).sharding.spec
@@ -309,8 +316,10 @@ def _within_groups(ranked_BTE: Array, groups: tuple[int, ...], best: int) -> Arr
 
 
 def _without_logits(valid_BT: Array, config: MoEConfig, ids_BT, positions_BT, key) -> Routing:
-    """hash: k distinct experts by the token's id. random: k distinct experts, drawn anew for each token in training (a key is
-    given), else by a hash of its id and its position, so that scoring repeats and decoding with a cache agrees with it."""
+    """hash: k distinct experts by the token's id. random: k distinct experts, drawn anew for each token in training (a
+    key is
+    given), else by a hash of its id and its position, so that scoring repeats and decoding with a cache agrees with it.
+    """
     E, k = config.num_experts, config.top_k
     assert ids_BT is not None, f"router {config.router} needs ids_BT"
     seeds_BT = ids_BT
@@ -325,7 +334,9 @@ def _without_logits(valid_BT: Array, config: MoEConfig, ids_BT, positions_BT, ke
     if config.router == "hash":
         probs_BTE = (indices_BTC[..., None] == jnp.arange(E)).sum(-2) / jnp.float32(k)
     weights_BTC = jnp.full_like(indices_BTC, config.scale / k, jnp.float32)
-    return Routing(jnp.where(valid_BT[..., None], indices_BTC, E), weights_BTC, probs_BTE, jnp.zeros_like(probs_BTE[..., 0]))
+    return Routing(
+        jnp.where(valid_BT[..., None], indices_BTC, E), weights_BTC, probs_BTE, jnp.zeros_like(probs_BTE[..., 0])
+    )
 
 
 def _mix(x: Array) -> Array:

@@ -27,12 +27,14 @@ def soft_moe(
     biases: Biases | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Sec. 2.1 there: slots = softmax of the logits over the tokens, times the tokens; each expert runs on its
-    config.moe.top_k slots; a token gets the softmax of its logits over all slots, times what came out (and config.moe.scale).
+    config.moe.top_k slots; a token gets the softmax of its logits over all slots, times what came out (and
+    config.moe.scale).
 
     A row is mixed as a whole: documents that are packed into one see each other.
-    `logits_BTX`: slot by slot of expert 0, then of expert 1, and so on. Tokens that are not valid are in no mixture and get
-    zeros. One logit that is not finite makes the whole sequence so. Without the normalization of sec. 2.3 (for
-    widths beyond 1,000 or so). The Routing is for statistics: every token with every expert, weighted by its slots' sum.
+    `logits_BTX`: slot by slot of expert 0, then of expert 1, and so on. Tokens that are not valid are in no mixture and
+    get zeros. One logit that is not finite makes the whole sequence so. Without the normalization of sec. 2.3 (for
+    widths beyond 1,000 or so). The Routing is for statistics: every token with every expert, weighted by its slots'
+    sum.
     """
     moe = config.moe
     assert moe is not None

@@ -64,7 +64,8 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Weights of the network. `stacks` holds, segment by segment, one Block a layer of the unit, with a leading R axis."""
+    """Weights of the network. `stacks` holds, segment by segment, one Block a layer of the unit, with a leading R
+    axis."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
         self.config, self.rules = config, rules
@@ -109,7 +110,8 @@ def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
     """An empty cache for `batch` rows of up to `capacity` tokens, in the dtype of computation."""
     dtype = compute_dtype(model.config)
     stacks = tuple(
-        tuple(block.attention.empty_cache(repeats(unit), batch, capacity, dtype) for block in unit) for unit in model.stacks
+        tuple(block.attention.empty_cache(repeats(unit), batch, capacity, dtype) for block in unit)
+        for unit in model.stacks
     )
     return Cache(stacks, jnp.zeros(batch, jnp.int32, out_sharding=activation_spec(model.rules, "batch")))
 
@@ -127,10 +129,10 @@ def forward(
 ) -> Output:
     """The network up to its final norm.
 
-    Packed rows give `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a `cache` the
-    tokens continue each row where it stands (its length grows by T; rows of uneven prompts set the length themselves);
-    positions are then slots. `valid_BT` leaves tokens (padding) out of the router's statistics and of the length that
-    'dynamic_ntk' scales by (default: segment_ids > 0).
+    Packed rows give `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a `cache`
+    the tokens continue each row where it stands (its length grows by T; rows of uneven prompts set the length
+    themselves); positions are then slots. `valid_BT` leaves tokens (padding) out of the router's statistics and of the
+    length that 'dynamic_ntk' scales by (default: segment_ids > 0).
     `dropout_key` switches dropout on, and what routers draw at random in training.
     """
     config, rules = model.config, model.rules
@@ -186,7 +188,8 @@ def logits(model: Transformer, hidden_BTD: Float[Array, "*B D"]) -> Float[Array,
 
 
 def head_weight(model: Transformer) -> Float[Array, "D V"]:
-    """The matrix from hidden states to logits (before the soft cap), in the dtype of computation; muP's 1/m included."""
+    """The matrix from hidden states to logits (before the soft cap), in the dtype of computation; muP's 1/m
+    included."""
     config, dtype = model.config, compute_dtype(model.config)
     if model.head is None:
         w = use(model.embedding, ("vocab", "embed"), dtype, model.rules).T
@@ -196,7 +199,8 @@ def head_weight(model: Transformer) -> Float[Array, "D V"]:
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The dtype of activations: `config.dtype`; 'auto' is float32 on CPUs, which lack bfloat16 arithmetic, else bfloat16."""
+    """The dtype of activations: `config.dtype`; 'auto' is float32 on CPUs, which lack bfloat16 arithmetic, else
+    bfloat16."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
@@ -208,14 +212,13 @@ def repeats(unit: Sequence[Block]) -> int:
 
 
 def unstack(model: Transformer) -> Transformer:
-    """The same network with each layer a stack of its own, so that no loop over layers is left: for decoding on CPUs."""
+    """The same network with each layer a stack of its own, so that no loop over layers is left: for decoding on
+    CPUs."""
 
     def pick(block: Block, i: int) -> Block:
         return jax.tree.map(lambda w: w[i : i + 1], block)
 
-    flat = [
-        nnx.List([pick(block, i)]) for unit in model.stacks for i in range(repeats(unit)) for block in unit
-    ]
+    flat = [nnx.List([pick(block, i)]) for unit in model.stacks for i in range(repeats(unit)) for block in unit]
     leaves, treedef = jax.tree.flatten(model)
     copy = jax.tree.unflatten(treedef, leaves)
     copy.stacks = nnx.List(flat)
@@ -281,7 +284,10 @@ def _remat(layers, config: ModelConfig):
         "dots": lambda: policies.dots_with_no_batch_dims_saveable,
         "names": lambda: policies.save_only_these_names(*names),
         "offload": lambda: policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=list(names), offload_src="device", offload_dst="pinned_host"
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(names),
+            offload_src="device",
+            offload_dst="pinned_host",
         ),
     }[config.remat]()
     return jax.checkpoint(layers, policy=policy, prevent_cse=False)

@@ -39,7 +39,9 @@ def use(param: nnx.Param, axes: Axes, dtype: jnp.dtype, rules: ShardingRules) ->
         return w
     # One dimension after the other: of a gather along two at once XLA makes an all-reduce, which sends twice as much.
     layouts = list(rules.spec("weights", axes)), list(rules.spec("activations", axes))
-    stored, used = ([part if isinstance(part, tuple) else (part,) if part else () for part in layout] for layout in layouts)
+    stored, used = (
+        [part if isinstance(part, tuple) else (part,) if part else () for part in layout] for layout in layouts
+    )
     if all(more[: len(part)] == part for more, part in zip(stored, used, strict=True)):
         for dimension in reversed(range(len(axes))):
             w = jax.sharding.reshard(w, P(*layouts[0][:dimension], *layouts[1][dimension:]))
@@ -52,8 +54,8 @@ def matmul(
 ) -> Array:
     """Contracts the last `contract` dimensions of `x` with the first of `w`; the result has the logical `axes`.
 
-    `precision`: accelerators round the factors of a float32 product to bfloat16 (TPU) or TF32 (GPU) unless it is HIGHEST.
-    Without a mesh both are reshaped to matrices first: XLA's CPU matmul is 20 % faster so.
+    `precision`: accelerators round the factors of a float32 product to bfloat16 (TPU) or TF32 (GPU) unless it is
+    HIGHEST. Without a mesh both are reshaped to matrices first: XLA's CPU matmul is 20 % faster so.
     """
     lead, kept = x.shape[: x.ndim - contract], w.shape[contract:]
     if no_mesh():

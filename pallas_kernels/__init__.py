@@ -1,1 +1,2 @@
-"""Kernels, one folder per operation: {__init__.py (the api), reference.py, tpu.py, gpu.py, shapes.py, bench.py}. Imports jax alone."""
+"""Kernels, one folder per operation: {__init__.py (the api), reference.py, tpu.py, gpu.py, shapes.py, bench.py}.
+Imports jax alone."""

@@ -1,9 +1,9 @@
 """Compile for TPUs that are not here, and read what the compiler says about a kernel.
 
-`pip install libtpu` brings the compiler: it needs no TPU. `compile_for` returns JAX's compiled object, whose existence says
-that the kernel lowers and fits in VMEM. `bundles` compiles in a process of its own and returns the length of each region of
-each kernel in VLIW bundles (one is issued a cycle, where no data is waited for), how full its slots are, and its spills.
-Bundles are a static estimate: transfers from HBM that the pipeline does not hide are not in them.
+`pip install libtpu` brings the compiler: it needs no TPU. `compile_for` returns JAX's compiled object, whose existence
+says that the kernel lowers and fits in VMEM. `bundles` compiles in a process of its own and returns the length of each
+region of each kernel in VLIW bundles (one is issued a cycle, where no data is waited for), how full its slots are, and
+its spills. Bundles are a static estimate: transfers from HBM that the pipeline does not hide are not in them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def devices_of(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); name a generation and its "
+            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); name a "
+            f"generation and its "
             f"chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, v5p:8x8x8)"
         ) from error
 
@@ -98,8 +99,8 @@ def _load() -> None:
 
 def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
     """`function` compiled for one device of `target`. `arguments`: pytrees of jax.ShapeDtypeStruct (or of anything with
-    shape and dtype). While it is traced, `pallas_kernels.target.target()` names the device. Raises jax.errors.JaxRuntimeError
-    with the compiler's message where it refuses, for one when VMEM does not suffice."""
+    shape and dtype). While it is traced, `pallas_kernels.target.target()` names the device. Raises
+    jax.errors.JaxRuntimeError with the compiler's message where it refuses, for one when VMEM does not suffice."""
     mesh = mesh_of(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
@@ -159,7 +160,8 @@ def read_dump(folder: Path) -> dict[str, list[Region]]:
 
 
 def body(regions: list[Region], least: float = 0.5) -> list[Region]:
-    """The innermost regions with at least `least` of the kernel's matrix multiplications: the bodies of its inner loops, of
+    """The innermost regions with at least `least` of the kernel's matrix multiplications: the bodies of its inner
+    loops, of
     which one, or one after the other, runs for each tile. Longest first."""
     with_work = [r for r in regions if r.occupancy["MATMUL"] * r.bundles > 0 and r.kind in ("pred_region", "loop_body")]
     most = max((r.occupancy["MATMUL"] * r.bundles for r in with_work), default=0.0)
@@ -189,7 +191,8 @@ def _regions(kernel: str, text: str, capacity: np.ndarray, table: np.ndarray) ->
     places = re.finditer(r"space=vmem, size = (0x[0-9a-f]+|0), offset = (0x[0-9a-f]+|0)", text)
     vmem = max((int(size, 16) + int(offset, 16) for size, offset in (place.groups() for place in places)), default=0)
     heads = re.finditer(
-        r"\$region(\d+): #\{[^}]*\}(?: parent=(\d+))?(?: // (\w+))?\n(?:(?!\s*\$region).*\n)*?\s*// region range: \[(\d+), (\d+)\)",
+        r"\$region(\d+): #\{[^}]*\}(?: parent=(\d+))?(?: // (\w+))?\n(?:(?!\s*\$region).*\n)*?\s*// region range: "
+        r"\[(\d+), (\d+)\)",
         text,
     )
     for number, parent, kind, first, last in (head.groups() for head in heads):

@@ -1,8 +1,9 @@
 """Speed of the kernels on the device at hand: python -m pallas_kernels.bench OPERATION [--save FILE] [--quick]
 
-An operation's folder has a bench.py whose `contests(platform, quick)` yields what is to be timed. All ways of one contest take
-turns in one process, after a first call that compiles; a cell is the median of their times. A roofline stands beside it: the
-time that the counted FLOPs and bytes take at the rates that a large matmul and a large copy reach in the same run.
+An operation's folder has a bench.py whose `contests(platform, quick)` yields what is to be timed. All ways of one
+contest take turns in one process, after a first call that compiles; a cell is the median of their times. A roofline
+stands beside it: the time that the counted FLOPs and bytes take at the rates that a large matmul and a large copy reach
+in the same run.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-# How the public implementations say that they cannot run a call, or are not installed. Ours raise ValueError and name the
-# implementation; anything else of ours is a defect and ends the benchmark.
+# How the public implementations say that they cannot run a call, or are not installed. Ours raise ValueError and name
+# the implementation; anything else of ours is a defect and ends the benchmark.
 OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
 OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
 
@@ -42,7 +43,8 @@ class Contest:
 
 
 def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
-    """A row for each way: median seconds and quartiles, or why it would not run. Every way has `rounds` turns, a turn as
+    """A row for each way: median seconds and quartiles, or why it would not run. Every way has `rounds` turns, a turn
+    as
     many calls as fill `seconds`."""
     rows, running = [], {}
     for name, way in contest.ways.items():
@@ -55,7 +57,9 @@ def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
         except refusals as refusal:
             if name.startswith("ours") and not str(refusal).startswith("implementation ="):
                 raise
-            row["refused"] = f"{type(refusal).__name__}: {str(refusal).strip().splitlines()[0] if str(refusal) else ''}"[:160]
+            row["refused"] = (
+                f"{type(refusal).__name__}: {str(refusal).strip().splitlines()[0] if str(refusal) else ''}"[:160]
+            )
             continue
         memory = program.memory_analysis()
         row["temporary_bytes"] = memory.temp_size_in_bytes if memory is not None else None
@@ -125,7 +129,8 @@ def table(rows: list[dict], peak: dict[str, float]) -> Iterator[str]:
         temporaries = "" if row["temporary_bytes"] is None else f"{row['temporary_bytes'] / 2**20:.1f}"
         yield (
             f"| {row['contest']} | {row['way']} | {seconds * 1e3:.3g} | {low * 1e3:.3g}–{high * 1e3:.3g} | "
-            f"{row['flops'] / seconds / 1e12:.3g} | {row['bytes'] / seconds / 1e9:.3g} | {share:.0%} | {temporaries} | {error} |"
+            f"{row['flops'] / seconds / 1e12:.3g} | {row['bytes'] / seconds / 1e9:.3g} | {share:.0%} | {temporaries} | "
+            f"{error} |"
         )
 
 
@@ -137,7 +142,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="write the rows there as JSON too")
     options = parser.parse_args()
     where = facts()
-    print(f"{options.operation} on {where['device']} ({where['cores']} host cores), jax {where['jax']}, {where['date']}", flush=True)
+    print(
+        f"{options.operation} on {where['device']} ({where['cores']} host cores), jax {where['jax']}, {where['date']}",
+        flush=True,
+    )
     peak = rates(options.quick)
     print(", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in peak.items() if name != "copy"), end="")
     print(f", copy {peak['copy'] / 1e9:.3g} GB/s: measured now\n", flush=True)

@@ -1,8 +1,9 @@
 """Do the kernels compute on this device what the reference does? python -m pallas_kernels.check [OPERATION ...]
 
-Every case of an operation's shapes.py, every implementation that the device has; gradients too where the operation has them.
-The reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest entry, and
-ends with status 1 where one is too large. A CPU has no kernels: there the implementations in plain JAX are compared.
+Every case of an operation's shapes.py, every implementation that the device has; gradients too where the operation has
+them. The reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest
+entry, and ends with status 1 where one is too large. A CPU has no kernels: there the implementations in plain JAX are
+compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 def flash(case, implementation: str) -> list[np.ndarray]:
     """Output, log-sum-exp and gradients of a case, float32."""
     (q, k, v), kwargs = case.arguments()
-    kwargs = {name: jax.tree.map(jnp.asarray, x) if isinstance(x, np.ndarray | tuple) else x for name, x in kwargs.items()}
+    kwargs = {
+        name: jax.tree.map(jnp.asarray, x) if isinstance(x, np.ndarray | tuple) else x for name, x in kwargs.items()
+    }
     r = np.random.default_rng(1)
     dout = jnp.asarray(r.normal(size=(*q.shape[:3], v.shape[3])), jnp.float32)
 
@@ -37,7 +40,9 @@ def flash(case, implementation: str) -> list[np.ndarray]:
         out, lse = flash_attention.flash_attention(q, k, v, **kwargs, implementation=implementation, return_lse=True)
         return (out.astype(jnp.float32) * dout).sum(), (out, jnp.where(lse < -1e29, 0.0, lse))
 
-    gradients, results = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*(jnp.asarray(x, case.dtype) for x in (q, k, v)))
+    gradients, results = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(
+        *(jnp.asarray(x, case.dtype) for x in (q, k, v))
+    )
     return [np.asarray(x, np.float32) for x in (*results, *gradients)]
 
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import jax
 
-BEFORE_AMPERE = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")  # not Triton's, or not NVIDIA's
+BEFORE_AMPERE = (
+    "V100",
+    "T4",
+    "P100",
+    "P40",
+    "P4",
+    "GTX",
+    "TITAN",
+    "RTX 20",
+    "AMD",
+    "Radeon",
+    "Instinct",
+)  # not Triton's, or not NVIDIA's
 
 
 def target() -> tuple[str, str]:

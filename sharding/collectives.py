@@ -1,8 +1,9 @@
 """What a compiled program sends between devices: read from the text of its HLO.
 
 A collective in a loop runs as often as the loop goes round. XLA:CPU and XLA:GPU write that number beside the loop
-(`known_trip_count`); XLA:TPU does not, and it is read from the loop's condition, which compares a counter that starts at a
-constant with a constant. A loop whose length depends on data has no such number; what one round of it puts out is told apart.
+(`known_trip_count`); XLA:TPU does not, and it is read from the loop's condition, which compares a counter that starts
+at a constant with a constant. A loop whose length depends on data has no such number; what one round of it puts out is
+told apart.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes a device sends in a run of the program if rings or direct messages do it, which is the least that suffices."""
+        """Bytes a device sends in a run of the program if rings or direct messages do it, which is the least that
+        suffices."""
         n = self.devices
         share = {
             "all-gather": (n - 1) / n,
@@ -54,7 +56,8 @@ class Collective:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of a program. Where it branches, those of the branches that put out least; loops whose length the text
+    """The collectives of a program. Where it branches, those of the branches that put out least; loops whose length the
+    text
     does not say are left out."""
 
     collectives: tuple[Collective, ...]
@@ -81,7 +84,8 @@ class Traffic:
 
 
 def read_collectives(hlo: str) -> Traffic:
-    """The collectives of an optimized module's text (`compiled.as_text()`, or a dump). Raises ValueError if it is none."""
+    """The collectives of an optimized module's text (`compiled.as_text()`, or a dump). Raises ValueError if it is
+    none."""
     computations, entry = _computations(hlo)
     if entry is None:
         raise ValueError("not the text of an HLO module: it has no ENTRY computation")
@@ -91,7 +95,9 @@ def read_collectives(hlo: str) -> Traffic:
     open_loops: set[str] = set()
 
     def walk(name: str, times: int, choose: Callable, rounds_of_open: int) -> Iterator[Collective]:
-        scatters = name.startswith("all-reduce-scatter")  # XLA:TPU's reduce-scatter: a fusion of an all-reduce and its slice
+        scatters = name.startswith(
+            "all-reduce-scatter"
+        )  # XLA:TPU's reduce-scatter: a fusion of an all-reduce and its slice
         for line in computations.get(name, ()):
             if found := _COLLECTIVE.match(line):
                 yield _collective(found, line, times, devices, scatters)

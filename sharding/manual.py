@@ -20,7 +20,8 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
 
 
 def gather_weight(w: Array, spread: tuple[tuple[str, ...], ...]) -> Array:
-    """`w`, whose dimensions are spread over these mesh axes (`ShardingRules.gathered`), whole. Its gradient is reduce-scattered:
+    """`w`, whose dimensions are spread over these mesh axes (`ShardingRules.gathered`), whole. Its gradient is
+    reduce-scattered:
     a weight that is gathered outside of shard_map has its gradient all-reduced, and cut afterwards."""
     for dimension, axes in enumerate(spread):
         if axes and jax.lax.axis_size(axes) > 1:

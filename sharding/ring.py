@@ -1,12 +1,14 @@
 """Attention over a sequence that is spread over devices, by passing keys and values around a ring.
 
-Each device keeps its queries; keys and values make the round of the mesh axis, and the attention to each visiting part is merged by
-its log-sum-exp (Liu et al. 2023, Ring Attention). In the backward pass the gradients of keys and values travel with them. A
-device holds its own part, the one that visits and the one that comes next: memory falls with the number of devices.
+Each device keeps its queries; keys and values make the round of the mesh axis, and the attention to each visiting part
+is merged by its log-sum-exp (Liu et al. 2023, Ring Attention). In the backward pass the gradients of keys and values
+travel with them. A device holds its own part, the one that visits and the one that comes next: memory falls with the
+number of devices.
 
-Under a causal mask a contiguous layout leaves the first devices idle. Zig-zag (Brandon et al. 2023, Striped Attention, in
-the form of Llama 3, sec. 3.3.2): of 2n chunks device i holds i and 2n-1-i. Of the four pairs of a visiting device's chunks with its own,
-exactly two are then visible, both wholly, on every device at every step after the first; just these are computed.
+Under a causal mask a contiguous layout leaves the first devices idle. Zig-zag (Brandon et al. 2023, Striped Attention,
+in the form of Llama 3, sec. 3.3.2): of 2n chunks device i holds i and 2n-1-i. Of the four pairs of a visiting device's
+chunks with its own, exactly two are then visible, both wholly, on every device at every step after the first; just
+these are computed.
 
 The attention of a pair of parts is the caller's, so that this file needs no kernel:
 
@@ -17,7 +19,8 @@ The attention of a pair of parts is the caller's, so that this file needs no ker
         with out, lse and dout of whole rows: the part of the gradients that these keys have, p = exp(s - lse).
 
 They are traced a few times, not once a step, and may not close over traced arrays.
-Shapes: B batch, T local queries, S local keys, N query heads, K key/value heads, H head dimension, V that of the values.
+Shapes: B batch, T local queries, S local keys, N query heads, K key/value heads, H head dimension, V that of the
+values.
 """
 
 from __future__ import annotations
@@ -72,29 +75,39 @@ def ring_attention(
     layout: Literal["contiguous", "zigzag"] = "contiguous",
     window: int | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Attention of the local queries to the keys of all devices along `axis`: to be called inside shard_map, with local shards.
+    """Attention of the local queries to the keys of all devices along `axis`: to be called inside shard_map, with local
+    shards.
 
     `attend`, `attend_backward`: see the head of this file; `causal` says whether they mask by order, so that what no
-    query sees is not computed. `segments`: ids of packed documents. `sinks_N`: logits of a key that every row sees and whose value is zero.
-    `zigzag`: equal work on all devices under a causal mask (ignored without one); it needs an even T. `layout`: how rows
-    lie on entry and return. 'contiguous' with `zigzag` exchanges q, k, v and segments before and the output after: each device sends
-    each of these once, (N H + K (H + V) + N V) * B * T numbers, beside the ring's (n - 1) * K (H + V) * B * T forward.
+    query sees is not computed. `segments`: ids of packed documents. `sinks_N`: logits of a key that every row sees and
+    whose value is zero.
+    `zigzag`: equal work on all devices under a causal mask (ignored without one); it needs an even T. `layout`: how
+    rows lie on entry and return. 'contiguous' with `zigzag` exchanges q, k, v and segments before and the output after:
+    each device sends each of these once, (N H + K (H + V) + N V) * B * T numbers, beside the ring's (n - 1) * K (H + V)
+    * B * T forward.
     `window`: a query sees no key further back than window - 1 slots; the ring then stops after the devices it
     reaches. For contiguous causal rows with zigzag=False; attend applies the window itself.
 
-    q, k, v of one dtype; the output in it; sums over devices in float32. Kept for the backward pass: q, k, v, out of this
-    device and lse. Differentiable once, in reverse, with respect to q, k, v and sinks. Raises ValueError on choices that do not fit.
+    q, k, v of one dtype; the output in it; sums over devices in float32. Kept for the backward pass: q, k, v, out of
+    this device and lse. Differentiable once, in reverse, with respect to q, k, v and sinks. Raises ValueError on
+    choices that do not fit.
     """
     n, T = jax.lax.axis_size(axis), q_BTNH.shape[1]
     zigzag = zigzag and causal
     if layout not in ("contiguous", "zigzag"):
         raise ValueError(f"layout = {layout!r}: contiguous or zigzag")
     if layout == "zigzag" and not zigzag and causal and n > 1:
-        raise ValueError("layout = 'zigzag' with zigzag = False: a causal ring that is not balanced wants contiguous rows")
+        raise ValueError(
+            "layout = 'zigzag' with zigzag = False: a causal ring that is not balanced wants contiguous rows"
+        )
     if zigzag and T % 2:
-        raise ValueError(f"{T} queries a device: zig-zag holds two chunks of equal length on each; pad, or set zigzag=False")
+        raise ValueError(
+            f"{T} queries a device: zig-zag holds two chunks of equal length on each; pad, or set zigzag=False"
+        )
     if k_BTKH.shape[1] != T or v_BTKV.shape[1] != T:
-        raise ValueError(f"{T} queries but {k_BTKH.shape[1]} keys and {v_BTKV.shape[1]} values a device: one row has one length")
+        raise ValueError(
+            f"{T} queries but {k_BTKH.shape[1]} keys and {v_BTKV.shape[1]} values a device: one row has one length"
+        )
     steps = n
     if window is not None:
         if zigzag or not causal or window < 1:
@@ -130,7 +143,9 @@ def from_zigzag(x_BT: Array, axis: str = "sequence") -> Array:
     even = jax.lax.axis_index(axis) % 2 == 0
     first, second = jnp.where(even, low, high), jnp.where(even, high, low)
     even_places, odd_places = ([(to, at) for at, to in places] for places in _places(axis))
-    return jnp.concatenate([jax.lax.ppermute(first, axis, even_places), jax.lax.ppermute(second, axis, odd_places)], axis=1)
+    return jnp.concatenate(
+        [jax.lax.ppermute(first, axis, even_places), jax.lax.ppermute(second, axis, odd_places)], axis=1
+    )
 
 
 def _places(axis: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -215,7 +230,9 @@ def _pass_on(ring: _Ring, parts, by: int = 1):
 def _meet_own(ring: _Ring, q, own: _Visitor):
     """(out float32, lse) of the local queries over the local keys: the first step."""
     if not ring.zigzag:
-        return _float32(ring.attend(q, own.k_BSKH, own.v_BSKV, offset=0, q_segments=own.segments_BS, k_segments=own.segments_BS))
+        return _float32(
+            ring.attend(q, own.k_BSKH, own.v_BSKV, offset=0, q_segments=own.segments_BS, k_segments=own.segments_BS)
+        )
     low, high = _halves(own)
     q_low, q_high = jnp.split(q, 2, axis=1)
     in_low = _attend(ring, q_low, low.segments_BS, low, 0)
@@ -247,7 +264,9 @@ def _meet(ring: _Ring, q, segments, visitor: _Visitor, s):
     places, (low, high), q_halves = _zigzag_step(ring, q, s), _halves(visitor), jnp.split(q, 2, axis=1)
     segment_halves = (None, None) if segments is None else jnp.split(segments, 2, axis=1)
     across = _attend(ring, q_halves[1], segment_halves[1], low, places.across)
-    q_picked, picked_segments, picked = places.pick((q_halves[0], segment_halves[0], low), (q_halves[1], segment_halves[1], high))
+    q_picked, picked_segments, picked = places.pick(
+        (q_halves[0], segment_halves[0], low), (q_halves[1], segment_halves[1], high)
+    )
     out, lse = _attend(ring, q_picked, picked_segments, picked, places.along)
     unseen = jnp.zeros_like(out), jnp.full_like(lse, UNSEEN)
     return _join(places.pick((out, lse), unseen), _merge(across, places.pick(unseen, (out, lse))))
@@ -262,7 +281,9 @@ def _meet_backward(ring: _Ring, rows, segments, visitor: _Visitor, s):
     places, (low, high), (rows_low, rows_high) = _zigzag_step(ring, rows[0], s), _halves(visitor), _split_rows(rows)
     segment_halves = (None, None) if segments is None else jnp.split(segments, 2, axis=1)
     dq_across, dkv_across = _attend_backward(ring, rows_high, segment_halves[1], low, places.across)
-    picked_rows, picked_segments, picked = places.pick((rows_low, segment_halves[0], low), (rows_high, segment_halves[1], high))
+    picked_rows, picked_segments, picked = places.pick(
+        (rows_low, segment_halves[0], low), (rows_high, segment_halves[1], high)
+    )
     along = _attend_backward(ring, picked_rows, picked_segments, picked, places.along)
     zeros = jax.tree.map(jnp.zeros_like, along)
     (dq_low, dkv_low), (dq_high, dkv_high) = places.pick(along, zeros), places.pick(zeros, along)
@@ -293,7 +314,8 @@ def _own_distance(ring: _Ring, low) -> Array:
 
 
 def _distance(ring: _Ring, q, s) -> tuple[Array, Array]:
-    """(offset, whether a causal query sees anything) for contiguous rows and keys of s devices before, round the ring."""
+    """(offset, whether a causal query sees anything) for contiguous rows and keys of s devices before, round the
+    ring."""
     i, n = jax.lax.axis_index(ring.axis), jax.lax.axis_size(ring.axis)
     j = (i - s) % n
     return (i - j) * q.shape[1], j < i
@@ -301,14 +323,24 @@ def _distance(ring: _Ring, q, s) -> tuple[Array, Array]:
 
 def _attend(ring: _Ring, q, segments, visitor: _Visitor, offset):
     return _float32(
-        ring.attend(q, visitor.k_BSKH, visitor.v_BSKV, offset=offset, q_segments=segments, k_segments=visitor.segments_BS)
+        ring.attend(
+            q, visitor.k_BSKH, visitor.v_BSKV, offset=offset, q_segments=segments, k_segments=visitor.segments_BS
+        )
     )
 
 
 def _attend_backward(ring: _Ring, rows, segments, visitor: _Visitor, offset):
     q, out, lse, dout = rows
     dq, dk, dv = ring.attend_backward(
-        q, visitor.k_BSKH, visitor.v_BSKV, out, lse, dout, offset=offset, q_segments=segments, k_segments=visitor.segments_BS
+        q,
+        visitor.k_BSKH,
+        visitor.v_BSKV,
+        out,
+        lse,
+        dout,
+        offset=offset,
+        q_segments=segments,
+        k_segments=visitor.segments_BS,
     )
     return _float32((dq, (dk, dv)))
 

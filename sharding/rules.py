@@ -50,10 +50,14 @@ class ShardingRules:
                 for mesh_axis in getattr(axis_rules, field.name):
                     if mesh_axis not in MESH_AXES:
                         raise ValueError(
-                            f"sharding.{side}.{field.name} = {mesh_axis!r}: not a mesh axis; use one of {', '.join(MESH_AXES)}"
+                            f"sharding.{side}.{field.name} = {mesh_axis!r}: not a mesh axis; use one of "
+                            f"{', '.join(MESH_AXES)}"
                         )
         if self.weights.layer:
-            raise ValueError(f"sharding.weights.layer = {self.weights.layer}: stacked layers are not spread over devices; set it to ()")
+            raise ValueError(
+                f"sharding.weights.layer = {self.weights.layer}: stacked layers are not spread over devices; set it to "
+                f"()"
+            )
         of_weights = (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed"))
         meeting = {
             "weights": of_weights,
@@ -69,13 +73,15 @@ class ShardingRules:
                 twice = sorted({axis for axis in used if used.count(axis) > 1})
                 if twice:
                     raise ValueError(
-                        f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in one "
+                        f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in "
+                        f"one "
                         "array; give one of them another axis or ()"
                     )
         heads, kv_heads = self.activations.heads, self.activations.kv_heads
         if heads[: len(kv_heads)] != kv_heads:
             raise ValueError(
-                f"sharding.activations.kv_heads = {kv_heads}: must be the first of sharding.activations.heads = {heads}, so that "
+                f"sharding.activations.kv_heads = {kv_heads}: must be the first of sharding.activations.heads = "
+                f"{heads}, so that "
                 f"a device's queries find their keys; use {heads[: len(kv_heads)]}"
             )
 
@@ -92,8 +98,9 @@ class ShardingRules:
         return P(*parts)
 
     def gathered(self, axes: tuple[str | None, ...]) -> tuple[P, tuple[tuple[str, ...], ...]]:
-        """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with each
-        dimension spread further over the axes it is only stored on, and those further axes of each dimension. The dimension
+        """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with
+        each dimension spread further over the axes it is only stored on, and those further axes of each dimension. The
+        dimension
         'embed' is whole at use."""
         used = [() if axis in (None, "embed") else getattr(self.activations, axis) for axis in axes]
         taken = {mesh_axis for part in used for mesh_axis in part}

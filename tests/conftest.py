@@ -1,4 +1,5 @@
-"""Set before jax is imported: eight CPU devices in one process, quick compilation, programs kept on disk between runs."""
+"""Set before jax is imported: eight CPU devices in one process, quick compilation, programs kept on disk between
+runs."""
 
 import gc
 import os
@@ -9,7 +10,8 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax-tests"
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
-    # With the line above: a tiny network's gradient compiles in 1.8 s of CPU time, not 7.3. Later releases lack the flag.
+    # With the line above: a tiny network's gradient compiles in 1.8 s of CPU time, not 7.3. Later releases lack the
+    # flag.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 given = os.environ.get("XLA_FLAGS", "")
@@ -19,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Most of the time goes into tracing and lowering: no stack of Python frames for each operation, and a collection of garbage
-# for every 50,000 new objects, not 700. Together a tenth of the CPU time.
+# Most of the time goes into tracing and lowering: no stack of Python frames for each operation, and a collection of
+# garbage for every 50,000 new objects, not 700. Together a tenth of the CPU time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 gc.set_threshold(50_000, 50, 100)

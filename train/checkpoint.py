@@ -156,12 +156,21 @@ class Checkpointer:
     CheckpointError when the folder cannot be created or written.
     """
 
-    def __init__(self, directory: str, *, keep_last: int = 2, keep_best: int = 0,
-                 best_mode: Literal["min", "max"] = "min", warn: Callable[[str], None] = _print_warning,
-                 free_bytes: Callable[[], float] | None = None, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        best_mode: Literal["min", "max"] = "min",
+        warn: Callable[[str], None] = _print_warning,
+        free_bytes: Callable[[], float] | None = None,
+        read_only: bool = False,
+    ):
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(f"keep_last = {keep_last}, keep_best = {keep_best}: keep at least the last 1 and the "
-                             f"best 0 checkpoints")
+            raise ValueError(
+                f"keep_last = {keep_last}, keep_best = {keep_best}: keep at least the last 1 and the best 0 checkpoints"
+            )
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode = {best_mode!r}: set it to 'min' or 'max'")
         self._local = "://" not in str(directory)
@@ -179,7 +188,8 @@ class Checkpointer:
         # Compressing random-looking floats costs more time than it saves bytes, and CPU that training wants.
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         self._writer = ocp.AsyncCheckpointer(
-            self._handler, async_options=ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False))
+            self._handler, async_options=ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -205,8 +215,10 @@ class Checkpointer:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise CheckpointError(f"checkpoints cannot be written to {self._directory} ({_one_line(error)}); "
-                                  f"choose a folder that can be created and written") from error
+            raise CheckpointError(
+                f"checkpoints cannot be written to {self._directory} ({_one_line(error)}); "
+                f"choose a folder that can be created and written"
+            ) from error
         self._clean_leftovers()
 
     def _clean_leftovers(self) -> None:
@@ -230,8 +242,9 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------------ saving
 
-    def save(self, step: int, state: Any, *, metadata: dict[str, Any], metric: float | None = None,
-             wait: bool = False) -> bool:
+    def save(
+        self, step: int, state: Any, *, metadata: dict[str, Any], metric: float | None = None, wait: bool = False
+    ) -> bool:
         """Starts writing `state` as `step`; returns whether the save was started (with wait: whether it succeeded).
 
         The buffers may be donated as soon as this returns. Waits for the save before. A full disk or a failed write
@@ -242,21 +255,28 @@ class Checkpointer:
             raise CheckpointError(f"{self._directory} was opened with read_only=True; open it without to save")
         self.wait()
         if self._current is None and (ahead := [old for old in self._on_disk() if old >= step]):
-            raise CheckpointError(f"save of step {step}: {self._directory} already holds step {ahead[-1]}; restore "
-                                  f"from it first, or choose another folder")
+            raise CheckpointError(
+                f"save of step {step}: {self._directory} already holds step {ahead[-1]}; restore "
+                f"from it first, or choose another folder"
+            )
         leaves = named_leaves(state)
         stored = {name: to_storable(leaf) for name, leaf in leaves.items()}
         needed = sum(leaf.nbytes for leaf in stored.values()) * SPACE_MARGIN + SPACE_FLOOR
         free = self._free_bytes() if _process_zero() else math.inf
         if not _all_agree(free >= needed):
             if _process_zero():
-                self._report_failure(step, f"no space left in {self._directory} (needs {needed / 1e6:.0f} MB, "
-                                           f"{free / 1e6:.0f} MB free)")
+                self._report_failure(
+                    step, f"no space left in {self._directory} (needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
+                )
             return False
         sums = checksums(stored)
-        body = {"format": FORMAT, "step": step, "metadata": metadata,
-                "metric": None if metric is None or math.isnan(metric) else float(metric),
-                "leaves": {name: signature(leaf) | {"checksum": sums[name]} for name, leaf in leaves.items()}}
+        body = {
+            "format": FORMAT,
+            "step": step,
+            "metadata": metadata,
+            "metric": None if metric is None or math.isnan(metric) else float(metric),
+            "leaves": {name: signature(leaf) | {"checksum": sums[name]} for name, leaf in leaves.items()},
+        }
         body = json.loads(json.dumps(body))  # what cannot be JSON must fail here, not in the thread
         staging = self._directory / f"{step}{STAGING_SUFFIX}" if self._local else self._step_path(step)
         try:
@@ -313,10 +333,11 @@ class Checkpointer:
         on_disk, committed = self._on_disk(), set(self.steps())
         ahead = [step for step in on_disk if step > newest]
         good = [step for step in on_disk if step in committed and step <= newest]
-        keep = {newest, *good[-self._keep_last:], *self._best(good)}
+        keep = {newest, *good[-self._keep_last :], *self._best(good)}
         if ahead:
-            self._warn(f"dropping steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues an "
-                       f"earlier one")
+            self._warn(
+                f"dropping steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues an earlier one"
+            )
         for step in on_disk:
             if step not in keep:
                 self._step_path(step).rmtree()
@@ -330,7 +351,7 @@ class Checkpointer:
                 continue  # a damaged step is nobody's best; keep_last still holds it if it is recent
         sign = 1 if self._best_mode == "min" else -1
         ranked = sorted((sign * metric, -step) for step, metric in metrics.items() if metric is not None)
-        return [-step for _, step in ranked[:self._keep_best]]
+        return [-step for _, step in ranked[: self._keep_best]]
 
     # ------------------------------------------------------------------------------------------------ restoring
 
@@ -340,15 +361,16 @@ class Checkpointer:
         part: the template may lack leaves that were saved, which are then not read.
 
         template: the tree that was saved, of concrete arrays or of `jax.ShapeDtypeStruct`s with shardings, on any
-        mesh; or a function that gives it for a step's metadata. A leaf without a sharding is restored uncommitted; numpy leaves stay numpy.
-        Damaged steps are named through `warn` and passed over. CheckpointError when no step is good, when `step` is
-        not, or when a leaf's name, shape or dtype differs from the template's.
+        mesh; or a function that gives it for a step's metadata. A leaf without a sharding is restored uncommitted;
+        numpy leaves stay numpy. Damaged steps are named through `warn` and passed over. CheckpointError when no step is
+        good, when `step` is not, or when a leaf's name, shape or dtype differs from the template's.
         """
         self.wait()
         on_disk = _from_process_zero(self._on_disk())
         if step is not None and step not in on_disk:
-            raise CheckpointError(f"step {step} is not in {self._directory}, which holds "
-                                  f"{', '.join(map(str, on_disk)) or 'none'}")
+            raise CheckpointError(
+                f"step {step} is not in {self._directory}, which holds {', '.join(map(str, on_disk)) or 'none'}"
+            )
         candidates = sorted(on_disk, reverse=True) if step is None else [step]
         reasons = []
         for position, candidate in enumerate(candidates):
@@ -374,8 +396,10 @@ class Checkpointer:
             for name, entry in body["leaves"].items() if name in leaves or not part
         }  # fmt: skip
         if table := differences(saved, {name: signature(leaf) for name, leaf in leaves.items()}):
-            raise CheckpointError(f"step {step} of {self._directory} holds another state than the one asked for; "
-                                  f"set the configuration back, or start in another folder:\n{table}")
+            raise CheckpointError(
+                f"step {step} of {self._directory} holds another state than the one asked for; "
+                f"set the configuration back, or start in another folder:\n{table}"
+            )
         stored = self._jointly(lambda: self._read_arrays(step, leaves))
         found = checksums(stored)
         wrong = [name for name in leaves if found[name] != body["leaves"][name]["checksum"]]
@@ -389,7 +413,8 @@ class Checkpointer:
         args = ocp.args.PyTreeRestore(
             item={name: stored_struct(leaf) for name, leaf in filled.items()},
             restore_args={name: restore_args(leaf) for name, leaf in filled.items()},
-            partial_restore=True)
+            partial_restore=True,
+        )
         try:
             return self._handler.restore(self._step_path(step), args=args) | empty
         except (MemoryError, jax.errors.JaxRuntimeError):

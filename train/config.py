@@ -61,7 +61,9 @@ class TrainConfig:
     fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
     fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
     z_loss: float = 0.0  # coefficient of mean logsumexp(logits)^2 (Chowdhery et al. 2022)
-    loss_chunk: int | None = None  # ids whose logits a device holds at once; none: up to 32,768 all, of more 8,192 at a time
+    loss_chunk: int | None = (
+        None  # ids whose logits a device holds at once; none: up to 32,768 all, of more 8,192 at a time
+    )
     microbatches: int = 1  # gradients of so many slices of the batch are summed before an update
     ema_decay: float | None = None  # average of the weights, used for evaluation and sampling
     nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite never reaches the weights
@@ -88,7 +90,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(
-                f"train.loss_chunk = {self.loss_chunk}: at least 1 id of the vocabulary (best thousands), or none to leave the choice"
+                f"train.loss_chunk = {self.loss_chunk}: at least 1 id of the vocabulary (best thousands), or none to "
+                f"leave the choice"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay = {self.ema_decay}: between 0 and 1, or none")
@@ -140,7 +143,8 @@ class Experiment:
         stride = self.train.eval_stride
         if stride is not None and not 1 <= stride <= self.data.sequence_length:
             raise ValueError(
-                f"train.eval_stride = {stride}: between 1 and data.sequence_length = {self.data.sequence_length} tokens of a "
+                f"train.eval_stride = {stride}: between 1 and data.sequence_length = {self.data.sequence_length} "
+                f"tokens of a "
                 "window are scored, or none for all"
             )
         self._validate_mesh(dict(zip(MESH_AXES, self.mesh.sizes(device_count), strict=True)))
@@ -149,13 +153,12 @@ class Experiment:
         s = self.samples
         if s.count < 0 or s.prompt_tokens < 2 or s.new_tokens < 1:
             raise ValueError(
-                f"samples: count = {s.count} must be 0 or more, prompt_tokens = {s.prompt_tokens} at least 2, new_tokens = "
+                f"samples: count = {s.count} must be 0 or more, prompt_tokens = {s.prompt_tokens} at least 2, "
+                f"new_tokens = "
                 f"{s.new_tokens} at least 1"
             )
         if not s.temperature >= 0 or not 0 < s.top_p <= 1:
-            raise ValueError(
-                f"samples: temperature = {s.temperature} must be 0 or more, top_p = {s.top_p} in (0, 1]"
-            )
+            raise ValueError(f"samples: temperature = {s.temperature} must be 0 or more, top_p = {s.top_p} in (0, 1]")
         if s.count and s.prompt_tokens + s.new_tokens > self.model.max_length:
             raise ValueError(
                 f"samples.prompt_tokens = {s.prompt_tokens} + samples.new_tokens = {s.new_tokens}: longer than "
@@ -170,7 +173,8 @@ class Experiment:
             lacking = [name for name in marks if getattr(special, name) < 0]
             if lacking:
                 raise ValueError(
-                    f"train.objective = {objective!r}: the tokenizer in data.tokenizer.path = {self.data.tokenizer.path!r} lacks its "
+                    f"train.objective = {objective!r}: the tokenizer in data.tokenizer.path = "
+                    f"{self.data.tokenizer.path!r} lacks its "
                     f"marks ({', '.join(lacking)}); choose another objective or tokenizer"
                 )
         if objective == "masked" and mask != "bidirectional":
@@ -180,12 +184,14 @@ class Experiment:
             )
         if (objective == "prefix") != (mask == "prefix"):
             raise ValueError(
-                f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' gives the prefix "
+                f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' gives "
+                f"the prefix "
                 "that the mask 'prefix' shows to all; set both, or neither"
             )
         if objective != "masked" and mask == "bidirectional":
             raise ValueError(
-                f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees the one "
+                f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees the "
+                f"one "
                 "it is to predict; set the mask to causal, or the objective to masked"
             )
 
@@ -200,7 +206,8 @@ class Experiment:
         for axis, size in mesh.items():
             if size > 1 and axis not in used:
                 raise ValueError(
-                    f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so that its devices would "
+                    f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so that its devices "
+                    f"would "
                     "repeat each other's work; set it to 1"
                 )
         model, moe = self.model, self.model.moe
@@ -216,7 +223,10 @@ class Experiment:
         if moe is None or "dense" in moe.layers:
             sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
         if moe is not None:
-            sizes += [("model.moe.num_experts", "expert", moe.num_experts), ("model.moe.hidden_dim", "mlp", moe.hidden_dim)]
+            sizes += [
+                ("model.moe.num_experts", "expert", moe.num_experts),
+                ("model.moe.hidden_dim", "mlp", moe.hidden_dim),
+            ]
             if moe.router == "soft":  # slots are laid out as tokens are
                 sizes.append(("model.moe.num_experts * model.moe.top_k", "sequence", moe.num_experts * moe.top_k))
         if model.vocab_size:
@@ -229,8 +239,13 @@ class Experiment:
                         f"{getattr(getattr(self.sharding, side), axis)} (sharding.{side}.{axis}); change one of them"
                     )
         if moe is not None:  # experts' weights enter shard_map spread over the axes of both sides
-            for field, axis, size in (("num_experts", "expert", moe.num_experts), ("hidden_dim", "mlp", moe.hidden_dim)):
-                both = {name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)}
+            for field, axis, size in (
+                ("num_experts", "expert", moe.num_experts),
+                ("hidden_dim", "mlp", moe.hidden_dim),
+            ):
+                both = {
+                    name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)
+                }
                 count = math.prod(mesh[name] for name in both)
                 if size % count:
                     raise ValueError(
@@ -241,5 +256,6 @@ class Experiment:
         if self.data.batch_size % rows:
             raise ValueError(
                 f"data.batch_size = {self.data.batch_size}: does not divide into train.microbatches = "
-                f"{self.train.microbatches} slices for {devices('activations', 'batch')} devices; make it a multiple of {rows}"
+                f"{self.train.microbatches} slices for {devices('activations', 'batch')} devices; make it a multiple "
+                f"of {rows}"
             )

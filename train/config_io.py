@@ -232,8 +232,8 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
     """`config` with each "dotted.name=value" applied in order, typed by the annotations.
 
     true/false for bool; `none` for an optional field; `a,b,c` and `()` for tuples; `sources.0.path=…` for an element of
-    a tuple, one past its end appends a default one. A field of an optional dataclass that is None sets its default first.
-    Raises ConfigError for an unknown name (with the nearest valid one) or an ill-typed value.
+    a tuple, one past its end appends a default one. A field of an optional dataclass that is None sets its default
+    first. Raises ConfigError for an unknown name (with the nearest valid one) or an ill-typed value.
     """
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -248,7 +248,9 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
 
 def _encode(annotation: Any, value: Any, dotted: str) -> Any:
     if dataclasses.is_dataclass(value):
-        return {n: _encode(hint, getattr(value, n), _join(dotted, n)) for n, (_, hint) in _fields(value.__class__).items()}
+        return {
+            n: _encode(hint, getattr(value, n), _join(dotted, n)) for n, (_, hint) in _fields(value.__class__).items()
+        }
     if isinstance(value, tuple):
         element = _element(annotation)
         return [_encode(element, item, _join(dotted, str(i))) for i, item in enumerate(value)]

@@ -1,11 +1,12 @@
 """Cross-entropy from hidden states and head: the logits of a large vocabulary are never stored whole.
 
 The logits of one chunk of the vocabulary exist at a time. The forward pass keeps a running log-sum-exp over the chunks
-(Milakov and Gimelshein 2018, online softmax); the backward pass computes each chunk's logits anew, which costs one more matmul with
-the head, and writes each chunk of the head's gradient once (as in Wijmans et al. 2024, Cut Your Losses, sec. 4). A vocabulary
-that is one chunk keeps its logits for the backward pass instead.
+(Milakov and Gimelshein 2018, online softmax); the backward pass computes each chunk's logits anew, which costs one more
+matmul with the head, and writes each chunk of the head's gradient once (as in Wijmans et al. 2024, Cut Your Losses,
+sec. 4). A vocabulary that is one chunk keeps its logits for the backward pass instead.
 
-On a mesh the vocabulary may be spread over devices: each runs over its own slice, and what is exchanged is three numbers a token.
+On a mesh the vocabulary may be spread over devices: each runs over its own slice, and what is exchanged is three
+numbers a token.
 
 Shapes: B batch, T time, N tokens, D width, V vocabulary, C ids of a chunk.
 """
@@ -35,20 +36,25 @@ def cross_entropy(
     softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """Negative log-likelihood of each target and the log of each softmax's denominator (z-loss squares it), nats, float32.
+    """Negative log-likelihood of each target and the log of each softmax's denominator (z-loss squares it), nats,
+    float32.
 
-    Hidden states [..., D] and the head in the dtype of the matmuls, which accumulate in float32; targets int32 [...] in [0, V).
-    `vocab_axis`: the head's dimension of size V; 0 for a matrix that is also the embedding, which is then not copied to turn it.
-    `softcap`: cap * tanh(logits / cap). `chunk`: ids whose logits exist at once on a device; None: all up to WHOLE_IDS, else CHUNK_IDS.
-    Both results have gradients to hidden states and head, of reverse mode and first order.
-    On a mesh with explicit axes, V may be sharded in the head and all but D in `hidden_BTD`, over different axes; the results are
-    laid out as the tokens, the gradients as what they are gradients of. Raises ValueError if chunk < 1 or shapes disagree.
+    Hidden states [..., D] and the head in the dtype of the matmuls, which accumulate in float32; targets int32 [...] in
+    [0, V).
+    `vocab_axis`: the head's dimension of size V; 0 for a matrix that is also the embedding, which is then not copied to
+    turn it.
+    `softcap`: cap * tanh(logits / cap). `chunk`: ids whose logits exist at once on a device; None: all up to WHOLE_IDS,
+    else CHUNK_IDS. Both results have gradients to hidden states and head, of reverse mode and first order. On a mesh
+    with explicit axes, V may be sharded in the head and all but D in `hidden_BTD`, over different axes; the results are
+    laid out as the tokens, the gradients as what they are gradients of. Raises ValueError if chunk < 1 or shapes
+    disagree.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk = {chunk}: at least one id of the vocabulary, or None")
     if hidden_BTD.shape != (*targets_BT.shape, head.shape[1 - vocab_axis]):
         raise ValueError(
-            f"hidden states {hidden_BTD.shape}, targets {targets_BT.shape}, head {head.shape} with vocab_axis = {vocab_axis}: "
+            f"hidden states {hidden_BTD.shape}, targets {targets_BT.shape}, head {head.shape} with vocab_axis = "
+            f"{vocab_axis}: "
             "needs [..., D], [...] and a head of widths D and V"
         )
     local = partial(_tokens, vocab_axis=vocab_axis, softcap=softcap, chunk=chunk)
@@ -59,14 +65,25 @@ def cross_entropy(
     vocab_axes = spread if isinstance(spread, tuple) else (spread,) if spread else ()
     shared = {axis for part in rows for axis in (part if isinstance(part, tuple) else (part,))} & set(vocab_axes)
     if shared:
-        raise ValueError(f"mesh axis {shared.pop()!r} spreads both the tokens and the vocabulary: give one of them another axis")
+        raise ValueError(
+            f"mesh axis {shared.pop()!r} spreads both the tokens and the vocabulary: give one of them another axis"
+        )
     specs = P(*rows, None), P(None, spread) if vocab_axis else P(spread, None), rows
     on_devices = jax.shard_map(partial(local, vocab_axes=vocab_axes), in_specs=specs, out_specs=(rows, rows))
-    return on_devices(*(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True)))
+    return on_devices(
+        *(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True))
+    )
 
 
 def _tokens(
-    hidden_BTD, head, targets_BT, *, vocab_axes: tuple[str, ...], vocab_axis: int, softcap: float | None, chunk: int | None
+    hidden_BTD,
+    head,
+    targets_BT,
+    *,
+    vocab_axes: tuple[str, ...],
+    vocab_axis: int,
+    softcap: float | None,
+    chunk: int | None,
 ):
     """The same on one device's tokens and slice of the vocabulary, which is spread over `vocab_axes` of the mesh."""
     V = head.shape[vocab_axis]
@@ -138,7 +155,8 @@ def _slice_backward(vocab_axis, softcap, chunk, saved, cotangents):
         return dhidden_ND + more_ND, jax.lax.dynamic_update_slice_in_dim(dhead, dhead_part, start, vocab_axis)
 
     if whole is not None:
-        # What is not used is not stored. CPUs keep the exponentials, which cost them more than memory; others compute them anew.
+        # What is not used is not stored. CPUs keep the exponentials, which cost them more than memory; others compute
+        # them anew.
         scaled = lambda _, weights_NV: weights_NV * jnp.exp(top_N - log_total_N)[:, None]
         probabilities_NV = jax.lax.platform_dependent(*whole, cpu=scaled, default=probabilities)
         dhidden_ND, dhead = gradients(0, head, whole[0], probabilities_NV)

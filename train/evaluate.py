@@ -28,8 +28,8 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     tokens: int
     bytes: int
-    # Of a mixture of experts, over the whole set, a mean over its layers: how far the most loaded expert is above the mean
-    # (Wang et al. 2024: MaxVio_global), and the part of the choices that found no place.
+    # Of a mixture of experts, over the whole set, a mean over its layers: how far the most loaded expert is above the
+    # mean (Wang et al. 2024: MaxVio_global), and the part of the choices that found no place.
     max_violation: float | None = None
     dropped_fraction: float | None = None
 
@@ -44,7 +44,9 @@ class Score(NamedTuple):
     loss: Float[Array, ""]  # sum over the scored tokens, nats
     tokens: Float[Array, ""]
     routed: Float[Array, ""]  # tokens that were no padding
-    load_LE: Float[Array, "L E"] | None  # of a mixture of experts: each layer's choices over its experts, summing to one
+    load_LE: (
+        Float[Array, "L E"] | None
+    )  # of a mixture of experts: each layer's choices over its experts, summing to one
     dropped_L: Float[Array, "L"] | None
 
 
@@ -64,8 +66,8 @@ def evaluate(
     """Loss and bits per byte of a held-out set; `score` is a jitted `make_score`. `between` is called after each batch.
 
     Every token of every document is predicted once, ends of documents included, and the bytes are those of the tokens
-    predicted: with `max_windows` None, of all the held-out files. An objective that predicts some of them alone (masked)
-    is scored as if the others cost the same.
+    predicted: with `max_windows` None, of all the held-out files. An objective that predicts some of them alone
+    (masked) is scored as if the others cost the same.
     """
     lengths = byte_lengths(prepared.tokenizer)
     total: Score | None = None
@@ -103,7 +105,10 @@ def evaluate(
     found = Evaluation(loss, loss / math.log(2) * targets / size, int(total.tokens), size)
     if total.load_LE is None or total.dropped_L is None:
         return found
-    return found._replace(max_violation=float(max_violation(total.load_LE).mean()), dropped_fraction=float((total.dropped_L / total.routed).mean()))
+    return found._replace(
+        max_violation=float(max_violation(total.load_LE).mean()),
+        dropped_fraction=float((total.dropped_L / total.routed).mean()),
+    )
 
 
 def make_score(objective: Objective) -> Callable[[Transformer, dict], Score]:

@@ -16,7 +16,6 @@ from jax import lax
 TABLE_ROWS = 20
 
 
-
 def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -33,8 +32,10 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(f"{name} is a {type(leaf).__name__}: checkpoint leaves are jax arrays, numpy arrays or "
-                            f"numpy scalars; wrap it, for example with np.int64")
+            raise TypeError(
+                f"{name} is a {type(leaf).__name__}: checkpoint leaves are jax arrays, numpy arrays or "
+                f"numpy scalars; wrap it, for example with np.int64"
+            )
         if name in named:
             raise ValueError(f"two leaves are both named {name!r}: rename one of the keys that contain '/'")
         named[name] = leaf
@@ -100,8 +101,9 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> str:
         return ""
     shown = [("leaf", "in the checkpoint", "asked for"), *rows[:TABLE_ROWS]]
     widths = [max(len(row[column]) for row in shown) for column in range(3)]
-    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in shown]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
+    ]
     if len(rows) > TABLE_ROWS:
         lines.append(f"  and {len(rows) - TABLE_ROWS} more")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The training loop: mesh, abstract state, compile, restore or init, then batches; step t is dispatched before the metrics
+"""The training loop: mesh, abstract state, compile, restore or init, then batches; step t is dispatched before the
+metrics
 of t - 1 are read."""
 
 from __future__ import annotations
@@ -72,14 +73,16 @@ class Trained:
 
 
 def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
-    """The program of a resolved experiment (its vocabulary known), over all the devices there are, or over `mesh`, whose
+    """The program of a resolved experiment (its vocabulary known), over all the devices there are, or over `mesh`,
+    whose
     devices may be a topology's, to be compiled for alone. Raises ConfigError."""
     model, config = experiment.model, experiment.train
     mesh = make_mesh(experiment.mesh) if mesh is None else mesh
     slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in experiment.sharding.activations.batch)
     if slices % jax.process_count():
         raise ConfigError(
-            f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs slices of its "
+            f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs slices "
+            f"of its "
             "own; raise mesh.data or mesh.fsdp, and lower mesh.tensor or mesh.sequence"
         )
     optimizer = make_optimizer(experiment.optimizer, model, config.steps)
@@ -104,7 +107,12 @@ def build(experiment: Experiment, mesh: Mesh | None = None) -> Program:
 
 
 def evaluate_all(
-    program: Program, model: Transformer, prepared: Prepared, *, full: bool, between: Callable[[], object] = lambda: None
+    program: Program,
+    model: Transformer,
+    prepared: Prepared,
+    *,
+    full: bool,
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, Evaluation]:
     """Every held-out set: `train.eval_windows` of each, or all of it."""
     config = program.experiment.train
@@ -131,15 +139,17 @@ def restore(
 ) -> Restored | None:
     """The newest good checkpoint (or that of `step`) on this program's mesh, or None. Refuses another tokenizer's.
 
-    A checkpoint of weights alone (metadata 'weights': their dtype) begins a training. Not `training`, only the weights are read
-    (the average where there is one), and there is no optimizer.
+    A checkpoint of weights alone (metadata 'weights': their dtype) begins a training. Not `training`, only the weights
+    are read (the average where there is one), and there is no optimizer.
     """
     state = program.abstract_state
 
     def template(metadata: dict[str, Any]):
         if "weights" in metadata:
             dtype = metadata["weights"]
-            return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), state.model)}
+            return {
+                "model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), state.model)
+            }
         if training:
             return state
         return {"model": state.model} if state.ema is None else {"ema": state.ema}
@@ -147,7 +157,8 @@ def restore(
     restored = checkpoints.restore(template, step=step, part=not training)
     if restored is not None and restored.metadata["tokenizer"] != tokenizer.identity:
         raise CheckpointError(
-            f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, the one at hand is "
+            f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, the one "
+            f"at hand is "
             f"{tokenizer.identity[:12]}; they do not belong together: restore the data config (and the text the "
             "tokenizer was trained on), or start a new run with --run NEWNAME"
         )
@@ -307,8 +318,8 @@ def train(
                     if stopped:
                         break
             except NonfiniteError:
-                # The refused step and the one dispatched after it changed only the counters: saved as of the refused one,
-                # so that a run that goes on with 'skip' takes the very next batch.
+                # The refused step and the one dispatched after it changed only the counters: saved as of the refused
+                # one, so that a run that goes on with 'skip' takes the very next batch.
                 if saved < done:
                     save(state._replace(step=state.step - (step - done)), done, wait=True)
                 raise
@@ -322,7 +333,8 @@ def train(
 
 
 class _Clock:
-    """Tokens per second and MFU over the last CLOCK_STEPS steps, pauses left out: where a backend runs a step while it is
+    """Tokens per second and MFU over the last CLOCK_STEPS steps, pauses left out: where a backend runs a step while it
+    is
     dispatched, two steps may be read at once, and the time between two reads says nothing."""
 
     def __init__(self, flops_per_token: float, peak: float | None):
@@ -351,7 +363,8 @@ def _compile(program: Program, state: TrainState, batch: dict[str, np.ndarray], 
     if memory is not None:
         told = (
             f"; per device: state and batch {memory.argument_size_in_bytes / 1e6:,.0f} MB "
-            f"({memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place), temporaries {memory.temp_size_in_bytes / 1e6:,.0f} MB"
+            f"({memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place), temporaries "
+            f"{memory.temp_size_in_bytes / 1e6:,.0f} MB"
         )
     notice(f"compiled the train step in {time.monotonic() - start:.1f} s{told}")
     return compiled
@@ -376,12 +389,20 @@ def _row(step: int, values: dict[str, Any], bytes_per_token: float, experiment: 
         row["max_violation"] = float(max_violation(jnp.asarray(load_LE)).mean())
         row["expert_load"] = np.round(load_LE, 4).tolist()
         layers_LM = np.asarray(values["router_layers"], np.float64)  # the same by layer
-        row["router_layers"] = {name: [float(f"{x:.4g}") for x in layers_LM[:, i]] for i, name in enumerate(ROUTER_METRICS)}
+        row["router_layers"] = {
+            name: [float(f"{x:.4g}") for x in layers_LM[:, i]] for i, name in enumerate(ROUTER_METRICS)
+        }
     return row
 
 
 def _report_nonfinite(
-    run: RunFolder, step: int, row: dict, batch: dict, record: Callable[[dict], None], notice: Callable[[str], None], stop: bool
+    run: RunFolder,
+    step: int,
+    row: dict,
+    batch: dict,
+    record: Callable[[dict], None],
+    notice: Callable[[str], None],
+    stop: bool,
 ) -> None:
     """Saves the batch and says what happened; raises NonfiniteError if the run is to stop."""
     path = run.path / f"nonfinite_step_{step}_process_{jax.process_index()}.npz"

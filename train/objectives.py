@@ -57,7 +57,8 @@ def next_token(
     model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0, share: float = 1.0,
     chunk: int | None = None,
 ) -> Loss:  # fmt: skip
-    """Predict each token from those before it in its segment. `share`: the part of the tokens that `weights` leaves on average."""
+    """Predict each token from those before it in its segment. `share`: the part of the tokens that `weights` leaves on
+    average."""
     segments = batch["segment_ids"]
     weights_BT = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
     if "weights" in batch:
@@ -112,7 +113,8 @@ def prefix_lm(
     model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: float = 0.0, chunk: int | None = None
 ) -> Loss:
     """Next-token loss on what follows a prefix of uniformly drawn length, which is seen from both sides (Raffel et al.
-    2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix."""
+    2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix.
+    """
     cut_key, dropout_key = jax.random.split(key)
     B, W = batch["tokens"].shape
     cut_B = _as_rows(jax.random.randint(cut_key, (B,), 0, W - 1), batch["tokens"])
@@ -133,11 +135,11 @@ def rearrange_middle(
 ) -> Int[Array, "B W"]:
     """In a row chosen with probability `rate`, the longest segment is cut at two uniform places and rearranged:
     PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle <end>, or, with probability `spm_rate`,
-    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (sec. 3 there, the variant that shares prefixes).
+    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (sec. 3 there, the variant that shares
+    prefixes).
 
-    Its first token (<end>, which opens a document) stays first, and its last four tokens make room for the marks and for
-    the <end> that says where the middle ends.
-    Segments shorter than 8 tokens are left alone.
+    Its first token (<end>, which opens a document) stays first, and its last four tokens make room for the marks and
+    for the <end> that says where the middle ends. Segments shorter than 8 tokens are left alone.
     """
     B = tokens_BW.shape[0]
     row_key, kind_key, cut_key = jax.random.split(key, 3)
@@ -210,9 +212,16 @@ def scoring_objective(config: TrainConfig, ids: int, special: SpecialTokens = OW
 
 
 def _loss(
-    model: Transformer, out: Output, targets_BT: Array, weights_BT: Array, z_loss: float, routed: Array, chunk: int | None
+    model: Transformer,
+    out: Output,
+    targets_BT: Array,
+    weights_BT: Array,
+    z_loss: float,
+    routed: Array,
+    chunk: int | None,
 ) -> Loss:
-    """`routed`: what the router's mean losses are multiplied by. It grows with the tokens that were routed, not with the
+    """`routed`: what the router's mean losses are multiplied by. It grows with the tokens that were routed, not with
+    the
     targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch."""
     nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT, chunk)
     count = weights_BT.sum()

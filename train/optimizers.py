@@ -101,7 +101,9 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> o
     parts.append(inner)
     if model.mup_base_dim is not None:
         ratio = model.mup_base_dim / model.embed_dim
-        parts.append(optax.stateless(lambda updates, _: tree_map_with_path(lambda p, u: u * _mup_rate(p, ratio), updates)))
+        parts.append(
+            optax.stateless(lambda updates, _: tree_map_with_path(lambda p, u: u * _mup_rate(p, ratio), updates))
+        )
     if model.moe is not None and model.moe.bias_rate is not None:
         parts.append(optax.stateless(lambda updates, _: tree_map_with_path(_without_router_bias, updates)))
     return optax.chain(*parts)

@@ -143,8 +143,8 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _locked(run: RunFolder, notice: Callable[[str], None]) -> Iterator[None]:
-    # flock guards only the moment of reading and writing the holder, so that two jobs cannot both take over a dead one's
-    # lock; the holder itself is text, because file locks do not reach from host to host on every file system.
+    # flock guards only the moment of reading and writing the holder, so that two jobs cannot both take over a dead
+    # one's lock; the holder itself is text, because file locks do not reach from host to host on every file system.
     me = {"pid": os.getpid(), "start": _process_start(os.getpid()), "host": socket.gethostname(), "since": time.time()}
     with open(run.lock, "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -375,8 +375,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl as one timeline.
 
     A row of the same kind, step and set supersedes an earlier one, and an event "resumed" at step s supersedes the
-    earlier final row and all earlier rows above s; events stay. A last line torn by a crash is left out. Raises RunFolderError, with the
-    line number, for any other line that is not a row.
+    earlier final row and all earlier rows above s; events stay. A last line torn by a crash is left out. Raises
+    RunFolderError, with the line number, for any other line that is not a row.
     """
     content = Path(path).read_bytes()
     kept: dict[tuple, dict[str, Any]] = {}

@@ -1,5 +1,5 @@
-"""What routers choose for the same held-out tokens as training goes on: kept in the run folder at every evaluation, for the
-report (experiments/routing.py).
+"""What routers choose for the same held-out tokens as training goes on: kept in the run folder at every evaluation, for
+the report (experiments/routing.py).
 
 Shapes: L MoE layers, B batch, T time, N tokens, C choices of a token.
 """
@@ -32,15 +32,22 @@ def make_probe(
     rows = max(1, min(experiment.data.batch_size, PROBE_TOKENS // T))
     batch = next(
         heldout_windows(
-            prepared, prepared.heldout_names[0], batch_size=experiment.data.batch_size, max_windows=experiment.data.batch_size,
-            process_index=jax.process_index(), process_count=jax.process_count(),
+            prepared,
+            prepared.heldout_names[0],
+            batch_size=experiment.data.batch_size,
+            max_windows=experiment.data.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-    )  # fmt: skip
+    )
 
     @jax.jit
     def choices(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
         out = forward(
-            model, batch["tokens"][:, :-1], positions_BT=batch["positions"][:, :-1], segment_ids_BT=batch["segment_ids"][:, :-1]
+            model,
+            batch["tokens"][:, :-1],
+            positions_BT=batch["positions"][:, :-1],
+            segment_ids_BT=batch["segment_ids"][:, :-1],
         )
         assert out.router is not None
         return out.router.choices_BTC

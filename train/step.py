@@ -32,7 +32,9 @@ class TrainState(NamedTuple):
     nonfinite: Int[Array, ""]  # updates refused, a float16 overflow left out
 
 
-def init_state(key: PRNGKeyArray, model: Transformer, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainState:
+def init_state(
+    key: PRNGKeyArray, model: Transformer, optimizer: optax.GradientTransformation, config: TrainConfig
+) -> TrainState:
     """The state before the first step. Under an explicit mesh everything takes its parameter's sharding."""
     scale = 2.0**15 if compute_dtype(model.config) == jnp.float16 else 1.0
     ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, model)

@@ -1,4 +1,5 @@
-"""What a saved tokenizer's folder says of itself: `tokenizer.json` with kind, identity and specials, and the chat template."""
+"""What a saved tokenizer's folder says of itself: `tokenizer.json` with kind, identity and specials, and the chat
+template."""
 
 from __future__ import annotations
 

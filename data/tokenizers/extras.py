@@ -13,4 +13,6 @@ def needed(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise DataError(f"this tokenizer needs the package {package}, which is not installed: pip install 'meshwork[hf]'") from error
+        raise DataError(
+            f"this tokenizer needs the package {package}, which is not installed: pip install 'meshwork[hf]'"
+        ) from error

@@ -12,9 +12,9 @@ from data.tokenizers.protocol import SpecialTokens, Tokenizer, check_vocabulary
 def fit_vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, int]:
     """(the tokenizer, rows of an embedding that none of its ids uses): its `vocab_size` is at most `rows`.
 
-    Specials without a row (Gemma 3's mark of an image, in its models of text alone) are dropped from a tokenizer.json: the
-    tokenizer then has another identity, and text holds their names as text. Raises DataError when other ids have no row, or
-    one that opens texts, ends them or ends a generation.
+    Specials without a row (Gemma 3's mark of an image, in its models of text alone) are dropped from a tokenizer.json:
+    the tokenizer then has another identity, and text holds their names as text. Raises DataError when other ids have no
+    row, or one that opens texts, ends them or ends a generation.
     """
     if tokenizer.vocab_size > rows and isinstance(tokenizer, HFTokenizer):
         without_row = {i for i in tokenizer.pieces if i >= rows}
@@ -32,8 +32,13 @@ def _limited(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
     model = description["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if i < rows}
-        if any(dropped & set(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", ())):
-            raise DataError(f"tokenizer.json: merges are made of {sorted(dropped)}, whose ids have no row in an embedding of {rows} rows")
+        if any(
+            dropped & set(merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", ())
+        ):
+            raise DataError(
+                f"tokenizer.json: merges are made of {sorted(dropped)}, whose ids have no row in an embedding of "
+                f"{rows} rows"
+            )
     else:
         model["vocab"] = model["vocab"][:rows]
     limited = HFTokenizer(
@@ -46,7 +51,8 @@ def _limited(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
     # The package numbers added tokens that its model lacks by the model's size, whatever id the file gives them.
     if limited.pieces != {i: piece for i, piece in tokenizer.pieces.items() if i < rows}:
         raise DataError(
-            f"tokenizer.json: without {sorted(dropped)}, whose ids have no row in an embedding of {rows} rows, other ids would change; "
+            f"tokenizer.json: without {sorted(dropped)}, whose ids have no row in an embedding of {rows} rows, other "
+            f"ids would change; "
             "use the tokenizer that was published with the model, or enlarge the embedding"
         )
     return limited

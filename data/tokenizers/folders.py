@@ -73,7 +73,8 @@ def saved_tokenizer(config: TokenizerConfig) -> Tokenizer:
     tokenizer = read_tokenizer(config.path)
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
-            f"data.tokenizer.vocab_size = {config.vocab_size}: the tokenizer in {config.path} has {tokenizer.vocab_size} ids; "
+            f"data.tokenizer.vocab_size = {config.vocab_size}: the tokenizer in {config.path} has "
+            f"{tokenizer.vocab_size} ids; "
             "set it to that"
         )
     return tokenizer

@@ -1,6 +1,8 @@
-"""The tokenizer inside a GGUF file, as the JSON text of the package `tokenizers`, with what the file says of its specials.
+"""The tokenizer inside a GGUF file, as the JSON text of the package `tokenizers`, with what the file says of its
+specials.
 
-Two kinds of llama.cpp: 'gpt2', byte-level BPE by a list of merges, and 'llama', SentencePiece's BPE by the pieces' scores.
+Two kinds of llama.cpp: 'gpt2', byte-level BPE by a list of merges, and 'llama', SentencePiece's BPE by the pieces'
+scores.
 """
 
 from __future__ import annotations
@@ -42,18 +44,21 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
     kind = values.get("tokenizer.ggml.model")
     if kind not in kinds:
         raise DataError(
-            f"{path}: tokenizer.ggml.model = {kind!r} is not supported; there are {', '.join(kinds)}: take tokenizer.json of the "
+            f"{path}: tokenizer.ggml.model = {kind!r} is not supported; there are {', '.join(kinds)}: take "
+            f"tokenizer.json of the "
             "model that the file was made of"
         )
     tokens: list[str] = values.get("tokenizer.ggml.tokens") or []
     types = np.asarray(values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens))
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise DataError(
-            f"{path}: the tokenizer has {len(tokens)} tokens ({len(set(tokens))} different) and {len(types)} types; the file is damaged"
+            f"{path}: the tokenizer has {len(tokens)} tokens ({len(set(tokens))} different) and {len(types)} types; "
+            f"the file is damaged"
         )
     found, add_bos = kinds[kind](path, values, tokens, types)
     bos, eos, pad, *ends = (
-        _special(path, values, name, len(tokens)) for name in ("bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id")
+        _special(path, values, name, len(tokens))
+        for name in ("bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id")
     )
     add_bos = bool(values.get("tokenizer.ggml.add_bos_token", add_bos)) and bos is not None
     found["post_processor"] = _opened_by(tokens[bos], bos) if add_bos and bos is not None else None
@@ -72,11 +77,15 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
 def _special(path: str | Path, values: dict[str, Any], name: str, size: int) -> int | None:
     token = values.get(f"tokenizer.ggml.{name}")
     if token is not None and not 0 <= token < size:
-        raise DataError(f"{path}: tokenizer.ggml.{name} = {token} is outside the vocabulary of {size}; the file is damaged")
+        raise DataError(
+            f"{path}: tokenizer.ggml.{name} = {token} is outside the vocabulary of {size}; the file is damaged"
+        )
     return token
 
 
-def _byte_level(path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray) -> tuple[dict[str, Any], bool]:
+def _byte_level(
+    path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray
+) -> tuple[dict[str, Any], bool]:
     """Byte-level BPE; how text is cut into words before has a name in the file."""
     digits = {"type": "Digits", "individual_digits": True}
     words: dict[str, list[dict[str, Any]]] = {
@@ -88,7 +97,8 @@ def _byte_level(path: str | Path, values: dict[str, Any], tokens: list[str], typ
     pre = values.get("tokenizer.ggml.pre", "default")
     if pre not in words:
         raise DataError(
-            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported; there are {', '.join(words)}: take tokenizer.json of the model "
+            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported; there are {', '.join(words)}: take tokenizer.json "
+            f"of the model "
             "that the file was made of"
         )
     merges = [merge.split(" ") for merge in values.get("tokenizer.ggml.merges") or []]
@@ -109,7 +119,9 @@ def _split(pattern: str) -> list[dict[str, Any]]:
     return [split, _GPT2 | {"use_regex": False}]
 
 
-def _sentencepiece(path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray) -> tuple[dict[str, Any], bool]:
+def _sentencepiece(
+    path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray
+) -> tuple[dict[str, Any], bool]:
     """SentencePiece's BPE: of all neighbours that together are a piece, the piece of the best score is made first.
 
     As in llama.cpp and in Llama 2's tokenizer.json, text after a special gets the space before it that a text gets.
@@ -117,7 +129,9 @@ def _sentencepiece(path: str | Path, values: dict[str, Any], tokens: list[str], 
     scores = values.get("tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
         raise DataError(f"{path}: the tokenizer has {len(tokens)} tokens and {len(scores)} scores; the file is damaged")
-    changed = [key for key in ("remove_extra_whitespaces", "precompiled_charsmap") if values.get(f"tokenizer.ggml.{key}")]
+    changed = [
+        key for key in ("remove_extra_whitespaces", "precompiled_charsmap") if values.get(f"tokenizer.ggml.{key}")
+    ]
     if changed:
         raise DataError(
             f"{path}: tokenizer.ggml.{changed[0]} is set: text that is changed before it is cut is not supported; take "
@@ -135,12 +149,17 @@ def _sentencepiece(path: str | Path, values: dict[str, Any], tokens: list[str], 
     unknown = np.flatnonzero(types == _UNKNOWN).tolist()
     fallback = all(f"<0x{byte:02X}>" in ids for byte in range(256))
     if not fallback and not unknown:
-        raise DataError(f"{path}: the tokenizer has neither bytes nor an unknown token for what it cannot spell; the file is damaged")
+        raise DataError(
+            f"{path}: the tokenizer has neither bytes nor an unknown token for what it cannot spell; the file is "
+            f"damaged"
+        )
     prefix = values.get("tokenizer.ggml.add_space_prefix", True)
     spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}]
     back: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE_MARK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-    ]  # fmt: skip
+        {"type": "Replace", "pattern": {"String": _SPACE_MARK}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     if prefix:
         spaces.insert(0, {"type": "Prepend", "prepend": _SPACE_MARK})
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
@@ -153,17 +172,34 @@ def _sentencepiece(path: str | Path, values: dict[str, Any], tokens: list[str], 
 
 
 def _bpe(
-    ids: dict[str, int], merges: list[list[str]], *, ignore_merges: bool = False, unknown: str | None = None, fallback: bool = False
-) -> dict[str, Any]:  # fmt: skip
+    ids: dict[str, int],
+    merges: list[list[str]],
+    *,
+    ignore_merges: bool = False,
+    unknown: str | None = None,
+    fallback: bool = False,
+) -> dict[str, Any]:
     return {
-        "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": True, "byte_fallback": fallback, "ignore_merges": ignore_merges, "vocab": ids, "merges": merges,
-    }  # fmt: skip
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": ids,
+        "merges": merges,
+    }
 
 
 def _opened_by(token: str, index: int) -> dict[str, Any]:
     """Puts a special before a text."""
-    mark, text, other = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    mark, text, other = (
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}},
+    )
     return {
         "type": "TemplateProcessing", "single": [mark, text], "pair": [mark, text, other],
         "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
@@ -199,7 +235,9 @@ def _metadata(path: Path) -> dict[str, Any]:
 
     try:
         fields = Reader(path).fields.values()
-        return {f.name: list(f.parts[-1]) if f.types[:1] == [gguf.GGUFValueType.ARRAY] else f.contents() for f in fields}
+        return {
+            f.name: list(f.parts[-1]) if f.types[:1] == [gguf.GGUFValueType.ARRAY] else f.contents() for f in fields
+        }
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a GGUF file that can be read") from error
     except Exception as error:  # the package has no error of its own: what it meets in a damaged file is anything

@@ -22,7 +22,8 @@ _MODELS = ("BPE", "Unigram")
 
 
 class HFTokenizer(BytesTable):
-    """From the text of a tokenizer.json. `special` and `names` come from the files beside it (data.tokenizers.published).
+    """From the text of a tokenizer.json. `special` and `names` come from the files beside it
+    (data.tokenizers.published).
 
     Post-processors, truncation and padding are left out; normalizer and pre-tokenizer are the publisher's. Added tokens
     that the publisher does not call special ('<tool_call>') are found in any text; specials only by `encode_marked`.
@@ -43,7 +44,9 @@ class HFTokenizer(BytesTable):
         self.description = read_json(text)
         model = self.description["model"]
         if model.get("type", "BPE") not in _MODELS:
-            raise DataError(f"tokenizer.json: model.type = {model['type']!r} is not read; supported are {', '.join(_MODELS)}")
+            raise DataError(
+                f"tokenizer.json: model.type = {model['type']!r} is not read; supported are {', '.join(_MODELS)}"
+            )
         self._marked = open_json(text)
         self._plain = open_json(_hidden(self.description) if model.get("type") == "Unigram" else text)
         self._plain.encode_special_tokens = True
@@ -70,10 +73,14 @@ class HFTokenizer(BytesTable):
         return self._checked(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._checked(found.ids) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            self._checked(found.ids) for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        if apart:  # each part as a text of its own: tokenizers that put a space before the first alone put it before each
+        if (
+            apart
+        ):  # each part as a text of its own: tokenizers that put a space before the first alone put it before each
             return super().encode_marked(text, apart)
         return np.array(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -82,7 +89,8 @@ class HFTokenizer(BytesTable):
         if self._is_special[found].any():
             names = sorted({self.pieces[i] for i in found[self._is_special[found]].tolist()})
             raise DataError(
-                f"tokenizer.json: plain text was encoded to the specials {names}: its merges spell them, so that text could "
+                f"tokenizer.json: plain text was encoded to the specials {names}: its merges spell them, so that text "
+                f"could "
                 "forge them; publish it without these merges"
             )
         return found
@@ -107,9 +115,12 @@ def read_json(text: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"tokenizer.json is damaged or of another program ({error!r}); fetch it again") from error
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get("type", "BPE") == "BPE" and model.get(key):  # with some, the package ends the process while it reads
+        if model.get("type", "BPE") == "BPE" and model.get(
+            key
+        ):  # with some, the package ends the process while it reads
             raise DataError(
-                f"tokenizer.json: model.{key} = {model[key]!r} is not read: supported are byte-level BPE and SentencePiece, whose "
+                f"tokenizer.json: model.{key} = {model[key]!r} is not read: supported are byte-level BPE and "
+                f"SentencePiece, whose "
                 "pieces spell themselves; use a tokenizer.json without it"
             )
     return description
@@ -139,5 +150,10 @@ def _hidden(description: dict[str, Any]) -> str:
         {**token, "content": f" {token['content']}"} if token["special"] and token["id"] != unknown else token
         for token in description.get("added_tokens", ())
     ]
-    changed = {**description, "model": {**description["model"], "vocab": vocab}, "added_tokens": added, "post_processor": None}
+    changed = {
+        **description,
+        "model": {**description["model"], "vocab": vocab},
+        "added_tokens": added,
+        "post_processor": None,
+    }
     return json.dumps(changed)

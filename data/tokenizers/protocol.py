@@ -1,4 +1,5 @@
-"""What every tokenizer does, and what tokenizers share: ids spell bytes, and text is made of bytes without splitting a character."""
+"""What every tokenizer does, and what tokenizers share: ids spell bytes, and text is made of bytes without splitting a
+character."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class SpecialTokens(NamedTuple):
 
     @property
     def document_start(self) -> int:
-        """What opens a document: `start`, or `end` where nothing opens a prompt (a window's first token is not predicted)."""
+        """What opens a document: `start`, or `end` where nothing opens a prompt (a window's first token is not
+        predicted)."""
         return self.end if self.start < 0 else self.start
 
 
@@ -51,8 +53,8 @@ class Stream(Protocol):
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    Our own kinds: `decode(encode(text)) == text` for every text that UTF-8 can hold. A published tokenizer may change text
-    by its normalizer; all say what each id spells.
+    Our own kinds: `decode(encode(text)) == text` for every text that UTF-8 can hold. A published tokenizer may change
+    text by its normalizer; all say what each id spells.
     """
 
     special: SpecialTokens
@@ -79,7 +81,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        """As `encode`, but names of specials in the text ('<|im_end|>') become the specials: for rendered chat templates.
+        """As `encode`, but names of specials in the text ('<|im_end|>') become the specials: for rendered chat
+        templates.
 
         `apart` is dropped from the text afterwards: put into a name, it keeps it text.
         """
@@ -125,7 +128,8 @@ class ByteStream:
 
 
 class BytesTable:
-    """What tokenizers share: ids are decoded by joining the bytes they spell, and marked text is cut at the specials."""
+    """What tokenizers share: ids are decoded by joining the bytes they spell, and marked text is cut at the
+    specials."""
 
     special = SpecialTokens()
     stops: tuple[int, ...] = (SpecialTokens().end,)
@@ -194,7 +198,8 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> int:
     """The rows of an embedding that no id of the tokenizer uses: 0 or more. Raises DataError when ids have no row."""
     if tokenizer.vocab_size > rows:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has {rows} rows: ids from {rows} on would "
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has {rows} rows: ids from {rows} "
+            f"on would "
             "have none; use the tokenizer that was published with the model, or enlarge the embedding"
         )
     return rows - tokenizer.vocab_size

@@ -1,4 +1,5 @@
-"""Tokenizers written as a model is published with them: tokenizer.json and what transformers' AutoTokenizer reads beside it."""
+"""Tokenizers written as a model is published with them: tokenizer.json and what transformers' AutoTokenizer reads
+beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _SPACE_MARK = "\u2581"
 
 
 def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into a folder, which is made.
+    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into a folder, which
+    is made.
 
     A tokenizer of a tokenizer.json is copied. Ours become an equivalent one: the ids of 400 drawn texts are compared,
     and it is refused where they differ. transformers then finds names of specials ('<end>') in any text, as it does
@@ -33,7 +35,8 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
         text = equivalent_json(tokenizer)
     else:
         raise DataError(
-            f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json: copy the file that it was read from into {folder}, "
+            f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json: copy the file that it was read from "
+            f"into {folder}, "
             "or read the model's tokenizer.json instead"
         )
     text = _opened_as(text, tokenizer)
@@ -46,7 +49,9 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
         "clean_up_tokenization_spaces": False,  # else decoding drops spaces before punctuation
         "model_max_length": int(1e30),  # transformers' word for no limit of the tokenizer's own
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     generation = json.dumps(special_ids(tokenizer), indent=2)
     (folder / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
     if tokenizer.chat_template is not None:
@@ -54,7 +59,8 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
-    """What config.json and generation_config.json call the specials: 'eos_token_id', the ids that end a generation (a list
+    """What config.json and generation_config.json call the specials: 'eos_token_id', the ids that end a generation (a
+    list
     where there are several), and 'bos_token_id' and 'pad_token_id' where the tokenizer has them."""
     stops = list(tokenizer.stops)
     found: dict[str, int | list[int]] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
@@ -86,7 +92,15 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i, piece in enumerate(SPECIAL_PIECES)
         ],
         "normalizer": None,
@@ -94,11 +108,18 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
         "post_processor": None,
         "decoder": decoder,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": isinstance(tokenizer, SentencePieceTokenizer), "ignore_merges": False,
-            "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": [list(merge) for merge in merges],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": isinstance(tokenizer, SentencePieceTokenizer),
+            "ignore_merges": False,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [list(merge) for merge in merges],
         },
-    }  # fmt: skip
+    }
     text = json.dumps(description, ensure_ascii=False)
     _compare(tokenizer, HFTokenizer(text, SpecialTokens()), pieces)
     return text
@@ -107,8 +128,8 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
 def _splits(piece: str, known: frozenset[str]) -> list[tuple[str, str]]:
     """The pairs of pieces that merge into a piece, in the order in which BPE by pairs must try them.
 
-    SentencePiece ranks by the merged piece and takes the leftmost of several. In x·y·z with x + y = y + z both pairs give
-    the piece: (x, y) is on the left and must come first.
+    SentencePiece ranks by the merged piece and takes the leftmost of several. In x·y·z with x + y = y + z both pairs
+    give the piece: (x, y) is on the left and must come first.
     """
     at = [i for i in range(1, len(piece)) if piece[:i] in known and piece[i:] in known]
     after: dict[int, set[int]] = defaultdict(set)  # splits that a split must follow
@@ -129,7 +150,8 @@ def _compare(ours: Tokenizer, other: Tokenizer, pieces: list[str]) -> None:
     for text in _samples(pieces[len(SPECIAL_PIECES) :]):
         if ours.encode(text).tolist() != other.encode(text).tolist():
             raise DataError(
-                f"this tokenizer cannot be written as a tokenizer.json: {text!r} would be cut otherwise, since SentencePiece merges "
+                f"this tokenizer cannot be written as a tokenizer.json: {text!r} would be cut otherwise, since "
+                f"SentencePiece merges "
                 "the leftmost of equal pieces; publish the run's own tokenizer folder"
             )
 

@@ -38,8 +38,10 @@ def of_folder(folder: Path) -> Tokenizer:
             model = PublishedSentencePiece.published(content, facts.add_bos, (), facts.chat_template)
             return model.with_stops(facts.stops(model.vocab_size))
     raise DataError(
-        f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in vocab.json "
-        "and merges.txt alone, write its tokenizer.json with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in "
+        f"vocab.json "
+        "and merges.txt alone, write its tokenizer.json with transformers: "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
 
@@ -94,7 +96,9 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
             f"tokenizer of {where}: no end of text: name eos_token in tokenizer_config.json, or eos_token_id in "
             "generation_config.json or config.json"
         )
-    marks = {field: next((i for name in spelled if (i := find(name)) is not None), -1) for field, spelled in _FIM.items()}
+    marks = {
+        field: next((i for name in spelled if (i := find(name)) is not None), -1) for field, spelled in _FIM.items()
+    }
     return SpecialTokens(
         pad=of("pad_token"), end=end, unk=of("unk_token"), **marks,
         system=-1, user=-1, assistant=-1, end_of_turn=-1, mask=of("mask_token"), start=start,
@@ -102,7 +106,8 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
 
 
 class _Facts:
-    """What the JSON files of a folder say about the tokenizer; a missing one says nothing. Raises DataError by file and key."""
+    """What the JSON files of a folder say about the tokenizer; a missing one says nothing. Raises DataError by file and
+    key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,17 +119,24 @@ class _Facts:
         if not isinstance(inner, dict):
             raise _wrong(folder / "config.json", "text_config", inner, "an object")
         found = {
-            name: (tokenizer[name], "tokenizer_config.json") if name in tokenizer else (special.get(name), "special_tokens_map.json")
+            name: (tokenizer[name], "tokenizer_config.json")
+            if name in tokenizer
+            else (special.get(name), "special_tokens_map.json")
             for name in _NAMES
         }
-        self.names = {name: _content(value, folder / file, name) for name, (value, file) in found.items() if value is not None}
+        self.names = {
+            name: _content(value, folder / file, name) for name, (value, file) in found.items() if value is not None
+        }
         says = [
             (folder / "generation_config.json", "", generation),
             (folder / "config.json", "", model),
             (folder / "config.json", "text_config.", inner),
         ]
         ids = {
-            name: [[(path, where + name, i) for i in _listed(said.get(name), path, where + name)] for path, where, said in says]
+            name: [
+                [(path, where + name, i) for i in _listed(said.get(name), path, where + name)]
+                for path, where, said in says
+            ]
             for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         of_generation, of_model, of_inner = ids["eos_token_id"]

@@ -25,14 +25,11 @@ from data.tokenizers.protocol import BytesTable, SpecialTokens
 
 FILE = "ranks.tiktoken"  # in a saved folder
 
-# How OpenAI's tiktoken (tiktoken_ext/openai_public.py), Meta's llama3/tokenizer.py and Qwen's tokenization_qwen.py cut text.
+# How OpenAI's tiktoken (tiktoken_ext/openai_public.py), Meta's llama3/tokenizer.py and Qwen's tokenization_qwen.py cut
+# text.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_CL100K = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
-)
-_LLAMA3 = (
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
+_CL100K = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""  # noqa: E501
+_LLAMA3 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""  # noqa: E501
 _QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _O200K = "|".join(
@@ -82,19 +79,29 @@ KINDS = {
     "cl100k_base": Kind(100256, _CL100K, {"<|endoftext|>": 1, **_FIM, "<|endofprompt|>": 20}, "<|endoftext|>"),
     "o200k_base": Kind(199998, _O200K, {"<|endoftext|>": 1, "<|endofprompt|>": 20}, "<|endoftext|>"),
     "o200k_harmony": Kind(
-        199998, _O200K,
+        199998,
+        _O200K,
         {_HARMONY_NAMES.get(i, f"<|reserved_{199998 + i}|>"): i for i in range(1090)},
-        "<|endoftext|>", stops=("<|return|>", "<|call|>"),
+        "<|endoftext|>",
+        stops=("<|return|>", "<|call|>"),
     ),
     "llama3": Kind(
-        128000, _LLAMA3, _reserved(_LLAMA3_NAMES, 256, "<|reserved_special_token_{}|>"),
-        "<|end_of_text|>", start="<|begin_of_text|>", stops=("<|eom_id|>", "<|eot_id|>"),
+        128000,
+        _LLAMA3,
+        _reserved(_LLAMA3_NAMES, 256, "<|reserved_special_token_{}|>"),
+        "<|end_of_text|>",
+        start="<|begin_of_text|>",
+        stops=("<|eom_id|>", "<|eot_id|>"),
     ),
     "qwen": Kind(
-        151643, _QWEN, {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{f"<|extra_{i}|>": 3 + i for i in range(205)}},
-        "<|endoftext|>", stops=("<|im_end|>",), composed=True,
+        151643,
+        _QWEN,
+        {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{f"<|extra_{i}|>": 3 + i for i in range(205)}},
+        "<|endoftext|>",
+        stops=("<|im_end|>",),
+        composed=True,
     ),
-}  # fmt: skip
+}
 
 
 class TiktokenTokenizer(BytesTable):
@@ -154,8 +161,14 @@ class TiktokenTokenizer(BytesTable):
         Path(directory).mkdir(parents=True, exist_ok=True)
         Path(directory, FILE).write_bytes(self.content)
         write_description(
-            directory, "tiktoken", self, special=self.special._asdict(), stops=self.stops, names=self.names, tiktoken=self.kind
-        )  # fmt: skip
+            directory,
+            "tiktoken",
+            self,
+            special=self.special._asdict(),
+            stops=self.stops,
+            names=self.names,
+            tiktoken=self.kind,
+        )
 
 
 def is_ranks(content: bytes) -> bool:
@@ -173,7 +186,9 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise DataError(f"tiktoken file: line {number} is {line[:40]!r}, not a base64 token and its rank; fetch it again") from error
+            raise DataError(
+                f"tiktoken file: line {number} is {line[:40]!r}, not a base64 token and its rank; fetch it again"
+            ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         what = f"the byte 0x{missing[0]:02x} is missing" if missing else "its ranks are not 0 to their number"
@@ -186,6 +201,8 @@ def _recognized(count: int, name: str | None) -> str:
         if known.ranks == count:
             return kind
     raise DataError(
-        f"tiktoken file{f' {name!r}' if name else ''} of {count} ranks: of no known kind, and how it cuts text is not in the file; known are "
-        f"{', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}; give its kind, or publish a tokenizer.json"
+        f"tiktoken file{f' {name!r}' if name else ''} of {count} ranks: of no known kind, and how it cuts text is not "
+        f"in the file; known are "
+        f"{', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}; give its kind, or publish a "
+        f"tokenizer.json"
     )

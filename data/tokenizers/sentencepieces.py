@@ -1,4 +1,5 @@
-"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model): their own normalization and specials."""
+"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model): their own normalization and
+specials."""
 
 from __future__ import annotations
 
@@ -89,12 +90,20 @@ class PublishedSentencePiece(BytesTable):
         Path(directory).mkdir(parents=True, exist_ok=True)
         Path(directory, FILE).write_bytes(self.model)
         write_description(
-            directory, "published_sentencepiece", self, special=self.special._asdict(), stops=self.stops, names=self.names
-        )  # fmt: skip
+            directory,
+            "published_sentencepiece",
+            self,
+            special=self.special._asdict(),
+            stops=self.stops,
+            names=self.names,
+        )
 
 
 def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise DataError(f"tokenizer.model is neither a SentencePiece model nor a tiktoken file, or damaged ({error}); fetch it again") from error
+        raise DataError(
+            f"tokenizer.model is neither a SentencePiece model nor a tiktoken file, or damaged ({error}); fetch it "
+            f"again"
+        ) from error

@@ -1,4 +1,5 @@
-"""What the ids of a tokenizer.json spell: its decoder read as tables of bytes and a stream, equal to the tokenizers package's own."""
+"""What the ids of a tokenizer.json spell: its decoder read as tables of bytes and a stream, equal to the tokenizers
+package's own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Tokenizers whose text round-trips exactly: SentencePiece BPE with byte fallback, and plain UTF-8 bytes.
 
-Both put the specials of `SPECIAL_PIECES` at the same small ids, and no text ever encodes to a special. Decoding joins the
-bytes of the pieces, so that every tokenizer also says what each id spells (`token_bytes`) and bits per byte are exact.
+Both put the specials of `SPECIAL_PIECES` at the same small ids, and no text ever encodes to a special. Decoding joins
+the bytes of the pieces, so that every tokenizer also says what each id spells (`token_bytes`) and bits per byte are
+exact.
 """
 
 from __future__ import annotations

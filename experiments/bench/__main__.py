@@ -52,7 +52,9 @@ def _train_rows(kind: str, rivals: Mapping[str, tuple[str, ...]], rounds: int) -
         contestant.close()
     yield Row(f"{kind} train step: first compilation", facts["compile_seconds"], None, None, "s")
     if facts["alias_bytes"] < facts["state_bytes"]:
-        raise RuntimeError(f"{ours.name}: of {facts['state_bytes']} bytes of state only {facts['alias_bytes']} are donated")
+        raise RuntimeError(
+            f"{ours.name}: of {facts['state_bytes']} bytes of state only {facts['alias_bytes']} are donated"
+        )
     note = f"parameters and optimizer: {facts['state_bytes'] / 1e6:.0f} MB, all updated in place"
     yield Row(f"{kind} train step: donated", facts["alias_bytes"] / 1e6, None, None, "MB", note)
     yield Row(f"{kind} train step: temporaries", facts["temporary_bytes"] / 1e6, None, None, "MB")
@@ -68,7 +70,9 @@ def _decode_rows(rounds: int) -> Iterator[Row]:
             if difference > 1e-4:
                 raise RuntimeError(f"logits differ by {difference:.1e}: the two are not the same network")
             (result,) = compete(ours, theirs, rounds=rounds)
-            yield _contest_row(f"decode, batch {batch}, beside transformers generate", result, "tokens/s", batch * NEW_TOKENS)
+            yield _contest_row(
+                f"decode, batch {batch}, beside transformers generate", result, "tokens/s", batch * NEW_TOKENS
+            )
             ours.close()
             theirs.close()
 
@@ -114,11 +118,15 @@ def line(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)")
     parser.add_argument(
-        "--processor-time", action="store_true",
-        help="compare processor seconds: for a machine that others use, as in: taskset -c 0 python -m experiments.bench --processor-time",
-    )  # fmt: skip
+        "--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)"
+    )
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="compare processor seconds: for a machine that others use, as in: "
+        "taskset -c 0 python -m experiments.bench --processor-time",
+    )
     args = parser.parse_args()
     rounds = args.rounds
     if args.processor_time:
@@ -128,8 +136,12 @@ def main() -> None:
     rows = []
     print("| what | ours | theirs | ratio | unit | |\n|---|---|---|---|---|---|", flush=True)
     for part in (
-        _train_rows("dense", dense, rounds), _decode_rows(rounds), _train_rows("moe", mixtral, rounds), _layer_rows(rounds), _start_rows(),
-    ):  # fmt: skip
+        _train_rows("dense", dense, rounds),
+        _decode_rows(rounds),
+        _train_rows("moe", mixtral, rounds),
+        _layer_rows(rounds),
+        _start_rows(),
+    ):
         for row in part:
             rows.append(row)
             print(line(row), flush=True)

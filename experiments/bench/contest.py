@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 
 class Contest(NamedTuple):
-    """Medians over the rounds; `ratio` is the median of the rounds' own ratios, theirs over ours: above 1 we are faster."""
+    """Medians over the rounds; `ratio` is the median of the rounds' own ratios, theirs over ours: above 1 we are
+    faster."""
 
     ours: float  # seconds
     theirs: float
@@ -59,7 +60,8 @@ class Contestant:
 
 
 def serve(work: Callable[[], object], facts: dict) -> None:
-    """The other side of Contestant: does `work` once untimed, tells `facts`, then does it timed for each line of input."""
+    """The other side of Contestant: does `work` once untimed, tells `facts`, then does it timed for each line of
+    input."""
     work()
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
@@ -83,6 +85,11 @@ def compete(ours: Contestant, *theirs: Contestant, rounds: int) -> list[Contest]
         ratios = sorted(t / o for o, t in zip(columns[0], column, strict=True))
         quartiles = statistics.quantiles(ratios, n=4)
         results.append(
-            Contest(statistics.median(columns[0]), statistics.median(column), statistics.median(ratios), (quartiles[0], quartiles[2]))
+            Contest(
+                statistics.median(columns[0]),
+                statistics.median(column),
+                statistics.median(ratios),
+                (quartiles[0], quartiles[2]),
+            )
         )
     return results

@@ -1,7 +1,8 @@
-"""Our greedy decoding as a contestant, 32-token prompts and 128 new tokens: python -m experiments.bench.decode BATCH FOLDER
+"""Our greedy decoding as a contestant, 32-token prompts and 128 new tokens: python -m experiments.bench.decode BATCH
+FOLDER
 
-FOLDER becomes the model as transformers reads it, with the logits of the prompts beside it, so that the other side decodes
-the same network and can prove it.
+FOLDER becomes the model as transformers reads it, with the logits of the prompts beside it, so that the other side
+decodes the same network and can prove it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """A MoE layer against the number of experts and the way they are run, as multiples of an MLP of equal active FLOPs
-(forward and backward, shapes of `quickstart`): python -m experiments.bench.experts [--rounds N] [--processor-time] [--only TEXT]
+(forward and backward, shapes of `quickstart`): python -m experiments.bench.experts [--rounds N] [--processor-time]
+[--only TEXT]
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def cases() -> dict[str, tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.experts", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)")
-    parser.add_argument("--processor-time", action="store_true", help="compare processor seconds, on a machine that others use")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)"
+    )
+    parser.add_argument(
+        "--processor-time", action="store_true", help="compare processor seconds, on a machine that others use"
+    )
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     args = parser.parse_args()
     if args.processor_time:

@@ -1,4 +1,5 @@
-"""transformers as a contestant: `decode BATCH FOLDER` generates greedily with the model in FOLDER; `moe eager|grouped_mm` is the
+"""transformers as a contestant: `decode BATCH FOLDER` generates greedily with the model in FOLDER; `moe
+eager|grouped_mm` is the
 train step of a Mixtral of our MoE's dimensions. python -m experiments.bench.hf ..."""
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def decode(batch: int, folder: str) -> None:
     def work() -> None:
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
             )
         assert out.shape[1] == ids.shape[1] + NEW_TOKENS
 
@@ -47,7 +52,10 @@ def decode(batch: int, folder: str) -> None:
 def moe(implementation: str) -> None:
     assert MOE.moe is not None
     config = MixtralConfig(
-        intermediate_size=MOE.moe.hidden_dim, num_local_experts=MOE.moe.num_experts, num_experts_per_tok=MOE.moe.top_k, **shape(MOE)
+        intermediate_size=MOE.moe.hidden_dim,
+        num_local_experts=MOE.moe.num_experts,
+        num_experts_per_tok=MOE.moe.top_k,
+        **shape(MOE),
     )
     model = MixtralForCausalLM._from_config(config, experts_implementation=implementation).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)

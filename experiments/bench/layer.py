@@ -26,7 +26,9 @@ def changed(moe: MoEConfig, words: list[str]) -> MoEConfig:
     if not words:
         return moe
     experts, top_k, hidden_dim, *rest = words
-    rest_given: dict[str, Any] = dict(zip(("dispatch", "capacity_factor"), (*rest[:1], *map(float, rest[1:])), strict=False))
+    rest_given: dict[str, Any] = dict(
+        zip(("dispatch", "capacity_factor"), (*rest[:1], *map(float, rest[1:])), strict=False)
+    )
     return replace(moe, num_experts=int(experts), top_k=int(top_k), hidden_dim=int(hidden_dim), **rest_given)
 
 

@@ -1,4 +1,5 @@
-"""What `python -m pallas_kernels.bench decode_attention` times: a decode step's attention over full caches, beside public ways."""
+"""What `python -m pallas_kernels.bench decode_attention` times: a decode step's attention over full caches, beside
+public ways."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ ON_CPU = (
 
 def contests(platform: str, quick: bool) -> Iterator[Contest]:
     """Full rows, so that the bytes are those of the whole cache."""
-    for size in ON_CPU[:1] if quick and platform == "cpu" else ON_CPU if platform == "cpu" else SIZES[: 2 if quick else None]:
+    for size in (
+        ON_CPU[:1] if quick and platform == "cpu" else ON_CPU if platform == "cpu" else SIZES[: 2 if quick else None]
+    ):
         case = replace(size, splits=None, lengths=(size.S,) * size.B)
         arrays = _arrays(case)
         ways: dict[str, Callable] = {}
@@ -33,12 +36,25 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
             ways[f"ours: {name}"] = partial(_call, tuple(arrays), choices)
         if case.page is None and case.cache_dtype not in EIGHT_BITS and case.window is None and case.V == case.H:
             for name in ("xla", "cudnn") if platform == "gpu" else ("xla",):
-                ways[f"jax.nn.dot_product_attention, {name}"] = lambda q, k, v, lengths, *rest, name=name: jax.nn.dot_product_attention(
-                    q, *(x.transpose(0, 2, 1, 3) for x in (k, v)), key_value_seq_lengths=lengths, implementation=name
+                ways[f"jax.nn.dot_product_attention, {name}"] = lambda q, k, v, lengths, *rest, name=name: (
+                    jax.nn.dot_product_attention(
+                        q,
+                        *(x.transpose(0, 2, 1, 3) for x in (k, v)),
+                        key_value_seq_lengths=lengths,
+                        implementation=name,
+                    )
                 )
         flops = 2.0 * case.B * case.T * case.N * case.S * (case.H + case.V)
         dtype = "float32" if case.dtype == "float32" else "bfloat16"
-        notes = {"B": case.B, "T": case.T, "N": case.N, "K": case.K, "H": case.H, "S": case.S, "cache": case.cache_dtype}
+        notes = {
+            "B": case.B,
+            "T": case.T,
+            "N": case.N,
+            "K": case.K,
+            "H": case.H,
+            "S": case.S,
+            "cache": case.cache_dtype,
+        }
         yield Contest(case.name, flops, float(case.cache_bytes), dtype, tuple(arrays.values()), ways, None, notes)
 
 

@@ -1,14 +1,15 @@
 """Decode attention on GPUs, in Triton (flash-decoding).
 
-The grid is (rows, key heads x tiles of query rows, parts of the cache length). A program holds the queries of up to 64 rows of
-one key head, loops over the blocks of its part of what its row holds (and its window reaches), and writes an output
-and a log-sum-exp, which `merge` puts together outside. Few rows and heads would leave most of a device idle: `default_splits`
-makes about two programs for each of its multiprocessors. There are no atomics: the same call gives the same bits.
+The grid is (rows, key heads x tiles of query rows, parts of the cache length). A program holds the queries of up to 64
+rows of one key head, loops over the blocks of its part of what its row holds (and its window reaches), and writes an
+output and a log-sum-exp, which `merge` puts together outside. Few rows and heads would leave most of a device idle:
+`default_splits` makes about two programs for each of its multiprocessors. There are no atomics: the same call gives the
+same bits.
 
-Every load is by pointer, so that a paged cache differs from a contiguous one in how a slot becomes an address, and in nothing
-else. Loads are masked by what the row sees: slots beyond it, and their page table entries, are not touched.
-Tensors of Triton have sizes of powers of two: a head dimension of 80 or 96 is computed as 128 and 192 as 256, but only the
-real numbers are read.
+Every load is by pointer, so that a paged cache differs from a contiguous one in how a slot becomes an address, and in
+nothing else. Loads are masked by what the row sees: slots beyond it, and their page table entries, are not touched.
+Tensors of Triton have sizes of powers of two: a head dimension of 80 or 96 is computed as 128 and 192 as 256, but only
+the real numbers are read.
 
 Shapes: as in spec.py.
 """
@@ -71,7 +72,10 @@ def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
     for name, x in (("k_cache", cache.k), ("v_cache", cache.v)):
         # Pallas counts in signed 32 bits up to 2**32 bytes, whatever the size of an element.
         if 2**31 < x.size and x.size * x.dtype.itemsize <= 2**32:
-            return f"{name} of {x.size} elements of 8 bits: between 2**31 and 2**32 their addresses overflow; use fewer slots"
+            return (
+                f"{name} of {x.size} elements of 8 bits: between 2**31 and 2**32 their addresses overflow; use fewer "
+                "slots"
+            )
     return None
 
 
@@ -148,7 +152,10 @@ def _kernel(spec: Spec, rows: int, tiles: int, block: int, r: SimpleNamespace) -
         places_S = (jnp.full_like(slots_S, b), slots_S)
         if hasattr(r, "table"):
             pages_S = div(slots_S, r.k.shape[2])
-            pages_S, within_S = plgpu.load(r.table.at[b, pages_S], mask=held_S, other=0), slots_S - pages_S * r.k.shape[2]
+            pages_S, within_S = (
+                plgpu.load(r.table.at[b, pages_S], mask=held_S, other=0),
+                slots_S - pages_S * r.k.shape[2],
+            )
             places_S = (pages_S, within_S)
         scale_of = lambda ref: plgpu.load(ref.at[places_S[0], head, places_S[1]], mask=held_S, other=0.0)[None, :]
         k_SH = numbers(r.k, places_S, held_S, h_H, real_H)

@@ -1,4 +1,5 @@
-"""Attention over parts of the keys, put together by the logs of their sums (FlashAttention, Dao et al. 2022, section 3.1)."""
+"""Attention over parts of the keys, put together by the logs of their sums (FlashAttention, Dao et al. 2022, section
+3.1)."""
 
 from __future__ import annotations
 

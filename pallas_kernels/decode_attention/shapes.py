@@ -1,4 +1,5 @@
-"""The calls that tests and benchmarks share: every feature alone, some together, and the sizes that are compiled and timed."""
+"""The calls that tests and benchmarks share: every feature alone, some together, and the sizes that are compiled and
+timed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ class Case:
     def choices(self) -> dict[str, Any]:
         """The keyword arguments that are no arrays."""
         return {
-            "window": self.window, "softcap": self.softcap, "splits": self.splits,
+            "window": self.window,
+            "softcap": self.softcap,
+            "splits": self.splits,
             "slots_innermost": self.slots_innermost,
         }
 
@@ -146,9 +149,24 @@ CASES = (
     Case("float8_e4m3fn", cache="float8_e4m3fn", page=128, H=128, V=128),
     Case("float8_e5m2", cache="float8_e5m2", T=2),
     Case("float16_queries", dtype="float16", cache="bfloat16"),
-    Case("all_together", T=4, N=6, K=2, H=96, V=64, S=512, page=32, cache="int8", window=100, softcap=5.0, alibi=True, sinks=True,
-         splits=2, lengths=(3, 512, 301)),
-)  # fmt: skip
+    Case(
+        "all_together",
+        T=4,
+        N=6,
+        K=2,
+        H=96,
+        V=64,
+        S=512,
+        page=32,
+        cache="int8",
+        window=100,
+        softcap=5.0,
+        alibi=True,
+        sinks=True,
+        splits=2,
+        lengths=(3, 512, 301),
+    ),
+)
 
 # Llama 3 8B's heads, and others'; every way that a cache may lie.
 SIZES = (
@@ -157,9 +175,33 @@ SIZES = (
     Case("llama_int8_pages_of_128", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", cache="int8", page=128),
     Case("llama_float8", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", cache="float8_e4m3fn"),
     Case("head_dim_64", B=4, N=16, K=16, H=64, V=64, S=4096, dtype="bfloat16", slots_innermost=True),
-    Case("head_dim_192_value_128_speculative", B=4, T=4, N=16, K=16, H=192, V=128, S=2048, dtype="bfloat16",
-         slots_innermost=True),
-    Case("head_dim_96_features", B=4, T=2, N=16, K=4, H=96, V=96, S=2048, window=500, softcap=30.0, alibi=True, sinks=True, splits=2,
-         slots_innermost=True),
+    Case(
+        "head_dim_192_value_128_speculative",
+        B=4,
+        T=4,
+        N=16,
+        K=16,
+        H=192,
+        V=128,
+        S=2048,
+        dtype="bfloat16",
+        slots_innermost=True,
+    ),
+    Case(
+        "head_dim_96_features",
+        B=4,
+        T=2,
+        N=16,
+        K=4,
+        H=96,
+        V=96,
+        S=2048,
+        window=500,
+        softcap=30.0,
+        alibi=True,
+        sinks=True,
+        splits=2,
+        slots_innermost=True,
+    ),
     Case("head_dim_256_multi_query", B=4, T=16, N=16, K=1, H=256, V=256, S=4096, dtype="bfloat16"),
-)  # fmt: skip
+)

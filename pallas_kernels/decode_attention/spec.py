@@ -4,11 +4,11 @@ Every implementation offers `unsupported(spec, q_BTNH, cache) -> str | None`, th
 
     forward(spec, q_BKRH, cache, lengths_B, alibi_N, out_dtype) -> (outs_CBKRV in out_dtype, lses_CBKR float32)
 
-where C = spec.splits parts of the cache length are left to be merged, and R = T * G rows, row t * G + g being query t of
-the g-th head that shares a key head.
+where C = spec.splits parts of the cache length are left to be merged, and R = T * G rows, row t * G + g being query t
+of the g-th head that shares a key head.
 
-Shapes: B rows, T queries of each, N query heads, K key/value heads, G = N / K, R = T * G, H head dimension, V that of the
-values, S slots of a row, P pages of a row, C parts of the cache length.
+Shapes: B rows, T queries of each, N query heads, K key/value heads, G = N / K, R = T * G, H head dimension, V that of
+the values, S slots of a row, P pages of a row, C parts of the cache length.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def first_slot(spec: Spec, length):
 
 
 def block_range(spec: Spec, length, block: int, part):
-    """[first, end) of the blocks of `block` slots that part `part` of a row of `length` tokens reads. The parts share what
+    """[first, end) of the blocks of `block` slots that part `part` of a row of `length` tokens reads. The parts share
+    what
     the row has, not what the cache could hold."""
     start = div(first_slot(spec, length), block)
     end = cdiv(length, block)
@@ -81,7 +82,8 @@ def block_range(spec: Spec, length, block: int, part):
 
 
 def compute_dtype(q_dtype, cache_dtype):
-    """What keys, values and weights are multiplied in: bfloat16 or float16 where queries and cache are no wider (8 bits fit
+    """What keys, values and weights are multiplied in: bfloat16 or float16 where queries and cache are no wider (8 bits
+    fit
     in either exactly), else float32."""
     if jnp.dtype(cache_dtype).name in EIGHT_BITS or q_dtype == cache_dtype:
         return jnp.dtype(q_dtype)
@@ -89,8 +91,9 @@ def compute_dtype(q_dtype, cache_dtype):
 
 
 def traffic(spec: Spec, q_BTNH: Array, cache: Cache) -> tuple[int, int, int]:
-    """(FLOPs, exponentials, bytes) of a step whose rows fill their caches, or the window: an upper bound, since lengths are
-    data. FLOPs count 2 (H + V) for each query head, query and slot; bytes are keys, values and scales once, queries and
+    """(FLOPs, exponentials, bytes) of a step whose rows fill their caches, or the window: an upper bound, since lengths
+    are data. FLOPs count 2 (H + V) for each query head, query and slot; bytes are keys, values and scales once, queries
+    and
     results once."""
     B, T, N, H = q_BTNH.shape
     K, V = cache.k.shape[1], cache.v.shape[-1]

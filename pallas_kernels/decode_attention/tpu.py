@@ -1,20 +1,21 @@
 """Decode attention on TPUs: one pass over the cache by hand-issued copies, two blocks in flight.
 
-The grid is (parts, rows x groups of key heads), the last in order. Keys and values stay in HBM. A step walks over the blocks
-that its row holds (and its window reaches), known from the scalar-prefetched lengths: while a block is worked on, the next
-is fetched, be it of the same row or of the next row that has any. Neither copies nor products touch the rest of the cache. A
-block is `pages` chunks: of a paged cache its pages, of a contiguous one 128 slots, each a copy [heads, chunk, H] of its own,
-so that both caches share all else and give the same bits.
+The grid is (parts, rows x groups of key heads), the last in order. Keys and values stay in HBM. A step walks over the
+blocks that its row holds (and its window reaches), known from the scalar-prefetched lengths: while a block is worked
+on, the next is fetched, be it of the same row or of the next row that has any. Neither copies nor products touch the
+rest of the cache. A block is `pages` chunks: of a paged cache its pages, of a contiguous one 128 slots, each a copy
+[heads, chunk, H] of its own, so that both caches share all else and give the same bits.
 
-Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in float32, out [R, V] += weights v. Scales enter as
-rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a row's
-first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
+Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in float32, out [R, V] += weights v. Scales
+enter as rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a
+row's first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
 
-Layout: a kernel is given arrays with the last dimension innermost, padded to 128; where XLA keeps one otherwise, it copies
-the whole cache first. With H a multiple of 128 it never does. Of another H an array that comes into a program, or leaves
-it, lies with its slots innermost, which pads nothing; one that a loop updates lies as the kernel wants it, so that only entry
-and exit copy. `slots_innermost` takes the former as they lie, where S (or the page size) is a multiple of 128. Pages of
-fewer slots with another H, and scales in pages of fewer than 128 slots, are copied where they enter a program.
+Layout: a kernel is given arrays with the last dimension innermost, padded to 128; where XLA keeps one otherwise, it
+copies the whole cache first. With H a multiple of 128 it never does. Of another H an array that comes into a program,
+or leaves it, lies with its slots innermost, which pads nothing; one that a loop updates lies as the kernel wants it, so
+that only entry and exit copy. `slots_innermost` takes the former as they lie, where S (or the page size) is a multiple
+of 128. Pages of fewer slots with another H, and scales in pages of fewer than 128 slots, are copied where they enter a
+program.
 
 VMEM: 2 buffers of block * heads * (H + V) numbers, H and V rounded up to 128 lanes, about 4 MiB together, beside
 queries, results and one head's logits; `plan` keeps the sum within 13 MiB.
@@ -88,10 +89,14 @@ def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
         return f"{what} = {slots}: must be a multiple of {SUBLANES}, the rows of a tile that copies may not cut"
     table = 0 if cache.page_table_BP is None else 4 * cache.page_table_BP.size
     if table > MAX_TABLE_BYTES:
-        return f"page_table_BP of {table} bytes: scalar memory has room for {MAX_TABLE_BYTES}; use larger pages or fewer rows"
+        return (
+            f"page_table_BP of {table} bytes: scalar memory has room for {MAX_TABLE_BYTES}; "
+            "use larger pages or fewer rows"
+        )
     if plan(spec, q_BTNH, cache) is None:
         return (
-            f"q {q_BTNH.shape}, k_cache {cache.k.shape}, v_cache {cache.v.shape}: one block of one group of heads needs more "
+            f"q {q_BTNH.shape}, k_cache {cache.k.shape}, v_cache {cache.v.shape}: one block of one group of heads "
+            f"needs more "
             f"than {VMEM_BUDGET >> 20} MiB of VMEM"
         )
     return None
@@ -292,7 +297,9 @@ def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slo
         def move(size):
             for n, (source, buf, turned) in enumerate(arrays):
                 part = lambda at: (slice(None), pl.ds(at, size)) if turned else (pl.ds(at, size),)  # noqa: B023
-                from_ = source.at[r.table[b * width + page], heads] if paged else source.at[b, heads, *part(start_of(page))]
+                from_ = (
+                    source.at[r.table[b * width + page], heads] if paged else source.at[b, heads, *part(start_of(page))]
+                )
                 to = buf.at[slot, :, *part(start_of(place))]
                 act(pltpu.make_async_copy(from_, to, r.arrived.at[slot, n]))
 
@@ -360,7 +367,8 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
             logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
             before_R1 = r.top[h, :, :1]
             top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
-            # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of them.
+            # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of
+            # them.
             weights_RS = jnp.exp(logits_RS - top_R1)
             keep_R1 = jnp.exp(before_R1 - top_R1)
             state.append((top_R1, r.total[h, :, :1] * keep_R1 + weights_RS.sum(1, keepdims=True), keep_R1))

@@ -1,8 +1,9 @@
 """Flash attention (Dao et al. 2022): softmax(q k^T) v without the matrix of weights in memory, forward and backward.
 
-One function, `flash_attention`; `flash_attention_backward` is its second half by itself, for attention whose keys are spread
-over devices. Implementations: 'tpu' (Mosaic), 'hopper' (Mosaic GPU: wgmma, TMA, warp specialization), 'triton' (other GPUs),
-'xla' (plain JAX in tiles with the same memory bound: any device), 'reference' (the formula as it stands, O(T S) memory).
+One function, `flash_attention`; `flash_attention_backward` is its second half by itself, for attention whose keys are
+spread over devices. Implementations: 'tpu' (Mosaic), 'hopper' (Mosaic GPU: wgmma, TMA, warp specialization), 'triton'
+(other GPUs), 'xla' (plain JAX in tiles with the same memory bound: any device), 'reference' (the formula as it stands,
+O(T S) memory).
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values.
 """
@@ -68,26 +69,29 @@ def flash_attention(
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """softmax(scale * q k^T ...) v over the keys that each query sees.
 
-    A logit is scale * q.k; then softcap * tanh(logit / softcap) (Gemma 2); then + bias - alibi * |query slot - key slot|
-    (Press et al. 2022); then the mask. Head n attends to key/value head n // (N / K) (Ainslie et al. 2023).
+    A logit is scale * q.k; then softcap * tanh(logit / softcap) (Gemma 2); then + bias - alibi * |query slot - key
+    slot| (Press et al. 2022); then the mask. Head n attends to key/value head n // (N / K) (Ainslie et al. 2023).
 
     q, k, v: float32, bfloat16 or float16, of one dtype; sums, softmax and lse in float32. `scale`: default H ** -0.5.
     `offset`: slot of the first query, where the first key has slot 0: S - T to continue a row; one number or one a row.
     An int is compiled in (and its empty tiles with it), an array is data.
     `segment_ids`: packed rows; queries see keys of their own id. One array for both sides, or (of queries, of keys).
-    `positions`: what `mask.strided` counts blocks by; default: slots. `prefix_BS`: keys that every query of their segment
-    sees, whatever causal, window and strided say. `blocks_BNIJ`: which blocks of mask.block_shape may be seen at all.
+    `positions`: what `mask.strided` counts blocks by; default: slots. `prefix_BS`: keys that every query of their
+    segment sees, whatever causal, window and strided say. `blocks_BNIJ`: which blocks of mask.block_shape may be seen
+    at all.
     `sinks_N`: logits of a key that is always seen and whose value is zero (gpt-oss).
-    `dropout`: probability that a weight is dropped, the others scaled by 1 / (1 - dropout); needs `seed`, int32; the same
-    seed drops the same weights in every implementation and tiling.
-    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises ValueError.
+    `dropout`: probability that a weight is dropped, the others scaled by 1 / (1 - dropout); needs `seed`, int32; the
+    same seed drops the same weights in every implementation and tiling.
+    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises
+    ValueError.
     `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
     Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
 
     Differentiable with respect to q, k, v, bias and sinks, through both results; not to alibi. Memory beside inputs and
     outputs: O(B N T), except with 'reference', or where a bias is given, whose gradient is as large as it is.
-    Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included; a query
-    that sees no key has out 0 and lse MASKED, or its sink's logit where there are sinks. Raises ValueError on arguments that do not fit, naming them.
+    Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included; a
+    query that sees no key has out 0 and lse MASKED, or its sink's logit where there are sinks. Raises ValueError on
+    arguments that do not fit, naming them.
     """
     B, T, N, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     S = k_BSKH.shape[1]
@@ -98,7 +102,9 @@ def flash_attention(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout = {dropout}: a probability in [0, 1)")
     if dropout and (seed is None or jnp.shape(seed) != () or not jnp.issubdtype(jnp.asarray(seed).dtype, jnp.integer)):
-        raise ValueError(f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer; not {seed}")
+        raise ValueError(
+            f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer; not {seed}"
+        )
     if interpret and implementation is None:
         raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu', 'hopper' or 'triton'")
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, S))
@@ -153,7 +159,9 @@ def flash_attention_backward(
     B, T, _, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, k_BSKH.shape[1]))
     if mask.strided is not None or mask.block_shape is not None:
-        raise ValueError(f"mask = {mask}: keys in parts take no strided pattern and no blocks; use flash_attention on whole rows")
+        raise ValueError(
+            f"mask = {mask}: keys in parts take no strided pattern and no blocks; use flash_attention on whole rows"
+        )
     mask.validate()
     tiles.validate()
     _check_shape("alibi_N", alibi_N, ((q_BTNH.shape[2],),))
@@ -168,7 +176,8 @@ def flash_attention_backward(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not among
+    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not
+    among
     them: its matrix instructions have neither run on a device nor been interpreted, and so it must be named."""
     if runs_triton(platform, device_kind):
         return ("triton", "xla")
@@ -178,7 +187,9 @@ def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
 def _choose(implementation: str | None, spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str:
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None")
+            raise ValueError(
+                f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None"
+            )
         reason = _module(implementation).unsupported(spec, q, k, v, extra)
         if reason is not None:
             raise ValueError(f"implementation = {implementation!r}: {reason}")
@@ -258,7 +269,9 @@ def _offset(given, B: int) -> int | Array:
         return given
     array = jnp.asarray(given)
     if array.shape not in ((), (B,)) or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"offset of shape {array.shape} and dtype {array.dtype}: an int, an integer scalar, or one a row, ({B},)")
+        raise ValueError(
+            f"offset of shape {array.shape} and dtype {array.dtype}: an int, an integer scalar, or one a row, ({B},)"
+        )
     return jnp.broadcast_to(array.astype(jnp.int32), (B,))
 
 

@@ -1,4 +1,5 @@
-"""What `python -m pallas_kernels.bench flash_attention` times: forward, and forward with backward, beside the public ways."""
+"""What `python -m pallas_kernels.bench flash_attention` times: forward, and forward with backward, beside the public
+ways."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ WIDTH = {"cpu": 256, "gpu": 2048, "tpu": 2048}  # heads times head dimension
 
 
 def cases(platform: str, quick: bool) -> Iterator[Case]:
-    """T from 1k to 32k (on CPUs 1k and 4k), head dimensions 64 and 128, causal and not; packed rows, a window, grouped queries."""
+    """T from 1k to 32k (on CPUs 1k and 4k), head dimensions 64 and 128, causal and not; packed rows, a window, grouped
+    queries."""
     dtype = "float32" if platform == "cpu" else "bfloat16"
     lengths = (1024,) if quick else (1024, 4096) if platform == "cpu" else (1024, 2048, 4096, 8192, 16384, 32768)
     for H in (64,) if quick or platform == "cpu" else (64, 128):
@@ -51,9 +53,13 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
         moved = size * (2 * q.size + k.size + v.size)
         error = partial(_error, case, [np.asarray(x[:1], np.float64) for x in (q, k, v)], segments)
         notes = {"T": case.T, "H": case.H, "B": case.B, "N": case.N, "K": case.K}
-        yield Contest(f"{case.name}, forward", matmul * (case.H + case.V), moved, case.dtype, (q, k, v), ways, error, notes)
+        yield Contest(
+            f"{case.name}, forward", matmul * (case.H + case.V), moved, case.dtype, (q, k, v), ways, error, notes
+        )
         both = {name: _with_gradients(way) for name, way in ways.items()}
-        flops = matmul * (4 * case.H + 3 * case.V)  # the recomputed logits are counted: 7 products, 2 forward and 5 back
+        flops = matmul * (
+            4 * case.H + 3 * case.V
+        )  # the recomputed logits are counted: 7 products, 2 forward and 5 back
         yield Contest(f"{case.name}, forward and backward", flops, 3 * moved, case.dtype, (q, k, v), both, None, notes)
 
 
@@ -83,8 +89,11 @@ def _ours(case: Case, segments) -> Iterator[tuple[str, Callable]]:
     hopper = ("hopper",) if any(f"H{n}00" in target()[1] for n in (1, 2)) else ()
     for name in (*best_implementation(*target()), *hopper, "reference"):
         if name != "reference" or case.B * case.N * case.T**2 <= 2**28:
-            yield f"ours: {name}", lambda q, k, v, name=name: flash_attention(
-                q, k, v, mask=case.mask, segment_ids=segments, implementation=name
+            yield (
+                f"ours: {name}",
+                lambda q, k, v, name=name: flash_attention(
+                    q, k, v, mask=case.mask, segment_ids=segments, implementation=name
+                ),
             )
 
 
@@ -97,8 +106,11 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
             if name == "cudnn" and segments is not None:
                 continue  # it takes lengths, not packed rows
             seen = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
-            yield f"jax.nn.dot_product_attention, {name}", lambda q, k, v, name=name, seen=seen: jax.nn.dot_product_attention(
-                q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window, implementation=name
+            yield (
+                f"jax.nn.dot_product_attention, {name}",
+                lambda q, k, v, name=name, seen=seen: jax.nn.dot_product_attention(
+                    q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window, implementation=name
+                ),
             )
     grouped = case.K != case.N
     if platform == "gpu" and case.mask.window is None and not grouped:
@@ -106,7 +118,14 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
         def pallas_triton(q, k, v):
             from jax.experimental.pallas.ops.gpu.attention import mha
 
-            return mha(q, k, v, segment_ids=None if segments is None else segments[0], sm_scale=H**-0.5, causal=case.mask.causal)
+            return mha(
+                q,
+                k,
+                v,
+                segment_ids=None if segments is None else segments[0],
+                sm_scale=H**-0.5,
+                causal=case.mask.causal,
+            )
 
         yield "jax Pallas Triton", pallas_triton
     if platform == "gpu":
@@ -125,7 +144,9 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
                 from jax.experimental.pallas.ops.tpu import flash_attention as theirs
 
                 ids = None if segments is None else theirs.SegmentIds(*segments)
-                out = theirs.flash_attention(*map(heads_first, (q, k, v)), segment_ids=ids, causal=case.mask.causal, sm_scale=H**-0.5)
+                out = theirs.flash_attention(
+                    *map(heads_first, (q, k, v)), segment_ids=ids, causal=case.mask.causal, sm_scale=H**-0.5
+                )
                 return heads_first(out)
 
             yield "jax flash_attention", flash
@@ -146,7 +167,8 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
 
 
 def _error(case: Case, inputs: list[np.ndarray], segments, result) -> float:
-    """Largest difference of the first row's first head from float64, relative to the largest entry; at most 512 queries."""
+    """Largest difference of the first row's first head from float64, relative to the largest entry; at most 512
+    queries."""
     q, k, v = (x[0, :, 0] for x in inputs)
     rows = np.linspace(0, case.T - 1, min(case.T, 512)).astype(int)
     logits = q[rows] @ k.T * case.H**-0.5
@@ -162,4 +184,3 @@ def _error(case: Case, inputs: list[np.ndarray], segments, result) -> float:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     exact = weights @ v / weights.sum(-1, keepdims=True)
     return float(abs(np.asarray(result[0, rows, 0], np.float64) - exact).max() / abs(exact).max())
-

@@ -1,7 +1,8 @@
-"""Dropout of attention weights whose mask is a pure function of (seed, row, head, query, key): a counter-based generator.
+"""Dropout of attention weights whose mask is a pure function of (seed, row, head, query, key): a counter-based
+generator.
 
-Every implementation and every tiling draws the same mask, forward and backward, and none stores it. int32 arithmetic that
-wraps, for the vector units of TPUs and GPUs alike; the mixing is MurmurHash3's 32-bit finalizer (Appleby 2011).
+Every implementation and every tiling draws the same mask, forward and backward, and none stores it. int32 arithmetic
+that wraps, for the vector units of TPUs and GPUs alike; the mixing is MurmurHash3's 32-bit finalizer (Appleby 2011).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 
 
 def keep(seed, row, head, q_index, k_index, rate: float):
-    """True with probability 1 - `rate`. int32 inputs that broadcast: scalars `seed`, `row` (in the batch), `head` (of the
+    """True with probability 1 - `rate`. int32 inputs that broadcast: scalars `seed`, `row` (in the batch), `head` (of
+    the
     queries), and indices [..., T, 1], [..., 1, S] in the call's own arrays. Costs some eight operations a pair."""
     stream = _mix(_mix(_mix(seed + 0x2545F491) ^ row) + head)
     bits = _mix(_mix(q_index ^ stream) ^ _mix(k_index + 0x5BD1E995))

@@ -1,17 +1,21 @@
 """Flash attention for Hopper (H100, H200, GH200) in Pallas Mosaic GPU: wgmma, TMA, warp specialization.
 
-Forward in hopper_forward.py; backward in hopper_backward.py where H + V <= 256, else by the Triton kernels: the sums for dk
-and dv, [64, H] and [64, V], then leave a warpgroup no registers. That pairing is fixed by the shapes, it is no fallback.
+Forward in hopper_forward.py; backward in hopper_backward.py where H + V <= 256, else by the Triton kernels: the sums
+for dk and dv, [64, H] and [64, V], then leave a warpgroup no registers. That pairing is fixed by the shapes, it is no
+fallback.
 
 These kernels have never run on a GPU. What stands behind them:
-- jax's Mosaic GPU interpreter runs them on a CPU, barriers, rings and TMA copies included, against the reference, and finds no
-  race; wgmma, whose transposed and register operands it lacks, is replaced there by a dot of the same shared memory, and
-  layouts are left out (hopper_parts.py has the four stand-ins);
+- jax's Mosaic GPU interpreter runs them on a CPU, barriers, rings and TMA copies included, against the reference, and
+  finds no
+  race; wgmma, whose transposed and register operands it lacks, is replaced there by a dot of the same shared memory,
+  and layouts are left out (hopper_parts.py has the four stand-ins);
 - they lower for CUDA on jax 0.10.2 and 0.12.0.1;
-- XLA, Mosaic and ptxas 13.0 compile them for sm_90a without a device: ptxas reports no serialized wgmma, and spills in the
-  kernel for dk and dv alone (at H = V = 128 44 bytes a thread with jax 0.10.2, 184 with 0.12.0.1; with masks up to 224), but for
-  4 bytes forward with windows and segments.
-jax's attention_mgpu.py refuses causal masks under CUDA 12.8.0 to 12.9.0 for a miscompilation by ptxas; use 12.9.1 or later.
+- XLA, Mosaic and ptxas 13.0 compile them for sm_90a without a device: ptxas reports no serialized wgmma, and spills in
+  the
+  kernel for dk and dv alone (at H = V = 128 44 bytes a thread with jax 0.10.2, 184 with 0.12.0.1; with masks up to
+  224), but for 4 bytes forward with windows and segments.
+jax's attention_mgpu.py refuses causal masks under CUDA 12.8.0 to 12.9.0 for a miscompilation by ptxas; use 12.9.1 or
+later.
 """
 
 from __future__ import annotations
@@ -43,12 +47,16 @@ def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str |
         if getattr(spec.tiles, name) not in (None, size):
             return f"tiles.{name} = {getattr(spec.tiles, name)}: is {size} here; give that or None"
     if block is not None and (block[0] % TILE or block[1] % TILE):
-        return f"mask.block_shape = {block}: both must be multiples of {TILE}; implementation='triton' takes smaller blocks"
+        return (
+            f"mask.block_shape = {block}: both must be multiples of {TILE}; "
+            "implementation='triton' takes smaller blocks"
+        )
     if hopper_forward.plan(H, V, k.shape[1], block and block[1], None) is None:
         return f"head dimensions {H} and {V}: two tiles of keys and values do not fit in shared memory"
     if hopper_forward.plan(H, V, k.shape[1], block and block[1], spec.tiles.k) is None:
         return (
-            f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of keys and "
+            f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of keys "
+            f"and "
             f"values must fit in shared memory at head dimensions {H} and {V}; None chooses"
         )
     return None

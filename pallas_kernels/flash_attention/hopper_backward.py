@@ -1,11 +1,12 @@
-"""Flash attention backward for Hopper: one kernel for dq, one for dk and dv. No atomics, so the result is the same each time.
+"""Flash attention backward for Hopper: one kernel for dq, one for dk and dv. No atomics, so the result is the same each
+time.
 
-Both own 128 rows a block, 64 in each of two computing warpgroups, and go over the tiles of the other side, which a third
-warpgroup brings through TMA into a ring in shared memory. Weights are computed anew from lse. A step starts the products for
-the logits and for dp together, and then all that accumulate, so that it waits for the tensor cores twice.
+Both own 128 rows a block, 64 in each of two computing warpgroups, and go over the tiles of the other side, which a
+third warpgroup brings through TMA into a ring in shared memory. Weights are computed anew from lse. A step starts the
+products for the logits and for dp together, and then all that accumulate, so that it waits for the tensor cores twice.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q queries and
-J keys of a tile.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q queries
+and J keys of a tile.
 """
 
 from __future__ import annotations
@@ -65,8 +66,15 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     T_padded, S_padded = parts.up(T, STEP), parts.up(S, TILE)
     arrays = inputs(T_padded, S_padded, tile_kinds(mask, extra.data, T, S, STEP, TILE).swapaxes(2, 3))
     scratch = {
-        "k": own(H), "v": own(V), "q": ring(H), "dout": ring(V), "lse": numbers, "delta": numbers, "ready": ready(4), **barriers,
-    }  # fmt: skip
+        "k": own(H),
+        "v": own(V),
+        "q": ring(H),
+        "dout": ring(V),
+        "lse": numbers,
+        "delta": numbers,
+        "ready": ready(4),
+        **barriers,
+    }
     out_types = {name: jax.ShapeDtypeStruct(arrays[name[1:]].shape, half) for name in ("dk", "dv")}
     grid = {"head": K, "tile": S_padded // TILE, "batch": B}
     dk, dv = parts.launch(partial(_dkv_block, spec, S, extra.data.offset), spec, grid, arrays, out_types, scratch)
@@ -106,7 +114,8 @@ def _store(memory, tiles, half) -> None:
 
 
 def _gradients(spec: Spec, s, dp, number, slope, kept, factor: float):
-    """(weights after dropout, gradient of the logits by scale * q.k) of a tile. `number` gives the tile of lse (in base 2) or
+    """(weights after dropout, gradient of the logits by scale * q.k) of a tile. `number` gives the tile of lse (in base
+    2) or
     of delta; each is loaded where it is used, since both do not fit in the registers at once."""
     p = jnp.exp2(s * factor - number("lse"))
     used = p

@@ -1,11 +1,11 @@
 """Flash attention forward for Hopper: two warpgroups that compute, 64 queries each, and one that copies.
 
-The copying warpgroup brings tiles of keys and values through TMA into a ring in shared memory and waits, slot by slot, for
-both others to be done with it. The computing ones take turns (Shah et al. 2024, section 3.1: while one has the tensor cores,
-the other has its softmax), so that neither unit idles. What has run and what has not: see hopper.py.
+The copying warpgroup brings tiles of keys and values through TMA into a ring in shared memory and waits, slot by slot,
+for both others to be done with it. The computing ones take turns (Shah et al. 2024, section 3.1: while one has the
+tensor cores, the other has its softmax), so that neither unit idles. What has run and what has not: see hopper.py.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q the queries of
-a warpgroup, J the keys of a tile.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q the
+queries of a warpgroup, J the keys of a tile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from pallas_kernels.flash_attention.spec import Extra, Spec
 
 
 def plan(H: int, V: int, S: int, block_k: int | None, tile_k: int | None) -> tuple[int, int] | None:
-    """(keys a tile, slots of the ring), or None where nothing fits `block_k`, the keys a block of the mask, and the memory.
+    """(keys a tile, slots of the ring), or None where nothing fits `block_k`, the keys a block of the mask, and the
+    memory.
 
     128 keys where two slots fit, else 64: the accumulators [64, V] and [64, keys] share 240 registers a thread.
     """

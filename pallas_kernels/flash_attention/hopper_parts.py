@@ -1,8 +1,8 @@
-"""What the Hopper kernels share: the schedule of tiles, the logits and the mask of a tile, and the few operations which the
-interpreter of jax's Mosaic GPU lacks, with their stand-ins.
+"""What the Hopper kernels share: the schedule of tiles, the logits and the mask of a tile, and the few operations which
+the interpreter of jax's Mosaic GPU lacks, with their stand-ins.
 
-Shapes: B batch, N query heads, T queries, S keys; I tiles of queries, J tiles of keys. Tiles in registers are [queries, keys]
-in the forward pass and for dq, [keys, queries] for dk and dv; `q_axis` says which.
+Shapes: B batch, N query heads, T queries, S keys; I tiles of queries, J tiles of keys. Tiles in registers are [queries,
+keys] in the forward pass and for dq, [keys, queries] for dk and dv; `q_axis` says which.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def schedule(kinds_BNIJ: np.ndarray | Array) -> dict[str, Int[Array, "..."]]:
     """For each tile of queries the tiles of keys to visit; with the last axes swapped, the other way round.
 
     order [B|1, N|1, I, J]: FULL tiles first, then PARTIAL ones, each kind in its own order, then what is never read.
-    full, some [B|1, N|1, I]: how many of `order` are FULL, and how many are not EMPTY. Masks are applied from `full` on only,
-    and EMPTY tiles are neither loaded nor counted, so that the kernels' loops hold no branch. All int32.
+    full, some [B|1, N|1, I]: how many of `order` are FULL, and how many are not EMPTY. Masks are applied from `full` on
+    only, and EMPTY tiles are neither loaded nor counted, so that the kernels' loops hold no branch. All int32.
     """
     xp = np if isinstance(kinds_BNIJ, np.ndarray) else jnp
     arrays = {
@@ -100,7 +100,8 @@ def up(length: int, tile: int) -> int:
 
 
 def interpreter(interpret: bool) -> Any:
-    """What `plgpu.kernel` takes as `interpret`: jax's Mosaic GPU interpreter with memory that starts as NaN, or None."""
+    """What `plgpu.kernel` takes as `interpret`: jax's Mosaic GPU interpreter with memory that starts as NaN, or
+    None."""
     if not interpret:
         return None
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.12 on
@@ -169,7 +170,8 @@ def zeros(shape: tuple[int, int], interpret: bool):
 
 
 def factor_of(spec: Spec, memory: Refs) -> float:
-    """What `logits`' results are still to be multiplied by: 1 unless a logit is a positive multiple of q.k, where the product
+    """What `logits`' results are still to be multiplied by: 1 unless a logit is a positive multiple of q.k, where the
+    product
     is left to be fused with the subtraction that follows."""
     plain = spec.softcap is None and "alibi" not in memory and spec.scale > 0
     return spec.scale * LOG2E if plain else 1.0
@@ -179,9 +181,9 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
     """Masked logits from the products s = q.k of a tile: (log2(e) / `factor_of` times the logits, their derivative by
     scale * q.k or None for 1, which weights dropout keeps or None for all).
 
-    `firsts` gives the index of the tile's first query and of its first key, and is called only where it matters; `partial`:
-    whether the tile needs the mask. A pair unseen, or a key beyond S, gets MASKED. `offset`: that of the call where it is
-    static.
+    `firsts` gives the index of the tile's first query and of its first key, and is called only where it matters;
+    `partial`: whether the tile needs the mask. A pair unseen, or a key beyond S, gets MASKED. `offset`: that of the
+    call where it is static.
     """
     axes, indices, slots = (q_axis, 1 - q_axis), None, None
     if partial or spec.dropout or "alibi" in memory:
@@ -224,7 +226,8 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
 
 
 def launch(block, spec: Spec, grid: dict[str, int], arrays: dict[str, Array], out_types: dict[str, Any], scratch: Refs):
-    """`block(memory, shared)` for each point of the grid, in three warpgroups; a list of the outputs. `memory` holds the
+    """`block(memory, shared)` for each point of the grid, in three warpgroups; a list of the outputs. `memory` holds
+    the
     inputs and outputs by name, `shared` the scratch."""
 
     def body(*refs):
@@ -246,7 +249,8 @@ def launch(block, spec: Spec, grid: dict[str, int], arrays: dict[str, Array], ou
 
 
 def drain(steps, *done) -> None:
-    """Waits for the last arrivals at rings of barriers that were not waited for while filling: who waits on a barrier must
+    """Waits for the last arrivals at rings of barriers that were not waited for while filling: who waits on a barrier
+    must
     see each of its phases."""
     slots = done[0].shape[0]
 

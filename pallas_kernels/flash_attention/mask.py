@@ -1,4 +1,5 @@
-"""Which keys a query sees: pair by pair, as every implementation asks it, and tile by tile, so that empty tiles are skipped.
+"""Which keys a query sees: pair by pair, as every implementation asks it, and tile by tile, so that empty tiles are
+skipped.
 
 Shapes: B batch, T queries, S keys, N query heads; I tiles of queries, J tiles of keys.
 """
@@ -20,7 +21,8 @@ EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of tiles: no pair is seen, some may be, 
 
 @dataclass(frozen=True)
 class Strided:
-    """The strided block-sparse pattern (Child et al. 2019): a query sees keys whose block of `size` positions is less than
+    """The strided block-sparse pattern (Child et al. 2019): a query sees keys whose block of `size` positions is less
+    than
     `local` blocks away, and those in every `stride`-th block (index % stride == stride - 1)."""
 
     size: int
@@ -77,7 +79,8 @@ def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_positi
             seen = both(seen, k_slot - q_slot < mask.window)
     if mask.strided is not None:
         s = mask.strided
-        # Blocks of slots before the first key too: division truncates, so whole periods are added, which change nothing.
+        # Blocks of slots before the first key too: division truncates, so whole periods are added, which change
+        # nothing.
         ahead = s.size * s.stride * -(-FIRST_SLOT // (s.size * s.stride))
         q_block = jax.lax.div((q_slot if q_position is None else q_position) + ahead, s.size)
         k_block = jax.lax.div((k_slot if k_position is None else k_position) + ahead, s.size)
@@ -95,8 +98,8 @@ def tile_kinds(
 ) -> Int[np.ndarray, "B|1 N|1 I J"] | Int[Array, "B|1 N|1 I J"]:
     """EMPTY, PARTIAL or FULL for each tile of queries and keys, int32; a NumPy array when only static parts decide.
 
-    EMPTY and FULL are promises; PARTIAL makes none. The last tiles may reach beyond T and S: keys beyond S are not seen, so
-    a tile with such keys is never FULL; queries beyond T count for nothing. `tile_q`, `tile_k` must divide
+    EMPTY and FULL are promises; PARTIAL makes none. The last tiles may reach beyond T and S: keys beyond S are not
+    seen, so a tile with such keys is never FULL; queries beyond T count for nothing. `tile_q`, `tile_k` must divide
     `mask.block_shape`, where there is one.
     """
     static = isinstance(data.offset, int) and all(part is None for part in data[1:])
@@ -149,7 +152,8 @@ def _tiles(x_BL: Array, tile: int, fill) -> Array:
 
 
 def _range(xp, x_BL, first, last, tile: int, axis: int):
-    """Least and greatest value of each tile, with an axis put in at `axis`; `first` and `last` where there is no array."""
+    """Least and greatest value of each tile, with an axis put in at `axis`; `first` and `last` where there is no
+    array."""
     if x_BL is None:
         return first, last
     big = jnp.iinfo(jnp.int32).max

@@ -89,8 +89,10 @@ def backward(spec: Spec, q, k, v, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
     dp = jnp.einsum("btnv,bsnv->bnts", dout, v_N, precision="highest")
     kept = p
     if spec.dropout:
-        index = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
-                 ((q.shape[0], (-1, 1, 1, 1)), (N, (N, 1, 1)), (q.shape[1], (-1, 1)), (k.shape[1], (1, -1)))]  # fmt: skip
+        index = [
+            jnp.arange(n, dtype=jnp.int32).reshape(shape)
+            for n, shape in ((q.shape[0], (-1, 1, 1, 1)), (N, (N, 1, 1)), (q.shape[1], (-1, 1)), (k.shape[1], (1, -1)))
+        ]
         keeps = keep(extra.seed, *index, spec.dropout)
         kept, dp = (jnp.where(keeps, x / (1.0 - spec.dropout), 0.0) for x in (p, dp))
     dlogits = p * (dp - delta_BNT[..., None])

@@ -5,9 +5,10 @@ Every implementation offers the same two functions on the same shapes:
     forward(spec, q_BTNH, k_BSKH, v_BSKV, extra) -> (out_BTNV in q's dtype, lse_BNT float32)
     backward(spec, q_BTNH, k_BSKH, v_BSKV, extra, lse_BNT, delta_BNT, dout_BTNV) -> (dq, dk, dv, dbias or None)
 
-and `unsupported(spec, q, k, v, extra) -> str | None`, the reason why it cannot run a call. In `backward`, `lse_BNT` is that
-of the whole row (it may span more keys than k holds, as in ring attention; +1e30 where a row sees nothing), and `delta_BNT`
-is sum(out * dout) minus the cotangent of lse: the gradient of a logit is p * (dp - delta), with p = exp(logit - lse).
+and `unsupported(spec, q, k, v, extra) -> str | None`, the reason why it cannot run a call. In `backward`, `lse_BNT` is
+that of the whole row (it may span more keys than k holds, as in ring attention; +1e30 where a row sees nothing), and
+`delta_BNT` is sum(out * dout) minus the cotangent of lse: the gradient of a logit is p * (dp - delta), with p =
+exp(logit - lse).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pallas_kernels.flash_attention.mask import Mask, MaskData
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys that a kernel works on at once. None: the implementation's choice for the shape and the device."""
+    """Queries and keys that a kernel works on at once. None: the implementation's choice for the shape and the
+    device."""
 
     q: int | None = None  # forward
     k: int | None = None

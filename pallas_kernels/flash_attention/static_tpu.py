@@ -1,8 +1,9 @@
-"""What the TPU compiler says of these kernels beside JAX's own, with no TPU: `python -m pallas_kernels.flash_attention.static_tpu`.
+"""What the TPU compiler says of these kernels beside JAX's own, with no TPU: `python -m
+pallas_kernels.flash_attention.static_tpu`.
 
-Bundles (instructions words, one a cycle at best) of the body of a tile, times the tiles that are visited, for one head, head
-dimension 128, bfloat16. A *static estimate*: transfers that are not hidden, and what runs around the body, are not in it.
-Saved in results/tpu_static.json. Some five minutes; a process for each kernel and generation.
+Bundles (instructions words, one a cycle at best) of the body of a tile, times the tiles that are visited, for one head,
+head dimension 128, bfloat16. A *static estimate*: transfers that are not hidden, and what runs around the body, are not
+in it. Saved in results/tpu_static.json. Some five minutes; a process for each kernel and generation.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def ours(T: int, window: int | None):
 
 
 def splash(T: int, window: int | None):
-    """The same of jax's splash_attention, in tiles of 1024 and pieces of 512 keys, backward fused: its best of those tried."""
+    """The same of jax's splash_attention, in tiles of 1024 and pieces of 512 keys, backward fused: its best of those
+    tried."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -87,7 +89,8 @@ def bodies(target: str, kernel: str, window: int | None) -> dict[str, Any]:
         if not work:
             continue
         direction = "backward" if any(part in label for part in ("backward", "bwd", "dkv", "dq")) else "forward"
-        # The others have one body, for every tile. Ours has one for FULL tiles, if there are any, and one for each edge.
+        # The others have one body, for every tile. Ours has one for FULL tiles, if there are any, and one for each
+        # edge.
         full, edges = work[0], work
         if kernel == "ours" and window is None:
             edges = work[1:]
@@ -114,14 +117,24 @@ def rows(targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
                 for direction, body in bodies(target, kernel, window).items():
                     for T in lengths:
                         full, edge = tiles(T, window)
-                        made.append({
-                            "target": target, "kernel": kernel, "direction": direction, "T": T, "window": window,
-                            "tiles_full": full, "tiles_edge": edge,
-                            "bundles_full": body["full"], "bundles_edge": body["edge"],
-                            "bundles_total": full * body["full"] + edge * body["edge"],
-                            "matmul_occupancy": round(body["multiplications"] / body["full"], 3),
-                            "spills": body["spills"], "fills": body["fills"], "vmem_mib": round(body["vmem"] / 2**20, 1),
-                        })  # fmt: skip
+                        made.append(
+                            {
+                                "target": target,
+                                "kernel": kernel,
+                                "direction": direction,
+                                "T": T,
+                                "window": window,
+                                "tiles_full": full,
+                                "tiles_edge": edge,
+                                "bundles_full": body["full"],
+                                "bundles_edge": body["edge"],
+                                "bundles_total": full * body["full"] + edge * body["edge"],
+                                "matmul_occupancy": round(body["multiplications"] / body["full"], 3),
+                                "spills": body["spills"],
+                                "fills": body["fills"],
+                                "vmem_mib": round(body["vmem"] / 2**20, 1),
+                            }
+                        )
                         print(json.dumps(made[-1]), flush=True)
     return made
 
@@ -137,7 +150,8 @@ def main() -> None:
         else []
     )
     head = {
-        "what": "static estimate by the compiler, not measured: bundles of a tile's body x tiles, one head, head dim 128, bfloat16, tiles of 1024",
+        "what": "static estimate by the compiler, not measured: bundles of a tile's body x tiles, "
+        "one head, head dim 128, bfloat16, tiles of 1024",
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")},
     }

@@ -4,8 +4,8 @@ tpu_pairs.py for the tiles that they visit and tpu_tiles.py for the sizes of til
 Queries, keys and values are laid out by head outside of the kernels, which XLA fuses with what made them, and padded to
 whole tiles. float16, which the matrix units lack, is computed in float32.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; R, C, P: see
-tpu_pairs.py.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; R, C, P:
+see tpu_pairs.py.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def _check_list(spec: Spec, q, k, v, extra: Extra, backward: bool) -> None:
     words *= 1 if not per_head else k.shape[2] if backward else q.shape[2]
     if words > MOST_WORDS:
         raise ValueError(
-            f"a list of {words} tiles of {cut.q} x {cut.k} for a row of the batch: at most {MOST_WORDS} fit in the scalar "
+            f"a list of {words} tiles of {cut.q} x {cut.k} for a row of the batch: at most {MOST_WORDS} fit in the "
+            f"scalar "
             "memory; give larger tiles, or blocks that are shared by the heads"
         )
 

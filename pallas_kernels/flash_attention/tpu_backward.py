@@ -1,14 +1,15 @@
-"""The backward kernel of the TPU: gradients of queries, keys and values in one pass, five matrix multiplications a tile.
+"""The backward kernel of the TPU: gradients of queries, keys and values in one pass, five matrix multiplications a
+tile.
 
-The list of tiles goes by keys, so dk and dv stay in VMEM until they are whole, summed over the query heads of a group. A
-tile of dq is visited once for each tile of keys: it lives in HBM in float32, and each visit fetches it, adds to it and sends
-it back while the next tile is worked on (two buffers; a visit to the tile of the visit before takes it from the buffer).
-So memory stays O(T), where a copy of dq for each tile of keys would be O(T S / tile).
+The list of tiles goes by keys, so dk and dv stay in VMEM until they are whole, summed over the query heads of a group.
+A tile of dq is visited once for each tile of keys: it lives in HBM in float32, and each visit fetches it, adds to it
+and sends it back while the next tile is worked on (two buffers; a visit to the tile of the visit before takes it from
+the buffer). So memory stays O(T), where a copy of dq for each tile of keys would be O(T S / tile).
 
 Keys are in the sublanes and queries in the lanes: log-sum-exp and delta are rows, as they lie in memory.
 
-Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head dimension,
-V that of the values; q, k as suffixes: a tile or piece of queries or keys.
+Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
+dimension, V that of the values; q, k as suffixes: a tile or piece of queries or keys.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
 
 def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
-    """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N, T, H],
-    k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments, q_positions
+    """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N,
+    T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments,
+    q_positions
     [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, H = arrays["q"].shape[2:]

@@ -1,12 +1,14 @@
-"""The forward kernel of the TPU: one pass over the list of tiles that `tpu_pairs` made, with an online softmax (Milakov and
-Gimelshein 2018; Dao et al. 2022) in base 2.
+"""The forward kernel of the TPU: one pass over the list of tiles that `tpu_pairs` made, with an online softmax (Milakov
+and Gimelshein 2018; Dao et al. 2022) in base 2.
 
-Two things differ from the textbook. Where the values leave columns of the matrix unit unused, ones are put beside them, so
-that the row sums come out of p @ [v | 1] for nothing, already spread over the lanes. And a tile is done in pieces whose
-matrix multiplications are stated one piece ahead of the softmax, so that the compiler can fill one with the other.
+Two things differ from the textbook. Where the values leave columns of the matrix unit unused, ones are put beside them,
+so that the row sums come out of p @ [v | 1] for nothing, already spread over the lanes. And a tile is done in pieces
+whose matrix multiplications are stated one piece ahead of the softmax, so that the compiler can fill one with the
+other.
 
-Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head dimension,
-V that of the values, W >= V that of the accumulator; q, k as suffixes: a tile or piece of queries or keys, L lanes.
+Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
+dimension, V that of the values, W >= V that of the accumulator; q, k as suffixes: a tile or piece of queries or keys, L
+lanes.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Job:
     full: bool
     shifts: tuple[int, ...]
     only_shifts: bool
-    # The scale times log2(e) multiplies q k^T at once or, where it is above 0 and no soft cap follows, after the running
-    # maximum has been taken from it: the matrix unit's results are then stored once, not twice.
+    # The scale times log2(e) multiplies q k^T at once or, where it is above 0 and no soft cap follows, after the
+    # running maximum has been taken from it: the matrix unit's results are then stored once, not twice.
     multiply: float | None
     late: float | None
     ones: int  # columns of ones that the kernel puts beside v; those already in v do not count
@@ -60,7 +62,8 @@ class Job:
 
 
 def positions(job: Job, numbers_ref, row, word, shape: tuple[int, int], q_from: int, k_from: int, q_axis: int):
-    """Indices of the queries and keys of a piece, each spread over `shape`, and the slot of the first query of the call."""
+    """Indices of the queries and keys of a piece, each spread over `shape`, and the slot of the first query of the
+    call."""
     q_index = tpu_pairs.q_tile(word) * job.cut.q + q_from + lax.broadcasted_iota(jnp.int32, shape, q_axis)
     k_index = tpu_pairs.k_tile(word) * job.cut.k + k_from + lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
     return q_index, k_index, numbers_ref[row]
@@ -205,7 +208,8 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
 
 def forward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
     """out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles. `arrays`: q [B, N, T, H], k, v [B, K, S, H or V];
-    q_segments, q_positions [B, T, 128]; k_segments, k_positions, prefix [B, 8, S], int32; alibi, sinks [N], times log2(e)."""
+    q_segments, q_positions [B, T, 128]; k_segments, k_positions, prefix [B, 8, S], int32; alibi, sinks [N], times
+    log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, dtype = arrays["q"].shape[2], arrays["q"].dtype
     heads = N if C > 1 else 1

@@ -1,8 +1,9 @@
-"""Which tiles the TPU kernels visit, in which order: packed in int32 words for the scalar memory, read by the kernels' index
-maps before anything is loaded, so that no tile that nobody sees costs a transfer or a multiplication.
+"""Which tiles the TPU kernels visit, in which order: packed in int32 words for the scalar memory, read by the kernels'
+index maps before anything is loaded, so that no tile that nobody sees costs a transfer or a multiplication.
 
-A *major* tile is one whose result is accumulated while it is visited; its entries stand together. Forward: major = queries,
-minor = keys. Backward: major = keys, minor = queries (and, where heads have tiles of their own, heads of the group).
+A *major* tile is one whose result is accumulated while it is visited; its entries stand together. Forward: major =
+queries, minor = keys. Backward: major = keys, minor = queries (and, where heads have tiles of their own, heads of the
+group).
 
 Shapes: R rows of the batch or 1, C heads or 1, M major tiles, m minor tiles, P entries.
 """
@@ -23,7 +24,8 @@ MOST_WORDS = 1 << 17  # half a MiB of the scalar memory's one
 
 
 class Pairs(NamedTuple):
-    """The list. A word is, from the lowest bit: q tile, k tile, kind, first of its major tile, last, fresh (the first visit
+    """The list. A word is, from the lowest bit: q tile, k tile, kind, first of its major tile, last, fresh (the first
+    visit
     to its minor tile: backward only), head in the group."""
 
     words_RCP: Int[np.ndarray, "R C P"] | Int[Array, "R C P"]
@@ -62,10 +64,12 @@ def head(word):
 def pairs(
     mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int, *, backward: bool = False, group: int = 1
 ) -> Pairs:
-    """Every major tile has at least one entry, of kind EMPTY where it sees nothing, so that its result is written. A NumPy
-    list, exactly as long as there are tiles to do, when the mask is static; else as long as the static part of the mask
-    allows, where surplus entries repeat the last tiles, are EMPTY and neither first nor last. `group`: query heads a
-    key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the key/value heads."""
+    """Every major tile has at least one entry, of kind EMPTY where it sees nothing, so that its result is written. A
+    NumPy list, exactly as long as there are tiles to do, when the mask is static; else as long as the static part of
+    the mask allows, where surplus entries repeat the last tiles, are EMPTY and neither first nor last. `group`: query
+    heads a
+    key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the key/value
+    heads."""
     kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)  # [R, N|1, I, J]
     most = length(mask, data, T, S, tile_q, tile_k, backward, group if kinds.shape[1] > 1 else 1)
     shifts, only_shifts = _shifts(mask, data, kinds, tile_q, tile_k)
@@ -97,10 +101,15 @@ def pairs(
     last = xp.concatenate([change, edge], -1) | (number == count - 1)
     q, k = (minor // G, major) if backward else (major, minor)
     words = (
-        q | (k << TILE_BITS) | (xp.where(real, take(kinds), EMPTY) << (2 * TILE_BITS))
-        | ((first.astype(xp.int32) | ((last & real).astype(xp.int32) << 1) | ((take(fresh) & real) << 2)) << (2 * TILE_BITS + 2))
+        q
+        | (k << TILE_BITS)
+        | (xp.where(real, take(kinds), EMPTY) << (2 * TILE_BITS))
+        | (
+            (first.astype(xp.int32) | ((last & real).astype(xp.int32) << 1) | ((take(fresh) & real) << 2))
+            << (2 * TILE_BITS + 2)
+        )
         | ((minor % G) << (2 * TILE_BITS + 5))
-    )  # fmt: skip
+    )
     static = xp is np
     visited = some.any(2) if backward else None
     if visited is not None and static and visited.all():
@@ -135,8 +144,10 @@ def length(mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int,
 
 
 def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tuple[tuple[int, ...], bool]:
-    """What decides which pairs of a tile causal and window hide is q slot - k slot of its first pair. Where that takes one
-    or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is hidden."""
+    """What decides which pairs of a tile causal and window hide is q slot - k slot of its first pair. Where that takes
+    one
+    or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is
+    hidden."""
     if not isinstance(data.offset, int) or data.prefix_BS is not None or not (mask.causal or mask.window):
         return (), False
     I, J = kinds.shape[2:]
@@ -152,7 +163,8 @@ def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tupl
 def steps(
     mask: Mask, shift: int | None, tile_q: int, tile_k: int, sub_q: int, sub_k: int, edge: int
 ) -> tuple[tuple[int, int, int, int], ...]:
-    """The pieces (q from, q to, k from, k to) in which a tile is done, keys after keys. With `shift` (see `Pairs.shifts`) in
+    """The pieces (q from, q to, k from, k to) in which a tile is done, keys after keys. With `shift` (see
+    `Pairs.shifts`) in
     rows of `edge` queries, of which each leaves out the keys that causal and window hide from all of them."""
     if shift is None:
         return tuple(
@@ -178,7 +190,8 @@ def steps(
 
 
 def zero_unvisited(dq_BNTH: Array, visited_RCm, tile_q: int, group: int) -> Array:
-    """Rows of tiles that no entry visits hold whatever was in memory: make them zero. Backward's result is padded to tiles."""
+    """Rows of tiles that no entry visits hold whatever was in memory: make them zero. Backward's result is padded to
+    tiles."""
     T = dq_BNTH.shape[2]
     R, C, m = visited_RCm.shape
     I = T // tile_q

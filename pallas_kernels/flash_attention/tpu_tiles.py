@@ -1,4 +1,5 @@
-"""How the TPU kernels cut a call into tiles: defaults by generation, and the vector memory (VMEM) that a choice needs."""
+"""How the TPU kernels cut a call into tiles: defaults by generation, and the vector memory (VMEM) that a choice
+needs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Generation:
 
     name: str
     mxu: int  # columns of a matrix unit
-    vmem: int  # bytes a kernel may ask for: what the compiler grants, or half of what there is, so that XLA keeps the rest
+    # bytes a kernel may ask for: what the compiler grants, or half of what there is, so that XLA keeps the rest
+    vmem: int
 
 
 GENERATIONS = {
@@ -57,7 +59,8 @@ def up(n: int, multiple: int = LANES) -> int:
 
 
 def forward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_ints: int, k_ints: int) -> Cut:
-    """Tiles of the forward kernel. `bytes_each`: of an element of q, k and v; `q_ints`, `k_ints`: int32 arrays beside the
+    """Tiles of the forward kernel. `bytes_each`: of an element of q, k and v; `q_ints`, `k_ints`: int32 arrays beside
+    the
     queries and the keys. Raises ValueError where no tile fits."""
     device = generation()
     wide = device.mxu > LANES

@@ -1,9 +1,9 @@
 """Flash attention on GPUs through Pallas' Triton lowering: Ampere and later, and whatever Hopper's own kernels leave.
 
-Forward: one program for each tile of queries of each head, which loops over the tiles of keys that it sees. Backward: the
-same for dq, and for dk and dv one program for each tile of keys of each key/value head, which loops over the query heads and
-the tiles of queries that see it; no atomics, so the result is the same each time. Tiles where nothing is seen are not
-visited, tiles where all is seen are worked on without a mask. jax 0.12 warns that this lowering is deprecated.
+Forward: one program for each tile of queries of each head, which loops over the tiles of keys that it sees. Backward:
+the same for dq, and for dk and dv one program for each tile of keys of each key/value head, which loops over the query
+heads and the tiles of queries that see it; no atomics, so the result is the same each time. Tiles where nothing is seen
+are not visited, tiles where all is seen are worked on without a mask. jax 0.12 warns that this lowering is deprecated.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; I tiles of
 queries, J tiles of keys.
@@ -69,9 +69,10 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     return dq, dk, dv, None
 
 
-# (queries a tile, keys a tile, warps, stages of the loop's pipeline) by the larger head dimension, up to 64, 128 and 256, of
-# 16-bit inputs. Chosen without a GPU, from what ptxas says of compute capabilities 8.0 and 9.0: the largest tiles that keep
-# the accumulators in registers, in the 99 KiB of shared memory that the smallest GPUs (8.6, 8.9, 12.0) have.
+# (queries a tile, keys a tile, warps, stages of the loop's pipeline) by the larger head dimension, up to 64, 128 and
+# 256, of 16-bit inputs. Chosen without a GPU, from what ptxas says of compute capabilities 8.0 and 9.0: the largest
+# tiles that keep the accumulators in registers, in the 99 KiB of shared memory that the smallest GPUs (8.6, 8.9, 12.0)
+# have.
 SIZES = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
@@ -150,7 +151,8 @@ class _Call:
         )(arrays)
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        """Each program sees one row of the batch, whole, and reads what it needs of it; of `walk` its own tile's line."""
+        """Each program sees one row of the batch, whole, and reads what it needs of it; of `walk` its own tile's
+        line."""
         p = self.plan
         if name == "walk":
             lines, axis = (shape[0] > 1), self.grid[0]
@@ -194,9 +196,10 @@ def _block(spec: Spec, name: str) -> int | None:
 
 
 def list_tiles(kinds_BNIJ: np.ndarray | Array, in_ranges: bool) -> np.ndarray | Array:
-    """What each tile of queries (or, turned, of keys) meets, int32 [B|1, N|1, I, W]: how many FULL tiles, how many PARTIAL
-    ones, and then
-    - `in_ranges`, for masks that see one stretch of tiles, FULL in the middle: the first tile, and how many PARTIAL ones lie
+    """What each tile of queries (or, turned, of keys) meets, int32 [B|1, N|1, I, W]: how many FULL tiles, how many
+    PARTIAL ones, and then
+    - `in_ranges`, for masks that see one stretch of tiles, FULL in the middle: the first tile, and how many PARTIAL
+      ones lie
       before the FULL ones, so that the kernel finds its tiles by addition;
     - else their indices, FULL before PARTIAL.
     """

@@ -1,9 +1,11 @@
-"""The bodies of the Triton kernels: one tile of queries (forward, dq) or of keys (dk and dv) against the tiles that it meets.
+"""The bodies of the Triton kernels: one tile of queries (forward, dq) or of keys (dk and dv) against the tiles that it
+meets.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V that of the values;
 t, s: the queries and keys of a tile; a "part" is a slice of H or V whose size is a power of two, since Triton's arrays
-must be: 80 is worked on as 64 + 16, without padding to 128. Every ref but `walk` holds one row of the batch, of T, S, H and V
-rounded up to whole tiles and parts; what lies beyond the array is neither read nor written. Logits are kept in base 2.
+must be: 80 is worked on as 64 + 16, without padding to 128. Every ref but `walk` holds one row of the batch, of T, S, H
+and V rounded up to whole tiles and parts; what lies beyond the array is neither read nor written. Logits are kept in
+base 2.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import MASKED, visible
 from pallas_kernels.flash_attention.spec import Spec
 
-# Far below the first running maximum, MASKED: GPUs make x * unit - top one operation, whose product is not rounded as `top`
-# is, so that with equal numbers the difference could be large and positive, and its exponential infinite.
+# Far below the first running maximum, MASKED: GPUs make x * unit - top one operation, whose product is not rounded as
+# `top` is, so that with equal numbers the difference could be large and positive, and its exponential infinite.
 UNSEEN = 2 * MASKED
 
 LOG2E = log2(2.718281828459045)
@@ -73,7 +75,8 @@ class Side(NamedTuple):
 
 
 def parts(size: int, most: int) -> list[tuple[int, int]]:
-    """(start, length) of powers of two up to `most`, the largest first, that cover `size`; the last may reach beyond."""
+    """(start, length) of powers of two up to `most`, the largest first, that cover `size`; the last may reach
+    beyond."""
     covered = -(-size // LEAST_PART) * LEAST_PART
     rest = covered % most
     lengths = [most] * (covered // most) + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
@@ -210,7 +213,8 @@ def _sweep(p: Plan, walk, n, step, carry):
 
 
 def _logits(p: Plan, refs, b, n):
-    """A function that turns products q.k into (x, unit, slope): the logits in base 2 are x * unit, those of unseen pairs
+    """A function that turns products q.k into (x, unit, slope): the logits in base 2 are x * unit, those of unseen
+    pairs
     about UNSEEN; slope is d logit / d (scale * q.k)."""
     spec, offset = p.spec, refs["offset"][0] if p.offset is None else p.offset
     alibi = refs["alibi"][n] * LOG2E if "alibi" in refs else None
@@ -276,7 +280,8 @@ def _product(p: Plan, a: tuple, b: tuple):
 
 
 def _dot(p: Plan, a, b, axis: int = 0):
-    """A matrix product summed in float32; `axis`: the one of b that is summed over. float32 takes three passes of TF32 on the
+    """A matrix product summed in float32; `axis`: the one of b that is summed over. float32 takes three passes of TF32
+    on the
     tensor cores, which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(

@@ -1,7 +1,7 @@
 """Attention in tiles of plain JAX: any device, any feature, memory O(T). What a CPU, or a shape no kernel takes, runs.
 
-Only tiles that may hold a seen pair are visited: a loop takes one pair (tile of queries, tile of keys) of a list after the
-other, and updates the accumulators of all queries (and keys) in place.
+Only tiles that may hold a seen pair are visited: a loop takes one pair (tile of queries, tile of keys) of a list after
+the other, and updates the accumulators of all queries (and keys) in place.
 
 Shapes: B batch, T queries, S keys, K key/value heads, G query heads of each, H head dimension, V that of the values;
 t, s: the queries and keys of a tile.
@@ -23,7 +23,10 @@ from pallas_kernels.flash_attention.spec import Extra, Spec
 from pallas_kernels.target import target
 
 TILE = 512  # queries and keys a step, on accelerators
-CPU_TILE, CPU_BYTES = (64, 128), 1 << 20  # on CPUs, between these: as many as keep the float32 logits of a step in the cache
+CPU_TILE, CPU_BYTES = (
+    (64, 128),
+    1 << 20,
+)  # on CPUs, between these: as many as keep the float32 logits of a step in the cache
 
 
 def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
@@ -70,7 +73,9 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
         out, top, total = (tile.of_queries(x) for x in carry)
         logits, _ = walk.logits(tile.of_queries(q), tile.of_keys(k), tile)
         new_top = jnp.maximum(top, logits.max(-1))
-        weights = jnp.exp(logits - jnp.maximum(new_top, MASKED / 2)[..., None])  # a query that has seen nothing: all zero
+        weights = jnp.exp(
+            logits - jnp.maximum(new_top, MASKED / 2)[..., None]
+        )  # a query that has seen nothing: all zero
         shrink = jnp.exp(top - new_top)
         dropped = walk.drop(weights, tile).astype(v.dtype)
         out = out * shrink[..., None] + _dot("bkgts,bksv->bkgtv", dropped, tile.of_keys(v), wide)
@@ -94,7 +99,9 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     walk = _Walk(spec, q_BTNH.shape, k_BSKH.shape, extra)
     wide = lse_BNT.dtype
     q, k, v, dout = walk.queries(q_BTNH), walk.keys(k_BSKH), walk.keys(v_BSKV), walk.queries(dout_BTNV)
-    lse, delta = (walk.queries(x.transpose(0, 2, 1)[..., None], fill)[..., 0] for x, fill in ((lse_BNT, -MASKED), (delta_BNT, 0)))
+    lse, delta = (
+        walk.queries(x.transpose(0, 2, 1)[..., None], fill)[..., 0] for x, fill in ((lse_BNT, -MASKED), (delta_BNT, 0))
+    )
     bias = extra.bias_BNTS
     dbias = None if bias is None else jnp.zeros((*bias.shape[:2], q.shape[3], k.shape[2]), wide)
 
@@ -234,7 +241,9 @@ def _dot(equation: str, a: Array, b: Array, wide) -> Array:
 
 def _fill(x: Array, axis: int, length: int, value: float) -> Array:
     short = length - x.shape[axis]
-    return x if not short else jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)], constant_values=value)
+    return (
+        x if not short else jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)], constant_values=value)
+    )
 
 
 def _part(x_BL: Array, start, size: int, length: int) -> Array:

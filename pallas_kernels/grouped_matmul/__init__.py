@@ -1,7 +1,8 @@
 """Grouped matmul: each run of rows times the matrix of its group (Gale et al. 2022, MegaBlocks; `jax.lax.ragged_dot`).
 
-The rows of group 0 come first, then those of group 1, and so on: any number of rows a group, none too, aligned to nothing.
-Implementations: 'tpu' (Mosaic), 'triton' (GPUs), 'xla' (plain JAX in blocks of rows, for CPUs), 'reference' (ragged_dot).
+The rows of group 0 come first, then those of group 1, and so on: any number of rows a group, none too, aligned to
+nothing. Implementations: 'tpu' (Mosaic), 'triton' (GPUs), 'xla' (plain JAX in blocks of rows, for CPUs), 'reference'
+(ragged_dot).
 
 Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
@@ -41,9 +42,9 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """lhs[m] @ rhs[e] for every row m of group e; rows after the last group are zero.
 
-    lhs: float32, bfloat16 or float16; rhs of the same dtype, or int8 or float8 with `scale_EN`, which multiplies the columns
-    of the product (such weights get no gradient). Sums in float32; the result has the dtype of lhs. `transpose`: rhs is
-    [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
+    lhs: float32, bfloat16 or float16; rhs of the same dtype, or int8 or float8 with `scale_EN`, which multiplies the
+    columns of the product (such weights get no gradient). Sums in float32; the result has the dtype of lhs.
+    `transpose`: rhs is [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
     `implementation`: None takes the best for the backend that can run the call. Where none can, or a named one cannot,
     ValueError says why.
     `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
@@ -72,8 +73,8 @@ def grouped_glu(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """activation(lhs[m] @ rhs[e, :, 0], ...) of the G products, which need not reach memory: the first half of a gated MLP
-    (Shazeer 2020), or of a plain one where G is 1.
+    """activation(lhs[m] @ rhs[e, :, 0], ...) of the G products, which need not reach memory: the first half of a gated
+    MLP (Shazeer 2020), or of a plain one where G is 1.
 
     `activation`: a function of G arrays, element by element, the same object in every call (it is compiled in). It is
     applied in float32. The rest as in `grouped_matmul`. For a gradient the products are kept, in the dtype of lhs.
@@ -101,11 +102,19 @@ def _call(spec: Spec, implementation: str | None, lhs, rhs, scale, sizes):
     if 0 in lhs.shape or 0 in rhs.shape:
         raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: no dimension may be empty")
     if lhs.dtype.name not in DTYPES or rhs.dtype.name not in (lhs.dtype.name, *QUANTIZED):
-        raise ValueError(f"lhs is {lhs.dtype}, rhs {rhs.dtype}: must share one of {', '.join(DTYPES)}, or rhs be one of {', '.join(QUANTIZED)}")
+        raise ValueError(
+            f"lhs is {lhs.dtype}, rhs {rhs.dtype}: must share one of {', '.join(DTYPES)}, or rhs be one of "
+            f"{', '.join(QUANTIZED)}"
+        )
     if (scale is not None) != (rhs.dtype.name in QUANTIZED):
-        raise ValueError(f"rhs of {rhs.dtype} with{'out' if scale is None else ''} a scale: a scale belongs to {', '.join(QUANTIZED)} alone")
+        raise ValueError(
+            f"rhs of {rhs.dtype} with{'out' if scale is None else ''} a scale: a scale belongs to "
+            f"{', '.join(QUANTIZED)} alone"
+        )
     if sizes.shape != rhs.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise ValueError(f"sizes of shape {sizes.shape} and {sizes.dtype}: must be one integer a group, ({rhs.shape[0]},)")
+        raise ValueError(
+            f"sizes of shape {sizes.shape} and {sizes.dtype}: must be one integer a group, ({rhs.shape[0]},)"
+        )
     if spec.interpret and implementation is None:
         raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu' or 'triton'")
     scale = None if scale is None else jax.lax.stop_gradient(scale.astype(jnp.float32))
@@ -116,7 +125,9 @@ def _call(spec: Spec, implementation: str | None, lhs, rhs, scale, sizes):
 def _choose(implementation: str | None, spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str:
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None")
+            raise ValueError(
+                f"implementation = {implementation!r}: unknown; use one of {', '.join(IMPLEMENTATIONS)} or None"
+            )
         reason = _module(implementation).unsupported(spec, lhs, rhs, scale)
         if reason is not None:
             raise ValueError(f"implementation = {implementation!r}: {reason}")

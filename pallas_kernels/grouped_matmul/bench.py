@@ -1,5 +1,6 @@
-"""What `python -m pallas_kernels.bench grouped_matmul` times: the experts' MLP on sorted rows, forward, and forward with
-backward, beside `jax.lax.ragged_dot`, padded batches and every expert on every row; and its cost against the number of experts.
+"""What `python -m pallas_kernels.bench grouped_matmul` times: the experts' MLP on sorted rows, forward, and forward
+with backward, beside `jax.lax.ragged_dot`, padded batches and every expert on every row; and its cost against the
+number of experts.
 
 Shapes: M rows (tokens times choices), E experts, D width, F hidden width of an expert.
 """
@@ -37,8 +38,10 @@ class Size:
 
 
 def cases(platform: str, quick: bool) -> Iterator[Size]:
-    """Mixtral's experts, and fine-grained ones; then E = 8 to 256, in each row of sizes of equal FLOPs: with as many rows, as where only the number
-    of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut finer (Dai et al. 2024, DeepSeekMoE)."""
+    """Mixtral's experts, and fine-grained ones; then E = 8 to 256, in each row of sizes of equal FLOPs: with as many
+    rows, as where only the number
+    of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut finer (Dai et al. 2024,
+    DeepSeekMoE)."""
     small = platform == "cpu"
     if small:
         yield Size("8 experts, 2 of each token", 4096, 8, 128, 256)
@@ -71,21 +74,27 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
         yield Contest(f"{size.name}, forward", flops, moved, dtype, arguments, ways, exact, notes)
         if size.M >= 1024:
             both = {name: _with_gradients(way) for name, way in ways.items()}
-            yield Contest(f"{size.name}, forward and backward", 3 * flops, 3 * moved, dtype, arguments, both, None, notes)
+            yield Contest(
+                f"{size.name}, forward and backward", 3 * flops, 3 * moved, dtype, arguments, both, None, notes
+            )
 
 
 def _arrays(size: Size, dtype: str) -> tuple[Array, Array, Array]:
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((size.M, size.D), (size.E, size.D, 2, size.F), (size.E, size.F, size.D))
     scales = (1.0, size.D**-0.5, size.F**-0.5)
-    return tuple(jax.random.normal(k, s, dtype) * jnp.asarray(c, dtype) for k, s, c in zip(keys, shapes, scales, strict=True))
+    return tuple(
+        jax.random.normal(k, s, dtype) * jnp.asarray(c, dtype) for k, s, c in zip(keys, shapes, scales, strict=True)
+    )
 
 
 def _ways(platform: str, size: Size, sizes: np.ndarray) -> Iterator[tuple[str, Callable]]:
     for name in best_implementation(*target()):
 
         def ours(x, up, down, sizes, name=name):
-            return grouped_matmul(grouped_glu(x, up, sizes, swiglu, implementation=name), down, sizes, implementation=name)
+            return grouped_matmul(
+                grouped_glu(x, up, sizes, swiglu, implementation=name), down, sizes, implementation=name
+            )
 
         yield f"ours: {name}", ours
     on_all = 6.0 * size.M * size.D * size.F * size.E <= DENSE_ON_CPU if platform == "cpu" else size.E <= DENSE_AT_MOST
@@ -111,7 +120,8 @@ def _by(matmul: Callable, x, up, down, sizes):
 
 
 def _batched(most: int, x, up, down, sizes):
-    """Experts as a batch of equal runs of `most` rows, gathered and given back by gathers: what a capacity without drops
+    """Experts as a batch of equal runs of `most` rows, gathered and given back by gathers: what a capacity without
+    drops
     would need to know beforehand."""
     starts = jnp.cumsum(sizes) - sizes
     index = jnp.minimum(starts[:, None] + jnp.arange(most), x.shape[0] - 1)

@@ -19,7 +19,9 @@ def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str 
     return "interpret = True: it is no Pallas kernel" if spec.interpret else None
 
 
-def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool) -> tuple[Array, Array | None]:
+def forward(
+    spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
+) -> tuple[Array, Array | None]:
     """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs."""
     wide = sum_dtype(lhs_MK.dtype)
     E, G = rhs_EKGN.shape[0], 1 if spec.transpose else rhs_EKGN.shape[2]

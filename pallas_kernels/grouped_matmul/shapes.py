@@ -49,7 +49,13 @@ class Case:
         """lhs [M, K], rhs, sizes [E] and, for quantized weights, scale, as JAX arrays; products are about 1."""
         r = np.random.default_rng(seed)
         E, quantized = len(self.sizes), self.weights is not None
-        shape = (E, self.N, self.K) if self.transpose else (E, self.K, self.N) if self.G is None else (E, self.K, self.G, self.N)
+        shape = (
+            (E, self.N, self.K)
+            if self.transpose
+            else (E, self.K, self.N)
+            if self.G is None
+            else (E, self.K, self.G, self.N)
+        )
         rhs = r.normal(size=shape) * (30.0 if quantized else self.K**-0.5)
         rhs = rhs.clip(-127, 127).round() if self.weights == "int8" else rhs
         made: dict[str, Any] = {

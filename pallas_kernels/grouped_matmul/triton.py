@@ -1,14 +1,14 @@
 """Grouped matmul on GPUs through Pallas' Triton lowering: Ampere and later.
 
-Forward: each group's rows are cut into tiles that start where the group starts, so that the work is sum(ceil(size / tile))
-visits, none for an empty group; XLA lists them from the sizes, and one program takes one visit and one tile of columns. The
-grid is the most visits that any sizes can ask for; what is left over ends at once. Nothing of E times the size is made.
-Weight gradient: one program for each tile of each group's matrix, which goes over the group's rows; no atomics, so the result
-is the same each time. jax 0.12 warns that this lowering is deprecated. An activation must be of what the lowering knows
-(exp, tanh, logistic, max, products and the like; not erf).
+Forward: each group's rows are cut into tiles that start where the group starts, so that the work is sum(ceil(size /
+tile)) visits, none for an empty group; XLA lists them from the sizes, and one program takes one visit and one tile of
+columns. The grid is the most visits that any sizes can ask for; what is left over ends at once. Nothing of E times the
+size is made. Weight gradient: one program for each tile of each group's matrix, which goes over the group's rows; no
+atomics, so the result is the same each time. jax 0.12 warns that this lowering is deprecated. An activation must be of
+what the lowering knows (exp, tanh, logistic, max, products and the like; not erf).
 
-Any M, K and N, and any sizes, by masks; the rows that masks stop are not read. Where K or N is no multiple of 8, addresses are
-not aligned to 16 bytes and loads are narrow.
+Any M, K and N, and any sizes, by masks; the rows that masks stop are not read. Where K or N is no multiple of 8,
+addresses are not aligned to 16 bytes and loads are narrow.
 
 Shapes: M rows, E groups, K contraction, G gates, N columns, V visits.
 """
@@ -59,7 +59,9 @@ def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str 
     return None
 
 
-def forward(spec: Spec, lhs_MK: Array, rhs: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool) -> tuple[Array, Array | None]:
+def forward(
+    spec: Spec, lhs_MK: Array, rhs: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
+) -> tuple[Array, Array | None]:
     """See reference.py."""
     M, K = lhs_MK.shape
     E, G, N = rhs.shape[0], 1 if spec.transpose else rhs.shape[2], rhs.shape[1 if spec.transpose else 3]
@@ -91,7 +93,9 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
     return out
 
 
-def _call(kernel: Any, p: kernels.Plan, s: Sizes, grid: tuple[int, ...], inputs: dict[str, Array], outputs: list[Any]) -> list[Array]:
+def _call(
+    kernel: Any, p: kernels.Plan, s: Sizes, grid: tuple[int, ...], inputs: dict[str, Array], outputs: list[Any]
+) -> list[Array]:
     anywhere = pl.no_block_spec
     return pl.pallas_call(
         partial(kernel, p),
@@ -111,7 +115,8 @@ def _call(kernel: Any, p: kernels.Plan, s: Sizes, grid: tuple[int, ...], inputs:
 
 
 def visits(sizes_E: Array, M: int, tile: int) -> Array:
-    """int32 [V, 3]: (group, first row, row after the last) of each tile of rows, in order; first the groups', then, as group
+    """int32 [V, 3]: (group, first row, row after the last) of each tile of rows, in order; first the groups', then, as
+    group
     E, those of the rows after the last group, then empty ones. V is the most that any sizes can ask for."""
     E = sizes_E.shape[0]
     ends_X = jnp.append(jnp.minimum(jnp.cumsum(sizes_E), M), M).astype(jnp.int32)  # of E groups and of what is left
@@ -136,15 +141,20 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
 
     Forward: rows as many as a group has on average, as a power of two from 16 to 128 (a group wastes half a tile); 128
     columns over all gates; 64 of the contraction. Weight gradient: 128 x 128 of the matrix, 64 rows a step, less where
-    groups are smaller. float32, of twice the bytes and three passes, takes half as much; so does the contraction where K or N
-    leaves addresses unaligned. Chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities 8.0 and 9.0
-    (some for 8.6): nothing spills, at most 96 KiB of shared memory (the least that GPUs have is 99), products on wgmma for 9.0.
-    128 x 256 tiles, or four warps instead of eight, spill 12 to 300 bytes a thread, the weight gradient for 8.0 12.5 KB.
+    groups are smaller. float32, of twice the bytes and three passes, takes half as much; so does the contraction where
+    K or N leaves addresses unaligned. Chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities
+    8.0 and 9.0 (some for 8.6): nothing spills, at most 96 KiB of shared memory (the least that GPUs have is 99),
+    products on wgmma for 9.0. 128 x 256 tiles, or four warps instead of eight, spill 12 to 300 bytes a thread, the
+    weight gradient for 8.0 12.5 KB.
     """
     wide = jnp.dtype(dtype).itemsize == 4
     rows = max(LEAST_TILE, 1 << (max(M // E, 1).bit_length() - 1))
     if direction == "forward":
-        m, n, k = min(rows, 64 if wide else 128), (64 if wide else 128) // pl.next_power_of_2(G), 32 if wide or K % 8 or N % 8 else 64
+        m, n, k = (
+            min(rows, 64 if wide else 128),
+            (64 if wide else 128) // pl.next_power_of_2(G),
+            32 if wide or K % 8 or N % 8 else 64,
+        )
     else:
         m, n, k = min(rows, 32 if wide else 64), 64 if wide else 128, 64 if wide else 128
     fit = lambda size, length: max(LEAST_TILE, min(size, pl.next_power_of_2(length)))

@@ -1,8 +1,8 @@
-"""The bodies of the Triton kernels: one tile of a group's rows against a tile of its matrix's columns, and one tile of a
-group's weight gradient.
+"""The bodies of the Triton kernels: one tile of a group's rows against a tile of its matrix's columns, and one tile of
+a group's weight gradient.
 
-Every ref is a whole array; programs find their tile of it. Rows of a tile beyond its group are read, where there are any, and
-not written: a row of a product depends on no other row. The weight gradient sums over rows, and masks them.
+Every ref is a whole array; programs find their tile of it. Rows of a tile beyond its group are read, where there are
+any, and not written: a row of a product depends on no other row. The weight gradient sums over rows, and masks them.
 
 Shapes: M rows, E groups, K contraction, G gates, N columns; m, k, n: those of a tile.
 """
@@ -79,7 +79,9 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, products_ref=None) -> None:
     mask = _both(inside, real)
     if products_ref is not None:
         for g, total in enumerate(sums):
-            plgpu.store(products_ref.at[rows[:, None], g, columns[None, :]], total.astype(products_ref.dtype), mask=mask)
+            plgpu.store(
+                products_ref.at[rows[:, None], g, columns[None, :]], total.astype(products_ref.dtype), mask=mask
+            )
     out = sums[0]
     if p.spec.activation is not None:
         out = jnp.where(group < p.E, p.spec.activation(*sums), 0.0)  # of zeros it need not be zero
@@ -87,7 +89,8 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, products_ref=None) -> None:
 
 
 def weights_gradient(p: Plan, refs: dict[str, Any], out_ref) -> None:
-    """One tile of one group's lhs^T dout, [K, N], over all of its rows; zeros of an empty group. p.k and p.n are the tile, p.m
+    """One tile of one group's lhs^T dout, [K, N], over all of its rows; zeros of an empty group. p.k and p.n are the
+    tile, p.m
     the rows of a step."""
     group = pl.program_id(1)
     k_tile, n_tile = band(pl.program_id(0), pl.cdiv(p.K, p.k), pl.cdiv(p.N, p.n))
@@ -145,7 +148,8 @@ def _load(at, mask):
 
 
 def _dot(p: Plan, a, b, a_axis: int, b_axis: int):
-    """A matrix product summed in float32 over an axis of each. float32 takes three passes of TF32 on the tensor cores, which
+    """A matrix product summed in float32 over an axis of each. float32 takes three passes of TF32 on the tensor cores,
+    which
     err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(

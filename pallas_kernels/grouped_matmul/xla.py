@@ -1,8 +1,10 @@
-"""The grouped matmul in plain JAX, for CPUs: a loop over the groups that have rows, in it loops over blocks of their rows.
+"""The grouped matmul in plain JAX, for CPUs: a loop over the groups that have rows, in it loops over blocks of their
+rows.
 
-A group is cut into as many large blocks as fit, then into smaller ones, so that what is computed beyond its end is little.
-The last blocks of a group may reach over its end (or, where the rows end, lie before its start): what they compute of other
-rows is not written. So groups need no alignment, no row is copied to another place, and a group without rows is not read.
+A group is cut into as many large blocks as fit, then into smaller ones, so that what is computed beyond its end is
+little. The last blocks of a group may reach over its end (or, where the rows end, lie before its start): what they
+compute of other rows is not written. So groups need no alignment, no row is copied to another place, and a group
+without rows is not read.
 
 Shapes: M rows, E groups, K contraction, X = G * N gates by columns, R rows of a block.
 """
@@ -30,7 +32,9 @@ def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str 
     return "interpret = True: it is no Pallas kernel" if spec.interpret else None
 
 
-def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool) -> tuple[Array, Array | None]:
+def forward(
+    spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
+) -> tuple[Array, Array | None]:
     """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs."""
     wide, dtype, M = sum_dtype(lhs_MK.dtype), lhs_MK.dtype, lhs_MK.shape[0]
     E, G = rhs_EKGN.shape[0], 1 if spec.transpose else rhs_EKGN.shape[2]
@@ -56,7 +60,9 @@ def forward(spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None,
             if inside_R1 is not None:
                 old = (jax.lax.dynamic_slice_in_dim(out, first, rows) for out in outs)
                 new = tuple(jnp.where(inside_R1, n, o) for n, o in zip(new, old, strict=True))
-            return tuple(jax.lax.dynamic_update_slice_in_dim(out, n, first, 0) for out, n in zip(outs, new, strict=True))
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(out, n, first, 0) for out, n in zip(outs, new, strict=True)
+            )
 
         return _blocks(_cuts(M, E, spec.tiles.m), start, size, M, block, outs)
 
@@ -76,8 +82,8 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
             if inside_R1 is not None:  # both, for 0 * NaN is NaN
                 parts = (jnp.where(inside_R1, y, 0) for y in parts)
             lhs_RK, dout_RN = parts
-            # Written out transposed where that is the smaller side: XLA's CPU matmul contracts first dimensions at half of
-            # its rate (128 x 512: 40 % faster so; 256 x 128: no gain).
+            # Written out transposed where that is the smaller side: XLA's CPU matmul contracts first dimensions at half
+            # of its rate (128 x 512: 40 % faster so; 256 x 128: no gain).
             lhs_KR = jax.lax.optimization_barrier(lhs_RK.T) if K < N else lhs_RK.T
             return drhs_KN + jnp.matmul(lhs_KR, dout_RN, precision=jax.lax.Precision.HIGHEST)
 
@@ -90,8 +96,8 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
 def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
     """Rows of the blocks, descending; none exceeds M. `largest`: tiles.m, and smaller ones for what it leaves.
 
-    Where it is None and groups have few rows on average, as in decoding, blocks of as many alone (the next power of two, or
-    M): each further loop over blocks copies the group's weights."""
+    Where it is None and groups have few rows on average, as in decoding, blocks of as many alone (the next power of
+    two, or M): each further loop over blocks copies the group's weights."""
     rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
     average = min(1 << (-(-M // E) - 1).bit_length(), M)
     if largest is None and average < min(rows):
@@ -113,7 +119,12 @@ def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry]
 
 
 def _blocks(
-    cuts: tuple[int, ...], start: Array, size: Array, M: int, block: Callable[[Array, int, Array | None, Carry], Carry], carry: Carry
+    cuts: tuple[int, ...],
+    start: Array,
+    size: Array,
+    M: int,
+    block: Callable[[Array, int, Array | None, Carry], Carry],
+    carry: Carry,
 ) -> Carry:
     """`block(first, rows, inside [rows, 1], carry)` over a group's rows; `inside` None: all of them are the group's."""
     end = start + size

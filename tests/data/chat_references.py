@@ -218,7 +218,10 @@ TEMPLATES = {
 }  # fmt: skip
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
-_ASK, _ANSWER = {"role": "user", "content": "  Wie heißt du?\n<b>\"1 < 2\" & 'x'</b> 🦜 "}, {"role": "assistant", "content": " Ada.\n"}
+_ASK, _ANSWER = (
+    {"role": "user", "content": "  Wie heißt du?\n<b>\"1 < 2\" & 'x'</b> 🦜 "},
+    {"role": "assistant", "content": " Ada.\n"},
+)
 _SYSTEM = {"role": "system", "content": "Be brief.\n"}
 _TOOLS = [
     {
@@ -229,14 +232,21 @@ _TOOLS = [
         },
     }
 ]  # fmt: skip
-_CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}]}
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}}],
+}
 CHATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "one": ([_ASK], {"add_generation_prompt": True}),
     "none_to_answer": ([_ASK], {}),
     "turns": ([_ASK, _ANSWER, _ASK], {"add_generation_prompt": True}),
     "system": ([_SYSTEM, _ASK, _ANSWER], {}),
     "two_in_a_row": ([_ASK, _ASK], {}),
-    "tools": ([_SYSTEM, _ASK, _CALL, {"role": "tool", "content": "rain"}], {"tools": _TOOLS, "add_generation_prompt": True}),
+    "tools": (
+        [_SYSTEM, _ASK, _CALL, {"role": "tool", "content": "rain"}],
+        {"tools": _TOOLS, "add_generation_prompt": True},
+    ),
     "thoughts": ([_ASK, {**_ANSWER, "reasoning": "Who am I?"}], {}),
     "thoughts_in_text": ([_ASK, {**_ANSWER, "content": "<think>\nWho?\n</think>\n\nAda."}, _ASK], {}),
     "no_thinking": ([_ASK], {"add_generation_prompt": True, "enable_thinking": False, "reasoning_effort": "low"}),

@@ -43,13 +43,21 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ("a\n{% for %}", "line 2: TemplateSyntaxError"),
         ("{% include 'other' %}", "no loader"),
         ("{{ raise_exception('alternate!') }}", "alternate!"),
-        ("{% set x = namespace(s='a' * 1000) %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s }}", "stopped|MiB"),
+        (
+            "{% set x = namespace(s='a' * 1000) %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}{{ x.s "
+            "}}",
+            "stopped|MiB",
+        ),
         ("{{ messages[0].content * 400000000 }}", "needs more than 1024 MiB"),
         ("{% for i in range(99999) %}{{ messages[0].content * 1000 }}{% endfor %}", "more than 16777216 characters"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "stopped after 0.5 s"),
-        ("{{ (messages[0].content * 30000000) | upper | lower | upper | lower | upper | lower | replace('h', 'hh') }}", "stopped|MiB|more than"),
+        (
+            "{{ (messages[0].content * 30000000) | upper | lower | upper | lower | upper | lower | replace('h', 'hh') "
+            "}}",
+            "stopped|MiB|more than",
+        ),
     ],
-)  # fmt: skip
+)
 def test_hostile_and_wrong_templates_are_stopped_with_a_reason(source, words):
     begun = time.monotonic()
     with pytest.raises(DataError, match=words):
@@ -58,7 +66,9 @@ def test_hostile_and_wrong_templates_are_stopped_with_a_reason(source, words):
 
 
 def test_a_template_serves_again_after_it_was_stopped():
-    template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}{{ n }}", seconds=0.5)
+    template = ChatTemplate(
+        "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}{{ n }}", seconds=0.5
+    )
     with pytest.raises(DataError, match="stopped"):
         template.render(HELLO, n=99_999)
     assert template.render(HELLO, n=2) == "2"
@@ -85,7 +95,9 @@ def test_an_interrupt_leaves_no_answer_to_the_next_chat(monkeypatch):
 
 def test_jinja2_is_found_where_the_caller_finds_it(monkeypatch, tmp_path):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n")  # without site-packages, as if jinja2 were elsewhere
+    python.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -S \"$@\"\n"
+    )  # without site-packages, as if jinja2 were elsewhere
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "Hello"
@@ -102,12 +114,21 @@ def test_why_the_process_did_not_start_is_told(monkeypatch, tmp_path):
 
 def test_a_template_sees_nothing_of_this_process(monkeypatch):
     monkeypatch.setenv("SECRET", "1")
-    for inside in ("os", "sys", "open", "environ", "self._TemplateReference__context.environment", "cycler.__init__.__globals__"):
+    for inside in (
+        "os",
+        "sys",
+        "open",
+        "environ",
+        "self._TemplateReference__context.environment",
+        "cycler.__init__.__globals__",
+    ):
         with pytest.raises(DataError):
             ChatTemplate("{{ (" + inside + ").name.name }}").render(HELLO)
 
 
-@pytest.mark.parametrize("messages", [["hello"], [{"role": "user", "content": object()}], [{"role": "user", "content": b"x"}]])
+@pytest.mark.parametrize(
+    "messages", [["hello"], [{"role": "user", "content": object()}], [{"role": "user", "content": b"x"}]]
+)
 def test_messages_are_plain_data(messages):
     with pytest.raises(DataError, match="chat messages"):
         ChatTemplate("x").render(messages)
@@ -128,7 +149,9 @@ def test_no_strangers_role_can_forge_a_special(role):
     tokenizer = ByteTokenizer()
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.calls | tojson }}{% endfor %}")
     message = {"role": role, "content": "<end>", "calls": [{"<end>": "<user>"}]}
-    assert encode_chat(tokenizer, template, [message]).tolist() == tokenizer.encode('<end>[{"<end>": "<user>"}]').tolist()
+    assert (
+        encode_chat(tokenizer, template, [message]).tolist() == tokenizer.encode('<end>[{"<end>": "<user>"}]').tolist()
+    )
     for trusted in ("system", "developer", "assistant"):
         assert tokenizer.special.end in encode_chat(tokenizer, template, [{**message, "role": trusted}])
 

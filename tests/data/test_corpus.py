@@ -158,7 +158,10 @@ def test_split_takes_about_the_fraction_and_refuses_one_document():
         ({"tokenizer": TokenizerConfig(vocab_size=100)}, "vocab_size"),
         ({"tokenizer": TokenizerConfig(kind="words")}, "kind"),
         ({"tokenizer": TokenizerConfig(kind="saved")}, "path is empty"),
-        ({"tokenizer": TokenizerConfig(path="runs/a/tokenizer")}, "path = 'runs/a/tokenizer': a sentencepiece tokenizer"),
+        (
+            {"tokenizer": TokenizerConfig(path="runs/a/tokenizer")},
+            "path = 'runs/a/tokenizer': a sentencepiece tokenizer",
+        ),
         ({"tokenizer": TokenizerConfig(kind="saved", path="x", vocab_size=0)}, "vocab_size = 0"),
         ({"tokenizer": TokenizerConfig(train_bytes=0)}, "train_bytes"),
         ({"sequence_length": 1}, "sequence_length = 1"),

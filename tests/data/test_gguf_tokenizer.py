@@ -1,4 +1,5 @@
-"""Tokenizers in GGUF files beside the ones that they were written from: of the packages tokenizers and sentencepiece."""
+"""Tokenizers in GGUF files beside the ones that they were written from: of the packages tokenizers and
+sentencepiece."""
 
 import io
 import json
@@ -21,8 +22,10 @@ TEXT = [
     "We'll say so. we'LL SAY SO. They are the ones that there were, the others are not there yet.\n",
 ] * 4
 # The patterns as the models' own tokenizer.json have them.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIALS = ["<|end|>", "<|user|>"]
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(
     st.sampled_from(" \n\r\t'sSlLvV.ab12345Äé▁京\u0301<|>"), max_size=40
@@ -51,7 +54,10 @@ def byte_level(pre):
     if pre == "qwen2":
         made.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
+    )
     return made
 
 
@@ -99,7 +105,10 @@ def test_byte_level_bpe_cuts_as_the_one_it_was_written_from(pair, text):
 
 def test_the_texts_tell_the_patterns_apart():
     """Each of the four cuts some text as no other does: else the tests above could not fail for a mixed-up name."""
-    cuts = [[[piece for piece, _ in pre_tokenizer(pre).pre_tokenize_str(t)] for t in TEXT] for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")]
+    cuts = [
+        [[piece for piece, _ in pre_tokenizer(pre).pre_tokenize_str(t)] for t in TEXT]
+        for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")
+    ]
     assert all(one != other for i, one in enumerate(cuts) for other in cuts[:i])
 
 
@@ -115,10 +124,18 @@ def test_a_word_that_is_a_token_is_it_without_merges_in_llama_3_alone(tmp_path, 
 def trained_pieces(**options):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=model, model_type="bpe", vocab_size=380, byte_fallback=True, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=["<|tool|>"],
-        allow_whitespace_only_pieces=True, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXT),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=380,
+        byte_fallback=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<|tool|>"],
+        allow_whitespace_only_pieces=True,
+        **options,
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -126,7 +143,15 @@ def write_pieces(path, sp, **values):
     """As llama.cpp's converter writes a SentencePiece model."""
     size = range(sp.get_piece_size())
     kinds = [
-        2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 4 if sp.id_to_piece(i) == "<|tool|>" else 1
+        2
+        if sp.is_unknown(i)
+        else 3
+        if sp.is_control(i)
+        else 6
+        if sp.is_byte(i)
+        else 4
+        if sp.id_to_piece(i) == "<|tool|>"
+        else 1
         for i in size
     ]
     more = {"ggml.scores": [sp.get_score(i) for i in size], "ggml.bos_token_id": 1, "ggml.eos_token_id": 2, **values}
@@ -153,12 +178,18 @@ def test_pieces_by_scores_are_those_of_sentencepiece(pieces, text):
 def test_text_after_a_special_is_cut_as_a_text_of_its_own_as_llama_cpp_does(pieces):
     sp, read = pieces
     for special, i in (("<|tool|>", 3), ("</s>", 2)):
-        assert read.encode(f"the{special}there", add_special_tokens=False).ids == [*sp.encode("the"), i, *sp.encode("there")]
+        assert read.encode(f"the{special}there", add_special_tokens=False).ids == [
+            *sp.encode("the"),
+            i,
+            *sp.encode("there"),
+        ]
 
 
 def test_what_the_file_says_of_specials_and_chats(tmp_path):
     made = byte_level("smollm")
-    path = write_byte_level(tmp_path / "a.gguf", made, "smollm", chat_template="{{ messages }}", **{"ggml.eot_token_id": 1})
+    path = write_byte_level(
+        tmp_path / "a.gguf", made, "smollm", chat_template="{{ messages }}", **{"ggml.eot_token_id": 1}
+    )
     found = read_gguf_tokenizer(path)
     assert (found.bos, found.eos, found.pad, found.add_bos, found.stops) == (1, 0, None, False, (0, 1))
     assert found.chat_template == "{{ messages }}"
@@ -166,7 +197,9 @@ def test_what_the_file_says_of_specials_and_chats(tmp_path):
     assert read.encode("a<|user|>").ids == made.encode("a<|user|>").ids and read.decode([1]) == ""
     opening = write_byte_level(tmp_path / "b.gguf", made, "smollm", **{"ggml.add_bos_token": True})
     assert tokenizers.Tokenizer.from_str(read_gguf_tokenizer(opening).json).encode("a").ids[0] == 1
-    assert read_gguf_tokenizer(write_byte_level(tmp_path / "c.gguf", byte_level("llama-bpe"), "llama-bpe")).add_bos  # as llama.cpp has it
+    assert read_gguf_tokenizer(
+        write_byte_level(tmp_path / "c.gguf", byte_level("llama-bpe"), "llama-bpe")
+    ).add_bos  # as llama.cpp has it
     ours = read_tokenizer(path)
     assert ours.special.end == 0 and ours.stops == (0, 1)
     assert ours.encode(TEXT[0]).tolist() == made.encode(TEXT[0]).ids
@@ -191,7 +224,13 @@ def test_other_kinds_and_damaged_files_are_refused(tmp_path):
         ("b", "llama", [1, 1], {}, "2 tokens and 0 scores"),
         ("c", "gpt2", [1], {}, "2 tokens .* 1 types"),
         ("d", "llama", [1, 1], {"ggml.scores": [0.0, 0.0]}, "neither bytes nor an unknown"),
-        ("e", "llama", [2, 1], {"ggml.scores": [0.0, 0.0], "ggml.precompiled_charsmap": [1, 2]}, "precompiled_charsmap"),
+        (
+            "e",
+            "llama",
+            [2, 1],
+            {"ggml.scores": [0.0, 0.0], "ggml.precompiled_charsmap": [1, 2]},
+            "precompiled_charsmap",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             read_gguf_tokenizer(write(tmp_path / f"{name}.gguf", kind, ["a", "b"], types, **more))

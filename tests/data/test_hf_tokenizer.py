@@ -1,4 +1,5 @@
-"""Published tokenizers: ids and texts are those of the tokenizers package, streams equal texts, folders tell the specials."""
+"""Published tokenizers: ids and texts are those of the tokenizers package, streams equal texts, folders tell the
+specials."""
 
 import json
 
@@ -41,7 +42,9 @@ def byte_level() -> tokenizers.Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens(SPECIALS)
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
     return tokenizer
@@ -58,9 +61,13 @@ def sentencepiece_like(model: str, form: str) -> tokenizers.Tokenizer:
     if model == "bpe":
         pieces = [*SPECIALS, *BYTES, *(piece for piece in found["vocab"] if piece not in SPECIALS)]
         merges = [tuple(merge) for merge in found["merges"]]
-        network = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        network = models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
     else:
-        network = models.Unigram([(p, s) for p, s in found["vocab"]] + [(p, -9.0) for p in BYTES], unk_id=0, byte_fallback=True)
+        network = models.Unigram(
+            [(p, s) for p, s in found["vocab"]] + [(p, -9.0) for p in BYTES], unk_id=0, byte_fallback=True
+        )
     tokenizer = tokenizers.Tokenizer(network)
     fallback = [decoders.ByteFallback(), decoders.Fuse()]
     if form == "prepend":
@@ -94,8 +101,12 @@ def folders(tmp_path_factory):
     for name, tokenizer in PACKAGE.items():
         made[name] = tmp_path_factory.mktemp(name)
         tokenizer.save(str(made[name] / "tokenizer.json"))
-        (made[name] / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "chat_template": "{{ bos_token }}\r\nx"}))
-        (made[name] / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.token_to_id("<|im_end|>")]}))
+        (made[name] / "tokenizer_config.json").write_text(
+            json.dumps({**CONFIG, "chat_template": "{{ bos_token }}\r\nx"})
+        )
+        (made[name] / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": [tokenizer.token_to_id("<|im_end|>")]})
+        )
     return made
 
 
@@ -105,7 +116,9 @@ def read(folders):
 
 
 names = pytest.mark.parametrize("name", PACKAGE)
-MARKED = st.lists(st.text(max_size=8) | st.sampled_from([*SPECIALS, "<tool_call>", " ", "\n", "▁", "the ", "é", "e\u0301", "🦜"])).map("".join)
+MARKED = st.lists(
+    st.text(max_size=8) | st.sampled_from([*SPECIALS, "<tool_call>", " ", "\n", "▁", "the ", "é", "e\u0301", "🦜"])
+).map("".join)
 
 
 @names
@@ -160,7 +173,9 @@ def test_bytes_of_ids_sum_to_the_text(read, name, text):
     if name in ("llama", "gemma", "metaspace") and "▁" not in text:  # byte-level: composed first; Unigram: unknown
         space = bool(text) and name != "gemma" and not (name == "metaspace" and text.startswith(" "))
         assert byte_lengths(ours)[ids].sum() == len(text.encode()) + space
-    assert b"".join(ours.token_bytes(int(i)) for i in ids).decode("utf-8", "replace").strip(" ") == ours.decode(ids).strip(" ")
+    assert b"".join(ours.token_bytes(int(i)) for i in ids).decode("utf-8", "replace").strip(" ") == ours.decode(
+        ids
+    ).strip(" ")
 
 
 @names
@@ -170,7 +185,10 @@ def test_the_folder_tells_the_specials(read, name):
     assert ours.special.start == (-1 if name == "byte_level" else find("<s>"))
     assert ours.special.document_start == (find("</s>") if name == "byte_level" else find("<s>"))
     assert ours.stops == (find("</s>"), find("<|im_end|>"))
-    assert ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} and ours.chat_template == "{{ bos_token }}\r\nx"
+    assert (
+        ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        and ours.chat_template == "{{ bos_token }}\r\nx"
+    )
     opened = [] if name == "byte_level" else [find("<s>")]
     assert prompt_ids(ours, "the") == opened + ours.encode("the").tolist()
     assert prompt_ids(ours, "") == [ours.special.document_start]
@@ -184,7 +202,12 @@ def test_files_and_flags_override(folders, tmp_path):
     package.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1}))
     found = read_tokenizer(tmp_path)  # no tokenizer_config.json
-    assert found.special.end == 2 and found.special.start == 1 and found.stops == (2,) and found.names["bos_token"] == "<s>"
+    assert (
+        found.special.end == 2
+        and found.special.start == 1
+        and found.stops == (2,)
+        and found.names["bos_token"] == "<s>"
+    )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "add_bos_token": False}))
     assert read_tokenizer(tmp_path).special.start == -1
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<|im_end|>", "eos_token": "<s>"}))
@@ -235,7 +258,9 @@ def published(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OURS)
-@given(text=st.lists(st.text() | st.sampled_from([*SPECIAL_PIECES, "▁", "    ", "\n\n", "the the", "ababa"])).map("".join))
+@given(
+    text=st.lists(st.text() | st.sampled_from([*SPECIAL_PIECES, "▁", "    ", "\n\n", "the the", "ababa"])).map("".join)
+)
 def test_ours_published_are_the_same_to_others(published, name, text):
     ours, (again, package) = OURS[name], published[name]
     ids = ours.encode(text).tolist()
@@ -282,7 +307,10 @@ def change(**parts):
         (change(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "WordPiece"),
         (change(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
         (change(model=3), "damaged"),
-        (lambda d: {**d, "model": {**d["model"], "continuing_subword_prefix": "##"}}, r"model.continuing_subword_prefix = '##'"),
+        (
+            lambda d: {**d, "model": {**d["model"], "continuing_subword_prefix": "##"}},
+            r"model.continuing_subword_prefix = '##'",
+        ),
         (lambda d: {**d, "model": {**d["model"], "end_of_word_suffix": "</w>"}}, r"model.end_of_word_suffix = '</w>'"),
         (change(pre_tokenizer={"type": "Unheard"}), "not read by tokenizers"),
     ],
@@ -326,7 +354,11 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("tokenizer_config.json", {**CONFIG, "eos_token": 2}, "eos_token = 2"),
         ("tokenizer_config.json", {**CONFIG, "add_bos_token": "no"}, "add_bos_token = 'no'"),
         ("tokenizer_config.json", {**CONFIG, "chat_template": [1]}, r"chat_template = \[1\]"),
-        ("tokenizer_config.json", {**CONFIG, "chat_template": [{"name": "default", "template": 1}]}, "chat_template = "),
+        (
+            "tokenizer_config.json",
+            {**CONFIG, "chat_template": [{"name": "default", "template": 1}]},
+            "chat_template = ",
+        ),
         ("special_tokens_map.json", {"sep_token": []}, r"sep_token = \[\]"),
         ("tokenizer.json", DEEP, "recursion"),
     ],
@@ -341,7 +373,9 @@ def test_malformed_files_are_named_by_key(tmp_path, file, content, words):
 
 def test_no_padding_may_be_said_by_minus_one(tmp_path):
     PACKAGE["llama"].save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": 2}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": 2}})
+    )
     assert read_tokenizer(tmp_path).special.pad == -1 and read_tokenizer(tmp_path).stops == (2,)
 
 

@@ -18,10 +18,18 @@ def model(**options) -> bytes:
     """As Llama 2 was trained: dummy prefix, byte fallback, <unk> <s> </s>; with Gemma's marks of turns."""
     found = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]), model_writer=found, model_type="bpe",
-        vocab_size=350, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        control_symbols=["<start_of_turn>"], user_defined_symbols=["\n"], minloglevel=2, **options,
-    )  # fmt: skip
+        sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]),
+        model_writer=found,
+        model_type="bpe",
+        vocab_size=350,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["<start_of_turn>"],
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+        **options,
+    )
     return found.getvalue()
 
 
@@ -59,7 +67,12 @@ def test_specials_are_the_models(name, tmp_path):
     assert marked == [1, 3, *ours.encode("the").tolist(), 2]
     ours.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert (loaded.identity, loaded.special, loaded.stops, loaded.names) == (ours.identity, ours.special, ours.stops, ours.names)
+    assert (loaded.identity, loaded.special, loaded.stops, loaded.names) == (
+        ours.identity,
+        ours.special,
+        ours.stops,
+        ours.names,
+    )
     assert loaded.chat_template == "x"
 
 

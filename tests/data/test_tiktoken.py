@@ -43,7 +43,9 @@ def learned(count: int) -> bytes:
 SMALL = learned(300)
 TOKENIZERS = {kind: TiktokenTokenizer(SMALL, kind=kind) for kind in KINDS}
 each = pytest.mark.parametrize("kind", KINDS)
-TEXT = st.lists(st.text(max_size=8) | st.sampled_from(["<|endoftext|>", "<|im_end|>", "I'LL ", "\n\n", "1234567", "   ", "é", "🦜"])).map("".join)
+TEXT = st.lists(
+    st.text(max_size=8) | st.sampled_from(["<|endoftext|>", "<|im_end|>", "I'LL ", "\n\n", "1234567", "   ", "é", "🦜"])
+).map("".join)
 
 
 @each
@@ -55,11 +57,17 @@ def test_any_text_round_trips_without_specials(kind, text):
     if kind != "qwen":  # composes characters first
         assert tokenizer.decode(ids) == text and byte_lengths(tokenizer)[ids].sum() == len(text.encode())
     np.testing.assert_array_equal(tokenizer.encode_many([text, "x"])[0], ids)
-    assert tokenizer.encode_marked(text).tolist() == tokenizer._encoding.encode(tokenizer._normal(text), allowed_special="all")
+    assert tokenizer.encode_marked(text).tolist() == tokenizer._encoding.encode(
+        tokenizer._normal(text), allowed_special="all"
+    )
 
 
 def test_qwen_composes_characters():
-    assert TOKENIZERS["qwen"].encode("e\u0301").tolist() == TOKENIZERS["qwen"].encode("\u00e9").tolist() != TOKENIZERS["gpt2"].encode("e\u0301").tolist()
+    assert (
+        TOKENIZERS["qwen"].encode("e\u0301").tolist()
+        == TOKENIZERS["qwen"].encode("\u00e9").tolist()
+        != TOKENIZERS["gpt2"].encode("e\u0301").tolist()
+    )
 
 
 @each
@@ -105,7 +113,12 @@ def test_a_file_is_known_by_its_ranks(tmp_path, monkeypatch):
     assert found.stops == (301, 308, 309) and found.vocab_size == 556
     found.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
-    assert (loaded.identity, loaded.special, loaded.stops, loaded.kind) == (found.identity, found.special, found.stops, "llama3")
+    assert (loaded.identity, loaded.special, loaded.stops, loaded.kind) == (
+        found.identity,
+        found.special,
+        found.stops,
+        "llama3",
+    )
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 556}))
     with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 556, expected .* from 0 to 555"):
         read_tokenizer(tmp_path)

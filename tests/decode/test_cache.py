@@ -24,17 +24,22 @@ CONFIGS = {
     "rope, sliding and global layers": config(attention={"layers": ("sliding", "global")}),
     "linear": config(scaling=STRETCHED),
     "ntk": config(scaling={"kind": "ntk", **STRETCHED}),
-    "yarn, experts": config(scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"))),
+    "yarn, experts": config(
+        scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"))
+    ),
     "llama3": config(scaling={"kind": "llama3", **STRETCHED}),
     # Later layers see keys made from hidden states of a shorter context: equal to a recomputation for one layer only.
     "dynamic_ntk": config(scaling={"kind": "dynamic_ntk", **STRETCHED}, num_layers=1),
     "alibi, block sparse, softcap": config("alibi", attention={"layers": ("block_sparse",), "softcap": 5.0}),
     "learned, one key head, sandwich norms, hashed experts": config(
-        "learned", attention={"num_kv_heads": 1}, norm=NormConfig("layernorm", bias=True, placement="sandwich"),
+        "learned",
+        attention={"num_kv_heads": 1},
+        norm=NormConfig("layernorm", bias=True, placement="sandwich"),
         moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"), router="hash"),
     ),
     "sinusoidal, q/k norm, sinks, random and shared experts": config(
-        "sinusoidal", attention={"qk_norm": "head", "sinks": True},
+        "sinusoidal",
+        attention={"qk_norm": "head", "sinks": True},
         moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"), router="random", shared_experts=1),
     ),
     "prefix, sliding": config("none", attention={"mask": "prefix", "layers": ("sliding",)}),

@@ -26,7 +26,9 @@ PARAMS = [
     SamplingParams(temperature=0.0, max_new_tokens=12),
     SamplingParams(temperature=1.3, top_k=20, seed=3, max_new_tokens=20),
     SamplingParams(top_p=0.8, seed=2**32 - 1, max_new_tokens=5),
-    SamplingParams(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2, max_new_tokens=20),
+    SamplingParams(
+        temperature=0.0, repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2, max_new_tokens=20
+    ),
     SamplingParams(min_p=0.05, frequency_penalty=0.3, max_new_tokens=1),
 ]
 
@@ -103,7 +105,9 @@ def test_stop_ids_end_their_own_row(batch):
     text = batch[1].tokens
     stop = text[6]
     first = text.index(stop)
-    params = [dataclasses.replace(p, stop_ids=stops) for p, stops in zip(PARAMS, ((), (60, stop), (), (), ()), strict=True)]
+    params = [
+        dataclasses.replace(p, stop_ids=stops) for p, stops in zip(PARAMS, ((), (60, stop), (), (), ()), strict=True)
+    ]
     stopped = generate(MODEL, PROMPTS, params)
     assert stopped[1].tokens == text[: first + 1] and stopped[1].finished == "stop"
     assert len(stopped[1].logprobs) == first + 1
@@ -186,7 +190,11 @@ def test_buckets_hold_their_size_and_waste_little():
     [
         ([], SamplingParams(), "prompts = []"),
         ([[1], []], SamplingParams(max_new_tokens=2), "prompts[1] = []"),
-        ([[1, 64]], SamplingParams(max_new_tokens=2), "prompts[0] holds token 64, outside the vocabulary of the model, 0"),
+        (
+            [[1, 64]],
+            SamplingParams(max_new_tokens=2),
+            "prompts[0] holds token 64, outside the vocabulary of the model, 0",
+        ),
         ([[-1]], SamplingParams(max_new_tokens=2), "prompts[0] holds token -1"),
         ([[1]], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "sampling.stop_ids holds token 99"),
         ([[1] * 60], SamplingParams(max_new_tokens=5), "60 tokens, and with sampling.max_new_tokens = 5 that makes 65"),

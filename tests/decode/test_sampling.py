@@ -126,7 +126,8 @@ def draws(x_V: np.ndarray, params: SamplingParams, count: int) -> tuple[np.ndarr
     ids=str,
 )
 def test_draws_follow_the_filtered_distribution(params):
-    """Chi-square against the distribution computed by sorting; the support exactly; log-probabilities of the raw model."""
+    """Chi-square against the distribution computed by sorting; the support exactly; log-probabilities of the raw
+    model."""
     x = np.random.default_rng(7).standard_normal(V).astype(np.float32) * 2
     y = x.astype(np.float64) / params.temperature
     order = np.argsort(-y)

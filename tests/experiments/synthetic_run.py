@@ -59,15 +59,29 @@ def make_run(
         for step in range(1, steps + 1):
             loss = 2.9 + 5.5 * np.exp(-step / (0.15 * steps)) + random.normal() * 0.08
             norm = 0.4 + 4 * np.exp(-step / 20) + abs(random.normal()) * 0.2
-            row = {"kind": "train", "step": step, "loss": float("nan") if step == 40 else loss, "bits_per_byte": loss / 2.3,
-                   "learning_rate": 3e-3 * min(step / (0.1 * steps), 0.5 + 0.5 * np.cos(np.pi * step / steps)),
-                   "grad_norm": norm, "clipped": bool(norm > 1), "tokens_per_second": 8000 + random.normal() * 300, "mfu": 0.41}  # fmt: skip
+            row = {
+                "kind": "train",
+                "step": step,
+                "loss": float("nan") if step == 40 else loss,
+                "bits_per_byte": loss / 2.3,
+                "learning_rate": 3e-3 * min(step / (0.1 * steps), 0.5 + 0.5 * np.cos(np.pi * step / steps)),
+                "grad_norm": norm,
+                "clipped": bool(norm > 1),
+                "tokens_per_second": 8000 + random.normal() * 300,
+                "mfu": 0.41,
+            }
             if experts:
                 load = np.exp(skew * (0.2 + np.exp(-step / (0.2 * steps))) + random.normal(size=skew.shape) * 0.15)
                 load /= load.sum(1, keepdims=True)
-                row |= {"expert_load": load.round(5), "max_violation": float(load.max() * experts - 1),
-                        "load_balance_loss": float((load**2).sum(1).mean() * experts), "router_z_loss": 1 / (1 + step / 9),
-                        "router_entropy": 1.5 + 0.5 / step, "router_confidence": 0.4, "router_layers": {"dropped_fraction": [0.1] * layers}}  # fmt: skip
+                row |= {
+                    "expert_load": load.round(5),
+                    "max_violation": float(load.max() * experts - 1),
+                    "load_balance_loss": float((load**2).sum(1).mean() * experts),
+                    "router_z_loss": 1 / (1 + step / 9),
+                    "router_entropy": 1.5 + 0.5 / step,
+                    "router_confidence": 0.4,
+                    "router_layers": {"dropped_fraction": [0.1] * layers},
+                }
             writer.write(row)
             if step == 40:
                 writer.write(
@@ -85,7 +99,18 @@ def make_run(
                 np.savez_compressed(run.routing / f"{step:08d}.npz", choices=choices.astype(np.int16))
         if finished:
             figures = {"bits_per_byte": 1.532, "loss": 3.2, "bytes": 1_790_000, "compressors": compressors}
-            writer.write({"kind": "final", "step": steps, "sets": {"stdlib": figures}, "parameters_total": 5.2e6,
-                          "parameters_active": 2.9e6, "tokens": steps * 8192, "wall_seconds": 512.0, "tokens_per_second": 8100.0,
-                          "mfu": 0.41, "mfu_convention": "half causal"})  # fmt: skip
+            writer.write(
+                {
+                    "kind": "final",
+                    "step": steps,
+                    "sets": {"stdlib": figures},
+                    "parameters_total": 5.2e6,
+                    "parameters_active": 2.9e6,
+                    "tokens": steps * 8192,
+                    "wall_seconds": 512.0,
+                    "tokens_per_second": 8100.0,
+                    "mfu": 0.41,
+                    "mfu_convention": "half causal",
+                }
+            )
     return run

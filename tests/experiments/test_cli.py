@@ -43,19 +43,28 @@ def settings(*pairs: str) -> list[str]:
         (["model.tied_embeddings=maybe"], ["model.tied_embeddings = maybe", "true"]),
         (["optimizer.name=sgd"], ["optimizer.name = sgd", "adamw, lion, adafactor, muon"]),
         (["model.moe"], ["write name=value"]),
-        (["model.attention.num_heads=6", "model.attention.num_kv_heads=4"],
-         ["model.attention.num_kv_heads = 4", "num_heads = 6", "1, 2, 3, 6"]),
+        (
+            ["model.attention.num_heads=6", "model.attention.num_kv_heads=4"],
+            ["model.attention.num_kv_heads = 4", "num_heads = 6", "1, 2, 3, 6"],
+        ),
         (["model.moe.top_k=5"], ["model.moe.top_k = 5", "model.moe.num_experts = 4"]),
-        (["model.moe.capacity_factor=0.001"],
-         ["model.moe.capacity_factor = 0.001", "data.sequence_length = 128", "less than one", "0.016 or more"]),
+        (
+            ["model.moe.capacity_factor=0.001"],
+            ["model.moe.capacity_factor = 0.001", "data.sequence_length = 128", "less than one", "0.016 or more"],
+        ),
         (["model.moe.router=expert_choice"], ["model.moe.router = 'expert_choice'", "later ones", "bidirectional"]),
         (["model.moe.groups=4,1"], ["model.moe.groups = (4, 1)", "top_k = 2", "2 groups or more"]),
         (["mesh.fsdp=3"], ["fsdp=3", "needs 3 devices", "8"]),
         (["mesh.data=16"], ["data=16", "16", "8"]),
-        (["mesh.fsdp=4", "mesh.tensor=2"], ["model.attention.num_kv_heads = 1", "2 devices", "sharding.weights.kv_heads"]),
+        (
+            ["mesh.fsdp=4", "mesh.tensor=2"],
+            ["model.attention.num_kv_heads = 1", "2 devices", "sharding.weights.kv_heads"],
+        ),
         (["mesh.expert=8", "mesh.fsdp=1"], ["model.moe.num_experts = 4", "8 devices"]),
-        (["mesh.expert=4", "mesh.fsdp=2", "sharding.weights.expert=fsdp", "sharding.weights.embed=()"],
-         ["model.moe.num_experts = 4", "8 devices", "sharding.weights.expert", "sharding.activations.expert"]),
+        (
+            ["mesh.expert=4", "mesh.fsdp=2", "sharding.weights.expert=fsdp", "sharding.weights.embed=()"],
+            ["model.moe.num_experts = 4", "8 devices", "sharding.weights.expert", "sharding.activations.expert"],
+        ),
         (["data.batch_size=12"], ["data.batch_size = 12", "8"]),
         (["train.microbatches=3"], ["data.batch_size = 8", "train.microbatches = 3", "multiple of 24"]),
         (["data.sequence_length=512"], ["data.sequence_length = 512", "model.max_length = 256"]),
@@ -80,7 +89,7 @@ def settings(*pairs: str) -> list[str]:
         (["optimizer.betas=0.9"], ["optimizer.betas = (0.9,)", "two decay rates"]),
         (["optimizer.epsilon=0"], ["optimizer.epsilon = 0.0", "above 0"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("command", ["train", "show"])
 def test_a_config_that_cannot_work(capsys, command, overrides, expected):
     message = refusal(capsys, command, "smoke", *settings(*overrides))
@@ -96,7 +105,11 @@ def test_an_unknown_experiment(capsys):
 
 @pytest.mark.parametrize(
     ("files", "expected"),
-    [({}, ["folder", "corpus"]), ({"empty.py": b""}, ["folder", "empty"]), ({"binary.py": b"\xff\xfe\xfd"}, ["folder", "skipped"])],
+    [
+        ({}, ["folder", "corpus"]),
+        ({"empty.py": b""}, ["folder", "empty"]),
+        ({"binary.py": b"\xff\xfe\xfd"}, ["folder", "skipped"]),
+    ],
     ids=["no file", "an empty file", "no text"],
 )
 def test_an_empty_corpus(capsys, tmp_path, files, expected):

@@ -1,4 +1,5 @@
-"""Train steps for pods that are not here: the named ones are what they say, the figures are read right, misuse is refused."""
+"""Train steps for pods that are not here: the named ones are what they say, the figures are read right, misuse is
+refused."""
 
 import io
 import json
@@ -29,7 +30,9 @@ def test_mixtral_has_as_many_parameters_as_published():
     assert count_parameters(PODS["mixtral_8x7b"]().model).total == 46_702_792_704
 
 
-@pytest.mark.parametrize(("name", "devices"), [("mixtral_8x7b", 64), ("deepseek_v3_like", 64), ("deepseek_v3_like_full", 512)])
+@pytest.mark.parametrize(
+    ("name", "devices"), [("mixtral_8x7b", 64), ("deepseek_v3_like", 64), ("deepseek_v3_like_full", 512)]
+)
 def test_the_pods_fit_their_meshes_and_two_sequences_a_chip(name, devices):
     experiment = resolve(name, [], devices, platform="tpu")
     assert experiment.data.batch_size == 2 * devices and experiment.data.sequence_length == 4096
@@ -48,18 +51,41 @@ def test_memory_is_told_once():
 
 
 def test_the_compilers_refusal_becomes_one_paragraph():
-    told = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, 512.00G exceeds available HBM (15.75G). HLO module: x\n\nLargest:\n"
+    told = (
+        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, 512.00G exceeds available HBM (15.75G). "
+        "HLO module: x\n\nLargest:\n"
+    )
     text = _refusal(told, "v5e:2x2")
-    assert "exceeds available HBM (15.75G)." in text and "HLO module" not in text and "train.microbatches" in text and "\n" not in text
+    assert (
+        "exceeds available HBM (15.75G)." in text
+        and "HLO module" not in text
+        and "train.microbatches" in text
+        and "\n" not in text
+    )
 
 
 def test_figures_are_printed_and_saved(tmp_path):
-    collectives = (Collective("all-gather", 10_000_000, 8, 32, "up"), Collective("reduce-scatter", 1_000_000, 8, 32, "up"))
+    collectives = (
+        Collective("all-gather", 10_000_000, 8, 32, "up"),
+        Collective("reduce-scatter", 1_000_000, 8, 32, "up"),
+    )
     traffic = Traffic(collectives, 400_000_000, 1, 7_000_000)
     compiled = Compiled(
-        "v5e:2x2", "TPU v5 lite", 4, {"fsdp": 4}, 1_000_000, 4096, Memory(20_000_000_000, 0, 0, 0, 0), AVAILABLE["TPU v5 lite"],
-        ("1GiB: f32[2]",), traffic, 1e12, 197e12, "peak", 3.0,
-    )  # fmt: skip
+        "v5e:2x2",
+        "TPU v5 lite",
+        4,
+        {"fsdp": 4},
+        1_000_000,
+        4096,
+        Memory(20_000_000_000, 0, 0, 0, 0),
+        AVAILABLE["TPU v5 lite"],
+        ("1GiB: f32[2]",),
+        traffic,
+        1e12,
+        197e12,
+        "peak",
+        3.0,
+    )
     out = io.StringIO()
     print_compiled(compiled, Console(file=out, width=160))
     shown = " ".join(out.getvalue().split())
@@ -93,7 +119,9 @@ def test_every_generation_has_its_memory_in_the_table():
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 def test_the_step_compiles_for_tpus_that_are_not_here(capsys, tmp_path):
     saved = tmp_path / "smoke.json"
-    code, out, _ = call(capsys, "compile", "smoke", "--topology", "v5e:2x2", "--set", "model.remat=full", "--save", saved)
+    code, out, _ = call(
+        capsys, "compile", "smoke", "--topology", "v5e:2x2", "--set", "model.remat=full", "--save", saved
+    )
     told = json.loads(saved.read_text())
     assert code == 0 and "fits" in out and told["devices"] == 4 and told["mesh"] == {"fsdp": 4}
     memory = told["memory"]

@@ -1,4 +1,5 @@
-"""`import` and `export`: a published folder becomes a run that generate, eval and train take, and a run such a folder."""
+"""`import` and `export`: a published folder becomes a run that generate, eval and train take, and a run such a
+folder."""
 
 from __future__ import annotations
 
@@ -19,19 +20,36 @@ from tests.experiments.command_line import call, final_row, printed_bits, refusa
 from train.records import read_metrics
 
 VALUES = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 48, "rope_theta": 10_000.0, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TINY = {
-    "data.sources.0.name": "folder", "data.sources.0.path": "corpus", "data.cache_dir": "cache", "data.holdout_fraction": 0.2,
-    "data.sequence_length": 32, "data.batch_size": 8, "train.steps": 2, "train.eval_every": 0, "train.eval_windows": 2,
-    "train.log_every": 1, "samples.count": 0,
-}  # fmt: skip
+    "data.sources.0.name": "folder",
+    "data.sources.0.path": "corpus",
+    "data.cache_dir": "cache",
+    "data.holdout_fraction": 0.2,
+    "data.sequence_length": 32,
+    "data.batch_size": 8,
+    "train.steps": 2,
+    "train.eval_every": 0,
+    "train.eval_windows": 2,
+    "train.log_every": 1,
+    "samples.count": 0,
+}
 SETTINGS = [word for name, value in TINY.items() for word in ("--set", f"{name}={value}")]
 
 
@@ -48,13 +66,22 @@ def write_published(folder: Path) -> None:
     )  # fmt: skip
     tokenizer.train_from_iterator(["the capital of France is Paris " * 3, Path(__file__).read_text()], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE}
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     values = VALUES | {"vocab_size": tokenizer.get_vocab_size() + 5}
     (folder / "config.json").write_text(json.dumps(values))
     config, random = family_of(values)[1], np.random.default_rng(0)
     draw = lambda shape: np.ones(shape) if len(shape) == 1 else random.standard_normal(shape) * shape[-1] ** -0.5
-    save_file({p.name: draw(p.shape).astype(np.float32) for p in llama.pieces(config)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {p.name: draw(p.shape).astype(np.float32) for p in llama.pieces(config)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +136,13 @@ def test_stored_as_bfloat16_it_is_kept_and_exported_so(place, capsys):
 def test_a_dry_run_tells_the_plan_and_writes_nothing(place, capsys):
     before = sorted(p for p in place.rglob("*") if "cache" not in p.parts)
     code, out, _ = call(capsys, "import", "published", "--name", "dry", "--dry-run", *SETTINGS)
-    assert code == 0 and "llama" in out and "2 layers of width 32" in out and "float32" in out and "nothing was written" in out
+    assert (
+        code == 0
+        and "llama" in out
+        and "2 layers of width 32" in out
+        and "float32" in out
+        and "nothing was written" in out
+    )
     code, out, _ = call(capsys, "export", "tiny", "--to", "dry", "--dry-run")
     assert code == 0 and "LlamaForCausalLM" in out and "nothing was written" in out
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
@@ -128,7 +161,9 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
     code, out, err = call(capsys, "train", "tiny", "--run", "tuned", "--set", "optimizer.learning_rate=0.01")
     assert code == 0 and "resuming from step 0" in out, err
     rows = read_metrics(place / "runs" / "tuned" / "metrics.jsonl")
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2] and final_row(place / "runs" / "tuned")["step"] == 2
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2] and final_row(place / "runs" / "tuned")[
+        "step"
+    ] == 2
     assert load_experiment(find_run("tuned")).optimizer.learning_rate == 0.01
     assert [p.name for p in (place / "runs" / "tiny" / "checkpoints").iterdir()] == ["0"]
     # The tokenizer of the copy is its own: it goes where the folder goes.
@@ -142,7 +177,20 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
 
 
 def test_it_answers_through_its_chat_template(capsys):
-    code, out, err = call(capsys, "generate", "tiny", "--chat", "--system", "Be short.", "--prompt", "Hi", "--max-new-tokens", 3, "--temperature", 0)
+    code, out, err = call(
+        capsys,
+        "generate",
+        "tiny",
+        "--chat",
+        "--system",
+        "Be short.",
+        "--prompt",
+        "Hi",
+        "--max-new-tokens",
+        3,
+        "--temperature",
+        0,
+    )
     assert code == 0 and not out.startswith("Hi") and "finished by" in out, err
     assert "--chat" in refusal(capsys, "generate", "tiny", "--system", "x", "--prompt", "Hi")
 
@@ -164,7 +212,12 @@ def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
 
 def test_a_published_folder_is_no_run_and_what_its_weights_are_of_cannot_be_set(place, capsys):
     assert "is a published model, not a run" in refusal(capsys, "generate", "published", "--prompt", "x")
-    for change in ("model.num_layers=1", "model.vocab_size=512", "model.position.theta=5.0", "data.tokenizer.kind=byte"):
+    for change in (
+        "model.num_layers=1",
+        "model.vocab_size=512",
+        "model.position.theta=5.0",
+        "data.tokenizer.kind=byte",
+    ):
         told = refusal(capsys, "import", "published", "--name", "new", *SETTINGS, "--set", change)
         assert change.split("=")[0].removesuffix(".kind") in told and not (place / "runs" / "new").exists()
 

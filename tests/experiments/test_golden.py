@@ -30,8 +30,9 @@ GOLDEN = Experiment(
     samples=SampleConfig(count=0),
 )  # fmt: skip
 
-# From jax 0.10.2 on x86. Another version, machine or optimization level adds and fuses in another order: rounding errors
-# of 1e-7 a step, which 20 steps of Adam and a router's discrete choices amplify; 2e-4 holds them and nothing else.
+# From jax 0.10.2 on x86. Another version, machine or optimization level adds and fuses in another order: rounding
+# errors of 1e-7 a step, which 20 steps of Adam and a router's discrete choices amplify; 2e-4 holds them and nothing
+# else.
 LOSSES = (
     4.181562, 4.178659, 4.152780, 4.128741, 4.092783, 4.041168, 4.036764, 3.990531, 3.961578, 3.919849,
     3.803643, 3.803241, 3.724024, 3.684953, 3.697957, 3.633887, 3.538239, 3.540801, 3.575416, 3.606256,
@@ -39,7 +40,8 @@ LOSSES = (
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
-    """Two documents a row, of tokens that mostly follow from the one before; from NumPy's PCG64, whose stream is fixed."""
+    """Two documents a row, of tokens that mostly follow from the one before; from NumPy's PCG64, whose stream is
+    fixed."""
     draw = np.random.default_rng([20, step])
     tokens = np.empty((ROWS, WIDTH), np.int32)
     tokens[:, 0] = draw.integers(0, VOCAB, ROWS)

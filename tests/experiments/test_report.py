@@ -90,7 +90,8 @@ def test_a_whole_run_tells_everything(tmp_path):
 
 
 def test_what_routers_chose_is_studied_against_the_last_step(tmp_path):
-    """Saturation and co-activation by hand, of two layers, three tokens, and a token without a second choice (index 4)."""
+    """Saturation and co-activation by hand, of two layers, three tokens, and a token without a second choice (index
+    4)."""
     run = RunFolder(tmp_path)
     run.routing.mkdir()
     last = [[[0, 1], [0, 2], [3, 4]], [[0, 1], [0, 1], [0, 1]]]

@@ -64,7 +64,14 @@ def test_resuming_may_change_how_long_but_not_what():
     names = flatten(resolve("quickstart", [], 1))
     may = {name for name in names if may_differ_on_resume(name)}
     assert {"train.steps", "train.nonfinite", "mesh.fsdp", "sharding.weights.embed", "samples.count"} <= may
-    assert not may & {"model.embed_dim", "train.seed", "data.seed", "optimizer.learning_rate", "train.objective", "data.batch_size"}
+    assert not may & {
+        "model.embed_dim",
+        "train.seed",
+        "data.seed",
+        "optimizer.learning_rate",
+        "train.objective",
+        "data.batch_size",
+    }
 
 
 def test_a_run_folder_gives_its_experiment_back(tmp_path):
@@ -76,5 +83,7 @@ def test_a_run_folder_gives_its_experiment_back(tmp_path):
 
 @pytest.mark.parametrize("name, device", [("tpu", "tpu"), ("hopper", "gpu"), ("triton", "gpu")])
 def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, device):
-    with pytest.raises(ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"):
+    with pytest.raises(
+        ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"
+    ):
         resolve("smoke", [f"model.attention.implementation={name}"], 1)

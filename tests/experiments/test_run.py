@@ -57,7 +57,9 @@ def test_training_ends_with_figures_completions_and_a_report(place, finished):
     figures = final["sets"]["folder"]
     assert final["step"] == 12 and figures["bytes"] > 0 and 0 < figures["bits_per_byte"] < 8
     assert printed_bits(finished) == pytest.approx(figures["bits_per_byte"], abs=1e-4)
-    assert {"gzip -9", "xz -9e"} <= set(figures["compressors"]) and all(name in finished for name in figures["compressors"])
+    assert {"gzip -9", "xz -9e"} <= set(figures["compressors"]) and all(
+        name in finished for name in figures["compressors"]
+    )
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 3
     report = (run / "report.html").read_text()
@@ -65,7 +67,9 @@ def test_training_ends_with_figures_completions_and_a_report(place, finished):
         assert sample["file"] in finished and sample["file"] in report
         assert sample["prompt"] and sample["reference"]
     assert "data:image/png" in report and f"{figures['bits_per_byte']:.3f}"[:4] in report
-    assert {"config.json", "environment.json", "metrics.jsonl", "overrides.json", "tokenizer"} <= {p.name for p in run.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "overrides.json", "tokenizer"} <= {
+        p.name for p in run.iterdir()
+    }
     assert "1 skipped" in finished and "broken.py" in finished
 
 
@@ -80,13 +84,17 @@ def test_rows_cover_the_run(place):
 def test_eval_prints_the_figure_of_the_final_row(place, capsys):
     code, out, _ = call(capsys, "eval", "mine")
     assert code == 0 and "weights of step 12" in out
-    assert printed_bits(out) == pytest.approx(final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=5e-5)
+    assert printed_bits(out) == pytest.approx(
+        final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=5e-5
+    )
 
 
 def test_eval_on_another_mesh_finds_the_same(place, capsys):
     code, out, _ = call(capsys, "eval", "mine", "--set", "mesh.fsdp=2", "--set", "mesh.data=4")
     assert code == 0
-    assert printed_bits(out) == pytest.approx(final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=1.5e-4)
+    assert printed_bits(out) == pytest.approx(
+        final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=1.5e-4
+    )
     assert "mesh = (fsdp=3)" in refusal(capsys, "eval", "mine", "--set", "mesh.fsdp=3")
 
 
@@ -103,7 +111,18 @@ def test_eval_refuses_what_it_cannot_do(capsys):
 
 
 def test_generate_gives_the_same_text_streamed(capsys):
-    arguments = ["generate", "mine", "--prompt", "def function", "--max-new-tokens", "16", "--temperature", "0.9", "--seed", "3"]
+    arguments = [
+        "generate",
+        "mine",
+        "--prompt",
+        "def function",
+        "--max-new-tokens",
+        "16",
+        "--temperature",
+        "0.9",
+        "--seed",
+        "3",
+    ]
     code, whole, _ = call(capsys, *arguments)
     assert code == 0 and whole.startswith("def function") and "tokens, finished by" in whole
     code, streamed, _ = call(capsys, *arguments, "--stream")
@@ -166,11 +185,20 @@ def test_more_steps_resume(place, capsys):
 
 @pytest.mark.slow
 def test_sigterm_from_a_shell_saves_exits_cleanly_and_resumes(place, tmp_path):
-    """The program itself: SIGTERM in mid-run, exit 0; the same command ends with the weights' figures of the undisturbed run."""
+    """The program itself: SIGTERM in mid-run, exit 0; the same command ends with the weights' figures of the
+    undisturbed run."""
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
     def command(run: Path) -> list[str]:
-        settings = [*tiny_overrides(place), "--set", "train.steps=400", "--set", "train.log_every=1", "--set", "samples.count=0"]
+        settings = [
+            *tiny_overrides(place),
+            "--set",
+            "train.steps=400",
+            "--set",
+            "train.log_every=1",
+            "--set",
+            "samples.count=0",
+        ]
         return [sys.executable, "-m", "experiments", "train", "smoke", "--run", str(run), *settings]
 
     def start(run: Path) -> subprocess.Popen:
@@ -191,7 +219,8 @@ def test_sigterm_from_a_shell_saves_exits_cleanly_and_resumes(place, tmp_path):
     assert process.returncode == 0 and "stopped at step" in output, output
     assert "Traceback" not in output and start(two).communicate(timeout=300) is not None
     losses = [
-        [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"] for run in (one, two)
+        [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+        for run in (one, two)
     ]
     assert len(losses[0]) == 400 and losses[0] == losses[1], outputs
     assert final_row(one)["sets"] == final_row(two)["sets"]

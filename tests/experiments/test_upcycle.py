@@ -64,7 +64,11 @@ def test_the_new_run_scores_as_the_dense_one_and_says_where_it_came_from(place, 
     assert (moe.num_experts, moe.top_k, moe.hidden_dim) == (8, 4, 16)
     origin = {"run": "runs/dense", "step": 7, "name": "smoke"}
     (started,) = read_metrics(run / "metrics.jsonl")
-    assert started["event"] == "started" and started["upcycled_from"] == origin and "1/2 of its layer's MLP" in started["message"]
+    assert (
+        started["event"] == "started"
+        and started["upcycled_from"] == origin
+        and "1/2 of its layer's MLP" in started["message"]
+    )
     (step,) = (run / "checkpoints").iterdir()
     metadata = json.loads((step / "commit.json").read_text())["body"]["metadata"]
     assert step.name == "0" and metadata["upcycled_from"] == origin and metadata["data"]["step"] == 0

@@ -1,4 +1,5 @@
-"""Memory of loading a published model, measured in a process of its own: `python -m tests.interop.hf_memory FOLDER DTYPE DEVICES`
+"""Memory of loading a published model, measured in a process of its own: `python -m tests.interop.hf_memory FOLDER
+DTYPE DEVICES`
 prints one JSON line. The test beside it makes the folder and holds the figures to the promise."""
 
 import json
@@ -14,7 +15,11 @@ STATUS = Path("/proc/self/status")
 def resident() -> dict[str, int]:
     """Bytes of VmRSS, RssAnon, RssFile and of VmHWM, the highest VmRSS since `forget_peak`."""
     lines = (line.split() for line in STATUS.read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[0] in ("VmRSS:", "RssAnon:", "RssFile:", "VmHWM:")}
+    return {
+        words[0][:-1]: int(words[1]) * 1024
+        for words in lines
+        if words[0] in ("VmRSS:", "RssAnon:", "RssFile:", "VmHWM:")
+    }
 
 
 def forget_peak() -> None:
@@ -59,7 +64,9 @@ def main(folder: str, dtype: str, devices: int) -> None:
     forget_peak()
     start = time.perf_counter()
     with Watch() as watch:
-        model = jax.block_until_ready(load(published.source, published.pieces, published.config, rules, mesh, dtype=dtype))
+        model = jax.block_until_ready(
+            load(published.source, published.pieces, published.config, rules, mesh, dtype=dtype)
+        )
     seconds = time.perf_counter() - start
     after = resident()
     shards = sum(s.data.nbytes for leaf in jax.tree.leaves(model) for s in leaf.addressable_shards)

@@ -1,4 +1,5 @@
-"""DeepSeek-V3's config.json as released, there and back; its files in 8 bits and with the layer that predicts further tokens."""
+"""DeepSeek-V3's config.json as released, there and back; its files in 8 bits and with the layer that predicts further
+tokens."""
 
 from __future__ import annotations
 
@@ -20,22 +21,62 @@ from tests.model.test_reference import changed
 from tests.parity.families import BY_NAME, write_folder
 
 RELEASED = {
-    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
-    "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
-    "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3", "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256,
-    "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
-    "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
-    "rms_norm_eps": 1e-06, "rope_scaling": {
-        "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096, "type": "yarn",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "initializer_range": 0.02,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
     },
-    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
-    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
-    "use_cache": True, "v_head_dim": 128, "vocab_size": 129280,
-}  # fmt: skip
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
 
 
 def test_the_released_config_is_read_whole_and_written_back():
@@ -85,11 +126,18 @@ def test_what_cannot_be_expressed_is_refused(key: str, value: object):
 @pytest.mark.parametrize(
     "path, value",
     [
-        ("attention.latent", None), ("attention.sinks", True), ("attention.bias", "qkv"), ("attention.softcap", 5.0),
-        ("moe.bias_rate", None), ("moe.weights", "renormalized"), ("moe.layers", ("moe", "dense")), ("attention.query_scale", 0.01),
-        ("attention.layers", ("sliding",)), ("norm.unit_offset", True),
+        ("attention.latent", None),
+        ("attention.sinks", True),
+        ("attention.bias", "qkv"),
+        ("attention.softcap", 5.0),
+        ("moe.bias_rate", None),
+        ("moe.weights", "renormalized"),
+        ("moe.layers", ("moe", "dense")),
+        ("attention.query_scale", 0.01),
+        ("attention.layers", ("sliding",)),
+        ("norm.unit_offset", True),
     ],
-)  # fmt: skip
+)
 def test_what_config_json_cannot_say_is_not_written(path: str, value: object):
     config = families.family_of(RELEASED)[1]
     with pytest.raises(UnsupportedModelError):

@@ -1,4 +1,5 @@
-"""Thirteen published families, tiny, read from a folder, beside what transformers makes of it (tests/parity/families.py).
+"""Thirteen published families, tiny, read from a folder, beside what transformers makes of it
+(tests/parity/families.py).
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -109,7 +110,6 @@ def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Ar
     """Of what training minimizes."""
     ones, places = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
     batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": places}
-
 
     def mean(model: Transformer) -> jax.Array:
         loss = next_token(model, batch, None)

@@ -37,7 +37,8 @@ def quantized(rows: int, columns: int) -> dict[str, np.ndarray]:
 
 
 def by_formula(bits: int) -> float:
-    """IEEE-like: 1 sign, 4 exponent bits of bias 7, 3 of fraction; no infinities (Micikevicius et al. 2022, table 1)."""
+    """IEEE-like: 1 sign, 4 exponent bits of bias 7, 3 of fraction; no infinities (Micikevicius et al. 2022, table
+    1)."""
     sign, exponent, fraction = -1.0 if bits >> 7 else 1.0, bits >> 3 & 15, bits & 7
     return sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))
 
@@ -47,7 +48,10 @@ def test_a_number_is_its_8_bits_times_the_scale_of_its_block(rows: int, columns:
     held = quantized(rows, columns)
     norm = np.ones(5, ml_dtypes.bfloat16)
     source = dequantize(Memory(**held, norm=norm), RELEASED)
-    assert source.tensors == {"w": TensorInfo((rows, columns), "float32", "a file"), "norm": TensorInfo((5,), "bfloat16", "a file")}
+    assert source.tensors == {
+        "w": TensorInfo((rows, columns), "float32", "a file"),
+        "norm": TensorInfo((5,), "bfloat16", "a file"),
+    }
     found = source.read("w")
     assert found.dtype == np.float32
     bits = held["w"].view(np.uint8)

@@ -1,4 +1,5 @@
-"""GGUF files of Llama: tiny ones as llama.cpp's converter would write them, beside a Hugging Face folder of the same weights."""
+"""GGUF files of Llama: tiny ones as llama.cpp's converter would write them, beside a Hugging Face folder of the same
+weights."""
 
 import json
 import math
@@ -23,14 +24,29 @@ from sharding.rules import ShardingRules
 
 D, F, V, N, K, H, LAYERS = 64, 96, 96, 4, 2, 16, 2
 JSON = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": V, "num_hidden_layers": LAYERS, "hidden_size": D, "head_dim": H,
-    "max_position_embeddings": 256, "num_attention_heads": N, "num_key_value_heads": K, "rms_norm_eps": 1e-5,
-    "intermediate_size": F, "rope_theta": 10_000.0,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": V,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": D,
+    "head_dim": H,
+    "max_position_embeddings": 256,
+    "num_attention_heads": N,
+    "num_key_value_heads": K,
+    "rms_norm_eps": 1e-5,
+    "intermediate_size": F,
+    "rope_theta": 10_000.0,
+}
 METADATA = {
-    "block_count": LAYERS, "context_length": 256, "embedding_length": D, "feed_forward_length": F, "attention.head_count": N,
-    "attention.head_count_kv": K, "attention.layer_norm_rms_epsilon": 1e-5, "vocab_size": V, "rope.dimension_count": H,
-}  # fmt: skip
+    "block_count": LAYERS,
+    "context_length": 256,
+    "embedding_length": D,
+    "feed_forward_length": F,
+    "attention.head_count": N,
+    "attention.head_count_kv": K,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "vocab_size": V,
+    "rope.dimension_count": H,
+}
 TYPES = gguf.GGMLQuantizationType
 LAYER = {
     "attn_norm": ("input_layernorm", (D,)), "ffn_norm": ("post_attention_layernorm", (D,)),
@@ -38,25 +54,48 @@ LAYER = {
     "attn_v": ("self_attn.v_proj", (K * H, D)), "attn_output": ("self_attn.o_proj", (D, N * H)),
     "ffn_gate": ("mlp.gate_proj", (F, D)), "ffn_up": ("mlp.up_proj", (F, D)), "ffn_down": ("mlp.down_proj", (D, F)),
 }  # fmt: skip
-NAMES = {"token_embd": ("model.embed_tokens", (V, D)), "output_norm": ("model.norm", (D,)), "output": ("lm_head", (V, D))} | {
-    f"blk.{i}.{theirs}": (f"model.layers.{i}.{ours}", shape) for i in range(LAYERS) for theirs, (ours, shape) in LAYER.items()
+NAMES = {
+    "token_embd": ("model.embed_tokens", (V, D)),
+    "output_norm": ("model.norm", (D,)),
+    "output": ("lm_head", (V, D)),
+} | {
+    f"blk.{i}.{theirs}": (f"model.layers.{i}.{ours}", shape)
+    for i in range(LAYERS)
+    for theirs, (ours, shape) in LAYER.items()
 }
 
 
 def permuted(weights, heads):
     """As llama.cpp's convert_hf_to_gguf.py writes rows of queries and keys."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 def drawn():
     rng = np.random.default_rng(0)
     return {
-        f"{name}.weight": (1.0 + 0.2 * rng.normal(size=s) if len(s) == 1 else rng.normal(size=s) / s[-1] ** 0.5).astype(np.float32)
+        f"{name}.weight": (1.0 + 0.2 * rng.normal(size=s) if len(s) == 1 else rng.normal(size=s) / s[-1] ** 0.5).astype(
+            np.float32
+        )
         for name, s in NAMES.values()
     }
 
 
-def write(path, kind=TYPES.F32, *, tied=False, change=None, metadata=None, general=None, architecture="llama", permute=permuted, extra=None):
+def write(
+    path,
+    kind=TYPES.F32,
+    *,
+    tied=False,
+    change=None,
+    metadata=None,
+    general=None,
+    architecture="llama",
+    permute=permuted,
+    extra=None,
+):
     """A GGUF file of the drawn weights; returns them as quantization leaves them, by Hugging Face's names."""
     writer = gguf.GGUFWriter(path, architecture)
     values = {f"{architecture}.{key}": value for key, value in (METADATA | (metadata or {})).items()} | (general or {})
@@ -69,10 +108,12 @@ def write(path, kind=TYPES.F32, *, tied=False, change=None, metadata=None, gener
             continue
         of = kind if len(shape) > 1 else TYPES.F32
         heads = {"attn_q": N, "attn_k": K}.get(theirs.rpartition(".")[2])
-        order = (lambda w, heads=heads: w if heads is None else permute(w, heads))
+        order = lambda w, heads=heads: w if heads is None else permute(w, heads)
         stored = gguf.quantize(order(weights[f"{ours}.weight"]), of)
         writer.add_tensor(f"{theirs}.weight", stored, raw_dtype=of)
-        left[f"{ours}.weight"] = gguf.dequantize(gguf.quantize(weights[f"{ours}.weight"], of), of).reshape(shape).astype(np.float32)
+        left[f"{ours}.weight"] = (
+            gguf.dequantize(gguf.quantize(weights[f"{ours}.weight"], of), of).reshape(shape).astype(np.float32)
+        )
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -96,7 +137,8 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 24)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied"), [("Q8_0", True), *((kind, False) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"))]
+    ("kind", "tied"),
+    [("Q8_0", True), *((kind, False) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"))],
 )
 def test_the_network_is_that_of_a_folder_of_the_dequantized_weights(tmp_path, kind, tied):
     folder = tmp_path / "folder"
@@ -188,8 +230,14 @@ def test_factors_of_frequencies_are_llama_3s_scaling(tmp_path, factor, original)
     written = divisors(factor, original=original)
     write(tmp_path / "a.gguf", extra={"rope_freqs.weight": written})
     scaling = open_published(tmp_path / "a.gguf").config.position.scaling
-    assert scaling is not None and scaling.kind == "llama3" and (scaling.factor, scaling.original_length) == (factor, original)
-    np.testing.assert_allclose(inverse_frequencies(H, 10_000.0, None) / inverse_frequencies(H, 10_000.0, scaling), written, rtol=1e-6)
+    assert (
+        scaling is not None
+        and scaling.kind == "llama3"
+        and (scaling.factor, scaling.original_length) == (factor, original)
+    )
+    np.testing.assert_allclose(
+        inverse_frequencies(H, 10_000.0, None) / inverse_frequencies(H, 10_000.0, scaling), written, rtol=1e-6
+    )
 
 
 def test_other_factors_of_frequencies_are_refused(tmp_path):
@@ -204,7 +252,10 @@ def test_other_factors_of_frequencies_are_refused(tmp_path):
     [
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, "linear"),
         ({"rope.scale_linear": 2.0}, "linear"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 128}, "yarn"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 128},
+            "yarn",
+        ),
         ({"rope.scaling.type": "none"}, None),
     ],
 )
@@ -227,10 +278,16 @@ def test_scalings_of_rope(tmp_path, metadata, kind):
         ({"metadata": {"attention.head_count_kv": [2, 4]}}, "head_count_kv differs by layer"),
         ({"general": {"split.count": 2}}, "one of 2 parts.*merge"),
         ({"general": {"general.type": "adapter"}}, "general.type = 'adapter'"),
-        ({"extra": {"rope_freqs.weight": divisors(8.0)}, "metadata": {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}}, "at once"),
+        (
+            {
+                "extra": {"rope_freqs.weight": divisors(8.0)},
+                "metadata": {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
+            },
+            "at once",
+        ),
         ({"extra": {"blk.0.attn_q.steps": np.zeros(4, np.int8)}}, "I8"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
     write(tmp_path / "a.gguf", **change)
     with pytest.raises(UnsupportedModelError, match=message):

@@ -27,9 +27,15 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 NAMES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "gpt2": "GPT2LMHeadModel",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 40}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -109,10 +115,18 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes() -> None:
     assert (qwen3.attention.head_dim, qwen3.attention.layers, qwen3.tied_embeddings) == (128, ("global",), False)
     assert read(small("olmo2")).norm.epsilon == 1e-5 and read(small("olmo2")).norm.placement == "post"
     bare = {k: v for k, v in small("mistral").items() if k not in ("num_key_value_heads", "max_position_embeddings")}
-    assert read(bare | {"num_attention_heads": 16}).attention.num_kv_heads == 8 and read(bare | {"num_attention_heads": 16}).max_length == 131_072
+    assert (
+        read(bare | {"num_attention_heads": 16}).attention.num_kv_heads == 8
+        and read(bare | {"num_attention_heads": 16}).max_length == 131_072
+    )
     assert read({k: v for k, v in small("llama").items() if k != "num_key_value_heads"}).attention.num_kv_heads == 4
     gemma = read({"architectures": ["Gemma2ForCausalLM"]})
-    assert (gemma.attention.softcap, gemma.final_softcap, gemma.attention.query_scale, gemma.tied_embeddings) == (50, 30, 1 / 16, True)
+    assert (gemma.attention.softcap, gemma.final_softcap, gemma.attention.query_scale, gemma.tied_embeddings) == (
+        50,
+        30,
+        1 / 16,
+        True,
+    )
     text = read({"architectures": ["Gemma3ForCausalLM"]})
     assert (text.position.theta, text.position.local_theta, text.final_softcap) == (1e6, 1e4, None)
     assert [spec.attention for spec in layer_specs(text)].index("global") == 5
@@ -139,17 +153,27 @@ def test_windows() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2"])
 def test_both_spellings_of_rope(family: str) -> None:
-    for parameters in ({"rope_type": "default"}, YARN, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 3.0}):
+    for parameters in (
+        {"rope_type": "default"},
+        YARN,
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 3.0},
+    ):
         old = read(small(family, rope_theta=500.0, rope_scaling=parameters))
         new = read(small(family, rope_parameters=parameters | {"rope_theta": 500.0}))
         assert old == new and old.position.theta == 500.0
     assert old.position.scaling == RopeScalingConfig("dynamic_ntk", 3.0, 64)
-    assert read(small(family, rope_scaling={"type": "linear", "factor": 2})).position.scaling == RopeScalingConfig("linear", 2.0)
+    assert read(small(family, rope_scaling={"type": "linear", "factor": 2})).position.scaling == RopeScalingConfig(
+        "linear", 2.0
+    )
 
 
 def test_lengths_that_rope_goes_by() -> None:
-    """Of dynamic scaling the longest context, whatever the original one; of the others the original one, wherever it stands."""
-    dynamic = small("llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16})
+    """Of dynamic scaling the longest context, whatever the original one; of the others the original one, wherever it
+    stands."""
+    dynamic = small(
+        "llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16}
+    )
     assert read(dynamic).position.scaling == RopeScalingConfig("dynamic_ntk", 3.0, 64)
     beside = small("llama", rope_scaling={"rope_type": "yarn"}, original_max_position_embeddings=16)
     assert read(beside).position == read(small("llama", rope_scaling=YARN)).position
@@ -160,13 +184,18 @@ def test_ntk_is_written_as_the_larger_base_that_it_is() -> None:
     ntk = replace(config, position=replace(config.position, scaling=RopeScalingConfig("ntk", 4.0)))
     found = read(to_json(ntk, "llama")[1])
     dim = config.attention.head_dim
-    np.testing.assert_allclose(inverse_frequencies(dim, found.position.theta, None), inverse_frequencies(dim, 100.0, ntk.position.scaling))
+    np.testing.assert_allclose(
+        inverse_frequencies(dim, found.position.theta, None), inverse_frequencies(dim, 100.0, ntk.position.scaling)
+    )
 
 
 def test_rope_of_gemma_3_is_scaled_where_a_layer_sees_all() -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     old = read(small("gemma3", rope_theta=300.0, rope_local_base_freq=20.0, rope_scaling=linear))
-    nested = {"full_attention": linear | {"rope_theta": 300.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}}
+    nested = {
+        "full_attention": linear | {"rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+    }
     assert old == read(small("gemma3", rope_parameters=nested))
     assert old.position == PositionConfig(theta=300.0, local_theta=20.0, scaling=RopeScalingConfig("linear", 8.0))
     both = {"full_attention": linear | {"rope_theta": 300.0}, "sliding_attention": linear | {"rope_theta": 300.0}}
@@ -175,7 +204,12 @@ def test_rope_of_gemma_3_is_scaled_where_a_layer_sees_all() -> None:
 
 def test_the_text_part_of_a_gemma_3_with_images() -> None:
     values = {k: v for k, v in small("gemma3", rms_norm_eps=1e-3, odd=1).items() if k != "architectures"}
-    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": values, "vision_config": {"a": 1}, "even": 2}
+    whole = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": values,
+        "vision_config": {"a": 1},
+        "even": 2,
+    }
     before = copy.deepcopy(whole)
     family, config, left = family_of(whole)
     assert (family, left) == ("gemma3", ["even", "text_config.odd"]) and whole == before
@@ -184,19 +218,38 @@ def test_the_text_part_of_a_gemma_3_with_images() -> None:
 
 
 def test_tensors_of_older_files_are_renamed() -> None:
-    gpt2 = FAMILIES["gpt2"].rename(["wte.weight", "h.0.ln_1.bias", "ln_f.weight", "transformer.h.0.ln_2.bias", "lm_head.weight"])
-    assert gpt2 == {"wte.weight": "transformer.wte.weight", "h.0.ln_1.bias": "transformer.h.0.ln_1.bias", "ln_f.weight": "transformer.ln_f.weight"}
+    gpt2 = FAMILIES["gpt2"].rename(
+        ["wte.weight", "h.0.ln_1.bias", "ln_f.weight", "transformer.h.0.ln_2.bias", "lm_head.weight"]
+    )
+    assert gpt2 == {
+        "wte.weight": "transformer.wte.weight",
+        "h.0.ln_1.bias": "transformer.h.0.ln_1.bias",
+        "ln_f.weight": "transformer.ln_f.weight",
+    }
     layer = "layers.0.mlp.up_proj.weight"
-    gemma = FAMILIES["gemma3"].rename([f"language_model.model.{layer}", f"model.language_model.{layer}", f"model.{layer}", "vision_tower.x"])
-    assert gemma == {f"language_model.model.{layer}": f"model.{layer}", f"model.language_model.{layer}": f"model.{layer}"}
+    gemma = FAMILIES["gemma3"].rename(
+        [f"language_model.model.{layer}", f"model.language_model.{layer}", f"model.{layer}", "vision_tower.x"]
+    )
+    assert gemma == {
+        f"language_model.model.{layer}": f"model.{layer}",
+        f"model.language_model.{layer}": f"model.{layer}",
+    }
 
 
 REFUSED = [
     ("llama", {"hidden_act": "gelu"}, ("hidden_act = 'gelu'", "'silu'", "'gelu_pytorch_tanh'")),
     ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ("rope_scaling", "'longrope'", "yarn")),
-    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}, ("low_freq_factor is missing",)),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}},
+        ("low_freq_factor is missing",),
+    ),
     ("llama", {"rope_scaling": YARN | {"short_factor": [1.0]}}, ("short_factor", "not supported")),
-    ("llama", {"rope_scaling": YARN, "original_max_position_embeddings": 32}, ("original_max_position_embeddings = 16", "32")),
+    (
+        "llama",
+        {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+        ("original_max_position_embeddings = 16", "32"),
+    ),
     ("llama", {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 8.0}}, ("rope_parameters and rope_scaling",)),
     ("llama", {"rope_scaling": YARN | {"factor": 0.5}}, ("factor = 0.5",)),
     ("llama", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor = 0.5", "1.0")),
@@ -217,13 +270,17 @@ REFUSED = [
     ("gemma2", {"sliding_window": None}, ("sliding_window = None",)),
     ("gemma3", {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping = 50.0", "None")),
     ("gemma3", {"rope_parameters": {"rope_type": "default"}}, ("rope_parameters", "full_attention")),
-    ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, ("sliding_attention", "full_attention")),
+    (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        ("sliding_attention", "full_attention"),
+    ),
     ("gpt2", {"activation_function": "gelu"}, ("activation_function = 'gelu'", "gelu_new")),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx = True",)),
     ("gpt2", {"scale_attn_weights": False}, ("scale_attn_weights = False",)),
     ("gpt2", {"add_cross_attention": True}, ("add_cross_attention = True",)),
     ("gpt2", {"n_head": 5}, ("n_embd = 32", "n_head = 5")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "change", "told"), REFUSED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
@@ -243,14 +300,25 @@ def test_an_architecture_that_is_not_there_lists_those_that_are(named: Any) -> N
 
 
 def test_keys_that_nothing_reads_are_told() -> None:
-    assert family_of(small("llama", residual_multiplier=0.2, use_cache=True, torch_dtype="float16", nothing=None))[2] == ["residual_multiplier"]
+    assert family_of(small("llama", residual_multiplier=0.2, use_cache=True, torch_dtype="float16", nothing=None))[
+        2
+    ] == ["residual_multiplier"]
 
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 5), st.sampled_from([10**400, -(10**30), 1e308]), st.floats(width=32), st.text(max_size=4),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 5),
+    st.sampled_from([10**400, -(10**30), 1e308]),
+    st.floats(width=32),
+    st.text(max_size=4),
     st.lists(st.one_of(st.integers(-1, 2), st.text(max_size=2), st.lists(st.integers(), max_size=1)), max_size=4),
-    st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "full_attention", "x"]), st.one_of(st.none(), st.integers(), st.text(max_size=4)), max_size=2),
-)  # fmt: skip
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "full_attention", "x"]),
+        st.one_of(st.none(), st.integers(), st.text(max_size=4)),
+        max_size=2,
+    ),
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -262,7 +330,9 @@ def test_an_odd_value_is_read_or_refused_and_never_a_crash(data: st.DataObject) 
     for nested in ("rope_scaling", "rope_parameters"):
         if isinstance(values.get(nested), dict) and data.draw(st.booleans(), "nested"):
             where, keys = values[nested], sorted(values[nested])
-    key = data.draw(st.sampled_from([*keys, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "new_key"]), "key")
+    key = data.draw(
+        st.sampled_from([*keys, "rope_scaling", "rope_parameters", "layer_types", "sliding_window", "new_key"]), "key"
+    )
     old, where[key] = where.get(key), data.draw(ODD, "value")
     try:
         family, config, left = family_of(values)
@@ -278,26 +348,50 @@ def test_an_odd_value_is_read_or_refused_and_never_a_crash(data: st.DataObject) 
 
 NETWORKS = st.builds(
     ModelConfig,
-    vocab_size=st.integers(1, 99), num_layers=st.integers(1, 6), embed_dim=st.sampled_from([24, 32]), max_length=st.integers(8, 64),
+    vocab_size=st.integers(1, 99),
+    num_layers=st.integers(1, 6),
+    embed_dim=st.sampled_from([24, 32]),
+    max_length=st.integers(8, 64),
     attention=st.builds(
-        AttentionConfig, num_heads=st.sampled_from([4, 5]), num_kv_heads=st.just(1), head_dim=st.sampled_from([8, 6]),
-        bias=st.sampled_from(["none", "qkv", "all"]), qk_norm=st.sampled_from(["none", "head", "full"]), softcap=st.sampled_from([None, 30.0]),
-        query_scale=st.sampled_from([None, 0.25, 0.3]), layers=st.sampled_from([("global",), ("sliding",), ("sliding", "global"), ("block_sparse",)]),
+        AttentionConfig,
+        num_heads=st.sampled_from([4, 5]),
+        num_kv_heads=st.just(1),
+        head_dim=st.sampled_from([8, 6]),
+        bias=st.sampled_from(["none", "qkv", "all"]),
+        qk_norm=st.sampled_from(["none", "head", "full"]),
+        softcap=st.sampled_from([None, 30.0]),
+        query_scale=st.sampled_from([None, 0.25, 0.3]),
+        layers=st.sampled_from([("global",), ("sliding",), ("sliding", "global"), ("block_sparse",)]),
         mask=st.sampled_from(["causal", "causal", "causal", "bidirectional"]),
     ),
     position=st.builds(
-        PositionConfig, kind=st.sampled_from(["rope", "rope", "rope", "learned", "alibi"]), local_theta=st.sampled_from([None, 100.0]),
-        scaling=st.one_of(st.none(), st.builds(
-            RopeScalingConfig, st.sampled_from(["linear", "ntk", "dynamic_ntk", "yarn", "llama3"]), st.sampled_from([1.0, 4.0]),
-            st.sampled_from([32, 64]), truncate=st.booleans(), attention_factor=st.sampled_from([None, 1.5]),
-        )),
+        PositionConfig,
+        kind=st.sampled_from(["rope", "rope", "rope", "learned", "alibi"]),
+        local_theta=st.sampled_from([None, 100.0]),
+        scaling=st.one_of(
+            st.none(),
+            st.builds(
+                RopeScalingConfig,
+                st.sampled_from(["linear", "ntk", "dynamic_ntk", "yarn", "llama3"]),
+                st.sampled_from([1.0, 4.0]),
+                st.sampled_from([32, 64]),
+                truncate=st.booleans(),
+                attention_factor=st.sampled_from([None, 1.5]),
+            ),
+        ),
     ),
     norm=st.builds(
-        NormConfig, st.sampled_from(["rmsnorm", "layernorm"]), epsilon=st.sampled_from([1e-6, 1e-3]), bias=st.booleans(), unit_offset=st.booleans(),
+        NormConfig,
+        st.sampled_from(["rmsnorm", "layernorm"]),
+        epsilon=st.sampled_from([1e-6, 1e-3]),
+        bias=st.booleans(),
+        unit_offset=st.booleans(),
         placement=st.sampled_from(["pre", "post", "sandwich"]),
     ),
-    tied_embeddings=st.booleans(), embedding_scale=st.sampled_from([None, math.sqrt(32)]), final_softcap=st.sampled_from([None, 20.0]),
-)  # fmt: skip
+    tied_embeddings=st.booleans(),
+    embedding_scale=st.sampled_from([None, math.sqrt(32)]),
+    final_softcap=st.sampled_from([None, 20.0]),
+)
 
 
 @settings(max_examples=120, deadline=None)
@@ -320,7 +414,9 @@ def test_the_simplest_family_that_can_say_it_is_chosen() -> None:
     assert chosen(layers=("sliding",), window=9) == "mistral"
     assert chosen(bias="qkv") == "qwen2"
     assert chosen(qk_norm="head") == "qwen3"
-    with pytest.raises(UnsupportedModelError, match=r"llama, which cannot say: model.attention.sinks = True \(there False\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"llama, which cannot say: model.attention.sinks = True \(there False\)"
+    ):
         chosen(sinks=True)
     with pytest.raises(UnsupportedModelError, match="'bert' is unknown; there are llama"):
         to_json(read(small("llama")), "bert")

@@ -1,4 +1,5 @@
-"""Files of published models: what is read is what an independent writer wrote, and damage is told before a weight is read."""
+"""Files of published models: what is read is what an independent writer wrote, and damage is told before a weight is
+read."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +26,19 @@ from tests.interop.hf_folder import EMBEDDING, HEAD, D, tensors, write
 INDEX = "model.safetensors.index.json"
 RULES = ShardingRules()
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int8", "uint8", "uint16", "bool")
+DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int8",
+    "uint8",
+    "uint16",
+    "bool",
+)
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -86,7 +99,9 @@ def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored,
     monkeypatch.setattr(loading, "SMALL_BYTES", small_bytes)
     published, seen = open_published(tmp_path), []
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if on_mesh else None
-    found = load(published.source, published.pieces, published.config, RULES, mesh, progress=lambda _, size: seen.append(size))
+    found = load(
+        published.source, published.pieces, published.config, RULES, mesh, progress=lambda _, size: seen.append(size)
+    )
     assert sum(seen) == sum(x.size for x in held.values())
     block = found.stacks[0][0]
     for i in range(2):
@@ -95,7 +110,9 @@ def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored,
         np.testing.assert_array_equal(block.attention.q[i], q.reshape(4, 8, D).transpose(2, 0, 1))
         up = [held[f"{layer}mlp.{name}_proj.weight"].astype(np.float32).T for name in ("gate", "up")]
         np.testing.assert_array_equal(block.mlp.up[i], np.stack(up, 1))
-        np.testing.assert_array_equal(block.attention_norm.scale[i], held[layer + "input_layernorm.weight"].astype(np.float32))
+        np.testing.assert_array_equal(
+            block.attention_norm.scale[i], held[layer + "input_layernorm.weight"].astype(np.float32)
+        )
     np.testing.assert_array_equal(found.head[...], held[HEAD].astype(np.float32).T)
     np.testing.assert_array_equal(found.embedding[...], held[EMBEDDING].astype(np.float32))
     if mesh is not None:
@@ -144,8 +161,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda f: (f / FIRST).write_bytes((9).to_bytes(8, "little") + b"{'a': 12}"), "header is not JSON"),
     "a web page": (lambda f: (f / FIRST).write_bytes(b"<!DOCTYPE html><html>"), "not a safetensors file"),
     "git lfs": (lambda f: (f / FIRST).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    "appended": (lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes() + b"\0" * 7), "7 bytes follow the last tensor"),
-    "a wrong shape": (damage_header(lambda h: h[EMBEDDING]["shape"].reverse() or h[EMBEDDING]["shape"].append(2)), "does not fit its"),
+    "appended": (
+        lambda f: (f / FIRST).write_bytes((f / FIRST).read_bytes() + b"\0" * 7),
+        "7 bytes follow the last tensor",
+    ),
+    "a wrong shape": (
+        damage_header(lambda h: h[EMBEDDING]["shape"].reverse() or h[EMBEDDING]["shape"].append(2)),
+        "does not fit its",
+    ),
     "an unknown dtype": (damage_header(lambda h: h[EMBEDDING].update(dtype="F31")), "dtype 'F31'; known are F64"),
     "an overlap": (damage_header(lambda h: h[EMBEDDING].update(data_offsets=h[HEAD]["data_offsets"])), "overlaps"),
     "a hole": (damage_header(lambda h: h.pop(EMBEDDING)), "unused before it|follow the last"),
@@ -153,16 +176,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name twice": (lambda f: (f / FIRST).write_bytes(TWICE), "header is not JSON .a name occurs twice"),
     "no offsets": (damage_header(lambda h: h[EMBEDDING].pop("data_offsets")), "no valid data_offsets"),
     "a shard missing": (lambda f: (f / SECOND).unlink(), f"1 of 2 files .* missing: {SECOND}"),
-    "a tensor elsewhere": (lambda f: index(f, lambda i: i["weight_map"].update({EMBEDDING: SECOND})), f"{EMBEDDING} should be in {SECOND}"),
-    "a tensor nowhere": (lambda f: index(f, lambda i: i["weight_map"].update({"x": SECOND})), "x should be in .* does not hold it"),
-    "a path out of the folder": (lambda f: index(f, lambda i: i["weight_map"].update(x="../x.safetensors")), "of the same folder"),
+    "a tensor elsewhere": (
+        lambda f: index(f, lambda i: i["weight_map"].update({EMBEDDING: SECOND})),
+        f"{EMBEDDING} should be in {SECOND}",
+    ),
+    "a tensor nowhere": (
+        lambda f: index(f, lambda i: i["weight_map"].update({"x": SECOND})),
+        "x should be in .* does not hold it",
+    ),
+    "a path out of the folder": (
+        lambda f: index(f, lambda i: i["weight_map"].update(x="../x.safetensors")),
+        "of the same folder",
+    ),
     "an index of nothing": (lambda f: (f / INDEX).write_text("{}"), "holds no weight_map"),
     "a tensor twice": (lambda f: save_file(tensors(), f / SECOND), "is both in .* and in"),
     "a pickle": (pickle_alone, "pytorch_model.bin is a pickle: .*save_pretrained"),
     "nothing": (lambda f: [p.unlink() for p in f.glob("*safetensors*")], "holds no model"),
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -188,7 +220,11 @@ def test_a_wrong_total_size_is_a_note(tmp_path):
 def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("small") / "x.safetensors"
     rng = np.random.default_rng(0)
-    save_file({"a": rng.random((2, 3)), "b": rng.random(4, np.float32), "c": np.arange(6, dtype=np.int8)}, file, metadata={"k": "v"})
+    save_file(
+        {"a": rng.random((2, 3)), "b": rng.random(4, np.float32), "c": np.arange(6, dtype=np.int8)},
+        file,
+        metadata={"k": "v"},
+    )
     return file.read_bytes()
 
 
@@ -199,7 +235,9 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(small, tmp_
     bytes_ = bytearray(small)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, 8 + length - 1))
-        new = data.draw(st.sampled_from([b"", b"0", b"9", b'"', b"[", b"}", b",", b"-", b"e", b"\xff", b"\0", b"F", b"1", b"00"]))
+        new = data.draw(
+            st.sampled_from([b"", b"0", b"9", b'"', b"[", b"}", b",", b"-", b"e", b"\xff", b"\0", b"F", b"1", b"00"])
+        )
         bytes_[at : at + data.draw(st.integers(0, 2))] = new
     folder = tmp_path_factory.mktemp("damaged")
     file = folder / "model.safetensors"
@@ -247,7 +285,10 @@ def test_old_buffers_are_ignored(tmp_path):
 
 def test_vocabulary_of_the_config_against_the_rows_of_the_embedding(tmp_path):
     write(tmp_path, config={"vocab_size": 90})
-    with pytest.raises(ModelFilesError, match=r"vocab_size is 90 in config.json, but model.embed_tokens.weight has 96 rows: set vocab_size to 96"):
+    with pytest.raises(
+        ModelFilesError,
+        match=r"vocab_size is 90 in config.json, but model.embed_tokens.weight has 96 rows: set vocab_size to 96",
+    ):
         open_published(tmp_path)
 
 
@@ -255,10 +296,17 @@ def test_tied_and_untied(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "SLAB_ROWS", 16)
     held = tensors()
     write(tmp_path / "two", held, config={"tie_word_embeddings": True})
-    with pytest.raises(ModelFilesError, match=r"tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight .*from row 0"):
+    with pytest.raises(
+        ModelFilesError,
+        match=r"tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight .*from row 0",
+    ):
         open_published(tmp_path / "two")
     held[EMBEDDING] = held[EMBEDDING].astype(jnp.bfloat16).astype(np.float32)
-    write(tmp_path / "other dtype", held | {HEAD: held[EMBEDDING].astype(jnp.bfloat16)}, config={"tie_word_embeddings": True})
+    write(
+        tmp_path / "other dtype",
+        held | {HEAD: held[EMBEDDING].astype(jnp.bfloat16)},
+        config={"tie_word_embeddings": True},
+    )
     assert open_published(tmp_path / "other dtype").config.tied_embeddings
     held[HEAD] = held[EMBEDDING].copy()
     write(tmp_path / "copy", held, config={"tie_word_embeddings": True})
@@ -268,7 +316,9 @@ def test_tied_and_untied(tmp_path, monkeypatch):
     with pytest.raises(ModelFilesError, match="from row 70 on"):
         open_published(tmp_path / "nearly")
     write(tmp_path / "one", {name: x for name, x in held.items() if name != HEAD})
-    with pytest.raises(ModelFilesError, match=r"lm_head.weight is missing though .* tie_word_embeddings = false: set it to true"):
+    with pytest.raises(
+        ModelFilesError, match=r"lm_head.weight is missing though .* tie_word_embeddings = false: set it to true"
+    ):
         open_published(tmp_path / "one")
 
 
@@ -279,7 +329,9 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path, monkeypatch, small_byt
         held = tensors()
         held[HEAD][50, 3] = bad
         published = open_published(write(tmp_path, held))
-        with pytest.raises(ModelFilesError, match=f"{HEAD}: holds {bad}, 1 of the 3072 values looked at are not finite"):
+        with pytest.raises(
+            ModelFilesError, match=f"{HEAD}: holds {bad}, 1 of the 3072 values looked at are not finite"
+        ):
             load(published.source, published.pieces, published.config, RULES)
 
 
@@ -287,7 +339,9 @@ def test_a_weight_beyond_the_dtype_asked_for_is_refused(tmp_path):
     held = tensors()
     held[HEAD][50, 3] = 7e4
     published = open_published(write(tmp_path, held))
-    with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say \(65504\)"):
+    with pytest.raises(
+        ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say \(65504\)"
+    ):
         load(published.source, published.pieces, published.config, RULES, dtype="float16")
 
 
@@ -295,7 +349,9 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path):
     write(tmp_path / "a", config={"architectures": ["T5ForConditionalGeneration"]})
     for file in (tmp_path / "a").glob("*.safetensors"):
         file.unlink()  # what can never be read is told before what is missing
-    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*not supported; there are .*LlamaForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"T5ForConditionalGeneration.*not supported; there are .*LlamaForCausalLM"
+    ):
         open_published(tmp_path / "a")
     write(tmp_path / "b", config={"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(UnsupportedModelError, match=r"quant_method = 'gptq' cannot be read; supported: fp8, mxfp4"):

@@ -32,11 +32,18 @@ def write(folder: Path, dtype: str, vocab: int, *, tied: bool, layers: int) -> P
     if not tied:
         tensors["lm_head.weight"] = matrix(vocab)
     for i in range(layers):
-        shapes = {"self_attn.q_proj": WIDTH, "self_attn.k_proj": WIDTH // 2, "self_attn.v_proj": WIDTH // 2, "self_attn.o_proj": WIDTH}
+        shapes = {
+            "self_attn.q_proj": WIDTH,
+            "self_attn.k_proj": WIDTH // 2,
+            "self_attn.v_proj": WIDTH // 2,
+            "self_attn.o_proj": WIDTH,
+        }
         shapes |= {"mlp.gate_proj": 2 * WIDTH, "mlp.up_proj": 2 * WIDTH}
         tensors |= {f"model.layers.{i}.{name}.weight": matrix(rows) for name, rows in shapes.items()}
         tensors[f"model.layers.{i}.mlp.down_proj.weight"] = matrix(WIDTH, 2 * WIDTH)
-        tensors |= {f"model.layers.{i}.{name}.weight": block[0] for name in ("input_layernorm", "post_attention_layernorm")}
+        tensors |= {
+            f"model.layers.{i}.{name}.weight": block[0] for name in ("input_layernorm", "post_attention_layernorm")
+        }
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -48,14 +55,19 @@ def measure(folder: Path, dtype: str, devices: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc"
+)
 
 
 def hold(found: dict[str, float]) -> None:
-    """The issue asks for 1.2 times the largest tensor beside the shards; a loader that reads it whole, once, would pass that."""
+    """The issue asks for 1.2 times the largest tensor beside the shards; a loader that reads it whole, once, would pass
+    that."""
     over = found["peak"] - found["shards"]
     assert found["largest"] > 1e8
-    assert over < 0.8 * found["largest"], f"{over / 1e6:.0f} MB beside the shards, largest tensor {found['largest'] / 1e6:.0f} MB"
+    assert over < 0.8 * found["largest"], (
+        f"{over / 1e6:.0f} MB beside the shards, largest tensor {found['largest'] / 1e6:.0f} MB"
+    )
 
 
 @needs_proc

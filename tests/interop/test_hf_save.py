@@ -117,7 +117,10 @@ def test_verify_names_what_differs(published, model):
     assert verify(model, published, "float32") == Verified(21, 11, ELEMENTS)
     up = model.stacks[0][0].mlp.up
     up[...] = up[...].at[1, 3, 1, 7].add(0.5).at[1, 4, 1, 8].add(0.25)
-    with pytest.raises(ModelFilesError, match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0.5"):
+    with pytest.raises(
+        ModelFilesError,
+        match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0.5",
+    ):
         verify(model, published, "float32")
 
 
@@ -126,7 +129,9 @@ def test_verify_sees_the_last_bit_of_the_dtype_and_no_further(published, model):
     norm[...] = jnp.asarray(np.nextafter(np.asarray(norm[...]), np.float32(np.inf)))
     with pytest.raises(ModelFilesError, match=r"model.norm.weight .*32 of 32"):
         verify(model, published, "float32")
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), load(published.source, published.pieces, published.config, RULES))
+    rounded = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), load(published.source, published.pieces, published.config, RULES)
+    )
     assert verify(rounded, published, "bfloat16").elements == ELEMENTS
 
 
@@ -160,7 +165,9 @@ def test_what_a_killed_export_left_looks_like_no_model_and_is_nobody_elses_to_de
     with pytest.raises(ModelFilesError, match=r"there is no config.json"):
         open_published(left)
     save_published(model, published.config, tmp_path / "again")
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"] and left.exists()
+    assert (
+        sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"] and left.exists()
+    )
 
 
 def test_config_json_is_written_last(tmp_path, published, model, monkeypatch):
@@ -197,9 +204,16 @@ def test_what_cannot_be_written_is_refused(tmp_path, published, model):
     with pytest.raises(ModelFilesError, match=r"dtype 'int8' .* float32, bfloat16, float16"):
         save_published(model, published.config, tmp_path / "out", dtype="int8")
     with pytest.raises(UnsupportedModelError, match="which cannot say"):
-        save_published(model, replace(published.config, norm=replace(published.config.norm, kind="layer")), tmp_path / "out", family="llama")
+        save_published(
+            model,
+            replace(published.config, norm=replace(published.config.norm, kind="layer")),
+            tmp_path / "out",
+            family="llama",
+        )
     model.head[...] = model.head[...].at[3, 50].set(7e4)
-    with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say"):
+    with pytest.raises(
+        ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say"
+    ):
         save_published(model, published.config, tmp_path / "out", dtype="float16")
     model.head[...] = model.head[...].at[3, 50].set(jnp.nan)
     with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds nan"):
@@ -224,10 +238,14 @@ def test_pieces_must_cover_each_weight_and_tensor_once(published):
     check_cover(published.pieces, weights)
     wrong = {
         "the pieces hold 0 of its 3072": [p for p in published.pieces if p.leaf != "head"],
-        "two pieces hold the same": [p if p.at != (1, slice(None), 1) else p._replace(at=(1, slice(None), 0)) for p in published.pieces],
+        "two pieces hold the same": [
+            p if p.at != (1, slice(None), 1) else p._replace(at=(1, slice(None), 0)) for p in published.pieces
+        ],
         "there is no weight": [*published.pieces, Piece("x", (1,), "x")],
-        "the pieces take 3072 of its 3104": [p._replace(shape=(V + 1, D), take=(slice(0, V),)) if p.leaf == "embedding" else p for p in published.pieces],
-    }  # fmt: skip
+        "the pieces take 3072 of its 3104": [
+            p._replace(shape=(V + 1, D), take=(slice(0, V),)) if p.leaf == "embedding" else p for p in published.pieces
+        ],
+    }
     for message, pieces in wrong.items():
         with pytest.raises(AssertionError, match=message):
             check_cover(pieces, weights)
@@ -244,7 +262,10 @@ def test_the_plan_is_made_of_headers(tmp_path, published, model):
     assert found.summary == "2 layers of width 32, 4 heads of 8 (2 of keys), vocabulary 96"
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     spread = load(source.source, source.pieces, source.config, RULES, mesh, dtype="bfloat16")
-    largest = max(sum(s.data.nbytes for x in jax.tree.leaves(spread) for s in x.addressable_shards if s.device == d) for d in mesh.devices.flat)
+    largest = max(
+        sum(s.data.nbytes for x in jax.tree.leaves(spread) for s in x.addressable_shards if s.device == d)
+        for d in mesh.devices.flat
+    )
     assert plan(source, "bfloat16", RULES, mesh).device == largest < 2 * ELEMENTS
     assert math.prod(held[HEAD].shape) == V * D
 

@@ -1,4 +1,5 @@
-"""config.json of families with experts: there and back, in the spellings of all versions, and what is refused by name."""
+"""config.json of families with experts: there and back, in the spellings of all versions, and what is refused by
+name."""
 
 from __future__ import annotations
 
@@ -15,10 +16,20 @@ NAMES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 # Changes to the config that the family's JSON can say.
 CAN_SAY = {
     "mixtral": {"attention.layers": ("sliding",), "attention.window": 5, "moe.load_balance": 0.07},
-    "qwen3_moe": {"attention.bias": "all", "moe.weights": "softmax", "moe.layers": ("dense", "moe"), "tied_embeddings": True},
+    "qwen3_moe": {
+        "attention.bias": "all",
+        "moe.weights": "softmax",
+        "moe.layers": ("dense", "moe"),
+        "tied_embeddings": True,
+    },
     "olmoe": {"attention.clip_qkv": None, "moe.weights": "renormalized", "moe.load_balance": 0.02},
-    "gpt_oss": {"position.scaling": None, "attention.layers": ("global",), "moe.num_experts": 6, "attention.bias": "none"},
-}  # fmt: skip
+    "gpt_oss": {
+        "position.scaling": None,
+        "attention.layers": ("global",),
+        "moe.num_experts": 6,
+        "attention.bias": "none",
+    },
+}
 
 
 def read(name: str, **changes) -> ModelConfig:
@@ -50,11 +61,19 @@ def test_there_and_back(name):
 def test_what_a_family_cannot_say(name):
     config = read(name)
     wrong = [
-        {"moe": None}, {"moe.shared_experts": 1}, {"moe.scale": 2.0}, {"moe.router": "sinkhorn"}, {"moe.bias_rate": 0.0},
-        {"mlp.kind": "relu2"}, {"mlp.bias": not config.mlp.bias}, {"moe.weights": "sigmoid"}, {"norm.placement": "post"},
-        {"attention.sinks": not config.attention.sinks}, {"attention.qk_norm": "head" if name != "qwen3_moe" else "full"},
+        {"moe": None},
+        {"moe.shared_experts": 1},
+        {"moe.scale": 2.0},
+        {"moe.router": "sinkhorn"},
+        {"moe.bias_rate": 0.0},
+        {"mlp.kind": "relu2"},
+        {"mlp.bias": not config.mlp.bias},
+        {"moe.weights": "sigmoid"},
+        {"norm.placement": "post"},
+        {"attention.sinks": not config.attention.sinks},
+        {"attention.qk_norm": "head" if name != "qwen3_moe" else "full"},
         {"moe.capacity_factor": 1.5},
-    ]  # fmt: skip
+    ]
     for change in wrong:
         with pytest.raises(UnsupportedModelError):
             to_json(changed(config, change), name)
@@ -86,7 +105,15 @@ def test_refused_by_name(name, changes, message):
 
 def test_what_missing_keys_mean():
     """As in transformers' config classes: gpt-oss has YaRN where config.json has none, and its layers alternate."""
-    config = read("gpt_oss", rope_scaling=None, rope_theta=None, layer_types=None, sliding_window=None, swiglu_limit=None, head_dim=None)
+    config = read(
+        "gpt_oss",
+        rope_scaling=None,
+        rope_theta=None,
+        layer_types=None,
+        sliding_window=None,
+        swiglu_limit=None,
+        head_dim=None,
+    )
     scaling = config.position.scaling
     assert (scaling.kind, scaling.factor, scaling.original_length, scaling.truncate) == ("yarn", 32.0, 4096, False)
     assert config.position.theta == 150_000 and config.attention.window == 128 and config.attention.head_dim == 64
@@ -103,5 +130,7 @@ def test_what_missing_keys_mean():
 
 
 def test_the_balance_loss_is_per_layer_and_choice():
-    assert read("mixtral").moe.load_balance == pytest.approx(0.02 * 2 / 2)  # transformers: top_k at balance, the mean of layers
+    assert read("mixtral").moe.load_balance == pytest.approx(
+        0.02 * 2 / 2
+    )  # transformers: top_k at balance, the mean of layers
     assert read("qwen3_moe").moe.load_balance == pytest.approx(0.001 * 3 / 2)  # 2 of 3 layers

@@ -42,7 +42,9 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
 
 def test_bits_are_those_of_transformers():
     blocks, scales = drawn()
-    source = dequantize(Memory(x_blocks=blocks, x_scales=scales, y=np.ones(3, np.float32), z_scales=np.ones(1, np.uint8)), METHOD)
+    source = dequantize(
+        Memory(x_blocks=blocks, x_scales=scales, y=np.ones(3, np.float32), z_scales=np.ones(1, np.uint8)), METHOD
+    )
     assert source.tensors == {
         "x": TensorInfo((2, 96, 6), "bfloat16", "a.safetensors"),
         "y": TensorInfo((3,), "float32", "a.safetensors"),
@@ -58,11 +60,15 @@ def test_bits_are_those_of_transformers():
 
 
 def test_every_number_and_scale_is_the_formula():
-    """Of OCP Microscaling Formats 1.0: bits s e e m are (-1)^s 2^(e - 1) (1 + m / 2), or (-1)^s m / 2 where e is 0; in more rows than
+    """Of OCP Microscaling Formats 1.0: bits s e e m are (-1)^s 2^(e - 1) (1 + m / 2), or (-1)^s m / 2 where e is 0; in
+    more rows than
     are looked up at once."""
     rows = 1100
     random = np.random.RandomState(1)
-    blocks, scales = random.randint(0, 256, (1, rows, 1, 16)).astype(np.uint8), (np.arange(rows) % 255).astype(np.uint8)[None, :, None]
+    blocks, scales = (
+        random.randint(0, 256, (1, rows, 1, 16)).astype(np.uint8),
+        (np.arange(rows) % 255).astype(np.uint8)[None, :, None],
+    )
     found = dequantize(Memory(x_blocks=blocks, x_scales=scales), METHOD).read("x")[0].T.astype(np.float64)
     bits = np.stack([blocks[0, :, 0] & 15, blocks[0, :, 0] >> 4], -1).reshape(rows, 32).astype(int)
     s, e, m = bits >> 3, (bits >> 1) & 3, bits & 1
@@ -91,10 +97,16 @@ def test_what_does_not_fit_is_told():
 
 
 def test_a_folder_of_gpt_oss_with_4_bit_experts(tmp_path):
-    """As released: blocks and scales in place of the experts' matrices, biases beside them; of the columns gate and up in turn."""
+    """As released: blocks and scales in place of the experts' matrices, biases beside them; of the columns gate and up
+    in turn."""
     family = BY_NAME["gpt_oss"]
     folder = write_folder(family, tmp_path, {})
-    config = family.config | {"quantization_config": METHOD, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32}
+    config = family.config | {
+        "quantization_config": METHOD,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     for file in folder.glob("*.safetensors*"):
         file.unlink()
@@ -104,22 +116,34 @@ def test_a_folder_of_gpt_oss_with_4_bit_experts(tmp_path):
         layer = f"model.layers.{i}."
         shapes |= {f"{layer}{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")}
         for name, out, inner in (("q", 64, D), ("k", 32, D), ("v", 32, D), ("o", D, 64)):
-            shapes |= {f"{layer}self_attn.{name}_proj.weight": (out, inner), f"{layer}self_attn.{name}_proj.bias": (out,)}
-        shapes |= {f"{layer}self_attn.sinks": (4,), f"{layer}mlp.router.weight": (E, D), f"{layer}mlp.router.bias": (E,)}
+            shapes |= {
+                f"{layer}self_attn.{name}_proj.weight": (out, inner),
+                f"{layer}self_attn.{name}_proj.bias": (out,),
+            }
+        shapes |= {
+            f"{layer}self_attn.sinks": (4,),
+            f"{layer}mlp.router.weight": (E, D),
+            f"{layer}mlp.router.bias": (E,),
+        }
         shapes |= {f"{layer}mlp.experts.gate_up_proj_bias": (E, 2 * F), f"{layer}mlp.experts.down_proj_bias": (E, D)}
     tensors = {name: random.standard_normal(shape).astype(ml_dtypes.bfloat16) for name, shape in shapes.items()}
     for i in range(2):
         for name, rows, columns in (("gate_up_proj", 2 * F, D), ("down_proj", D, F)):
             blocks = random.randint(0, 256, (E, rows, columns // 32, 16)).astype(np.uint8)
             scales = random.randint(118, 125, (E, rows, columns // 32)).astype(np.uint8)
-            tensors |= {f"model.layers.{i}.mlp.experts.{name}_blocks": blocks, f"model.layers.{i}.mlp.experts.{name}_scales": scales}
+            tensors |= {
+                f"model.layers.{i}.mlp.experts.{name}_blocks": blocks,
+                f"model.layers.{i}.mlp.experts.{name}_scales": scales,
+            }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     published = open_published(folder)
     assert published.family == "gpt_oss" and published.unread == []
     weights = named(load(published.source, published.pieces, published.config, ShardingRules()))
     prefix = "model.layers.1.mlp.experts."
-    layer_1 = dequantize(Memory(**{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}), METHOD)
+    layer_1 = dequantize(
+        Memory(**{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}), METHOD
+    )
     up_EDX, down_EFD = layer_1.read("gate_up_proj").astype(np.float32), layer_1.read("down_proj").astype(np.float32)
     path, i = layer_stacks(published.config)[1]
     np.testing.assert_array_equal(weights[f"{path}/mlp/up"][i], np.stack([up_EDX[..., ::2], up_EDX[..., 1::2]], 2))

@@ -116,7 +116,9 @@ def test_a_wrong_option_does_not_pass_for_the_right_one(case: Case, wrong: dict)
     assert np.abs(y_BTD - load(case)["y"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.moe.weights.startswith("sigmoid")], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.moe.weights.startswith("sigmoid")], ids=lambda case: case.name
+)
 def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case):
     """transformers sums a token's choices, and so its loss is top_k at perfect balance where ours is 1."""
     drawn, want = draw(case), load(case)

@@ -1,4 +1,5 @@
-"""Real weights: SmolLM2-135M-Instruct from its GGUF file, beside what transformers makes of the same weights (tests/parity)."""
+"""Real weights: SmolLM2-135M-Instruct from its GGUF file, beside what transformers makes of the same weights
+(tests/parity)."""
 
 import json
 
@@ -45,7 +46,9 @@ def test_the_loss_of_a_text_is_that_of_transformers(model, name):
         return (jax.nn.logsumexp(out, axis=-1) - picked).mean()
 
     loss = nats_per_token(model, jnp.asarray([WRITTEN[name]["ids"]]))
-    print(f"{name}: {loss:.7f}, transformers {WRITTEN[name]['loss']:.7f}, difference {loss - WRITTEN[name]['loss']:.1e}")
+    print(
+        f"{name}: {loss:.7f}, transformers {WRITTEN[name]['loss']:.7f}, difference {loss - WRITTEN[name]['loss']:.1e}"
+    )
     assert abs(float(loss) - WRITTEN[name]["loss"]) < 1e-4
 
 

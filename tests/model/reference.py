@@ -1,7 +1,8 @@
 """The whole Transformer again, in float64 NumPy, one row and one layer at a time, written from the papers.
 
-It shares nothing with `model/` but the configuration. Weights come as a flat dict, a layer's under `layers.3.attention.q`.
-Shapes: T time, S keys, D width, N query heads, K key/value heads, H head dimension, E experts, C choices, F hidden width.
+It shares nothing with `model/` but the configuration. Weights come as a flat dict, a layer's under
+`layers.3.attention.q`. Shapes: T time, S keys, D width, N query heads, K key/value heads, H head dimension, E experts,
+C choices, F hidden width.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def rope(x_TNH: np.ndarray, positions_T: np.ndarray, p: PositionConfig, theta: f
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi: the powers of 2^(-8/n); off the powers of two, of the power below, filled up with every other of twice it."""
+    """ALiBi: the powers of 2^(-8/n); off the powers of two, of the power below, filled up with every other of twice
+    it."""
     below = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
     return first + [2.0 ** (-8 * (i + 1) / (2 * below)) for i in range(0, 2 * below, 2)][: heads - below]
@@ -138,7 +140,8 @@ def sees(a: AttentionConfig, layer: str, q: int, k: int, segments, prefix) -> bo
 
 
 def latent_qkv(x_TD, w: Weights, c: ModelConfig, positions_T, theta: float) -> tuple[np.ndarray, ...]:
-    """DeepSeek-V2, eq. 37 to 47, with a bias on what goes down and RMSNorms of epsilon 1e-6 as in the published code."""
+    """DeepSeek-V2, eq. 37 to 47, with a bias on what goes down and RMSNorms of epsilon 1e-6 as in the published
+    code."""
     latent, N = c.attention.latent, c.attention.num_heads
     plain, small = c.attention.head_dim - latent.rope_dim, dataclasses.replace(c.norm, epsilon=1e-6)
     down = {"kv": x_TD @ w["kv_down"], "q": x_TD if latent.q_rank is None else x_TD @ w["q_down"]}

@@ -1,4 +1,5 @@
-"""Balance: both conventions of the loss, its scopes, what is measured of a router, the bias that balances without a loss."""
+"""Balance: both conventions of the loss, its scopes, what is measured of a router, the bias that balances without a
+loss."""
 
 from __future__ import annotations
 
@@ -169,8 +170,18 @@ def test_saturation_and_co_activation_by_hand():
 
 BIASED = tiny_config(
     num_layers=5,
-    moe=MoEConfig(4, 2, 24, layers=("dense", "moe", "moe", "moe", "moe"), weights="sigmoid_renormalized", bias_rate=0.25, shared_experts=1),
-    attention=tiny_config().attention.__class__(num_heads=2, num_kv_heads=1, head_dim=8, layers=("global", "sliding", "global", "sliding", "global")),
+    moe=MoEConfig(
+        4,
+        2,
+        24,
+        layers=("dense", "moe", "moe", "moe", "moe"),
+        weights="sigmoid_renormalized",
+        bias_rate=0.25,
+        shared_experts=1,
+    ),
+    attention=tiny_config().attention.__class__(
+        num_heads=2, num_kv_heads=1, head_dim=8, layers=("global", "sliding", "global", "sliding", "global")
+    ),
 )
 
 
@@ -252,5 +263,8 @@ def test_no_optimizer_moves_the_bias(name):
 
 def test_shared_experts_and_the_noise_are_matrices_for_decay_and_muon():
     model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, router="noisy_top_k", shared_experts=2)))
-    kinds = {jax.tree_util.keystr(path, simple=True, separator="/"): matrix_kind(path) for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]}
+    kinds = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): matrix_kind(path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]
+    }
     assert {"shared/up", "shared/down", "mlp/router_noise"} <= set(kinds.values())

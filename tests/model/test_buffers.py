@@ -25,7 +25,8 @@ NAMES = ["y", "gradient of x", "of weights", "of up", "of down"]
 
 
 def inputs(style: str, C: int, capacity: int, G: int = 2, seed: int = 0) -> list[np.ndarray]:
-    """x, indices, weights, places, up, down and the gradient of y; a tenth of the choices goes nowhere, and what finds no place."""
+    """x, indices, weights, places, up, down and the gradient of y; a tenth of the choices goes nowhere, and what finds
+    no place."""
     rng = np.random.default_rng(seed)
     shapes = [(B, T, D), (B, T, C), (E, D, G, F), (E, F, D), (B, T, D)]
     x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)

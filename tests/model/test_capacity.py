@@ -82,7 +82,10 @@ def test_a_greater_factor_never_drops_more_and_padding_takes_no_place():
 
 
 @given(
-    factor=st.sampled_from([0.1, 0.3, 1.0, 1.1, 1.25, 2.0]), k=st.integers(1, 8), tokens=st.integers(1, 4096), experts=st.integers(1, 256)
+    factor=st.sampled_from([0.1, 0.3, 1.0, 1.1, 1.25, 2.0]),
+    k=st.integers(1, 8),
+    tokens=st.integers(1, 4096),
+    experts=st.integers(1, 256),
 )
 @settings(max_examples=100, deadline=None)
 def test_capacity_is_the_ceiling_exactly(factor, k, tokens, experts):

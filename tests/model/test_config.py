@@ -14,7 +14,6 @@ MOE = tiny_config(moe=MoEConfig(4, 2, 24))
 SCALED = tiny_config(position=PositionConfig(scaling=RopeScalingConfig()))
 
 
-
 def router(name: str, k: int, weights: str = "renormalized", bidirectional: bool = False) -> ModelConfig:
     attention = replace(TINY_ATTENTION, mask="bidirectional" if bidirectional else "causal")
     return tiny_config(moe=MoEConfig(4, k, 24, router=name, weights=weights), attention=attention)
@@ -76,7 +75,11 @@ BAD = [
     (MOE, "moe.load_balance", -0.1),
     (MOE, "moe.z_loss", -0.1),
     (MOE, "moe.shared_experts", -1),
-    *((MOE, f"moe.{f}", value) for f in ("scale", "capacity_factor", "exchange") for value in (0.0, -1.0, float("inf"))),
+    *(
+        (MOE, f"moe.{f}", value)
+        for f in ("scale", "capacity_factor", "exchange")
+        for value in (0.0, -1.0, float("inf"))
+    ),
     *((MOE, f"moe.{f}", value) for f in ("jitter", "router_dropout") for value in (1.0, -0.1)),
     (MOE, "moe.router", "topk"),
     (MOE, "moe.router", "expert_choice"),  # see later tokens

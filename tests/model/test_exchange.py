@@ -29,8 +29,11 @@ NAMES = ["y", "gradient of x", "of weights", "of up", "of down"]
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """jax.lax.ragged_all_to_all as its documentation has it, of collectives that CPUs have; NaN where its rules are broken."""
-    sent, start, size, end = (jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets))
+    """jax.lax.ragged_all_to_all as its documentation has it, of collectives that CPUs have; NaN where its rules are
+    broken."""
+    sent, start, size, end = (
+        jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
+    )
     me, row = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
     broken = (recv_sizes != size[:, me]).any() | (size < 0).any() | (start < 0).any() | (end < 0).any()
     broken |= (input_offsets + send_sizes > operand.shape[0]).any() | (end[:, me] + size[:, me] > output.shape[0]).any()
@@ -41,7 +44,8 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 
 def inputs(style: str, k: int, seed: int = 0) -> list[np.ndarray]:
-    """x, indices, weights, up, down and the gradient of y. A tenth of the pairs goes nowhere, as capacity and padding have it."""
+    """x, indices, weights, up, down and the gradient of y. A tenth of the pairs goes nowhere, as capacity and padding
+    have it."""
     rng = np.random.default_rng(seed)
     shapes = [(B, T, D), (B, T, k), (E, D, 2, F), (E, F, D), (B, T, D)]
     x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
@@ -85,7 +89,9 @@ def values_on_one_device(k: int):
     return values_and_gradients(config_of(k, None, dispatch="dense"))
 
 
-def check(config: ModelConfig, axes: dict[str, int], rules: ShardingRules = RULES, styles=("any", "same", "half", "none")):
+def check(
+    config: ModelConfig, axes: dict[str, int], rules: ShardingRules = RULES, styles=("any", "same", "half", "none")
+):
     k = config.moe.top_k
     with use_mesh(mesh := make_mesh(MeshConfig(**{"fsdp": 1, **axes}))):
         together = values_and_gradients(config, rules)
@@ -210,7 +216,8 @@ def test_buffers_hold_their_share_and_rounds_hold_the_rest(tokens, k, experts, p
 
 
 def test_only_pairs_travel():
-    """One choice of 64 tokens a device, of eight devices, with room for an even share: an eighth of what gathering takes."""
+    """One choice of 64 tokens a device, of eight devices, with room for an even share: an eighth of what gathering
+    takes."""
     traffic = {}
     for factor in (1.0, None):
         with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=8))):
@@ -236,7 +243,8 @@ def test_the_ragged_carrier_is_the_default_on_tpus_alone(platform, monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)], ids=["lowered", "compiled"])
 def test_what_experts_received_and_sent_back_can_be_kept(compiled):
-    """Rematerialization that keeps it sends nothing anew in the backward pass: each of two layers there and back, twice."""
+    """Rematerialization that keeps it sends nothing anew in the backward pass: each of two layers there and back,
+    twice."""
     moe = MoEConfig(4, 2, 8, exchange=8.0, dispatch="dense")  # compiles faster
     found = {}
     for changes in ({"remat": "full"}, {"remat": "names", "remat_names": ("expert_in", "expert_out")}):
@@ -247,7 +255,9 @@ def test_what_experts_received_and_sent_back_can_be_kept(compiled):
             model = jax.tree.map(shaped, concrete_shardings(abstract, mesh))
             rows = jax.NamedSharding(mesh, RULES.spec("activations", ("batch", None)))
             ids = jax.ShapeDtypeStruct((8, 4), jnp.int32, sharding=rows)
-            gradient = jax.jit(jax.grad(lambda model, ids: forward(model, ids, segment_ids_BT=ids, positions_BT=ids).hidden_BTD.sum()))
+            gradient = jax.jit(
+                jax.grad(lambda model, ids: forward(model, ids, segment_ids_BT=ids, positions_BT=ids).hidden_BTD.sum())
+            )
             program = gradient.lower(model, ids)
             if compiled:
                 text = program.compile(compiler_options={"xla_backend_optimization_level": 0}).as_text()

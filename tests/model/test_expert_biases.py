@@ -1,5 +1,5 @@
-"""Biases of experts, in every way that experts are run, on one device and on eight: values beside the formula, gradients beside
-every expert on every token. The activation that clamps.
+"""Biases of experts, in every way that experts are run, on one device and on eight: values beside the formula,
+gradients beside every expert on every token. The activation that clamps.
 
 Shapes: B batch, T time, D width, E experts, C choices of a token, G gates, F hidden width, P places.
 """
@@ -40,7 +40,8 @@ def config_of(kind: str = "swiglu", **changes) -> ModelConfig:
 
 @cache
 def inputs(kind: str = "swiglu", bounded: bool = False) -> tuple[np.ndarray, ...]:
-    """x, indices, weights, up, down, their biases and the gradient of y. A tenth of the choices goes nowhere, and no token goes to the
+    """x, indices, weights, up, down, their biases and the gradient of y. A tenth of the choices goes nowhere, and no
+    token goes to the
     last expert but one. Hidden values beyond 7 are common."""
     rng = np.random.default_rng(0)
     x, weights, up, down, up_bias, down_bias, dy = (
@@ -50,7 +51,9 @@ def inputs(kind: str = "swiglu", bounded: bool = False) -> tuple[np.ndarray, ...
     indices = np.stack([rng.permutation(E)[:C] for _ in range(B * T)]).reshape(B, T, C)
     indices = np.where((rng.random(indices.shape) < 0.1) | (indices == E - 2), E, indices).astype(np.int32)
     if bounded:
-        indices = np.asarray(places(jnp.asarray(indices), E, MoEConfig(E, C, F, capacity_factor=CAPACITY).capacity(T))[0])
+        indices = np.asarray(
+            places(jnp.asarray(indices), E, MoEConfig(E, C, F, capacity_factor=CAPACITY).capacity(T))[0]
+        )
     return x, indices, np.abs(weights), up, down * np.float32(F**-0.5), up_bias * 4, down_bias, dy
 
 
@@ -115,8 +118,8 @@ def test_one_device(kind, how):
     compare(program(config)(*inputs(kind, bounded)), oracle(kind, bounded))
 
 
-# Exchanged in several rounds, with columns of experts on two devices and slices of weights on two; tokens gathered, and all of a
-# group's on each device; buffers.
+# Exchanged in several rounds, with columns of experts on two devices and slices of weights on two; tokens gathered, and
+# all of a group's on each device; buffers.
 @pytest.mark.parametrize(
     "axes, changes",
     [
@@ -127,9 +130,13 @@ def test_one_device(kind, how):
         pytest.param({"expert": 8}, {"exchange": 1.0}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 4}, {"dispatch": "dense"}, marks=pytest.mark.slow),
         pytest.param({"sequence": 2, "expert": 4}, {"exchange": 2.0}, marks=pytest.mark.slow),
-        pytest.param({"sequence": 2, "expert": 2, "tensor": 2}, {"dispatch": "einsum", "capacity_factor": CAPACITY}, marks=pytest.mark.slow),
+        pytest.param(
+            {"sequence": 2, "expert": 2, "tensor": 2},
+            {"dispatch": "einsum", "capacity_factor": CAPACITY},
+            marks=pytest.mark.slow,
+        ),
     ],
-)  # fmt: skip
+)
 def test_eight_devices(axes, changes):
     config = config_of(**changes)
     kinds = ("activations", TOKEN), ("activations", TOKEN), ("activations", TOKEN)
@@ -147,13 +154,19 @@ def test_eight_devices(axes, changes):
 def test_gradients_of_biases_are_summed_in_float32():
     """They are sums of many rows: in bfloat16 they would stop growing at 256."""
     rows, config = 4096, replace(config_of(), moe=MoEConfig(1, 1, F))
-    x, up, down, ones, up_bias = (jnp.zeros(s, jnp.bfloat16) for s in [(1, rows, D), (1, D, 2, F), (1, F, D), (1, rows, 1), (1, 2, F)])
+    x, up, down, ones, up_bias = (
+        jnp.zeros(s, jnp.bfloat16) for s in [(1, rows, D), (1, D, 2, F), (1, F, D), (1, rows, 1), (1, 2, F)]
+    )
 
     @jax.jit
     def gradient(down_bias):
         def total(down_bias):
             biases = Biases(up_bias, down_bias.astype(jnp.bfloat16))
-            return run_experts(x, jnp.zeros((1, rows, 1), jnp.int32), ones + 1, None, up, down, config, RULES, biases).astype(jnp.float32).sum()
+            return (
+                run_experts(x, jnp.zeros((1, rows, 1), jnp.int32), ones + 1, None, up, down, config, RULES, biases)
+                .astype(jnp.float32)
+                .sum()
+            )
 
         return jax.grad(total)(down_bias)
 
@@ -161,7 +174,8 @@ def test_gradients_of_biases_are_summed_in_float32():
 
 
 def test_router_and_parameter_count():
-    """The router's bias is in its logits, choice and weights alike; an expert's biases are idle where it is not chosen."""
+    """The router's bias is in its logits, choice and weights alike; an expert's biases are idle where it is not
+    chosen."""
     config = tiny_config(mlp=MLPConfig("swiglu_clamped", 48, bias=True), moe=MoEConfig(4, 2, 12, shared_experts=1))
     plain = replace(config, mlp=replace(config.mlp, bias=False))
     with_, without = count_parameters(config), count_parameters(plain)
@@ -180,7 +194,9 @@ def test_router_and_parameter_count():
     _, stats = jax.jit(lambda layer, x: layer(x, Tokens(integers, integers, integers == 0)))(layer, x_BTD)
     np.testing.assert_allclose(stats.load_E, [0, 0, 0.5, 0.5])
     soft, hashed = (born(replace(config, moe=MoEConfig(4, 2, 12, router=name))) for name in ("soft", "hash"))
-    assert soft.router_logit_bias.shape == (8,) and hashed.router_logit_bias is None and hashed.up_bias.shape == (4, 2, 12)
+    assert (
+        soft.router_logit_bias.shape == (8,) and hashed.router_logit_bias is None and hashed.up_bias.shape == (4, 2, 12)
+    )
 
 
 def test_the_clamped_activation_and_its_gradient():

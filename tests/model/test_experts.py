@@ -58,8 +58,8 @@ def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
         x, weights, up, down, dy = (
             rng.standard_normal(shape).astype(np.float32) for shape in [(N, D), (N, C), (E, D, G, F), (E, F, D), (N, D)]
         )
-        # As a network's: results of the order of one, and no choices of one expert whose weights cancel: the tolerance is
-        # relative to results, rounding to what they are summed from.
+        # As a network's: results of the order of one, and no choices of one expert whose weights cancel: the tolerance
+        # is relative to results, rounding to what they are summed from.
         weights, up, down = np.abs(weights), up * np.float32(D**-0.5), down * np.float32(F**-0.5)
         expected = np.zeros((N, D))
         for n, c in np.ndindex(N, C):
@@ -80,13 +80,16 @@ def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
 
 
 def test_many_tokens_many_choices_and_the_way_for_many_experts():
-    """Blocks of real size; more choices than are written out; so many pairs and experts that one integer holds not both."""
+    """Blocks of real size; more choices than are written out; so many pairs and experts that one integer holds not
+    both."""
     rng = np.random.default_rng(0)
     for N, C, E in ((300, 2, 3), (40, experts.UNROLLED + 1, 12)):
         shapes = [(N, D), (N, C), (E, D, 2, F), (E, F, D), (N, D)]
         x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
         for indices in (np.full((N, C), 1, np.int32), rng.integers(-1, E + 1, (N, C)).astype(np.int32)):
-            dense, ours = (value_and_gradients(x, indices, weights, up, down, dy, "reglu", how) for how in ("dense", None))
+            dense, ours = (
+                value_and_gradients(x, indices, weights, up, down, dy, "reglu", how) for how in ("dense", None)
+            )
             for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(ours), strict=True):
                 np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
 
@@ -113,7 +116,13 @@ def test_bfloat16_sums_in_float32(tokens, experts_read):
     shapes = [(tokens, 64), (tokens, 2), (8, 64, 2, 32), (8, 32, 64)]
     x, weights, up, down = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)
     indices = jnp.arange(experts_read, dtype=jnp.int32).reshape(tokens, 2)
-    exact = expert_mlp(*(y.astype(jnp.float32) for y in (x,)), indices, *(y.astype(jnp.float32) for y in (weights, up, down)), "swiglu", "dense")
+    exact = expert_mlp(
+        *(y.astype(jnp.float32) for y in (x,)),
+        indices,
+        *(y.astype(jnp.float32) for y in (weights, up, down)),
+        "swiglu",
+        "dense",
+    )
     ours = expert_mlp(x, indices, weights, up, down, "swiglu")
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=8e-3 * np.abs(exact).max())

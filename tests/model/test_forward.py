@@ -1,4 +1,5 @@
-"""What `forward` promises whatever the architecture: who sees whom, packing, dropout, and that layout changes no value."""
+"""What `forward` promises whatever the architecture: who sees whom, packing, dropout, and that layout changes no
+value."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def predict(model, batch):
 SIGHT = {
     "causal, moe": (dict(moe=MoEConfig(4, 2, 24)), tokens),
     "sliding, block-sparse, sinks": (
-        dict(attention=replace(TINY_ATTENTION, layers=("sliding", "block_sparse"), window=3, blocks=(3, 1, 2), sinks=True)),
+        dict(
+            attention=replace(
+                TINY_ATTENTION, layers=("sliding", "block_sparse"), window=3, blocks=(3, 1, 2), sinks=True
+            )
+        ),
         tokens,
     ),
     "bidirectional, sliding": (
@@ -215,8 +220,11 @@ LAYOUTS = [
     *(
         pytest.param(changes, marks=slow)
         for changes in (
-            dict(scan_unroll=2, remat="dots"), dict(remat="names", remat_names=("qkv", "mlp_hidden")), dict(scan_unroll=0),
-            dict(remat="full"), dict(remat="offload"),
+            dict(scan_unroll=2, remat="dots"),
+            dict(remat="names", remat_names=("qkv", "mlp_hidden")),
+            dict(scan_unroll=0),
+            dict(remat="full"),
+            dict(remat="offload"),
         )
     ),
 ]

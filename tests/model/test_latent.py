@@ -45,9 +45,15 @@ FULL = tiny_config(
     position=PositionConfig(interleaved=True, scaling=RopeScalingConfig("yarn", 4.0, 8, attention_factor=1.3)),
 )
 WRONG = {
-    "attention.bias": "none", "attention.sinks": False, "attention.window": 4, "attention.query_scale": None,
-    "position.interleaved": False, "position.scaling": None, "position.scaling.attention_factor": 1.0, "norm.epsilon": 1e-6,
-}  # fmt: skip
+    "attention.bias": "none",
+    "attention.sinks": False,
+    "attention.window": 4,
+    "attention.query_scale": None,
+    "position.interleaved": False,
+    "position.scaling": None,
+    "position.scaling.attention_factor": 1.0,
+    "norm.epsilon": 1e-6,
+}
 
 
 def test_logits_and_slope_equal_the_reference_and_every_choice_matters():
@@ -73,7 +79,10 @@ def test_logits_and_slope_equal_the_reference_and_every_choice_matters():
         wrong, _ = transformer(w, changed(FULL, path, value), **batch)
         assert np.abs(wrong - ours)[real].max() > 1e-3, f"{path} = {value} makes no difference"
 
-    up, down = (np.sin(transformer({k: x + s * d[k] for k, x in w.items()}, FULL, **batch)[0])[real].sum() for s in (1e-5, -1e-5))
+    up, down = (
+        np.sin(transformer({k: x + s * d[k] for k, x in w.items()}, FULL, **batch)[0])[real].sum()
+        for s in (1e-5, -1e-5)
+    )
     products = [np.vdot(g, x) for g, x in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)]
     np.testing.assert_allclose(sum(products), (up - down) / 2e-5, rtol=1e-4, atol=1e-4 * np.linalg.norm(products))
     for (name, _), g in zip(weight_names(model), jax.tree.leaves(gradient), strict=True):
@@ -102,7 +111,8 @@ def test_without_a_latent_of_queries_and_no_gradient_from_the_future():
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
-    """A prompt that is read out whole (26 tokens), one that is absorbed (9), single tokens, three at once; uneven rows."""
+    """A prompt that is read out whole (26 tokens), one that is absorbed (9), single tokens, three at once; uneven
+    rows."""
     config = FULL if full else replace(PLAIN, num_layers=1)
     model = unstack(random_model(config))
     rows = np.random.default_rng(2).integers(0, 64, (2, 32))
@@ -124,7 +134,9 @@ def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
         np.testing.assert_allclose(got, np.take_along_axis(np.asarray(want), places[..., None], 1), atol=1e-5)
         lengths = lengths + steps
     held = sum(x.size for x in jax.tree.leaves(cache.stacks))
-    assert held == config.num_layers * 2 * 40 * (16 + 4), "of a token the cache holds kv_rank + rope_dim numbers a layer"
+    assert held == config.num_layers * 2 * 40 * (16 + 4), (
+        "of a token the cache holds kv_rank + rope_dim numbers a layer"
+    )
 
 
 @pytest.mark.slow
@@ -158,7 +170,9 @@ def test_costs():
     """Two FLOPs a weight of a matrix and token; attention by the widths of keys and of values."""
     config = replace(FULL, num_layers=1, attention=replace(FULL.attention, layers=("global",)))
     weights = weight_names(abstract_model(config, ShardingRules()))
-    matrices = {n: math.prod(x.shape) for n, x in weights if not n.endswith(("bias", "scale", "sinks")) and n != "embedding"}
+    matrices = {
+        n: math.prod(x.shape) for n, x in weights if not n.endswith(("bias", "scale", "sinks")) and n != "embedding"
+    }
     assert sum("attention" in n for n in matrices) == 6
     seen = 30 / 2
     assert forward_flops_per_token(config, 30) == 2 * sum(matrices.values()) + 2 * 4 * (12 + 6) * seen
@@ -171,13 +185,23 @@ def test_costs():
 @pytest.mark.parametrize(
     "path, value",
     [
-        ("attention.latent.q_rank", 0), ("attention.latent.kv_rank", 0), ("attention.latent.rope_dim", 3),
-        ("attention.latent.rope_dim", 12), ("attention.latent.rope_dim", 0), ("attention.latent.value_dim", -1),
-        ("attention.num_kv_heads", 2), ("attention.qk_norm", "head"), ("attention.clip_qkv", 2.0), ("attention.context", "ring"),
-        ("attention.context", "ulysses"), ("position.kind", "alibi"), ("position.kind", "learned"),
-        ("position.rotary_fraction", 0.5), ("position.scaling.kind", "dynamic_ntk"),
+        ("attention.latent.q_rank", 0),
+        ("attention.latent.kv_rank", 0),
+        ("attention.latent.rope_dim", 3),
+        ("attention.latent.rope_dim", 12),
+        ("attention.latent.rope_dim", 0),
+        ("attention.latent.value_dim", -1),
+        ("attention.num_kv_heads", 2),
+        ("attention.qk_norm", "head"),
+        ("attention.clip_qkv", 2.0),
+        ("attention.context", "ring"),
+        ("attention.context", "ulysses"),
+        ("position.kind", "alibi"),
+        ("position.kind", "learned"),
+        ("position.rotary_fraction", 0.5),
+        ("position.scaling.kind", "dynamic_ntk"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_with_it_is_refused(path: str, value: object):
     config = FULL
     if path == "position.kind":

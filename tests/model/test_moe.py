@@ -23,5 +23,7 @@ def test_a_float32_router_multiplies_in_float32_on_accelerators_too():
         def total(layer, x, ids, positions, valid):
             return layer(x, Tokens(ids, positions, valid))[0].sum()
 
-        layers[dtype] = jax.jit(jax.grad(total, argnums=(0, 1))).lower(layer, x, *tokens[:3]).as_text().count("[HIGHEST, HIGHEST]")
+        layers[dtype] = (
+            jax.jit(jax.grad(total, argnums=(0, 1))).lower(layer, x, *tokens[:3]).as_text().count("[HIGHEST, HIGHEST]")
+        )
     assert layers == {"float32": 3, "bfloat16": 0}

@@ -20,7 +20,8 @@ STEPS = 4
 
 
 def movement(width: int, mup: bool) -> tuple[float, float, float]:
-    """Root mean square of the logits at the start, and of the change of hidden states and logits over a few Adam steps."""
+    """Root mean square of the logits at the start, and of the change of hidden states and logits over a few Adam
+    steps."""
     config = tiny_config(
         embed_dim=width,
         attention=AttentionConfig(num_heads=width // 16, num_kv_heads=width // 16, head_dim=16),

@@ -1,4 +1,5 @@
-"""Position formulas against numbers recorded from `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 and from the ALiBi paper."""
+"""Position formulas against numbers recorded from `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 and from the ALiBi
+paper."""
 
 from __future__ import annotations
 

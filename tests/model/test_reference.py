@@ -1,7 +1,7 @@
 """The network against a float64 reference written from the papers.
 
-Each case switches many choices at once. The same weights under a reference with one choice undone must give other logits,
-or the comparison would prove nothing: with a plain initialization a wrong softcap moves them by 2e-4 only.
+Each case switches many choices at once. The same weights under a reference with one choice undone must give other
+logits, or the comparison would prove nothing: with a plain initialization a wrong softcap moves them by 2e-4 only.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
     "gpt-oss": (
         tiny_config(
             num_layers=3,
-            attention=replace(
-                TINY_ATTENTION, layers=("sliding", "global"), sinks=True, bias="all", head_dim=16
-            ),
+            attention=replace(TINY_ATTENTION, layers=("sliding", "global"), sinks=True, bias="all", head_dim=16),
             position=PositionConfig(
                 interleaved=True,
                 rotary_fraction=0.75,

@@ -34,7 +34,14 @@ KEY = jax.random.key(7)
 @partial(jax.jit, static_argnames="config")  # one program a config, not dozens of single operations
 def routed(config, logits_BTE, valid_BT, bias_E=None, noise_BTE=None, ids_BT=None, positions_BT=None, key=None):
     return route(
-        logits_BTE, valid_BT, config, bias_E=bias_E, noise_BTE=noise_BTE, ids_BT=ids_BT, positions_BT=positions_BT, key=key
+        logits_BTE,
+        valid_BT,
+        config,
+        bias_E=bias_E,
+        noise_BTE=noise_BTE,
+        ids_BT=ids_BT,
+        positions_BT=positions_BT,
+        key=key,
     )
 
 
@@ -66,7 +73,8 @@ def best(x: np.ndarray, k: int) -> list[int]:
     return list(np.argsort(-x, kind="stable")[:k])
 
 
-# ---------------------------------------------------------------------------------------------------- one token at a time
+# ---------------------------------------------------------------------------------------------------- one token at a
+# time
 
 
 def choose_top_k(x, bias, m: MoEConfig) -> dict[int, float]:
@@ -212,7 +220,8 @@ def test_expert_choice_takes_the_best_tokens_of_each_expert(factor):
         tokens = [t for t in best(p[b, :, e], T) if valid[b, t]][:places_of_each]
         expected[b, tokens, e] = p[b, tokens, e]
     np.testing.assert_allclose(as_weights(routed(config, x, valid)), expected, rtol=1e-5, atol=1e-8)
-    # Without padding every expert has exactly its capacity, equals or not: no variance of load, and nothing finds no place.
+    # Without padding every expert has exactly its capacity, equals or not: no variance of load, and nothing finds no
+    # place.
     routing = routed(config, np.round(x / 3) if factor else np.zeros_like(x), np.ones((B, T), bool))
     load = (np.asarray(routing.indices_BTC)[..., None] == np.arange(E)).sum((1, 2))
     assert (load == places_of_each).all()
@@ -232,7 +241,9 @@ def test_sinkhorn_chooses_by_a_balanced_plan_in_training_and_by_logits_in_scorin
     balanced, greedy = (routed(config, x, valid, key=key) for key in (KEY, None))
     np.testing.assert_array_equal(np.asarray(balanced.indices_BTC)[valid][:, 0], plan.argmax(1))
     np.testing.assert_array_equal(np.asarray(greedy.indices_BTC)[valid][:, 0], x[valid].argmax(1))
-    worst_balanced, worst_greedy = (np.bincount(np.ravel(r.indices_BTC), minlength=E)[:E].max() for r in (balanced, greedy))
+    worst_balanced, worst_greedy = (
+        np.bincount(np.ravel(r.indices_BTC), minlength=E)[:E].max() for r in (balanced, greedy)
+    )
     assert worst_balanced < 0.6 * worst_greedy and worst_balanced < 1.7 * valid.sum() / E
     chosen = np.take_along_axis(x, np.minimum(balanced.indices_BTC, E - 1), -1)[valid]
     np.testing.assert_allclose(np.asarray(balanced.weights_BTC)[valid], 1 / (1 + np.exp(-chosen)), rtol=1e-5)
@@ -250,11 +261,15 @@ def test_hash_depends_on_the_id_alone_and_spreads_the_ids():
     valid = np.ones(ids.shape, bool)
     indices = np.asarray(routed(config, None, valid, ids_BT=ids).indices_BTC)
     order = np.random.default_rng(0).permutation(ids.size)
-    moved = np.asarray(routed(config, None, valid, ids_BT=order.reshape(ids.shape).astype(np.int32), key=KEY).indices_BTC)
+    moved = np.asarray(
+        routed(config, None, valid, ids_BT=order.reshape(ids.shape).astype(np.int32), key=KEY).indices_BTC
+    )
     np.testing.assert_array_equal(moved.reshape(-1, 2), indices.reshape(-1, 2)[order])
     assert (indices[..., 0] != indices[..., 1]).all()
     pairs = np.bincount(np.ravel(indices[..., 0] * E + indices[..., 1]), minlength=E * E)
-    share = np.delete(pairs, np.arange(E) * (E + 1)) / ids.size  # each of the 30 ordered pairs as often: independent hashes
+    share = (
+        np.delete(pairs, np.arange(E) * (E + 1)) / ids.size
+    )  # each of the 30 ordered pairs as often: independent hashes
     assert np.abs(share - 1 / 30).max() < 5 * (1 / 30 / ids.size) ** 0.5
     routing = routed(config, None, valid, ids_BT=ids)
     assert (np.asarray(routing.weights_BTC) == 1.5).all() and (np.asarray(routing.log_total_BT) == 0).all()
@@ -330,7 +345,9 @@ def layer(config: MoEConfig):
 
 @pytest.mark.parametrize("router", CAUSAL)
 def test_later_tokens_change_nothing_and_a_nan_stays_where_it_is(router):
-    f, x, ids = layer(MoEConfig(**{"num_experts": 4, "hidden_dim": 5, "router": router, "capacity_factor": 1.0, **CAUSAL[router]}))
+    f, x, ids = layer(
+        MoEConfig(**{"num_experts": 4, "hidden_dim": 5, "router": router, "capacity_factor": 1.0, **CAUSAL[router]})
+    )
     out, stats = f(x, ids)
     assert router == "dense" or stats.dropped > 0  # a capacity that bites
     later = np.arange(T)[:, None] > 2
@@ -352,7 +369,9 @@ def test_expert_choice_leaks_later_tokens_and_shows_a_nan():
     out, _ = f(x, ids)
     later = np.arange(T)[:, None] > 2
     other, _ = f(np.where(later, 3 - x, x), ids)
-    assert (np.asarray(out)[:, :3] != np.asarray(other)[:, :3]).any(), "no leak: the refusal in decoders would have no reason"
+    assert (np.asarray(out)[:, :3] != np.asarray(other)[:, :3]).any(), (
+        "no leak: the refusal in decoders would have no reason"
+    )
     bad = x.copy()
     bad[0, 1, 3] = np.nan
     out, stats = f(bad, ids)
@@ -373,7 +392,9 @@ def test_sinkhorn_leaks_in_training_alone():
 @pytest.mark.parametrize("router", sorted({*CAUSAL, "expert_choice"} - {"hash", "random"}))  # these have no logits
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_logit_that_is_not_finite_marks_its_token_alone(router, poison):
-    config = MoEConfig(E, {"switch": 1, "dense": E}.get(router, 2), router=router, bias_rate=0.1 if router == "top_k" else None)
+    config = MoEConfig(
+        E, {"switch": 1, "dense": E}.get(router, 2), router=router, bias_rate=0.1 if router == "top_k" else None
+    )
     x, valid = some(7)[0], np.ones((B, T), bool)
     x[0, 1, 2] = poison
     noise = np.zeros_like(x)
@@ -387,7 +408,8 @@ def test_a_logit_that_is_not_finite_marks_its_token_alone(router, poison):
         assert not np.isfinite(routed(config, x, valid, noise_BTE=noise, key=KEY).weights_BTC[1, 2]).any()
 
 
-# ---------------------------------------------------------------------------------------------------- precision and noise
+# ---------------------------------------------------------------------------------------------------- precision and
+# noise
 
 
 def test_a_bfloat16_router_changes_choices_and_a_float32_one_does_not():
@@ -401,7 +423,9 @@ def test_a_bfloat16_router_changes_choices_and_a_float32_one_does_not():
         flips[dtype] = (np.asarray(routing.indices_BTC)[..., 0] != exact).mean()
         as_bfloat16 = routing.probs_BTE.astype(jnp.bfloat16).astype(jnp.float32)
         assert (as_bfloat16 == routing.probs_BTE).all() == (dtype == "bfloat16")
-        np.testing.assert_allclose(routing.probs_BTE, softmax(x.astype(np.float64)), rtol=0.06 if dtype == "bfloat16" else 1e-5)
+        np.testing.assert_allclose(
+            routing.probs_BTE, softmax(x.astype(np.float64)), rtol=0.06 if dtype == "bfloat16" else 1e-5
+        )
         log_total = np.log(np.exp(x.astype(np.float64)).sum(-1))
         np.testing.assert_allclose(routing.log_total_BT, log_total, rtol=0.02 if dtype == "bfloat16" else 1e-6)
     assert flips["float32"] == 0 and 0.001 < flips["bfloat16"] < 0.1
@@ -469,9 +493,15 @@ def test_soft_moe_over_a_mesh():
     alone = run(given, valid)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))
     rows = rules.spec("activations", ("batch", "sequence", None))
-    weights = [rules.spec("weights", ("expert", "embed", None, "mlp")), rules.spec("weights", ("expert", "mlp", "embed"))]
+    weights = [
+        rules.spec("weights", ("expert", "embed", None, "mlp")),
+        rules.spec("weights", ("expert", "mlp", "embed")),
+    ]
     with use_mesh(mesh):
-        put = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(given, [rows, rows, *weights], strict=True)]
+        put = [
+            jax.device_put(x, jax.NamedSharding(mesh, spec))
+            for x, spec in zip(given, [rows, rows, *weights], strict=True)
+        ]
         spread = run(put, jax.device_put(valid, jax.NamedSharding(mesh, P(*rows[:2]))))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=1e-5)

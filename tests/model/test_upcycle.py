@@ -21,9 +21,12 @@ RULES = ShardingRules()
 DENSE = tiny_config(mlp=MLPConfig(hidden_dim=48))
 BIASED = replace(DENSE, mlp=MLPConfig(hidden_dim=48, bias=True))
 DEEP = tiny_config(
-    num_layers=5, tied_embeddings=True, norm=NormConfig("layernorm", bias=True, placement="sandwich"),
-    attention=replace(TINY_ATTENTION, qk_norm="head", sinks=True, layers=("global", "sliding")), mlp=MLPConfig("relu2", 48),
-)  # fmt: skip
+    num_layers=5,
+    tied_embeddings=True,
+    norm=NormConfig("layernorm", bias=True, placement="sandwich"),
+    attention=replace(TINY_ATTENTION, qk_norm="head", sinks=True, layers=("global", "sliding")),
+    mlp=MLPConfig("relu2", 48),
+)
 FINE = MoEConfig(num_experts=8, top_k=4, hidden_dim=24)
 tokens_BT = np.random.default_rng(0).integers(0, 64, (2, 17)).astype(np.int32)
 
@@ -45,7 +48,10 @@ def with_experts(dense: ModelConfig, moe: MoEConfig, seed: int = 1) -> Transform
         (DENSE, MoEConfig(num_experts=4, top_k=2, hidden_dim=48, router="hash", dispatch="dense", scale=0.5)),
         # Layers of both kinds in a scanned unit and after it; shards of a plain activation.
         (DEEP, MoEConfig(num_experts=12, top_k=6, hidden_dim=16, layers=("dense", "moe"), dispatch="dense")),
-        (BIASED, replace(FINE, weights="sigmoid_renormalized", scale=2.5, groups=(2, 1), bias_rate=0.01, dispatch="dense")),
+        (
+            BIASED,
+            replace(FINE, weights="sigmoid_renormalized", scale=2.5, groups=(2, 1), bias_rate=0.01, dispatch="dense"),
+        ),
         (DENSE, replace(FINE, router="dense", top_k=8, dispatch="dense")),
     ],
     ids=["copies", "hash", "mixed_layers", "deepseek", "dense_router"],
@@ -98,14 +104,20 @@ def test_on_a_mesh_weights_and_layout_are_those_of_a_network_born_there():
         ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "set it to 0"]),
         ({"moe": replace(FINE, capacity_factor=1.5)}, ["model.moe.capacity_factor = 1.5", "none"]),
         ({"moe": replace(FINE, weights="softmax")}, ["model.moe.weights = 'softmax'", "renormalized"]),
-        ({"moe": MoEConfig(hidden_dim=48, top_k=1, weights="softmax")}, ["model.moe.weights = 'softmax'", "model.moe.top_k = 2"]),
+        (
+            {"moe": MoEConfig(hidden_dim=48, top_k=1, weights="softmax")},
+            ["model.moe.weights = 'softmax'", "model.moe.top_k = 2"],
+        ),
         ({"moe": replace(FINE, router="switch", top_k=1)}, ["model.moe.router = 'switch'", "top_k"]),
         ({"moe": replace(FINE, router="hash")}, ["model.moe.router = 'hash'", "of width 48"]),
         ({"moe": replace(FINE, hidden_dim=20)}, ["model.moe.hidden_dim = 20", "48, 24, 16, 12"]),
         ({"moe": replace(FINE, num_experts=7)}, ["model.moe.num_experts = 7", "like 8"]),
         ({"moe": replace(FINE, top_k=3)}, ["model.moe.top_k = 3", "like 4"]),
         ({"moe": replace(FINE, groups=(8, 4))}, ["model.moe.groups = (8, 4)", "(1, 1)"]),
-        ({"moe": FINE, "mlp": MLPConfig(hidden_dim=48, bias=True)}, ["model.mlp = ", "upcycling changes model.moe alone"]),
+        (
+            {"moe": FINE, "mlp": MLPConfig(hidden_dim=48, bias=True)},
+            ["model.mlp = ", "upcycling changes model.moe alone"],
+        ),
         ({"moe": FINE, "attention": AttentionConfig()}, ["model.attention = "]),
     ],
 )

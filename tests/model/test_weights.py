@@ -46,12 +46,17 @@ def test_the_gradient_of_a_weight_gathered_inside_shard_map_is_reduced_where_it_
             return jnp.einsum("nd,edgf->ngf", x, gather_weight(w, spread))
 
         rows = P(("data", "fsdp"), None)
-        y = jax.shard_map(local, in_specs=(spec, rows), out_specs=P(("data", "fsdp"), None, None), check_vma=False)(w, x)
+        y = jax.shard_map(local, in_specs=(spec, rows), out_specs=P(("data", "fsdp"), None, None), check_vma=False)(
+            w, x
+        )
         return (y**2).sum()
 
     expected = jax.grad(lambda w: (jnp.einsum("nd,edgf->ngf", x, w) ** 2).sum())(w)
     with use_mesh(mesh):
-        arrays = jax.device_put(w, NamedSharding(mesh, spec)), jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"), None)))
+        arrays = (
+            jax.device_put(w, NamedSharding(mesh, spec)),
+            jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"), None))),
+        )
         gradient = jax.jit(jax.grad(loss))(*arrays)
     assert gradient.sharding == arrays[0].sharding
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)

@@ -48,7 +48,8 @@ def test_bundles_says_what_failed():
 def test_regions_are_read_with_their_place_and_share(tmp_path):
     (tmp_path / "1-kernel.1-00-post-bundle-packing-post-ra.txt").write_text(
         "$region0: #{kernel.1}\n  // region range: [0, 4)\n  $region7: #{kernel.1} parent=0 // loop_body\n"
-        "    #allocation5 [shape = 'u8[16]{0}', space=vmem, size = 0x10, offset = 0x20, scoped]\n    // region range: [1, 3)\n"
+        "    #allocation5 [shape = 'u8[16]{0}', space=vmem, size = 0x10, offset = 0x20, scoped]\n    // region range: "
+        "[1, 3)\n"
     )
     rows = ["0 0 0 0 0 0 0 0 0 0 2", "2 0 0 4 0 0 1 1 0 0 0", "0 0 0 2 0 0 0 0 1 1 0", "0 0 0 0 0 0 0 0 0 0 0"]
     (tmp_path / "1-kernel.1-01-pre-delay_hlo-static-per-bundle-utilization.txt").write_text(

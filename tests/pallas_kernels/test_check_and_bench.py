@@ -28,7 +28,9 @@ def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsy
     told = capsys.readouterr().out
     assert told.count("xla") == 2 and "all 2 within bounds" in told and "decode_attention: no kernel for cpu" in told
 
-    monkeypatch.setattr(check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)])
+    monkeypatch.setattr(
+        check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)]
+    )
     assert check.main() == 1
     assert "2 of 2 too large" in capsys.readouterr().out
 
@@ -66,13 +68,20 @@ def test_the_check_knows_its_operations_and_a_defect_from_a_refusal(monkeypatch,
 
 def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
     contest = bench.Contest(
-        "add", 1e9, 4e6, "float32", (jnp.ones(1000),),
-        {"ours": lambda x: x + 1, "theirs": lambda x: x.reshape(7)}, lambda result: float(abs(np.asarray(result) - 2).max()),
-    )  # fmt: skip
+        "add",
+        1e9,
+        4e6,
+        "float32",
+        (jnp.ones(1000),),
+        {"ours": lambda x: x + 1, "theirs": lambda x: x.reshape(7)},
+        lambda result: float(abs(np.asarray(result) - 2).max()),
+    )
     ours, theirs = bench.measure(contest, rounds=3, seconds=0.001)
     assert ours["seconds"] > 0 and ours["error"] == 0 and "refused" not in ours
     assert "reshape" in theirs["refused"] and "seconds" not in theirs
-    lines = list(bench.table([{**ours, "dtype": "float32"}, {**theirs, "dtype": "float32"}], {"float32": 1e12, "copy": 1e9}))
+    lines = list(
+        bench.table([{**ours, "dtype": "float32"}, {**theirs, "dtype": "float32"}], {"float32": 1e12, "copy": 1e9})
+    )
     share = 4e6 / 1e9 / ours["seconds"]
     assert f"{share:.0%}" in lines[2] and "refused" in lines[3]
 
@@ -87,7 +96,9 @@ def test_a_defect_of_ours_is_no_refusal():
         bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), {"ours: xla": broken}), 1, 0.001)
 
 
-@pytest.mark.parametrize("case", [*SMALL, Case("packed", T=32, S=32, segments=3), Case("full", T=8, S=8, mask=Mask(causal=False))])
+@pytest.mark.parametrize(
+    "case", [*SMALL, Case("packed", T=32, S=32, segments=3), Case("full", T=8, S=8, mask=Mask(causal=False))]
+)
 def test_the_bench_counts_pairs_and_sees_errors(case):
     arrays, kwargs = case.arguments()
     segments = kwargs.get("segment_ids")

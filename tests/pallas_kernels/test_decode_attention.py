@@ -104,7 +104,9 @@ def check(case: Case, implementation: str, seed: int = 0, **others) -> None:
     out, lse = run(case, implementation, seed, **others)
     expected, expected_lse = formula(case, seed)
     assert out.dtype == case.dtype and lse.dtype == np.float32
-    np.testing.assert_allclose(out.astype(np.float64), expected, atol=TOLERANCE[case.dtype] * 3, rtol=TOLERANCE[case.dtype])
+    np.testing.assert_allclose(
+        out.astype(np.float64), expected, atol=TOLERANCE[case.dtype] * 3, rtol=TOLERANCE[case.dtype]
+    )
     blind = expected_lse == MASKED
     np.testing.assert_array_equal(lse[blind], np.float32(MASKED))
     logit_error = 2e-6 if np.dtype(case.dtype) == np.float32 else 1e-5  # logits are float32 sums of exact products
@@ -189,9 +191,12 @@ def test_the_caches_of_idle_rows_are_not_read():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    length=st.integers(0, 700), T=st.integers(1, 16), window=st.none() | st.integers(1, 300), block=st.sampled_from((16, 128)),
+    length=st.integers(0, 700),
+    T=st.integers(1, 16),
+    window=st.none() | st.integers(1, 300),
+    block=st.sampled_from((16, 128)),
     parts=st.integers(1, 5),
-)  # fmt: skip
+)
 def test_parts_cover_what_is_seen_and_nothing_else(length, T, window, block, parts):
     spec = Spec(T, 1.0, window, None, parts, False)
     ranges = [tuple(int(x) for x in block_range(spec, np.int32(length), block, part)) for part in range(parts)]
@@ -233,9 +238,15 @@ def test_sinks_go_to_one_part_of_a_cache():
     sinks = a.pop("sinks_N")
     halves = []
     for start, extra in ((0, {"sinks_N": sinks}), (32, {})):
-        part = {**a, **{f"{x}_cache": a[f"{x}_cache"][:, :, start : start + 32] for x in "kv"}, "lengths_B": jnp.array([32])}
+        part = {
+            **a,
+            **{f"{x}_cache": a[f"{x}_cache"][:, :, start : start + 32] for x in "kv"},
+            "lengths_B": jnp.array([32]),
+        }
         halves.append(compiled("reference", False)({**part, **extra}))
-    out, lse = jax.jit(merge_parts)(*(jnp.stack(x) for x in ([h[0][:, 0] for h in halves], [h[1][..., 0] for h in halves])))
+    out, lse = jax.jit(merge_parts)(
+        *(jnp.stack(x) for x in ([h[0][:, 0] for h in halves], [h[1][..., 0] for h in halves]))
+    )
     np.testing.assert_allclose(out, whole[0][:, 0], atol=1e-6)
     np.testing.assert_allclose(lse, whole[1][..., 0], rtol=1e-6)
 
@@ -248,4 +259,6 @@ def test_parts_asked_of_no_kernel_in_particular_are_the_reference_where_there_is
     with pytest.raises(ValueError, match="the reference has no parts"):
         decode_attention(q, k, v, lengths, splits=2, implementation="reference")
     dirty = v.at[0, :, 3:].set(1e30)  # finite, unseen: a promise kept gives the same numbers
-    np.testing.assert_array_equal(decode_attention(q, k, dirty, lengths, finite=True), decode_attention(q, k, v, lengths))
+    np.testing.assert_array_equal(
+        decode_attention(q, k, dirty, lengths, finite=True), decode_attention(q, k, v, lengths)
+    )

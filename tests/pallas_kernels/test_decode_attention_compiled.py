@@ -24,7 +24,9 @@ QUICK = {
     "v6e": ("llama_pages_of_16", "head_dim_96_features"),
 }
 TPU_CASES = [
-    pytest.param(name, case, id=f"{name}-{case.name}", marks=() if case.name in QUICK.get(name, ()) else pytest.mark.slow)
+    pytest.param(
+        name, case, id=f"{name}-{case.name}", marks=() if case.name in QUICK.get(name, ()) else pytest.mark.slow
+    )
     for name in TOPOLOGIES
     for case in SIZES
 ]
@@ -101,7 +103,9 @@ def test_vmem_is_within_what_a_kernel_is_given(case):
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=() if n in (1, 3, 6) else pytest.mark.slow) for n, c in enumerate(SIZES)]
 )
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # jax 0.12; it is there up to 0.12 at least
+@pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated"
+)  # jax 0.12; it is there up to 0.12 at least
 def test_lowers_for_nvidia(case):
     with on_gpu():
         lowered = jax.jit(lambda arrays: decode_attention(**arrays, **case.choices())).trace(case.shapes())
@@ -158,7 +162,9 @@ def test_refuses_what_a_kernel_cannot_run():
     refused(replace(small, dtype="float16"), "no float16 arithmetic; use bfloat16", implementation="tpu")
     refused(replace(small, S=250), "slots of a row = 250: must be a multiple of 8", implementation="tpu")
     refused(replace(small, S=240, page=20), "page_size = 20: must be a multiple of 8", implementation="tpu")
-    refused(replace(small, B=64, S=1 << 15, page=8), "page_table_BP of 1048576 bytes: scalar memory", implementation="tpu")
+    refused(
+        replace(small, B=64, S=1 << 15, page=8), "page_table_BP of 1048576 bytes: scalar memory", implementation="tpu"
+    )
     refused(replace(small, N=2048, T=16, H=256, V=256), "MiB of VMEM", implementation="tpu")
     refused(replace(small, H=320, V=64), "head dimensions of 320 and 64: at most 256", implementation="gpu")
     refused(replace(small, B=48, S=1 << 20, cache="int8"), "between 2\\*\\*31 and 2\\*\\*32", implementation="gpu")

@@ -29,7 +29,11 @@ from pallas_kernels.flash_attention.triton_kernels import UNSEEN
 
 TINY = [replace(c, T=min(c.T, 96), S=min(c.S, 96 if c.T == c.S else 150)) for c in CASES if c.name != "chunked_prefill"]
 TINY = [replace(c, mask=replace(c.mask, block_shape=(32, 32))) if c.blocks else c for c in TINY]
-TINY += [Case("chunked_prefill", T=30, S=100, offset=70), Case("sees_nothing_within_a_tile", T=64, S=64, offset=-40), Case("padded_tiles", T=50, S=70, mask=Mask(causal=False))]
+TINY += [
+    Case("chunked_prefill", T=30, S=100, offset=70),
+    Case("sees_nothing_within_a_tile", T=64, S=64, offset=-40),
+    Case("padded_tiles", T=50, S=70, mask=Mask(causal=False)),
+]
 TILES = Tiles(q=32, k=32)
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}  # of the largest entry
 
@@ -50,8 +54,14 @@ def seen_pairs(case, kwargs):
                 row &= (slot - keys < mask.window) & (keys - slot < mask.window)
             if mask.strided is not None:
                 s = mask.strided
-                place, places = (slot, keys) if "positions" not in kwargs else (p[b][i] for p, i in zip(kwargs["positions"], (t, keys), strict=True))
-                row &= (abs(place // s.size - places // s.size) < s.local) | (places // s.size % s.stride == s.stride - 1)
+                place, places = (
+                    (slot, keys)
+                    if "positions" not in kwargs
+                    else (p[b][i] for p, i in zip(kwargs["positions"], (t, keys), strict=True))
+                )
+                row &= (abs(place // s.size - places // s.size) < s.local) | (
+                    places // s.size % s.stride == s.stride - 1
+                )
             if "prefix_BS" in kwargs:
                 row |= kwargs["prefix_BS"][b]
             if "segment_ids" in kwargs:
@@ -64,7 +74,8 @@ def seen_pairs(case, kwargs):
 
 
 def formula(case, kwargs, q, k, v, bias, sinks):
-    """Output and log-sum-exp of float64 arrays as the formula says them: a sink is one more key, whose value is zero."""
+    """Output and log-sum-exp of float64 arrays as the formula says them: a sink is one more key, whose value is
+    zero."""
     group = case.N // case.K
     logits = case.H**-0.5 * jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, group, axis=2))
     if case.softcap:
@@ -97,7 +108,10 @@ def expected(case):
     with jax.enable_x64(True):
         # What an implementation gets are the rounded inputs.
         wide = [jnp.asarray(jnp.asarray(x, case.dtype), jnp.float64) for x in arrays]
-        wide += [None if (x := kwargs.get(name)) is None else jnp.asarray(x, jnp.float64) for name in ("bias_BNTS", "sinks_N")]
+        wide += [
+            None if (x := kwargs.get(name)) is None else jnp.asarray(x, jnp.float64)
+            for name in ("bias_BNTS", "sinks_N")
+        ]
 
         def loss(*arrays):
             out, lse, blind = formula(case, kwargs, *arrays)
@@ -116,7 +130,15 @@ def actual(case, cotangents, blind, implementation, tiles):
 
     def loss(q, k, v, bias, sinks):
         out, lse = flash_attention(
-            q, k, v, bias_BNTS=bias, sinks_N=sinks, **kwargs, implementation=implementation, tiles=tiles, return_lse=True
+            q,
+            k,
+            v,
+            bias_BNTS=bias,
+            sinks_N=sinks,
+            **kwargs,
+            implementation=implementation,
+            tiles=tiles,
+            return_lse=True,
         )
         return (out.astype(jnp.float32) * dout).sum() + jnp.where(blind, 0.0, lse * dlse).sum(), (out, lse)
 
@@ -127,10 +149,20 @@ def actual(case, cotangents, blind, implementation, tiles):
 
 
 # Sizes of a head, which these two implementations leave to XLA, and pairs of features that other cases have.
-SLOW = ("head_dim_80", "head_dim_96", "head_dim_128", "head_dim_256", "multi_query", "all_together_bfloat16", "window_head_dim_48")
+SLOW = (
+    "head_dim_80",
+    "head_dim_96",
+    "head_dim_128",
+    "head_dim_256",
+    "multi_query",
+    "all_together_bfloat16",
+    "window_head_dim_48",
+)
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c.name in SLOW else ()) for c in TINY], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c.name in SLOW else ()) for c in TINY], ids=lambda c: c.name
+)
 def test_output_and_gradients_are_those_of_the_formula_in_float64(case):
     exact, blind, cotangents = expected(case)
     for implementation in ("reference", "xla"):
@@ -141,7 +173,13 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(case):
             if y is None:
                 continue
             assert np.isfinite(x).all(), name
-            np.testing.assert_allclose(x, y, rtol=0, atol=TOLERANCE[case.dtype] * max(abs(y[y > MASKED / 2]).max(initial=0), 1e-3), err_msg=name)
+            np.testing.assert_allclose(
+                x,
+                y,
+                rtol=0,
+                atol=TOLERANCE[case.dtype] * max(abs(y[y > MASKED / 2]).max(initial=0), 1e-3),
+                err_msg=name,
+            )
 
 
 masks = st.builds(
@@ -154,16 +192,27 @@ masks = st.builds(
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    mask=masks, T=st.integers(1, 60), S=st.integers(1, 60), offset=st.integers(-20, 60), segments=st.integers(0, 4),
-    prefix=st.integers(0, 20), tile_q=st.sampled_from([8, 16, 24]), tile_k=st.sampled_from([8, 16, 24]), seed=st.integers(0, 99),
-)  # fmt: skip
+    mask=masks,
+    T=st.integers(1, 60),
+    S=st.integers(1, 60),
+    offset=st.integers(-20, 60),
+    segments=st.integers(0, 4),
+    prefix=st.integers(0, 20),
+    tile_q=st.sampled_from([8, 16, 24]),
+    tile_k=st.sampled_from([8, 16, 24]),
+    seed=st.integers(0, 99),
+)
 def test_tiles_called_empty_or_full_are(mask, T, S, offset, segments, prefix, tile_q, tile_k, seed):
     segments = segments if segments < min(T, S) else 0
-    case = Case("", T=T, S=S, N=1, K=1, mask=mask, offset=offset, segments=segments, positions=bool(segments), prefix=prefix)
+    case = Case(
+        "", T=T, S=S, N=1, K=1, mask=mask, offset=offset, segments=segments, positions=bool(segments), prefix=prefix
+    )
     _, kwargs = case.arguments(seed)
     ids, places = kwargs.get("segment_ids", (None, None)), kwargs.get("positions", (None, None))
     data = MaskData(offset, *ids, *places, kwargs.get("prefix_BS"))
-    kinds = np.asarray(jax.jit(lambda: tile_kinds(mask, data, T, S, tile_q, tile_k))())  # at once, or each step compiles
+    kinds = np.asarray(
+        jax.jit(lambda: tile_kinds(mask, data, T, S, tile_q, tile_k))()
+    )  # at once, or each step compiles
     if not segments and not prefix:
         assert isinstance(tile_kinds(mask, MaskData(offset), T, S, tile_q, tile_k), np.ndarray)
     padded = np.zeros((-(-T // tile_q) * tile_q, -(-S // tile_k) * tile_k), bool)
@@ -196,7 +245,11 @@ def test_parts_of_the_keys_give_parts_of_the_gradients(implementation):
         )
         for i in (0, 1)
     ]
-    for x, y in zip((parts[0][0] + parts[1][0], *(jnp.concatenate(p, 1) for p in list(zip(*parts, strict=True))[1:])), whole, strict=True):
+    for x, y in zip(
+        (parts[0][0] + parts[1][0], *(jnp.concatenate(p, 1) for p in list(zip(*parts, strict=True))[1:])),
+        whole,
+        strict=True,
+    ):
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
@@ -211,7 +264,10 @@ def test_memory_grows_with_the_length_not_with_its_square():
 
 
 def test_dropout_keeps_the_stated_share_and_is_a_function_of_its_counters():
-    index = [jnp.arange(n, dtype=jnp.int32).reshape(s) for n, s in ((4, (4, 1, 1, 1)), (4, (4, 1, 1)), (128, (128, 1)), (128, (1, 128)))]
+    index = [
+        jnp.arange(n, dtype=jnp.int32).reshape(s)
+        for n, s in ((4, (4, 1, 1, 1)), (4, (4, 1, 1)), (128, (128, 1)), (128, (1, 128)))
+    ]
     kept = np.asarray(keep(jnp.int32(3), *index, 0.3))
     assert abs(kept.mean() - 0.7) < 4 * (0.21 / kept.size) ** 0.5
     for axis in range(4):  # no row, head, query or key is a copy of its neighbour
@@ -236,7 +292,10 @@ KV = jnp.zeros((2, 16, 2, 8))
         ({"mask": Mask(window=0)}, "mask.window = 0"),
         ({"mask": Mask(strided=Strided(0, 1, 1))}, "mask.strided"),
         ({"mask": Mask(block_shape=(8, 8))}, "blocks_BNIJ and mask.block_shape"),
-        ({"mask": Mask(block_shape=(8, 8)), "blocks_BNIJ": jnp.ones((2, 4, 2, 3), bool)}, r"must be \(1 or 2, 1 or 4, 2, 2\)"),
+        (
+            {"mask": Mask(block_shape=(8, 8)), "blocks_BNIJ": jnp.ones((2, 4, 2, 3), bool)},
+            r"must be \(1 or 2, 1 or 4, 2, 2\)",
+        ),
         ({"softcap": 0.0}, "softcap = 0.0"),
         ({"dropout": 1.0}, "dropout = 1.0"),
         ({"dropout": 0.5}, "needs seed"),
@@ -250,7 +309,7 @@ KV = jnp.zeros((2, 16, 2, 8))
         ({"tiles": Tiles(q=12)}, "tiles.q = 12"),
         ({"implementation": "cuda"}, "unknown; use one of tpu"),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_what_does_not_fit(change, words):
     with pytest.raises(ValueError, match=words):
         flash_attention(**{"q_BTNH": X, "k_BSKH": KV, "v_BSKV": KV, **change})
@@ -274,7 +333,11 @@ def test_unseen_logits_vanish_however_a_product_is_rounded(head_dim):
 
 def test_the_order_of_implementations_leaves_out_gpus_that_triton_does():
     assert best_implementation("gpu", "NVIDIA H100 80GB HBM3") == ("triton", "xla")
-    assert best_implementation("gpu", "Tesla V100-SXM2-16GB") == best_implementation("gpu", "AMD Instinct MI300X") == ("xla",)
+    assert (
+        best_implementation("gpu", "Tesla V100-SXM2-16GB")
+        == best_implementation("gpu", "AMD Instinct MI300X")
+        == ("xla",)
+    )
     assert best_implementation("tpu", "TPU v5 lite") == ("tpu", "xla") and best_implementation("cpu", "cpu") == ("xla",)
 
 

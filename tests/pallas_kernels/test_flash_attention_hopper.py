@@ -1,4 +1,5 @@
-"""The Hopper kernels: run by jax's Mosaic GPU interpreter against the reference, and lowered for CUDA; neither needs a GPU.
+"""The Hopper kernels: run by jax's Mosaic GPU interpreter against the reference, and lowered for CUDA; neither needs a
+GPU.
 
 Interpreting costs seconds a block of the grid, so the cases run by default hold many features in few blocks.
 """
@@ -30,7 +31,8 @@ RUNNABLE = [
 ]
 SMALL = Case("small", T=100, S=180, N=2, K=1, V=128, dtype="bfloat16", mask=Mask(window=110), offset=70, segments=3,
              alibi=True, softcap=5.0, sinks=True, dropout=0.1)  # fmt: skip
-# 64 keys in the last tile, FULL, PARTIAL and EMPTY tiles, rows that see nothing; data that decides beside what is static.
+# 64 keys in the last tile, FULL, PARTIAL and EMPTY tiles, rows that see nothing; data that decides beside what is
+# static.
 PLAIN = Case("plain", B=1, T=192, S=320, N=1, K=1, dtype="float16", offset=(-40,))
 SPARSE = Case("sparse", T=256, S=256, N=1, K=1, dtype="bfloat16", segments=2, positions=True, prefix=20, blocks=0.6,
               mask=Mask(strided=Strided(16, 2, 4), block_shape=(128, 128)))  # fmt: skip
@@ -53,7 +55,8 @@ def arrays(case, seed=0):
 
 
 def run(case, implementation, gradient, tiles=None, seed=0):
-    """{out, lse} or {dq, dk, dv, dsinks} as float32 NumPy, where `out` and `lse` both have a cotangent; the reference in
+    """{out, lse} or {dq, dk, dv, dsinks} as float32 NumPy, where `out` and `lse` both have a cotangent; the reference
+    in
     float32 on the same 16-bit inputs."""
     (q, k, v), kwargs = arrays(case, seed)
     if implementation == "reference":

@@ -1,4 +1,5 @@
-"""The TPU kernels of flash attention: interpreted against the formula, compiled for every generation, races looked for."""
+"""The TPU kernels of flash attention: interpreted against the formula, compiled for every generation, races looked
+for."""
 
 import functools
 import itertools
@@ -18,8 +19,8 @@ from pallas_kernels.flash_attention.shapes import CASES, Case
 from pallas_kernels.flash_attention.spec import Extra, Spec
 
 SMALL = Tiles(q=128, k=128, q_dkv=128, k_dkv=128)
-# Largest error relative to the largest entry. bfloat16: out and gradients are rounded to 2^-9 of themselves, weights before
-# they meet the values, and so is what the gradients are made of.
+# Largest error relative to the largest entry. bfloat16: out and gradients are rounded to 2^-9 of themselves, weights
+# before they meet the values, and so is what the gradients are made of.
 BOUNDS = {"float32": (2e-5, 2e-5), "float16": (1e-3, 2e-3), "bfloat16": (8e-3, 2e-2)}
 FAST = ("causal", "strided_packed", "multi_query", "head_dim_80", "all_together_bfloat16")
 RUNNABLE = [case for case in CASES if not case.bias]

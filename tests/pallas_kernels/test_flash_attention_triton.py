@@ -92,11 +92,22 @@ def calls(draw):
     strided = draw(st.none() | st.builds(Strided, st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)))
     mask = Mask(draw(st.booleans()), draw(st.none() | st.integers(1, 40)), strided)
     return Case(
-        "drawn", B=draw(st.integers(1, 2)), T=T, S=S, N=K * G, K=K, H=draw(st.sampled_from((8, 16, 24))), V=16, mask=mask,
+        "drawn",
+        B=draw(st.integers(1, 2)),
+        T=T,
+        S=S,
+        N=K * G,
+        K=K,
+        H=draw(st.sampled_from((8, 16, 24))),
+        V=16,
+        mask=mask,
         offset=max(0, S - T) if draw(st.booleans()) else draw(st.integers(-20, 20)),
-        prefix=draw(st.integers(0, S)), segments=draw(st.integers(0, min(3, S))), sinks=draw(st.booleans()),
-        softcap=draw(st.sampled_from((None, 3.0))), alibi=draw(st.booleans()),
-    )  # fmt: skip
+        prefix=draw(st.integers(0, S)),
+        segments=draw(st.integers(0, min(3, S))),
+        sinks=draw(st.booleans()),
+        softcap=draw(st.sampled_from((None, 3.0))),
+        alibi=draw(st.booleans()),
+    )
 
 
 @pytest.mark.slow
@@ -220,10 +231,13 @@ def test_parts_cover_a_dimension(size, most):
         ({"tiles": Tiles(k_dq=48)}, "tiles.k_dq = 48"),
         ({"tiles": Tiles(q=8)}, "tiles.q = 8"),
         ({"mask": Mask(block_shape=(24, 16)), "blocks_BNIJ": jnp.ones((1, 1, 2, 2), bool)}, "block_shape"),
-        ({"mask": Mask(block_shape=(32, 32)), "blocks_BNIJ": jnp.ones((1, 1, 1, 1), bool), "tiles": Tiles(k_dkv=64)}, "k_dkv"),
+        (
+            {"mask": Mask(block_shape=(32, 32)), "blocks_BNIJ": jnp.ones((1, 1, 1, 1), bool), "tiles": Tiles(k_dkv=64)},
+            "k_dkv",
+        ),
         ({"H": 320}, "at most 256"),
     ],
-)  # fmt: skip
+)
 def test_refuses_what_it_cannot_run(change, wanted):
     q = jnp.zeros((1, 32, 2, change.get("H", 16)))
     kwargs = {name: x for name, x in change.items() if name != "H"}
@@ -234,11 +248,32 @@ def test_refuses_what_it_cannot_run(change, wanted):
 LOWERED = [
     replace(case, name=f"{case.name}_{dtype}", dtype=dtype)
     for case, dtype in (
-        (Case("causal", N=4, K=2, H=128, V=128), "bfloat16"), (Case("widest", H=256, V=256, T=200, S=300), "float32"),
-        (Case("everything", B=2, T=200, S=330, N=4, K=2, H=80, V=64, offset=(130, 7), segments=3, positions=True, prefix=20,
-              mask=Mask(window=150, strided=Strided(16, 2, 4)), alibi=True, softcap=5.0, sinks=True, dropout=0.1), "float16"),
+        (Case("causal", N=4, K=2, H=128, V=128), "bfloat16"),
+        (Case("widest", H=256, V=256, T=200, S=300), "float32"),
+        (
+            Case(
+                "everything",
+                B=2,
+                T=200,
+                S=330,
+                N=4,
+                K=2,
+                H=80,
+                V=64,
+                offset=(130, 7),
+                segments=3,
+                positions=True,
+                prefix=20,
+                mask=Mask(window=150, strided=Strided(16, 2, 4)),
+                alibi=True,
+                softcap=5.0,
+                sinks=True,
+                dropout=0.1,
+            ),
+            "float16",
+        ),
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)

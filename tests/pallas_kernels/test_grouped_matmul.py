@@ -38,7 +38,9 @@ def found(case: Case, arrays: dict, dout: np.ndarray, implementation: str | None
         out, pull = jax.vjp(lambda lhs, rhs: case.call(lhs, rhs, sizes, implementation=implementation), lhs, rhs)
         return out, *pull(dout)
 
-    return dict(zip(("out", "dlhs", "drhs"), jax.jit(both_ways)(**arrays, dout=jnp.asarray(dout, jnp.float32)), strict=True))
+    return dict(
+        zip(("out", "dlhs", "drhs"), jax.jit(both_ways)(**arrays, dout=jnp.asarray(dout, jnp.float32)), strict=True)
+    )
 
 
 def agree(case: Case, implementation: str | None, seed: int = 0, poison: bool = False) -> None:
@@ -48,7 +50,9 @@ def agree(case: Case, implementation: str | None, seed: int = 0, poison: bool = 
     if poison:
         arrays["lhs"], dout[after:] = arrays["lhs"].at[after:].set(jnp.nan), np.nan
     for name, x in found(case, arrays, dout, implementation).items():
-        np.testing.assert_allclose(x, wanted[name], atol=2e-6 * max(abs(wanted[name]).max(), 1e-6), rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            x, wanted[name], atol=2e-6 * max(abs(wanted[name]).max(), 1e-6), rtol=0, err_msg=name
+        )
 
 
 UNEVEN = (7, 0, 1, 20, 0)
@@ -57,7 +61,11 @@ UNEVEN = (7, 0, 1, 20, 0)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(
     "case",
-    [Case("plain", UNEVEN, K=12, N=9, after=5), Case("transpose", UNEVEN, K=12, N=9, transpose=True), Case("glu", UNEVEN, K=9, N=6, G=2)],
+    [
+        Case("plain", UNEVEN, K=12, N=9, after=5),
+        Case("transpose", UNEVEN, K=12, N=9, transpose=True),
+        Case("glu", UNEVEN, K=9, N=6, G=2),
+    ],
     ids=lambda case: case.name,
 )
 def test_is_each_row_times_the_matrix_of_its_group(case, implementation):
@@ -75,7 +83,9 @@ def test_rows_after_the_last_group_are_not_read():
     st.sampled_from((None, 2)), st.booleans(), st.sampled_from(("reference", "xla")),
 )  # fmt: skip
 def test_is_so_whatever_the_call(sizes, after, K, N, G, transpose, implementation):
-    case = Case("drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None)
+    case = Case(
+        "drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None
+    )
     agree(case, implementation, poison=implementation == "xla")
 
 
@@ -88,11 +98,16 @@ def test_none_takes_what_can_run_here():
 @pytest.mark.parametrize(
     ("platform", "kind", "first"),
     [
-        ("gpu", "NVIDIA H100 80GB HBM3", "triton"), ("cuda", "NVIDIA A100-SXM4-80GB", "triton"), ("gpu", "NVIDIA GeForce RTX 3090", "triton"),
-        ("gpu", "Tesla V100-SXM2-16GB", "xla"), ("gpu", "Tesla T4", "xla"), ("gpu", "NVIDIA GeForce RTX 2080 Ti", "xla"),
-        ("tpu", "TPU v5 lite", "tpu"), ("cpu", "cpu", "xla"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "triton"),
+        ("cuda", "NVIDIA A100-SXM4-80GB", "triton"),
+        ("gpu", "NVIDIA GeForce RTX 3090", "triton"),
+        ("gpu", "Tesla V100-SXM2-16GB", "xla"),
+        ("gpu", "Tesla T4", "xla"),
+        ("gpu", "NVIDIA GeForce RTX 2080 Ti", "xla"),
+        ("tpu", "TPU v5 lite", "tpu"),
+        ("cpu", "cpu", "xla"),
     ],
-)  # fmt: skip
+)
 def test_the_best_implementation_of_a_device(platform, kind, first):
     names = best_implementation(platform, kind)
     assert names[0] == first and names[-1] == "xla" and set(names) <= set(IMPLEMENTATIONS)
@@ -128,7 +143,9 @@ def test_refuses_what_does_not_fit(arguments, options, wanted):
         grouped_matmul(*arguments, **options)
 
 
-@pytest.mark.parametrize(("platform", "kind", "name"), [("gpu", "NVIDIA A100-SXM4-80GB", "triton"), ("tpu", "TPU v5 lite", "tpu")])
+@pytest.mark.parametrize(
+    ("platform", "kind", "name"), [("gpu", "NVIDIA A100-SXM4-80GB", "triton"), ("tpu", "TPU v5 lite", "tpu")]
+)
 def test_says_why_none_of_a_device_takes_the_call(platform, kind, name):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)

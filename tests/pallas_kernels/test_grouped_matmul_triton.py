@@ -54,7 +54,9 @@ def test_equals_the_reference_and_keeps_poison_out(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("unaligned", "glu_rows_after", "bfloat16_transpose")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("unaligned", "glu_rows_after", "bfloat16_transpose")], ids=str
+)
 def test_equals_the_reference_in_its_own_tiles(case):
     agree(outcome(case, "triton", poison=True), outcome(case, "reference"), case.dtype)
 
@@ -66,7 +68,9 @@ def test_equals_the_reference_in_its_own_tiles(case):
     st.sampled_from((None, 1, 2)), st.sampled_from((Tiles(16, 16, 16), Tiles(32, 16, 32))), st.booleans(),
 )  # fmt: skip
 def test_equals_the_reference_whatever_the_call(sizes, after, K, N, G, tiles, transpose):
-    case = Case("drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None)
+    case = Case(
+        "drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None
+    )
     # Of a single entry, a sum of products of order one that cancel, the rounding is not of the order of the result.
     agree(outcome(case, "triton", tiles, poison=True), outcome(case, "reference"), case.dtype, least=1.0)
 

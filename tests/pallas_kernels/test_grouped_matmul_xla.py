@@ -56,7 +56,10 @@ def test_groups_of_any_size(sizes, seed, poisoned):
         lhs[sizes.sum() :], clean[sizes.sum() :] = np.nan, 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(xla, "BLOCKS", (4, 2))
-        found = matmul_and_gradients(lhs, rhs, sizes, dout, "xla", transpose=True), glu_and_gradients(lhs, gates, sizes, dout, "xla")
+        found = (
+            matmul_and_gradients(lhs, rhs, sizes, dout, "xla", transpose=True),
+            glu_and_gradients(lhs, gates, sizes, dout, "xla"),
+        )
     expected = (
         matmul_and_gradients(clean, rhs, sizes, dout, "reference", transpose=True),
         glu_and_gradients(clean, gates, sizes, dout, "reference"),
@@ -67,7 +70,9 @@ def test_groups_of_any_size(sizes, seed, poisoned):
         assert not np.asarray(ours[2])[sizes == 0].any()
 
 
-@pytest.mark.parametrize("M, sizes", [(600, (0, 300, 1, 290)), (1, (0, 0, 1, 0)), (37, (0, 0, 0, 0)), (352, (16, 256, 64, 16))])
+@pytest.mark.parametrize(
+    "M, sizes", [(600, (0, 300, 1, 290)), (1, (0, 0, 1, 0)), (37, (0, 0, 0, 0)), (352, (16, 256, 64, 16))]
+)
 def test_blocks_of_real_size(M, sizes):
     lhs, rhs, dout = numbers(M, (M, K), (E, K, 1, N), (M, N))
     given = (lhs, rhs, np.array(sizes, np.int32), dout)
@@ -78,9 +83,14 @@ def test_tiles_say_the_rows_of_a_block():
     lhs, rhs, dout = numbers(0, (50, K), (E, K, N), (50, N))
     sizes = np.array([20, 0, 13, 17], np.int32)
     assert [xla._cuts(50, 2, rows) for rows in (None, 8, 32)] == [(50, 16), (8,), (32, 16)]
-    assert xla._cuts(16, 8, None) == (2,) and xla._cuts(8, 64, None) == (1,) and xla._cuts(3, 1, None) == (3,)  # decoding
+    assert (
+        xla._cuts(16, 8, None) == (2,) and xla._cuts(8, 64, None) == (1,) and xla._cuts(3, 1, None) == (3,)
+    )  # decoding
     assert [xla._cuts(16, 8, rows) for rows in (8, 32)] == [(8,), (16,)] and xla._cuts(64, 32, 32) == (32, 16)
-    same(matmul_and_gradients(lhs, rhs, sizes, dout, "xla", tiles=Tiles(m=8)), matmul_and_gradients(lhs, rhs, sizes, dout, "reference"))
+    same(
+        matmul_and_gradients(lhs, rhs, sizes, dout, "xla", tiles=Tiles(m=8)),
+        matmul_and_gradients(lhs, rhs, sizes, dout, "reference"),
+    )
     for tiles in (Tiles(n=8), Tiles(k=8)):
         with pytest.raises(ValueError, match=r"tiles\.[nk] = 8: .*rows alone"):
             grouped_matmul(lhs, rhs, sizes, tiles=tiles, implementation="xla")
@@ -92,7 +102,13 @@ def test_half_precision_sums_in_float32(dtype, tolerance):
     given = (lhs, rhs, np.array([3, 0, 30, 5], np.int32), dout)
     found = matmul_and_gradients(*given, "xla")
     assert {y.dtype.name for y in found} == {dtype}
-    same(found, matmul_and_gradients(*(y.astype(jnp.float32) for y in given[:2]), given[2], dout.astype(jnp.float32), "reference"), tolerance)
+    same(
+        found,
+        matmul_and_gradients(
+            *(y.astype(jnp.float32) for y in given[:2]), given[2], dout.astype(jnp.float32), "reference"
+        ),
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -104,7 +120,9 @@ def test_quantized_weights(dtype, gates):
 
     def run(how):
         def f(lhs):
-            return grouped_glu(lhs, weights, sizes, ACTIVATIONS[gates], scale_EGN=jnp.asarray(scale), implementation=how)
+            return grouped_glu(
+                lhs, weights, sizes, ACTIVATIONS[gates], scale_EGN=jnp.asarray(scale), implementation=how
+            )
 
         out, pull = jax.vjp(f, lhs)
         return out, pull(dout)[0], np.zeros(1)

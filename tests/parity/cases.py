@@ -1,7 +1,8 @@
 """Layers of experts as published models have them, tiny, with weights that make every choice matter.
 
 The numbers come from NumPy's RandomState, whose stream is frozen for good, so that a seed is as good as the weights.
-Shapes as transformers stores them: B batch, T time, D width, E experts, F hidden width of an expert, S of the shared ones.
+Shapes as transformers stores them: B batch, T time, D width, E experts, F hidden width of an expert, S of the shared
+ones.
 """
 
 from __future__ import annotations
@@ -45,37 +46,63 @@ _DEEPSEEK_WRONG: tuple[dict[str, Any], ...] = (
 
 CASES = (
     Case(
-        "mixtral", "mixtral", 3,
+        "mixtral",
+        "mixtral",
+        3,
         MoEConfig(num_experts=8, top_k=2, hidden_dim=12, weights="renormalized"),
         ({"weights": "softmax"}, {"weights": "sigmoid_renormalized"}, {"top_k": 3}, {"scale": 1.1}),
     ),
     Case(
-        "qwen3_moe", "qwen3_moe", 5,
+        "qwen3_moe",
+        "qwen3_moe",
+        5,
         MoEConfig(num_experts=8, top_k=3, hidden_dim=8, weights="renormalized"),
         ({"weights": "softmax"}, {"top_k": 2}),
     ),
     Case(
-        "qwen3_moe_unnormalized", "qwen3_moe", 7,
+        "qwen3_moe_unnormalized",
+        "qwen3_moe",
+        7,
         MoEConfig(num_experts=8, top_k=3, hidden_dim=8, weights="softmax"),
         ({"weights": "renormalized"}, {"weights": "sigmoid"}),
     ),
     Case(
-        "olmoe", "olmoe", 12,
+        "olmoe",
+        "olmoe",
+        12,
         MoEConfig(num_experts=12, top_k=4, hidden_dim=8, weights="softmax"),
         ({"weights": "renormalized"}, {"top_k": 3}),
     ),
     Case(
-        "deepseek_v3", "deepseek_v3", 13, _DEEPSEEK,
+        "deepseek_v3",
+        "deepseek_v3",
+        13,
+        _DEEPSEEK,
         (*_DEEPSEEK_WRONG, {"weights": "sigmoid"}),
     ),
     Case(
-        "deepseek_v3_unnormalized", "deepseek_v3", 17,
+        "deepseek_v3_unnormalized",
+        "deepseek_v3",
+        17,
         MoEConfig(
-            num_experts=12, top_k=3, hidden_dim=6, shared_experts=1, weights="sigmoid", scale=1.7, groups=(3, 2), bias_rate=0.0
+            num_experts=12,
+            top_k=3,
+            hidden_dim=6,
+            shared_experts=1,
+            weights="sigmoid",
+            scale=1.7,
+            groups=(3, 2),
+            bias_rate=0.0,
         ),
-        ({"weights": "sigmoid_renormalized"}, {"bias_rate": None}, {"groups": (1, 1)}, {"scale": 1.0}, {"shared_experts": 0}),
+        (
+            {"weights": "sigmoid_renormalized"},
+            {"bias_rate": None},
+            {"groups": (1, 1)},
+            {"scale": 1.0},
+            {"shared_experts": 0},
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def draw(case: Case) -> dict[str, np.ndarray]:
@@ -99,8 +126,10 @@ def draw(case: Case) -> dict[str, np.ndarray]:
         drawn["bias"] = normal(E, std=0.2)
     if S:
         drawn |= {
-            "shared_gate": normal(S, D, std=D**-0.5), "shared_up": normal(S, D, std=D**-0.5), "shared_down": normal(D, S, std=S**-0.5),
-        }  # fmt: skip
+            "shared_gate": normal(S, D, std=D**-0.5),
+            "shared_up": normal(S, D, std=D**-0.5),
+            "shared_down": normal(D, S, std=S**-0.5),
+        }
     return drawn
 
 

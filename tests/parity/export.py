@@ -20,7 +20,8 @@ LIMIT = 1e-4  # of logits of order 1
 
 
 def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
-    """Each family and how far the logits of its network, read and written by us, are from the reference, in transformers."""
+    """Each family and how far the logits of its network, read and written by us, are from the reference, in
+    transformers."""
     for family in FAMILIES:
         if names and family.name not in names:
             continue

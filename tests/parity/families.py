@@ -1,8 +1,9 @@
-"""Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights drawn.
+"""Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights
+drawn.
 
-Written from the issue and the papers, not from interop. Numbers come from NumPy's RandomState, whose stream is frozen for
-good. Numbers that a reader could have built in (an epsilon, a base, a cap) are not the usual ones where that is possible.
-Shapes: B batch, T time, V vocabulary.
+Written from the issue and the papers, not from interop. Numbers come from NumPy's RandomState, whose stream is frozen
+for good. Numbers that a reader could have built in (an epsilon, a base, a cap) are not the usual ones where that is
+possible. Shapes: B batch, T time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ FOLDER = Path(__file__).parent / "families"
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """`config` is config.json; `gradients`: the reference has those of every tensor. Each of `wrong` changes fields of our
-    config (by dotted name) to what must not go unseen; the first of them are tried in every run, the others in slow ones."""
+    """`config` is config.json; `gradients`: the reference has those of every tensor. Each of `wrong` changes fields of
+    our
+    config (by dotted name) to what must not go unseen; the first of them are tried in every run, the others in slow
+    ones."""
 
     name: str
     config: dict[str, Any]

@@ -1,5 +1,5 @@
-"""Runs transformers on the drawn weights and writes what it gives beside this file: layers of experts (`cases.py`) and whole
-networks of thirteen families (`families.py`).
+"""Runs transformers on the drawn weights and writes what it gives beside this file: layers of experts (`cases.py`) and
+whole networks of thirteen families (`families.py`).
 
     python -m tests.parity.make           writes the files (needs torch and transformers: the extra `parity`)
     python -m tests.parity.make --check   runs them anew and compares, reads with transformers what interop/save.py
@@ -57,7 +57,10 @@ def same(kind: str, case: Any, found: dict[str, np.ndarray]) -> bool:
     rest = [name for name in kept if name in found and name not in exact]
     far = max((float(np.abs(found[n] - kept[n]).max() / max(1.0, np.abs(kept[n]).max())) for n in rest), default=0)
     good = good and far <= TOLERANCE[kind]
-    print(f"{kind} {case.name}: {'same' if good else 'DIFFERS'} (largest difference {far:.1e}; transformers {transformers.__version__})")
+    print(
+        f"{kind} {case.name}: {'same' if good else 'DIFFERS'} (largest difference {far:.1e}; transformers "
+        f"{transformers.__version__})"
+    )
     return good
 
 

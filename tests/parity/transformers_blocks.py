@@ -26,25 +26,38 @@ def block(case: Case) -> torch.nn.Module:
     same = dict(hidden_size=D, num_experts_per_tok=moe.top_k, hidden_act="silu", experts_implementation="eager")
     normalized = moe.weights in ("renormalized", "sigmoid_renormalized")
     if case.family == "mixtral":
-        return MixtralSparseMoeBlock(MixtralConfig(**same, num_local_experts=moe.num_experts, intermediate_size=moe.hidden_dim))
+        return MixtralSparseMoeBlock(
+            MixtralConfig(**same, num_local_experts=moe.num_experts, intermediate_size=moe.hidden_dim)
+        )
     if case.family == "qwen3_moe":
         return Qwen3MoeSparseMoeBlock(
-            Qwen3MoeConfig(**same, num_experts=moe.num_experts, moe_intermediate_size=moe.hidden_dim, norm_topk_prob=normalized)
+            Qwen3MoeConfig(
+                **same, num_experts=moe.num_experts, moe_intermediate_size=moe.hidden_dim, norm_topk_prob=normalized
+            )
         )
     if case.family == "olmoe":
         return OlmoeSparseMoeBlock(
-            OlmoeConfig(**same, num_experts=moe.num_experts, intermediate_size=moe.hidden_dim, norm_topk_prob=normalized)
+            OlmoeConfig(
+                **same, num_experts=moe.num_experts, intermediate_size=moe.hidden_dim, norm_topk_prob=normalized
+            )
         )
     return DeepseekV3MoE(
         DeepseekV3Config(
-            **same, n_routed_experts=moe.num_experts, moe_intermediate_size=moe.hidden_dim, n_shared_experts=moe.shared_experts,
-            norm_topk_prob=normalized, routed_scaling_factor=moe.scale, n_group=moe.groups[0], topk_group=moe.groups[1],
+            **same,
+            n_routed_experts=moe.num_experts,
+            moe_intermediate_size=moe.hidden_dim,
+            n_shared_experts=moe.shared_experts,
+            norm_topk_prob=normalized,
+            routed_scaling_factor=moe.scale,
+            n_group=moe.groups[0],
+            topk_group=moe.groups[1],
         )
-    )  # fmt: skip
+    )
 
 
 def reference(case: Case) -> dict[str, np.ndarray]:
-    """Output, choices, losses and every gradient of `(y * functional).sum()`, as transformers computes them in float32."""
+    """Output, choices, losses and every gradient of `(y * functional).sum()`, as transformers computes them in
+    float32."""
     drawn = {name: torch.from_numpy(value) for name, value in draw(case).items()}
     layer = block(case).float().eval()
     layer.gate.weight.data.copy_(drawn["router"])
@@ -69,11 +82,15 @@ def reference(case: Case) -> dict[str, np.ndarray]:
         order = indices.argsort(-1)
         found |= {"logits": logits, "indices": indices.gather(1, order), "weights": scores.gather(1, order)}
     found |= _losses(case, logits, drawn["mask"])
-    return {name: value.detach().numpy().astype(np.int32 if name == "indices" else np.float32) for name, value in found.items()}
+    return {
+        name: value.detach().numpy().astype(np.int32 if name == "indices" else np.float32)
+        for name, value in found.items()
+    }
 
 
 def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by the
+    """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by
+    the
     logits."""
     if case.moe.weights.startswith("sigmoid"):
         return {}

@@ -21,7 +21,11 @@ ROUNDING = 8e-6  # of a logit between float32 and float64: what a rounding moves
 def read(folder: Path) -> PreTrainedModel:
     """The model in a folder. AssertionError where a tensor is missing, left over or of another shape."""
     model, told = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32, output_loading_info=True
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     assert not any(told.values()), told
     return model.eval()
@@ -69,7 +73,8 @@ def logits_of(folder: Path, family: Family) -> np.ndarray:
 
 
 def _refuse_rounding(family: Family, model: PreTrainedModel, logits: np.ndarray) -> None:
-    """Another seed is needed where attention or a router makes much of the last bit (of what transformers does in double
+    """Another seed is needed where attention or a router makes much of the last bit (of what transformers does in
+    double
     precision when asked to: its norms stay in float32)."""
     with torch.no_grad():
         exact = model.double()(torch.from_numpy(tokens(family)).long()).logits.numpy()
@@ -86,7 +91,9 @@ def _refuse_close_calls(family: Family, model: PreTrainedModel) -> None:
     def hook(gate: torch.nn.Module) -> Callable[..., None]:
         return lambda module, inputs, outputs: seen.append((gate, outputs[0]))
 
-    handles = [m.register_forward_hook(hook(m)) for name, m in model.named_modules() if name.endswith((".gate", ".router"))]
+    handles = [
+        m.register_forward_hook(hook(m)) for name, m in model.named_modules() if name.endswith((".gate", ".router"))
+    ]
     with torch.no_grad():
         model(torch.from_numpy(tokens(family)).long())
     for handle in handles:

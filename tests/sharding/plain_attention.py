@@ -57,7 +57,9 @@ def attend(q, k, v, *, offset, q_segments, k_segments, causal: bool = True, wind
     return out.reshape(B, T, N, v.shape[-1]).astype(q.dtype), lse.reshape(B, N, T)
 
 
-def attend_backward(q, k, v, out, lse, dout, *, offset, q_segments, k_segments, causal: bool = True, window: int | None = None):
+def attend_backward(
+    q, k, v, out, lse, dout, *, offset, q_segments, k_segments, causal: bool = True, window: int | None = None
+):
     """(dq, dk, dv) in float32 of these keys, for out, lse and dout of whole rows."""
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]

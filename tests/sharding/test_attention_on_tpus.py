@@ -1,4 +1,5 @@
-"""The network's attention compiled for four TPUs that are not here: kernels in shard_map, with the collectives one expects."""
+"""The network's attention compiled for four TPUs that are not here: kernels in shard_map, with the collectives one
+expects."""
 
 from dataclasses import replace
 
@@ -50,7 +51,9 @@ def compiled(config: ModelConfig) -> str:
 @pytest.mark.parametrize("context", ["gather", "ring", "ulysses"])
 def test_the_network_runs_the_tpu_kernels_on_a_mesh(context):
     program = compiled(replace(CONFIG, attention=replace(CONFIG.attention, context=context)))
-    kernels, exchanges, hops = (program.count(x) for x in ("tpu_custom_call", "all-to-all(", "collective-permute-start"))
+    kernels, exchanges, hops = (
+        program.count(x) for x in ("tpu_custom_call", "all-to-all(", "collective-permute-start")
+    )
     assert kernels >= 2  # of the scan over layers: forward, backward
     assert (exchanges > 0) == (context == "ulysses")
     assert (hops > 0) == (context == "ring")
@@ -72,7 +75,9 @@ def test_a_cache_of_latents_is_read_by_the_tpu_kernel_and_written_in_place():
     ahead_of_time.mesh_of("v5p")  # loads the compiler
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     sizes = [4 if axis == "tensor" else 1 for axis in MESH_AXES]
-    mesh = jax.sharding.Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 6)
+    mesh = jax.sharding.Mesh(
+        np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 6
+    )
     spec = RULES.spec("activations", ("batch", None))
 
     def decode(model, cache, ids_B1):

@@ -70,7 +70,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %k = f32[6] collective-permute(%p), source_target_pairs={{0,1},{1,0}}
   %o = (s32[], s32[]) while(%t), condition=%until, body=%more
 }
-"""
+"""  # noqa: E501
 
 
 def test_every_way_of_writing():
@@ -110,7 +110,9 @@ def test_a_compiled_scan_counts_its_rounds(length):
 
         return jax.lax.scan(layer, x, w)[0]
 
-    step = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "fsdp"), P(("data", "fsdp"))), out_specs=P(), check_vma=False)
+    step = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(None, "fsdp"), P(("data", "fsdp"))), out_specs=P(), check_vma=False
+    )
     shapes = jax.ShapeDtypeStruct((length, 32), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
     traffic = read_collectives(jax.jit(step).lower(*shapes).compile().as_text())
     assert {c.kind: (c.bytes, c.devices, c.count) for c in traffic.collectives} == {

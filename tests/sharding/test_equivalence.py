@@ -111,7 +111,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize(
-    "config, axes", WAYS, ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x.attention.context
+    "config, axes",
+    WAYS,
+    ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x.attention.context,
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     batch = packed_batch()

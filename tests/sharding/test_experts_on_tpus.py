@@ -1,4 +1,5 @@
-"""A layer's experts compiled for four TPUs that are not here: the exchange, ragged and padded, around the grouped matmul's kernel."""
+"""A layer's experts compiled for four TPUs that are not here: the exchange, ragged and padded, around the grouped
+matmul's kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ def lowered(target: str, sizes: dict[str, int], factor: float | None, biased: bo
         np.asarray(devices).reshape([sizes.get(axis, 1) for axis in MESH_AXES]), MESH_AXES,
         axis_types=(jax.sharding.AxisType.Explicit,) * len(MESH_AXES),
     )  # fmt: skip
-    config = ModelConfig(mlp=MLPConfig("swiglu_clamped" if biased else "swiglu", bias=biased), moe=MoEConfig(E, K, F, exchange=factor), dtype="bfloat16")
+    config = ModelConfig(
+        mlp=MLPConfig("swiglu_clamped" if biased else "swiglu", bias=biased),
+        moe=MoEConfig(E, K, F, exchange=factor),
+        dtype="bfloat16",
+    )
 
     def array(shape, dtype, side, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, RULES.spec(side, axes)))
@@ -39,7 +44,10 @@ def lowered(target: str, sizes: dict[str, int], factor: float | None, biased: bo
         array((E, F, D), jnp.bfloat16, "weights", *DOWN),
     ]
     if biased:
-        arrays += [array((E, 2, F), jnp.bfloat16, "weights", *UP_BIAS), array((E, D), jnp.bfloat16, "weights", *DOWN_BIAS)]
+        arrays += [
+            array((E, 2, F), jnp.bfloat16, "weights", *UP_BIAS),
+            array((E, D), jnp.bfloat16, "weights", *DOWN_BIAS),
+        ]
 
     def loss(x, weights, indices, up, down, *biases):
         y = run_experts(x, indices, weights, None, up, down, config, RULES, Biases(*biases) if biases else None)

@@ -1,4 +1,5 @@
-"""Ring and all-to-all attention: n devices give what one gives, forward and backward, with equal work and little memory."""
+"""Ring and all-to-all attention: n devices give what one gives, forward and backward, with equal work and little
+memory."""
 
 from __future__ import annotations
 
@@ -82,10 +83,16 @@ def test_the_oracles_two_halves_agree():
 @pytest.mark.parametrize(
     "n, causal, zigzag, packed",
     [
-        (2, True, True, True), (8, True, True, True), (4, True, False, True), (8, False, True, True),
-        *(pytest.param(*way, marks=slow) for way in [(4, True, True, True), (4, True, True, False), (2, False, True, False)]),
+        (2, True, True, True),
+        (8, True, True, True),
+        (4, True, False, True),
+        (8, False, True, True),
+        *(
+            pytest.param(*way, marks=slow)
+            for way in [(4, True, True, True), (4, True, True, False), (2, False, True, False)]
+        ),
     ],
-)  # fmt: skip
+)
 def test_n_devices_give_what_one_gives(n, causal, zigzag, packed):
     """Two query heads a key head; packed documents cross the borders of chunks."""
     found = spread(n, partial(ring_attention, **pair(causal=causal), causal=causal, zigzag=zigzag), PACKED, packed)
@@ -102,7 +109,8 @@ def test_without_checked_types_the_results_are_the_same():
 
 
 def test_half_precision_is_rounded_once_a_part():
-    """bfloat16 keeps 8 bits: each part's output is rounded before it is merged in float32, the gradients once at the end."""
+    """bfloat16 keeps 8 bits: each part's output is rounded before it is merged in float32, the gradients once at the
+    end."""
     given = Problem(*(x.astype(jnp.bfloat16) for x in PACKED[:4]), PACKED.segments_BT)
     exact = Problem(*(x.astype(jnp.float32) for x in given[:4]), PACKED.segments_BT)
     found = spread(4, partial(ring_attention, **pair()), given)
@@ -126,7 +134,11 @@ def met(n: int, attention) -> int:
         out, pull = jax.vjp(attention, q, k, v)
         return pull(out)
 
-    hops = [eqn.params["perm"] for eqn in equations(traced(n, gradients, *PACKED[:3]).jaxpr) if eqn.primitive.name == "ppermute"]
+    hops = [
+        eqn.params["perm"]
+        for eqn in equations(traced(n, gradients, *PACKED[:3]).jaxpr)
+        if eqn.primitive.name == "ppermute"
+    ]
     return n - dict(hops[-1])[0] + 1 if hops else 1
 
 
@@ -152,7 +164,9 @@ def test_a_contiguous_causal_ring_does_not_compute_what_no_query_sees():
     names = lambda jaxpr: [eqn.primitive.name for eqn in equations(jaxpr)]
     ring = traced(4, partial(ring_attention, **pair(), zigzag=False), *PACKED[:3])
     choices = [eqn.params["branches"] for eqn in equations(ring.jaxpr) if eqn.primitive.name == "cond"]
-    assert choices and all(sorted("dot_general" in names(b.jaxpr) for b in branches) == [False, True] for branches in choices)
+    assert choices and all(
+        sorted("dot_general" in names(b.jaxpr) for b in branches) == [False, True] for branches in choices
+    )
 
 
 def test_sinks_are_counted_once():
@@ -182,7 +196,9 @@ def test_sinks_are_counted_once():
 
 def test_other_axes_of_the_mesh_keep_their_meaning():
     """Rows over `data`, heads over `tensor`, positions over `sequence`."""
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3)
+    mesh = Mesh(
+        np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3
+    )
     heads, ids = P("data", "sequence", "tensor"), P("data", "sequence")
     ring = lambda q, k, v, segments: ring_attention(q, k, v, segments=segments, **pair())
     inside = jax.shard_map(ring, mesh=mesh, in_specs=(heads, heads, heads, ids), out_specs=heads)
@@ -254,7 +270,11 @@ def compiled(n: int, T: int, devices=None, dtype=jnp.float32, **options):
     ring = jax.shard_map(partial(ring_attention, **pair(), **options), mesh=mesh, in_specs=ROWS, out_specs=ROWS)
     x = jax.ShapeDtypeStruct((1, n * T, 4, 32), dtype, sharding=NamedSharding(mesh, ROWS))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(jax.grad(lambda q, k, v: ring(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))).lower(x, x, x).compile()
+        return (
+            jax.jit(jax.grad(lambda q, k, v: ring(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+            .lower(x, x, x)
+            .compile()
+        )
 
 
 def test_memory_does_not_grow_with_the_number_of_devices_and_nothing_is_gathered():
@@ -280,7 +300,9 @@ def test_the_tpu_compiler_takes_it_and_overlaps_the_exchange(monkeypatch):
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
     text = compiled(4, 256, topology.devices, jnp.bfloat16, layout="zigzag").as_text()
     assert "all-gather" not in text
-    loop = next(part for part in text.split("\n\n") if "collective-permute-start" in part and not part.startswith("ENTRY"))
+    loop = next(
+        part for part in text.split("\n\n") if "collective-permute-start" in part and not part.startswith("ENTRY")
+    )
     lines = loop.splitlines()
     start = next(i for i, line in enumerate(lines) if " collective-permute-start(" in line)
     done = next(i for i, line in enumerate(lines) if " collective-permute-done(" in line)
@@ -320,7 +342,11 @@ def test_all_to_all_sends_each_device_only_its_heads():
         (partial(ulysses_attention, attend=attend), (6, 2), "6 query heads"),
         (partial(ulysses_attention, attend=attend), (12, 3), "3 key/value heads"),
         (partial(ring_attention, **pair(), layout="striped"), (4, 4), "layout = 'striped'"),
-        (partial(ring_attention, **pair(), layout="zigzag", zigzag=False), (4, 4), "layout = 'zigzag' with zigzag = False"),
+        (
+            partial(ring_attention, **pair(), layout="zigzag", zigzag=False),
+            (4, 4),
+            "layout = 'zigzag' with zigzag = False",
+        ),
         (partial(ring_attention, **pair(), window=3), (4, 4), "window = 3"),
         (partial(ring_attention, **pair()), (4, 4, 12), "3 queries a device"),
     ],

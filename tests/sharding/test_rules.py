@@ -103,7 +103,9 @@ def test_without_a_mesh_nothing_is_laid_out():
 
 def test_rules_refuse_key_heads_that_lie_apart_from_their_query_heads():
     for heads, kv_heads in ((("expert", "tensor"), ("tensor",)), (("tensor",), ("expert",)), ((), ("tensor",))):
-        rules = ShardingRules(activations=replace(ShardingRules().activations, heads=heads, kv_heads=kv_heads, batch=()))
+        rules = ShardingRules(
+            activations=replace(ShardingRules().activations, heads=heads, kv_heads=kv_heads, batch=())
+        )
         with pytest.raises(ValueError, match=r"sharding\.activations\.kv_heads = .*must be the first of"):
             rules.validate()
     replace(ShardingRules(), activations=replace(ShardingRules().activations, kv_heads=())).validate()

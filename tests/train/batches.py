@@ -10,7 +10,8 @@ FIRST_TEXT_ID = 11  # ids below are specials
 
 
 def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | None = None) -> dict[str, np.ndarray]:
-    """`tokens`, `segment_ids`, `positions` int32 [rows, width]: segments of random sizes up to `longest`, padding at some ends."""
+    """`tokens`, `segment_ids`, `positions` int32 [rows, width]: segments of random sizes up to `longest`, padding at
+    some ends."""
     draw = np.random.default_rng(seed)
     segment_ids = np.zeros((rows, width), np.int32)
     for row in segment_ids:
@@ -21,7 +22,11 @@ def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | No
             row[at : min(at + size, end)] = segment
             at, segment = at + size, segment + 1
     tokens = draw.integers(FIRST_TEXT_ID, vocab, (rows, width)).astype(np.int32)
-    return {"tokens": np.where(segment_ids > 0, tokens, 0), "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+    return {
+        "tokens": np.where(segment_ids > 0, tokens, 0),
+        "segment_ids": segment_ids,
+        "positions": positions_of(segment_ids),
+    }
 
 
 def whole_rows(seed: int, rows: int, width: int, vocab: int) -> dict[str, np.ndarray]:

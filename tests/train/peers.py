@@ -1,6 +1,6 @@
 """One of two processes under jax.distributed, on 4 virtual devices each; started by the tests as a program.
 
-    python -m tests.train.peers SCENARIO ADDRESS RANK FOLDER
+python -m tests.train.peers SCENARIO ADDRESS RANK FOLDER
 """
 
 import sys
@@ -21,14 +21,25 @@ def make_state(mesh: jax.sharding.Mesh, seed: int) -> dict:
 
     def place(x, *spec):
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*spec)), lambda index: x[index])
-    return {"w": place(w, *mesh.axis_names), "b": place(w[0]), "host": np.int64(seed),
-            "own": jax.numpy.int32(seed), "rng": jax.random.key(seed)}
+
+    return {
+        "w": place(w, *mesh.axis_names),
+        "b": place(w[0]),
+        "host": np.int64(seed),
+        "own": jax.numpy.int32(seed),
+        "rng": jax.random.key(seed),
+    }
 
 
 def same(a: dict, b: dict) -> bool:
     pairs = zip(a["w"].addressable_shards, b["w"].addressable_shards, strict=True)
-    return (all(np.array_equal(x.data, y.data) for x, y in pairs) and np.array_equal(a["b"], b["b"])
-            and a["host"] == b["host"] and int(a["own"]) == int(b["own"]) and bool((a["rng"] == b["rng"]).all()))
+    return (
+        all(np.array_equal(x.data, y.data) for x, y in pairs)
+        and np.array_equal(a["b"], b["b"])
+        and a["host"] == b["host"]
+        and int(a["own"]) == int(b["own"])
+        and bool((a["rng"] == b["rng"]).all())
+    )
 
 
 def checkpoints(folder: Path) -> None:

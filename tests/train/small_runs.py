@@ -48,7 +48,9 @@ def experiment(data: DataConfig, **train: object) -> Experiment:
 def with_train(program: loop.Program, **changes: object) -> loop.Program:
     """The same compiled program with other settings of the loop (not of the step)."""
     e = program.experiment
-    return dataclasses.replace(program, experiment=dataclasses.replace(e, train=dataclasses.replace(e.train, **changes)))
+    return dataclasses.replace(
+        program, experiment=dataclasses.replace(e, train=dataclasses.replace(e.train, **changes))
+    )
 
 
 def run(program: loop.Program, prepared: Prepared, folder: Path, notices: list[str] | None = None) -> loop.Trained:
@@ -67,5 +69,8 @@ def train_rows(folder: Path) -> list[tuple]:
 
 def bits(tree) -> list[bytes]:
     """The exact content of a tree's leaves."""
-    data = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree))
+    data = (
+        jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for x in jax.tree.leaves(tree)
+    )
     return [np.asarray(x).tobytes() for x in data]

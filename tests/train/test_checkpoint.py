@@ -25,13 +25,18 @@ from train.leaves import checksums, named_leaves
 ROOT = Path(__file__).parents[2]
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint32, jnp.bool_, jnp.float8_e4m3fn)
 FILES = ("manifest.ocdbt", "_METADATA", "_sharding", COMMIT_FILE, "ocdbt.process_0", "d/", "array_metadatas")
-cheap = settings(deadline=None, max_examples=20, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture])
+cheap = settings(
+    deadline=None, max_examples=20, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def mesh_of(*shape: int) -> jax.sharding.Mesh:
-    return jax.make_mesh(shape, ("data", "tensor")[:len(shape)], axis_types=(AxisType.Explicit,) * len(shape),
-                         devices=jax.devices()[:math.prod(shape)])
+    return jax.make_mesh(
+        shape,
+        ("data", "tensor")[: len(shape)],
+        axis_types=(AxisType.Explicit,) * len(shape),
+        devices=jax.devices()[: math.prod(shape)],
+    )
 
 
 def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
@@ -42,23 +47,29 @@ def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
         return x if mesh is None else jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
     return {
-        "params": {"w": place(jax.random.normal(next(keys), (8, 16, 32)), "data", "tensor"),
-                   "bias": place(jax.random.normal(next(keys), (16,), jnp.bfloat16), "tensor"),
-                   "mask": place(jax.random.bernoulli(next(keys), 0.5, (8, 4)), "data"),
-                   "empty": place(jnp.zeros((0, 4)))},
+        "params": {
+            "w": place(jax.random.normal(next(keys), (8, 16, 32)), "data", "tensor"),
+            "bias": place(jax.random.normal(next(keys), (16,), jnp.bfloat16), "tensor"),
+            "mask": place(jax.random.bernoulli(next(keys), 0.5, (8, 4)), "data"),
+            "empty": place(jnp.zeros((0, 4))),
+        },
         "opt": (place(jax.random.bits(next(keys), (8, 8)), None, "data"), place(jnp.int32(seed))),
-        "rng": place(next(keys)), "streams": jax.random.split(next(keys), 3),
-        "host": np.int64(2**40 + seed), "table": np.arange(seed, seed + 5, dtype=np.float64),
+        "rng": place(next(keys)),
+        "streams": jax.random.split(next(keys), 3),
+        "host": np.int64(2**40 + seed),
+        "table": np.arange(seed, seed + 5, dtype=np.float64),
     }
 
 
 def as_template(state, mesh):
     """The state's shapes on another mesh, with the axes of the specs reversed."""
+
     def leaf(x):
         if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
             return x
         spec = P(*[axis for axis in x.sharding.spec if axis in mesh.axis_names])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
     return jax.tree.map(leaf, state)
 
 
@@ -71,8 +82,11 @@ def raw(leaf) -> np.ndarray:
 def same_bits(a, b) -> bool:
     left, right = named_leaves(a), named_leaves(b)
     return left.keys() == right.keys() and all(
-        left[n].dtype == right[n].dtype and left[n].shape == right[n].shape
-        and raw(left[n]).tobytes() == raw(right[n]).tobytes() for n in left)
+        left[n].dtype == right[n].dtype
+        and left[n].shape == right[n].shape
+        and raw(left[n]).tobytes() == raw(right[n]).tobytes()
+        for n in left
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +119,15 @@ def files_of(folder: Path) -> list[str]:
 @cheap
 @given(st.sampled_from(DTYPES), st.sampled_from([(), (5, 3)]), st.data())
 def test_a_flip_of_one_bit_changes_the_checksum(dtype, shape, data):
-    x = np.asarray(jax.random.normal(jax.random.key(0), shape) > 0 if dtype == jnp.bool_ else
-                   jax.random.normal(jax.random.key(0), shape) * 50).astype(dtype).reshape(shape)
+    x = (
+        np.asarray(
+            jax.random.normal(jax.random.key(0), shape) > 0
+            if dtype == jnp.bool_
+            else jax.random.normal(jax.random.key(0), shape) * 50
+        )
+        .astype(dtype)
+        .reshape(shape)
+    )
     flipped = x.copy().reshape(-1)
     at = data.draw(st.integers(0, flipped.size - 1))
     if dtype == jnp.bool_:
@@ -119,9 +140,15 @@ def test_a_flip_of_one_bit_changes_the_checksum(dtype, shape, data):
 
 def test_checksum_sees_cancelling_changes_and_order():
     x = jax.random.normal(jax.random.key(0), (64, 64))
-    variants = {"x": x, "two signs": x.at[3, 5].multiply(-1).at[9, 2].multiply(-1), "transposed": x.T,
-                "negated": -x, "swapped": x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0]), "reversed": x[::-1],
-                "zeros": jnp.zeros((64, 64))}
+    variants = {
+        "x": x,
+        "two signs": x.at[3, 5].multiply(-1).at[9, 2].multiply(-1),
+        "transposed": x.T,
+        "negated": -x,
+        "swapped": x.at[0, 0].set(x[0, 1]).at[0, 1].set(x[0, 0]),
+        "reversed": x[::-1],
+        "zeros": jnp.zeros((64, 64)),
+    }
     assert len(set(checksums(variants).values())) == len(variants)
 
 
@@ -129,14 +156,17 @@ def test_checksum_does_not_depend_on_the_mesh():
     def some(mesh):
         state = random_state(3, mesh)
         return {"w": state["params"]["w"], "bias": state["params"]["bias"]}
+
     assert checksums(some(None)) == checksums(some(mesh_of(4, 2)))
 
 
 # ---------------------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize(("saved_on", "restored_on"), [
-    (None, None), (None, (4, 2)), ((4, 2), (4, 2)), ((4, 2), (2, 2)), ((4, 2), (8,)), ((2, 2), None)])
+@pytest.mark.parametrize(
+    ("saved_on", "restored_on"),
+    [(None, None), (None, (4, 2)), ((4, 2), (4, 2)), ((4, 2), (2, 2)), ((4, 2), (8,)), ((2, 2), None)],
+)
 def test_restores_bit_for_bit_on_another_mesh(tmp_path, saved_on, restored_on):
     state = random_state(1, saved_on and mesh_of(*saved_on))
     template = as_template(state, mesh_of(*restored_on)) if restored_on else random_state(0)
@@ -153,15 +183,20 @@ def test_restores_bit_for_bit_on_another_mesh(tmp_path, saved_on, restored_on):
         else:
             assert isinstance(found, type(leaf)), name
     # An uncommitted leaf must not come back pinned to a device that the mesh does not share.
-    assert np.isfinite(jax.jit(lambda s: s["w"].sum() + jax.random.key_data(s["streams"]).sum())(
-        restored.state["params"] | restored.state))
+    assert np.isfinite(
+        jax.jit(lambda s: s["w"].sum() + jax.random.key_data(s["streams"]).sum())(
+            restored.state["params"] | restored.state
+        )
+    )
 
 
 def test_donated_buffers_are_safe_after_save(tmp_path):
     step_fn = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.5 + 1, tree), donate_argnums=0)
     with Checkpointer(tmp_path, keep_last=9) as checkpointer:
-        state = {"a": jnp.arange(400_000.0), "b": jax.device_put(
-            jnp.ones((64, 64)), NamedSharding(mesh_of(4, 2), P("data", "tensor")))}
+        state = {
+            "a": jnp.arange(400_000.0),
+            "b": jax.device_put(jnp.ones((64, 64)), NamedSharding(mesh_of(4, 2), P("data", "tensor"))),
+        }
         expected = {}
         for step in range(4):
             expected[step] = jax.tree.map(np.array, state)
@@ -189,6 +224,7 @@ def test_undamaged_copy_restores_the_newest(good_folder, tmp_path):
 
 def test_each_missing_or_truncated_file_is_named(good_folder, tmp_path):
     for name in files_of(good_folder / "2"):
+
         def remove(step, name=name):
             (step / name).unlink()
 
@@ -240,7 +276,9 @@ def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
 
 def test_garbage_commit_file_is_named(good_folder, tmp_path):
     for garbage in (b"", b"{", b"\xff\xfe", b"[]", b'{"body": {}, "crc32": 1}'):
-        restored, (warning,) = restore_copy(good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g))
+        restored, (warning,) = restore_copy(
+            good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g)
+        )
         assert restored.step == 1 and f"step 2, {COMMIT_FILE}" in warning
 
 
@@ -249,6 +287,7 @@ def test_edited_metadata_is_refused(good_folder, tmp_path):
         document = json.loads((step / COMMIT_FILE).read_text())
         document["body"]["metadata"]["position"] = 99
         (step / COMMIT_FILE).write_text(json.dumps(document))
+
     restored, (warning,) = restore_copy(good_folder, tmp_path, edit)
     assert restored.step == 1 and "checksum mismatch" in warning
 
@@ -257,6 +296,7 @@ def test_when_every_step_is_bad_each_is_listed(good_folder, tmp_path):
     def damage(step):
         (step / COMMIT_FILE).unlink()
         (step.parent / "1" / "manifest.ocdbt").unlink()
+
     with pytest.raises(CheckpointError, match=r"(?s)no good.*step 2, commit.json is missing.*step 1, manifest.ocdbt"):
         restore_copy(good_folder, tmp_path, damage)
 
@@ -272,20 +312,28 @@ def test_an_explicit_step_does_not_fall_back(good_folder, tmp_path):
         assert checkpointer.restore(random_state(0), step=1).step == 1
 
 
-@pytest.mark.parametrize(("change", "row"), [
-    (lambda s: s["params"].update(w=jnp.zeros((8, 16, 32), jnp.bfloat16)), r"params/w +float32\[8, 16, 32\] +bfloat16"),
-    (lambda s: s["params"].update(w=jnp.zeros((8, 16, 31))), r"params/w .*float32\[8, 16, 31\]"),
-    (lambda s: s["params"].pop("w"), r"params/w +float32\[8, 16, 32\] +\(absent\)"),
-    (lambda s: s["params"].update(v=jnp.zeros(3)), r"params/v +\(absent\) +float32\[3\]"),
-    (lambda s: s.update(rng=jax.random.key(0, impl="rbg")), r"rng +key<fry>\[\] +key<rbg>\[\]"),
-    (lambda s: s.update(rng=jax.random.key_data(s["rng"])), r"rng +key<fry>\[\] +uint32\[2\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (
+            lambda s: s["params"].update(w=jnp.zeros((8, 16, 32), jnp.bfloat16)),
+            r"params/w +float32\[8, 16, 32\] +bfloat16",
+        ),
+        (lambda s: s["params"].update(w=jnp.zeros((8, 16, 31))), r"params/w .*float32\[8, 16, 31\]"),
+        (lambda s: s["params"].pop("w"), r"params/w +float32\[8, 16, 32\] +\(absent\)"),
+        (lambda s: s["params"].update(v=jnp.zeros(3)), r"params/v +\(absent\) +float32\[3\]"),
+        (lambda s: s.update(rng=jax.random.key(0, impl="rbg")), r"rng +key<fry>\[\] +key<rbg>\[\]"),
+        (lambda s: s.update(rng=jax.random.key_data(s["rng"])), r"rng +key<fry>\[\] +uint32\[2\]"),
+    ],
+)
 def test_another_state_is_refused_with_a_table(good_folder, change, row):
     template = random_state(0)
     change(template)
     warnings: list[str] = []
-    with (Checkpointer(good_folder, warn=warnings.append, read_only=True) as checkpointer,
-          pytest.raises(CheckpointError, match=f"(?s)step 2 .*leaf.*in the checkpoint.*{row}")):
+    with (
+        Checkpointer(good_folder, warn=warnings.append, read_only=True) as checkpointer,
+        pytest.raises(CheckpointError, match=f"(?s)step 2 .*leaf.*in the checkpoint.*{row}"),
+    ):
         checkpointer.restore(template)
     assert not warnings
 
@@ -348,8 +396,12 @@ def test_mistakes_of_the_caller(tmp_path):
 
 
 @settings(cheap, max_examples=6)
-@given(st.lists(st.sampled_from([None, math.nan, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=5),
-       st.integers(1, 2), st.integers(0, 2), st.sampled_from(["min", "max"]))
+@given(
+    st.lists(st.sampled_from([None, math.nan, 0.5, 1.0, 2.0, 3.0]), min_size=1, max_size=5),
+    st.integers(1, 2),
+    st.integers(0, 2),
+    st.sampled_from(["min", "max"]),
+)
 def test_keeps_the_last_and_the_best(tmp_path_factory, metrics, keep_last, keep_best, mode):
     folder = tmp_path_factory.mktemp("retention")
     kept: set[int] = set()
@@ -409,8 +461,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(STAGING_SUFFIX in path.name for path in tmp_path.iterdir())
     template = {"w": jax.ShapeDtypeStruct((8_000_000,), jnp.float32)}

@@ -138,9 +138,21 @@ def test_the_leaves_of_one_config_as_overrides_turn_another_into_it(start, goal)
 def test_overrides_by_example():
     config = apply_overrides(
         Root(),
-        ["model.moe.top_k=4", "rate=1", "model.tied=false", "model.pattern=3,4,5", "sources.0.path=docs", "axes=data,fsdp",
-         "sources.1.weight=2", "model.softcap=1e1", "model.window=none", "model.mode=b", "name=none", "name=a=b"],
-    )  # fmt: skip
+        [
+            "model.moe.top_k=4",
+            "rate=1",
+            "model.tied=false",
+            "model.pattern=3,4,5",
+            "sources.0.path=docs",
+            "axes=data,fsdp",
+            "sources.1.weight=2",
+            "model.softcap=1e1",
+            "model.window=none",
+            "model.mode=b",
+            "name=none",
+            "name=a=b",
+        ],
+    )
     assert config.model.moe == Moe(top_k=4)
     assert config.rate == 1.0 and isinstance(config.rate, float)
     assert config.model == dataclasses.replace(

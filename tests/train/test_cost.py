@@ -63,13 +63,16 @@ def test_experts_that_are_not_chosen_are_not_active(top_k, kinds, layers):
 
 
 def test_flops_are_six_a_parameter_and_attention():
-    """Kaplan et al. 2020, sec. 2.1, with the causal half: 6 N of the matrices + 3 * 2 * 2 * T / 2 * width of each layer."""
+    """Kaplan et al. 2020, sec. 2.1, with the causal half: 6 N of the matrices + 3 * 2 * 2 * T / 2 * width of each
+    layer."""
     config = ModelConfig(
         vocab_size=512, num_layers=3, embed_dim=64, mlp=MLPConfig(hidden_dim=96),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     )  # fmt: skip
     counts = count_parameters(config)
-    matrices = counts.total - counts.embedding - (2 * 3 + 1) * 64 + 512 * 64  # no norms; of the embeddings the head alone
+    matrices = (
+        counts.total - counts.embedding - (2 * 3 + 1) * 64 + 512 * 64
+    )  # no norms; of the embeddings the head alone
     T = 128
     assert train_flops_per_token(config, T) == 6 * matrices + 3 * 3 * 4 * (T / 2) * (4 * 16)
     tied = dataclasses.replace(config, tied_embeddings=True)
@@ -99,10 +102,22 @@ def seen_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
 
 
 @given(
-    st.integers(1, 40), st.integers(1, 50), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4),
-    st.sampled_from([("causal", "global"), ("bidirectional", "global"), ("bidirectional", "sliding"), ("causal", "sliding"),
-                     ("causal", "block_sparse"), ("bidirectional", "block_sparse")]),
-)  # fmt: skip
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(
+        [
+            ("causal", "global"),
+            ("bidirectional", "global"),
+            ("bidirectional", "sliding"),
+            ("causal", "sliding"),
+            ("causal", "block_sparse"),
+            ("bidirectional", "block_sparse"),
+        ]
+    ),
+)
 @settings(max_examples=200, deadline=None)
 def test_keys_seen_are_those_of_the_mask(length, window, block, local, stride, kind):
     mask, layer = kind
@@ -116,4 +131,6 @@ def test_keys_seen_are_those_of_the_mask(length, window, block, local, stride, k
 
 @pytest.mark.parametrize("length", [1, 2, 77])
 def test_of_a_causal_mask_half_is_counted(length):
-    assert keys_seen(ModelConfig(), "global", length) == length / 2 == seen_by_brute_force(ModelConfig(), "global", length)
+    assert (
+        keys_seen(ModelConfig(), "global", length) == length / 2 == seen_by_brute_force(ModelConfig(), "global", length)
+    )

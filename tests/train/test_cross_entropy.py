@@ -36,7 +36,9 @@ def in_float64(hidden, head, targets, dnll, dlog_total, vocab_axis: int = 1, sof
     """(nll, log total, gradient of hidden, gradient of head) by the formulas, logits whole."""
     x, w = hidden.astype(np.float64).reshape(-1, hidden.shape[-1]), head.astype(np.float64)
     w = w if vocab_axis else w.T
-    t, a, b = (y.reshape(-1).astype(y.dtype if y.dtype == np.int32 else np.float64) for y in (targets, dnll, dlog_total))
+    t, a, b = (
+        y.reshape(-1).astype(y.dtype if y.dtype == np.int32 else np.float64) for y in (targets, dnll, dlog_total)
+    )
     raw = x @ w
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
     top = logits.max(1, keepdims=True)
@@ -48,7 +50,12 @@ def in_float64(hidden, head, targets, dnll, dlog_total, vocab_axis: int = 1, sof
     dhead = x.T @ slope
     nll = log_total - (logits * hit).sum(1)
     shape = targets.shape
-    return nll.reshape(shape), log_total.reshape(shape), (slope @ w.T).reshape(hidden.shape), dhead if vocab_axis else dhead.T
+    return (
+        nll.reshape(shape),
+        log_total.reshape(shape),
+        (slope @ w.T).reshape(hidden.shape),
+        dhead if vocab_axis else dhead.T,
+    )
 
 
 def run(hidden, head, targets, dnll, dlog_total, **options):
@@ -65,7 +72,9 @@ def run(hidden, head, targets, dnll, dlog_total, **options):
 def near(found, expected, tolerance: float):
     """Within `tolerance` of the largest entry, or of 1, the size of the cotangents, where all are small."""
     for name, a, b in zip(("nll", "log_total", "dhidden", "dhead"), found, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1), err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1), err_msg=name
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- one device
@@ -73,9 +82,14 @@ def near(found, expected, tolerance: float):
 
 @settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(
-    st.integers(0, 99), st.sampled_from([(1,), (5,), (2, 3)]), st.integers(1, 9), st.integers(1, 23), st.integers(1, 25),
-    st.sampled_from([None, 1.5]), st.sampled_from([0, 1]),
-)  # fmt: skip  # no shrinking: each smaller shape would compile anew
+    st.integers(0, 99),
+    st.sampled_from([(1,), (5,), (2, 3)]),
+    st.integers(1, 9),
+    st.integers(1, 23),
+    st.integers(1, 25),
+    st.sampled_from([None, 1.5]),
+    st.sampled_from([0, 1]),
+)  # no shrinking: each smaller shape would compile anew
 def test_chunks_of_any_size_give_the_losses_and_gradients_of_float64(seed, rows, D, V, chunk, softcap, vocab_axis):
     values = problem(seed, rows, D, V, vocab_axis)
     expected = in_float64(*values, vocab_axis=vocab_axis, softcap=softcap)
@@ -173,7 +187,9 @@ def test_a_mesh_gives_what_one_device_gives(axes, chunk, vocab_axis):
     mesh = make_mesh(MeshConfig(**axes))
 
     def loss(hidden, head, targets):
-        return cross_entropy(hidden, jax.sharding.reshard(head, used), targets, softcap=3.0, chunk=chunk, vocab_axis=vocab_axis)
+        return cross_entropy(
+            hidden, jax.sharding.reshard(head, used), targets, softcap=3.0, chunk=chunk, vocab_axis=vocab_axis
+        )
 
     @jax.jit
     def both(hidden, head, targets, dnll, dlog_total):

@@ -93,7 +93,9 @@ def test_a_part_of_the_windows_counts_its_own_bytes(model, prepared, score):
 
 @pytest.mark.parametrize("objective", ["next_token", "masked"])
 def test_held_out_text_is_scored_without_dropout(prepared, objective):
-    attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="causal" if objective == "next_token" else "bidirectional")
+    attention = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=8, mask="causal" if objective == "next_token" else "bidirectional"
+    )
     score = jax.jit(make_score(scoring_objective(TrainConfig(objective=objective), 272)))
     found = []
     for rate in (0.0, 0.5):
@@ -118,14 +120,15 @@ def test_masked_prediction_is_scored_per_byte_of_what_it_predicts(prepared):
     assert found.bits_per_byte == pytest.approx(math.log2(272), rel=0.1)
 
 
-
-
 def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
-    """Router weights of zero tie all experts: the first two take everything. A capacity of half of it drops the rest."""
+    """Router weights of zero tie all experts: the first two take everything. A capacity of half of it drops the
+    rest."""
     moe = MoEConfig(num_experts=6, top_k=2, hidden_dim=8)
     found = []
     for capacity in (None, 1.5):
-        network = random_model(tiny_config(vocab_size=272, num_layers=1, moe=dataclasses.replace(moe, capacity_factor=capacity)))
+        network = random_model(
+            tiny_config(vocab_size=272, num_layers=1, moe=dataclasses.replace(moe, capacity_factor=capacity))
+        )
         router = network.stacks[0][0].mlp.router
         router[...] = jnp.zeros_like(router[...])
         found.append(evaluate(jax.jit(make_score(next_token)), network, prepared, "code", batch_size=8))
@@ -136,4 +139,9 @@ def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
 
 
 def test_a_dense_network_has_no_load(model, prepared, score):
-    assert set(evaluate(score, model, prepared, "code", batch_size=8, max_windows=4).row()) == {"loss", "bits_per_byte", "tokens", "bytes"}
+    assert set(evaluate(score, model, prepared, "code", batch_size=8, max_windows=4).row()) == {
+        "loss",
+        "bits_per_byte",
+        "tokens",
+        "bytes",
+    }

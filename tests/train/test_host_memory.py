@@ -23,7 +23,9 @@ print(faults())
 
 def _faults(mode: str) -> int:
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], env=env, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode], env=env, capture_output=True, text=True, check=True, timeout=60
+    )
     return int(done.stdout)
 
 

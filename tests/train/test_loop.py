@@ -55,7 +55,9 @@ def programs(data):
             def total(model, batch, key):
                 loss = objective(config, ids, special)(model, batch, key)
                 factor = jnp.where((batch["tokens"] == POISON).any(), jnp.nan, 1.0)
-                return loss._replace(total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor})
+                return loss._replace(
+                    total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor}
+                )
 
             return total
 
@@ -125,7 +127,9 @@ def poison(monkeypatch, *steps: int) -> list[dict]:
 
 
 def evals(folder: Path) -> dict:
-    return {(r["step"], r["set"]): r["bits_per_byte"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval"}
+    return {
+        (r["step"], r["set"]): r["bits_per_byte"] for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "eval"
+    }
 
 
 def events(folder: Path) -> list[str]:
@@ -174,7 +178,12 @@ def test_a_second_start_of_the_same_run_is_the_same(programs, prepared, undistur
 
 
 @pytest.mark.parametrize(
-    "mesh", [pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(fsdp=4, tensor=2)]
+    "mesh",
+    [
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        MeshConfig(data=2, fsdp=2, expert=2),
+        MeshConfig(fsdp=4, tensor=2),
+    ],
 )
 def test_weights_restored_onto_another_mesh_are_the_same_bits(data, prepared, undisturbed, mesh):
     e = experiment(data)
@@ -245,7 +254,9 @@ def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, 
     message = str(error.value)
     assert "\n" not in message and "step 7" in message and "train.nonfinite=skip" in message
     with np.load(tmp_path / "nonfinite_step_7_process_0.npz") as saved:
-        assert {name: saved[name].tolist() for name in saved} == {name: rows.tolist() for name, rows in batches[0].items()}
+        assert {name: saved[name].tolist() for name in saved} == {
+            name: rows.tolist() for name, rows in batches[0].items()
+        }
     assert events(tmp_path)[-1] == "nonfinite"
 
     good = tmp_path / "good"
@@ -273,9 +284,7 @@ def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, pre
     losses = [[row[:3] for row in train_rows(tmp_path / name) if row[0] not in (7, 12)] for name in ("skip", "stop")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert len(losses[0]) == 10 and int(resumed.state.step) == STEPS
-    np.testing.assert_allclose(
-        weights_of(skipped.state.model), weights_of(resumed.state.model), rtol=1e-3, atol=1e-5
-    )
+    np.testing.assert_allclose(weights_of(skipped.state.model), weights_of(resumed.state.model), rtol=1e-3, atol=1e-5)
 
 
 def weights_of(tree) -> np.ndarray:

@@ -44,7 +44,9 @@ def network():
 
 def weighted(batch: dict, weights: np.ndarray | None = None) -> dict:
     rows, width = batch["tokens"].shape
-    return batch | {"weights": np.ones((rows, width - 1), np.float32) if weights is None else weights.astype(np.float32)}
+    return batch | {
+        "weights": np.ones((rows, width - 1), np.float32) if weights is None else weights.astype(np.float32)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- next token
@@ -87,7 +89,8 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(network, seed, documen
         ids[0, 0, at : at + size], ids[1, d, :size] = d + 1, 1
         at += size
     packed, alone = (
-        loss(weighted({"tokens": r, "segment_ids": s, "positions": positions_of(s)})) for r, s in zip(rows, ids, strict=True)
+        loss(weighted({"tokens": r, "segment_ids": s, "positions": positions_of(s)}))
+        for r, s in zip(rows, ids, strict=True)
     )
     assert packed.count == alone.count == WIDTH - documents
     np.testing.assert_allclose(packed.total, alone.total, rtol=1e-5, atol=1e-4)
@@ -128,7 +131,9 @@ def test_auxiliary_losses_enter_by_their_coefficients():
     model = random_model(tiny_config(moe=moe))
     found = jax.jit(lambda batch: next_token(model, batch, None))(whole_rows(0, ROWS, WIDTH, VOCAB))
     m = {name: np.asarray(value, np.float64) for name, value in found.metrics.items()}
-    expected = m["loss"] + 2 * (0.3 * m["load_balance_loss"] + 0.2 * m["router_z_loss"])  # two layers; the metrics are means
+    expected = m["loss"] + 2 * (
+        0.3 * m["load_balance_loss"] + 0.2 * m["router_z_loss"]
+    )  # two layers; the metrics are means
     np.testing.assert_allclose(found.total / found.count, expected, rtol=1e-5)
     np.testing.assert_allclose(m["expert_load"].sum(-1), 1, rtol=1e-6)
 
@@ -218,7 +223,10 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
             weights[row, t] = 1
             counted[row, t] = loss(weights, jax.random.key(3)).count
     cuts = WIDTH - 1 - counted.sum(1)  # every target from the cut on counts, none before it
-    assert all((counted[row] == (np.arange(WIDTH - 1) >= cut)).all() for row, cut in enumerate(cuts)) and len(set(cuts)) > 1
+    assert (
+        all((counted[row] == (np.arange(WIDTH - 1) >= cut)).all() for row, cut in enumerate(cuts))
+        and len(set(cuts)) > 1
+    )
 
     def gradient(weights):  # of the weighted losses by each input token's embedding, row by row
         def total(shift):
@@ -239,7 +247,8 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
     assert reached[: cut + 1].all() and not reached[cut + 1 :].any()
 
 
-# ---------------------------------------------------------------------------------------------------- fill in the middle
+# ---------------------------------------------------------------------------------------------------- fill in the
+# middle
 
 
 def longest_segment(ids_W: np.ndarray) -> tuple[int, int]:
@@ -250,7 +259,8 @@ def longest_segment(ids_W: np.ndarray) -> tuple[int, int]:
 
 
 def parse(body: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """(prefix, middle, suffix) of a rearranged segment without its first token. In the shared SPM form prefix and middle
+    """(prefix, middle, suffix) of a rearranged segment without its first token. In the shared SPM form prefix and
+    middle
     stand together: all of it is returned as the middle."""
     assert body[-1] == SPECIAL.end, "the middle says where it ends"
     body = body[:-1]

@@ -21,11 +21,10 @@ from train.objectives import next_token
 from train.optimizers import make_optimizer, matrix_kind, schedule
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
-# Everything a decay mask must tell apart: norms with biases, q/k norms, attention biases, sinks, experts, learned positions.
+# Everything a decay mask must tell apart: norms with biases, q/k norms, attention biases, sinks, experts, learned
+# positions.
 FULL = tiny_config(
-    attention=AttentionConfig(
-        num_heads=4, num_kv_heads=2, head_dim=8, bias="all", sinks=True, qk_norm="head"
-    ),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, bias="all", sinks=True, qk_norm="head"),
     norm=NormConfig(kind="layernorm", bias=True),
     position=PositionConfig(kind="learned"),
     moe=MoEConfig(num_experts=4, top_k=2, hidden_dim=24),
@@ -85,7 +84,9 @@ def test_each_schedule_by_hand(kind, expected):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "exponential", "inverse_sqrt", "constant"])
 def test_without_warm_up_a_schedule_starts_at_its_peak_and_never_rises(kind):
-    rates = [float(schedule(OptimizerConfig(learning_rate=0.2, schedule=kind, warmup_steps=0), 50)(s)) for s in range(60)]
+    rates = [
+        float(schedule(OptimizerConfig(learning_rate=0.2, schedule=kind, warmup_steps=0), 50)(s)) for s in range(60)
+    ]
     assert rates[0] == pytest.approx(0.2) and all(a >= b >= 0 for a, b in itertools.pairwise(rates))
 
 
@@ -142,7 +143,9 @@ def test_each_optimizer_lowers_a_loss(full, name):
     optimizer = make_optimizer(constant_rate(name, learning_rate=0.02, clip_norm=1.0), FULL, steps=40)
 
     def loss(model):
-        return sum(jnp.square(a - b).mean() for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(target), strict=True))
+        return sum(
+            jnp.square(a - b).mean() for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(target), strict=True)
+        )
 
     @jax.jit
     def step(carry):
@@ -244,7 +247,8 @@ def test_every_weight_is_a_known_matrix_or_a_vector(full):
 
 @pytest.mark.slow
 def test_coordinate_check():
-    """Yang et al. 2022, sec. D.1: after a few Adam steps the change of the activations does not grow with the width under muP;
+    """Yang et al. 2022, sec. D.1: after a few Adam steps the change of the activations does not grow with the width
+    under muP;
     without it, it does."""
     batch = whole_rows(0, 8, 17, 64)
 

@@ -21,19 +21,31 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_code(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def start_peers(scenario: str, folder: Path) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-                                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    return [subprocess.Popen([sys.executable, "-W", "error", "-m", "tests.train.peers", scenario, address, str(rank),
-                              str(folder)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE) for rank in (0, 1)]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.train.peers", scenario, address, str(rank), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
 
 
 def finish(peers: list[subprocess.Popen], timeout: float = 60) -> list[tuple[str, str]]:
@@ -136,8 +148,12 @@ class Store:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.lists(st.floats(0.0005, 0.004), min_size=2, max_size=4), st.integers(0, 3), st.floats(0, 0.05),
-       st.integers(1, 60))
+@given(
+    st.lists(st.floats(0.0005, 0.004), min_size=2, max_size=4),
+    st.integers(0, 3),
+    st.floats(0, 0.05),
+    st.integers(1, 60),
+)
 def test_all_loops_stop_after_the_same_step(paces, asked, delay, last_step):
     """Threads stand for processes that run at their own pace, at most two steps apart as collectives keep them."""
     with pytest.MonkeyPatch.context() as patch:

@@ -57,7 +57,10 @@ def distances(a, b) -> dict[str, float]:
     "moe, counts",
     [
         pytest.param(None, (2, 4), marks=pytest.mark.slow),
-        (MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.1, z_loss=0.1, balance_scope="sequence"), (4,)),
+        (
+            MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.1, z_loss=0.1, balance_scope="sequence"),
+            (4,),
+        ),
     ],
     ids=["dense", "moe"],
 )
@@ -69,7 +72,9 @@ def test_microbatches_equal_the_large_batch(moe, counts):
     results = {}
     for microbatches in (1, *counts):
         gradients = jax.jit(
-            lambda model, batch, n=microbatches: summed_gradients(objective, model, batch, jax.random.key(0), n, jnp.float32(1))
+            lambda model, batch, n=microbatches: summed_gradients(
+                objective, model, batch, jax.random.key(0), n, jnp.float32(1)
+            )
         )
         results[microbatches] = gradients(model, batch)
     whole, grads = results.pop(1)
@@ -109,14 +114,19 @@ def test_the_average_is_the_average(noisy):
     expected = [np.asarray(x, np.float64) for x in jax.tree.leaves(state.model)]
     for _ in range(3):
         state, _ = compiled(state, BATCH)
-        expected = [0.9 * e + 0.1 * np.asarray(x, np.float64) for e, x in zip(expected, jax.tree.leaves(state.model), strict=True)]
+        expected = [
+            0.9 * e + 0.1 * np.asarray(x, np.float64)
+            for e, x in zip(expected, jax.tree.leaves(state.model), strict=True)
+        ]
     for e, x in zip(expected, jax.tree.leaves(state.ema), strict=True):
         np.testing.assert_allclose(x, e, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_differs_by_step_and_repeats_with_it(noisy):
     _, compiled, fresh = noisy
-    losses = {at: [float(compiled(fresh()._replace(step=jnp.int32(at)), BATCH)[1]["loss"]) for _ in (0, 1)] for at in (0, 1)}
+    losses = {
+        at: [float(compiled(fresh()._replace(step=jnp.int32(at)), BATCH)[1]["loss"]) for _ in (0, 1)] for at in (0, 1)
+    }
     assert losses[0][0] == losses[0][1] and losses[1][0] == losses[1][1]
     assert losses[0][0] != losses[1][0]
 
@@ -155,7 +165,9 @@ def float16():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "LOSS_SCALE_GROWTH_STEPS", 2)
         state = start(tiny_config(dtype="float16"), TrainConfig(nonfinite="stop"))
-        compiled = jax.jit(make_step(next_token, ADAM, RATE, TrainConfig(nonfinite="stop"))).lower(state, BATCH).compile()
+        compiled = (
+            jax.jit(make_step(next_token, ADAM, RATE, TrainConfig(nonfinite="stop"))).lower(state, BATCH).compile()
+        )
     return compiled, state
 
 
@@ -239,7 +251,8 @@ def built(config: Experiment, devices: int, monkeypatch) -> loop.Program:
 
 
 def laid_out(state: TrainState, program: loop.Program) -> TrainState:
-    """A copy of `state` as the program lays its own out: what it would make itself (the last test), without its compilation."""
+    """A copy of `state` as the program lays its own out: what it would make itself (the last test), without its
+    compilation."""
     return jax.tree.map(lambda x, there: jax.device_put(jnp.copy(x), there.sharding), state, program.abstract_state)
 
 
@@ -262,9 +275,13 @@ CASES = [
     pytest.param(MeshConfig(data=8, fsdp=1), "adamw", False, set(), id="dp", marks=pytest.mark.slow),
     pytest.param(MeshConfig(fsdp=8), "adamw", False, {"fsdp"}, id="fsdp", marks=pytest.mark.slow),
     pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), "adamw", False, {"fsdp", "tensor"}, id="dp-fsdp-tp"),
-    pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), "muon", False, {"fsdp", "tensor"}, id="muon", marks=pytest.mark.slow),
+    pytest.param(
+        MeshConfig(data=2, fsdp=2, tensor=2), "muon", False, {"fsdp", "tensor"}, id="muon", marks=pytest.mark.slow
+    ),
     pytest.param(MeshConfig(fsdp=4, tensor=2), "adafactor", False, {"fsdp"}, id="adafactor", marks=pytest.mark.slow),
-    pytest.param(MeshConfig(fsdp=2, expert=2, tensor=2), "adamw", True, {"fsdp", "tensor"}, id="experts", marks=pytest.mark.slow),
+    pytest.param(
+        MeshConfig(fsdp=2, expert=2, tensor=2), "adamw", True, {"fsdp", "tensor"}, id="experts", marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -304,7 +321,8 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
     ],
 )
 def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
-    """Also over microbatches, and as an evaluation scores, which draws too where tokens are masked or a prefix is seen."""
+    """Also over microbatches, and as an evaluation scores, which draws too where tokens are masked or a prefix is
+    seen."""
     found, first = [], None
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
         base = experiment(mesh)

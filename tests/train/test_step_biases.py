@@ -16,7 +16,13 @@ from train.step import init_state, make_step
 
 RATE = 0.02
 MOE = MoEConfig(
-    num_experts=8, top_k=2, hidden_dim=16, layers=("dense", "moe"), weights="sigmoid_renormalized", bias_rate=RATE, load_balance=0.0
+    num_experts=8,
+    top_k=2,
+    hidden_dim=16,
+    layers=("dense", "moe"),
+    weights="sigmoid_renormalized",
+    bias_rate=RATE,
+    load_balance=0.0,
 )
 TRAIN = TrainConfig(nonfinite="skip")
 
@@ -25,7 +31,9 @@ TRAIN = TrainConfig(nonfinite="skip")
 def run(request):
     """(step, state): decay on everything, and a rate that leaves the rest of the network almost as it is."""
     config = tiny_config(num_layers=4, moe=MOE)
-    optimizer = OptimizerConfig(name=request.param, learning_rate=1e-4, schedule="constant", warmup_steps=0, decay="all", weight_decay=10.0)
+    optimizer = OptimizerConfig(
+        name=request.param, learning_rate=1e-4, schedule="constant", warmup_steps=0, decay="all", weight_decay=10.0
+    )
     made = make_optimizer(optimizer, config, 100)
     state = jax.jit(lambda model: init_state(jax.random.key(1), model, made, TRAIN))(random_model(config))
     return jax.jit(make_step(next_token, made, schedule(optimizer, 100), TRAIN)), state
@@ -33,7 +41,14 @@ def run(request):
 
 def biases(state) -> np.ndarray:
     """[L, E] of the MoE layers in order."""
-    return np.concatenate([np.asarray(block.mlp.router_bias[...]) for unit in state.model.stacks for block in unit if hasattr(block.mlp, "router_bias")])
+    return np.concatenate(
+        [
+            np.asarray(block.mlp.router_bias[...])
+            for unit in state.model.stacks
+            for block in unit
+            if hasattr(block.mlp, "router_bias")
+        ]
+    )
 
 
 def test_a_bias_moves_by_its_rate_against_its_load_and_the_load_evens_out(run):
