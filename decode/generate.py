@@ -186,13 +186,13 @@ def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], 
     prefix_BP = real_BP if model.config.attention.mask == "prefix" else None
     cache = init_cache(model, B, S)
     out = forward(model, tokens_BS[:, :width], valid_BT=real_BP, prefix_BT=prefix_BP, cache=cache)
-    last_BP = (slots_P == prompt_B[:, None] - 1).astype(out.hidden_BTD.dtype)
+    last_BP = slots_P == prompt_B[:, None] - 1
     hidden_BTD = reshard(out.hidden_BTD, rules, "batch", None, None)
-    hidden_BD = jnp.einsum("bp,bpd->bd", last_BP, hidden_BTD)  # one row of each, exactly: the rest is multiplied by 0
+    hidden_BD = jnp.where(last_BP[..., None], hidden_BTD, 0).sum(1)  # exact: a matmul would round on accelerators
     assert out.cache is not None
     # The cache keeps what the padding wrote; the next tokens overwrite it before any query may see it.
     state = State(
-        out.cache._replace(length_B=prompt_B), tokens_BS, jnp.zeros_like(tokens_BS, jnp.float32), prompt_B, prompt_B < 0
+        out.cache.at_length(prompt_B), tokens_BS, jnp.zeros_like(tokens_BS, jnp.float32), prompt_B, prompt_B < 0
     )
     return _append(model, request, state, hidden_BD)
 
@@ -209,7 +209,7 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
         i, state = carry
         out = forward(model, newest(state)[0][:, None], prefix_BT=prefix_BS, cache=state.cache)
         assert out.cache is not None
-        cache = out.cache._replace(length_B=jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
+        cache = out.cache.at_length(jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
         return i + 1, _append(model, request, state._replace(cache=cache), out.hidden_BTD[:, 0])
 
     def more(carry):
