@@ -1,4 +1,4 @@
-"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model), decoded as the package decodes them.
+"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model), decoded as the package does.
 
 The package decodes a run of byte pieces character by character: each byte that belongs to no whole character becomes
 U+FFFD. The piece for unknown text decodes to the model's `unk_surface`, " \u2047 " unless the model says otherwise.
@@ -59,7 +59,8 @@ class PublishedSentencePiece(BytesTable):
     def published(
         cls, model: bytes, add_bos: bool | None, stops: Sequence[int], chat_template: str | None
     ) -> PublishedSentencePiece:
-        """Return the tokenizer with the specials that the model names. Prompts begin with bos unless `add_bos` is False."""
+        """Return the tokenizer with the specials that the model names; prompts begin with bos unless `add_bos` is
+        False."""
         opened = _opened(model)
         bos, end, pad, unk = opened.bos_id(), opened.eos_id(), opened.pad_id(), opened.unk_id()
         if end < 0:
@@ -115,7 +116,7 @@ class PublishedSentencePiece(BytesTable):
 
 
 def _leading_spaces(processor: sentencepiece.SentencePieceProcessor, texts: Mapping[int, str]) -> int | None:
-    """Return how many pieces at the start of a text may lose a leading space: 0, 1, or None for all until a text begins.
+    """Return how many pieces at the start of a text lose a leading space: 0, 1, or None for all until a text begins.
 
     The package decides by `add_dummy_prefix` and `remove_extra_whitespaces`, which it does not show: decode and see.
     """
