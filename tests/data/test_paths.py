@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
+from data.array_files import read_arrays, write_arrays
 from data.paths import (
     PathError,
     file_size,
@@ -71,6 +73,23 @@ def test_a_file_is_replaced_whole(tmp_path, local):
         assert file.read_bytes() == (content.encode() if isinstance(content, str) else content)
         assert file_size(file) == len(file.read_bytes())
     assert list_names(file.parent) == ["a.json"] and list_names(file.parent / "absent") == []
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_arrays_come_back_and_a_torn_file_is_named(tmp_path, local):
+    use_fake_bucket()
+    file = parse_path(tmp_path if local else "gs://bucket/test_paths") / "a.npz"
+    arrays = {"choices": np.arange(6, dtype=np.int16).reshape(2, 3), "none": np.zeros(0)}
+    for compress in (True, False):
+        write_arrays(file, arrays, compress=compress)
+        found = read_arrays(file)
+        assert found.keys() == arrays.keys() and all((found[name] == arrays[name]).all() for name in arrays)
+        assert found["choices"].dtype == np.int16
+    content = file.read_bytes()
+    for cut in range(0, len(content), 37):
+        file.write_bytes(content[:cut])
+        with pytest.raises(ValueError):
+            read_arrays(file)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
