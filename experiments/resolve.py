@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,11 +51,11 @@ def resolve(
     overrides: Sequence[str],
     device_count: int | None,
     platform: str | None = None,
-    memory: Memory | None = None,
+    memory: Callable[[], Memory | None] | None = None,
 ) -> Experiment:
     """Return the experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count`
-    devices of `platform` ('cpu', 'gpu' or 'tpu') with so much `memory`. None: the devices that are here, and memory is
-    not checked.
+    devices of `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here. `memory`, asked once the config is valid,
+    returns what a device has; None: it is not checked.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
     """
@@ -71,7 +71,7 @@ def resolve_from(
     overrides: Sequence[str],
     device_count: int | None = None,
     platform: str | None = None,
-    memory: Memory | None = None,
+    memory: Callable[[], Memory | None] | None = None,
     *,
     training: bool = True,
 ) -> Experiment:
@@ -83,7 +83,8 @@ def resolve_from(
 
         device_count = jax.device_count()
     experiment.validate(device_count, training=training)
-    refuse_what_cannot_fit(experiment, device_count, memory, training=training)
+    if memory is not None:
+        refuse_what_cannot_fit(experiment, device_count, memory(), training=training)
     wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu"}.get(experiment.model.attention.implementation)
     if wanted is not None:
         import jax
@@ -150,7 +151,7 @@ def find_run(text: str) -> RunFolder:
 
 
 def new_run_path(name: str) -> Path:
-    """Return the folder that `--run NAME` writes: a name stands for a folder below runs/, and a path, which has a '/' or
+    """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
     begins with a '.', for itself. Raises RunFolderError unless that folder is missing, empty, or already a run's."""
     if "://" in name:
         # data/paths.py is to parse gs:// paths here; until then a run cannot be on an object store.

@@ -1,5 +1,7 @@
-"""A lower bound on the parameters of a network, from its config alone: nothing is traced and no layer is listed, so that
-a config of any size is answered at once."""
+"""A lower bound on the parameters of a network, from its config alone.
+
+Nothing is traced and no layer is listed, so that a config of any size is answered at once.
+"""
 
 from __future__ import annotations
 

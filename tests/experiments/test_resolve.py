@@ -29,7 +29,7 @@ def test_fewer_than_150_fields():
 
 
 def test_an_override_changes_that_field_alone():
-    base, changed = resolve("smoke", [], 1), resolve("smoke", ["model.moe.top_k=3", "train.steps=7"], 1)
+    base, changed = resolve("smoke", [], 1), resolve("smoke", ["model.moe.top_k=3", "train.steps=17"], 1)
     a, b = flatten(base), flatten(changed)
     assert {name for name in a if a[name] != b[name]} == {"model.moe.top_k", "train.steps"}
 
