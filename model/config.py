@@ -10,7 +10,7 @@ from typing import Literal
 from model.moe_config import MoEConfig
 
 # Counts that checks and plans loop over: far above every published network.
-MOST = {"num_layers": 10_000, "attention.num_heads": 1_000_000, "attention.num_kv_heads": 1_000_000}
+MOST = {"num_layers": 4_096, "attention.num_heads": 1_000_000, "attention.num_kv_heads": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class ModelConfig:
             if count is not None and count < 1:
                 raise ValueError(f"model.{name} = {count}: must be at least 1")
             if count is not None and count > (largest := MOST.get(name, count)):
-                raise ValueError(f"model.{name} = {count}: more than any machine can hold; use at most {largest}")
+                raise ValueError(f"model.{name} = {count}: far above every published network; use at most {largest}")
         positive: dict[str, float | None] = {
             "attention.softcap": a.softcap,
             "attention.query_scale": a.query_scale,

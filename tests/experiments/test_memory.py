@@ -21,7 +21,7 @@ LAPTOP = Memory(24 * 10**9, "this machine has")
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.num_layers=100000000"], ["model.num_layers = 100000000", "at most 10000"]),
+        (["model.num_layers=100000000"], ["model.num_layers = 100000000", "at most 4096"]),
         (["model.moe.num_experts=100000000"], ["model.moe.num_experts = 100000000", "at most"]),
         (["model.attention.num_heads=999999999", "model.attention.num_kv_heads=7"], ["num_heads = 999999999"]),
         (
