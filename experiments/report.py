@@ -35,7 +35,7 @@ def write_report(
     RunFolderError when `run_dir` holds no config.json, its metrics cannot be read, or the report cannot be written.
     """
     run, notes = RunFolder(Path(run_dir)), Notes(log)
-    if not os.path.lexists(run.config):
+    if not run.config.exists():
         raise RunFolderError(f"{run.path} is not a run folder: it has no config.json; name a folder under runs/")
     config, rows = notes.read_json(run.config, dict), _rows(run, notes)
     facts = parts.facts_of(rows)
@@ -75,7 +75,7 @@ def write_report(
 
 def _rows(run: RunFolder, notes: Notes) -> Sequence[Row]:
     """Return the rows of metrics.jsonl that have a step, and all events. Raises RunFolderError."""
-    if not os.path.lexists(run.metrics):
+    if not run.metrics.exists():
         return []
     try:
         rows = read_metrics(run.metrics)

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ class Notes:
                 raise ValueError(f"expected a JSON {'object' if kind is dict else 'array'}")
             return value
 
-        value = self.shown(path.name, read) if os.path.lexists(path) else None
+        value = self.shown(path.name, read) if path.exists() else None
         return kind() if value is None else value
 
 
@@ -162,7 +161,7 @@ def curves(images: Mapping[tuple[str, str], bytes]) -> Html:
 
 
 def completions(run: RunFolder, notes: Notes) -> Html:
-    if not os.path.lexists(run.samples):
+    if not run.samples.exists():
         return Html()
     parts = []
     for number, line in enumerate(run.samples.read_bytes().split(b"\n"), start=1):
