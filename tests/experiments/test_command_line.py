@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from experiments.__main__ import main
 from experiments.backend import backend_lines, describe_backend
 from experiments.resolve import new_run_path, resolve
 from experiments.show import differing
+from experiments.stopping import Stopped, stopped_by_sigterm
 from tests.experiments.command_line import call, refusal, tiny_overrides, write_folder
 from train.records import RunFolder, RunFolderError, open_run
 from train.signals import StopSignal
@@ -214,6 +217,28 @@ def test_a_signal_outside_the_loop_ends_the_command_with_a_word(capsys, monkeypa
         got == code and err == f"stopped by {name}: what was saved is kept, and the same command continues from there\n"
     )
     assert out.startswith("backend: cpu, 8 devices") and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_during_garbage_collection_is_not_lost(number, error):
+    """Python drops what a handler raises there; a run would go on to its end and exit 0."""
+    calls = []
+
+    def collecting(phase: str, info: dict) -> None:
+        if len(calls) < 2:
+            calls.append(phase)
+            signal.raise_signal(number)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGALRM)], sys.unraisablehook
+    gc.callbacks.append(collecting)
+    try:
+        with pytest.raises(error), stopped_by_sigterm():
+            gc.collect()
+            time.sleep(5)
+    finally:
+        gc.callbacks.remove(collecting)
+    assert calls
+    assert handlers == ([signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGALRM)], sys.unraisablehook)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 143)])

@@ -25,10 +25,10 @@ LAPTOP = Memory(24 * 10**9, "this machine has")
         (["model.moe.num_experts=100000000"], ["model.moe.num_experts = 100000000", "at most"]),
         (["model.attention.num_heads=999999999", "model.attention.num_kv_heads=7"], ["num_heads = 999999999"]),
         (
-            ["data.sequence_length=1000000000", "model.max_length=1000000000"],
-            ["data.sequence_length = 1000000000", "logits", "this machine has 24 GB", "Try smaller"],
+            ["data.sequence_length=10000000", "model.max_length=10000000"],
+            ["data.sequence_length = 10000000", "logits", "this machine has 24 GB", "Try smaller"],
         ),
-        (["data.batch_size=1000000000"], ["data.batch_size = 1000000000", "logits", "24 GB"]),
+        (["data.batch_size=10000000"], ["data.batch_size = 10000000", "logits", "24 GB"]),
         (["model.embed_dim=100000000"], ["model.embed_dim = 100000000", "at least"]),
         (["model.moe.hidden_dim=1000000000"], ["model.moe.hidden_dim = 1000000000", "experts"]),
         (["model.vocab_size=10000000000"], ["model.vocab_size = 10000000000", "embeddings"]),
