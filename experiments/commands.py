@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
@@ -101,7 +102,7 @@ def train_command(args: argparse.Namespace) -> int:
         return 0 if finished else 128 + (StopSignal.last_number or signal.SIGTERM)
 
 
-def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, Path]:
+def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, epath.Path]:
     """Return the experiment and the folder that the arguments of `train` name."""
     if args.resume and args.run:
         raise UsageError(
@@ -122,7 +123,7 @@ def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, Path]:
     return experiment, new_run_path(args.run or args.subject)
 
 
-def _copied(run: RunFolder, path: Path) -> Path:
+def _copied(run: RunFolder, path: epath.Path) -> epath.Path:
     """`path`, a copy of an imported run, made by process 0 unless it is there."""
     import jax
 

@@ -34,7 +34,7 @@ def write_report(
     appearances that figures are drawn for: with one of them the page has it alone, with none it has no figures. Raises
     RunFolderError when `run_dir` holds no config.json, its metrics cannot be read, or the report cannot be written.
     """
-    run, notes = RunFolder(Path(run_dir)), Notes(log)
+    run, notes = RunFolder(run_dir), Notes(log)
     if not run.config.exists():
         raise RunFolderError(f"{run.path} is not a run folder: it has no config.json; name a folder under runs/")
     config, rows = notes.read_json(run.config, dict), _rows(run, notes)

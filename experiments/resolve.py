@@ -9,6 +9,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from etils import epath
+
+from data.paths import PathError, parse_path, require_backend
 from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
 from train.config import Experiment
@@ -119,10 +122,10 @@ def may_differ_on_resume(name: str) -> bool:
 
 def is_run(text: str) -> bool:
     """Return whether `find_run` would find it."""
-    return any(_holds_run(path) for path in (Path(text), Path("runs") / text))
+    return any(_holds_run(path) for path in (text, f"runs/{text}"))
 
 
-def _holds_run(path: Path) -> bool:
+def _holds_run(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder is a run's; a published model's folder has a config.json, too."""
     try:
         return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
@@ -132,7 +135,7 @@ def _holds_run(path: Path) -> bool:
 
 def find_run(text: str) -> RunFolder:
     """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
-    for path in (Path(text), Path("runs") / text):
+    for path in (text, f"runs/{text}"):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
@@ -150,16 +153,17 @@ def find_run(text: str) -> RunFolder:
     )
 
 
-def new_run_path(name: str) -> Path:
+def new_run_path(name: str) -> epath.Path:
     """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
     begins with a '.', for itself. Raises RunFolderError unless that folder is missing, empty, or already a run's."""
-    if "://" in name:
-        # data/paths.py is to parse gs:// paths here; until then a run cannot be on an object store.
-        raise RunFolderError(f"--run {name}: only folders of this machine are supported; give a name or a path")
+    path: epath.Path
     if "/" in name or name.startswith("."):
-        path = Path(name)
+        try:
+            path = require_backend(parse_path(name, "--run"), "--run")
+        except PathError as error:
+            raise RunFolderError(str(error)) from error
     elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
-        path = Path("runs") / name
+        path = epath.Path("runs") / name
     else:
         shown = name if len(name) <= MOST_OF_A_NAME else f"{name[:MOST_OF_A_NAME]}... ({len(name)} characters)"
         raise RunFolderError(
@@ -179,7 +183,7 @@ def new_run_path(name: str) -> Path:
     return path
 
 
-def _foreign(path: Path) -> str | None:
+def _foreign(path: epath.Path) -> str | None:
     """Return a file in `path` that a run which died while its folder was made would not have left; None if none."""
     if not path.is_dir():
         return "it is a file"

@@ -76,8 +76,9 @@ def test_a_name_that_is_no_folder_is_refused(name):
 
 
 def test_a_run_of_an_object_store_is_never_a_local_folder(capsys):
-    assert "--run gs://bucket/x" in refusal(capsys, "train", "smoke", "--run", "gs://bucket/x")
-    assert not Path("gs:").exists()
+    message = refusal(capsys, "train", "smoke", "--run", "s3://bucket/x")
+    assert "--run = 's3://bucket/x'" in message and "gs://" in message
+    assert not Path("s3:").exists()
 
 
 @pytest.mark.parametrize("command", ["eval", "report", "export", "train", "upcycle"])
