@@ -88,16 +88,27 @@ def resolve_from(
     experiment.validate(device_count, training=training)
     if memory is not None:
         refuse_what_cannot_fit(experiment, device_count, memory(), training=training)
-    wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu"}.get(experiment.model.attention.implementation)
-    if wanted is not None:
+    _refuse_kernels_of_other_platforms(experiment, platform)
+    return experiment
+
+
+def _refuse_kernels_of_other_platforms(experiment: Experiment, platform: str | None) -> None:
+    attention, moe = experiment.model.attention, experiment.model.moe
+    chosen = {
+        "attention.implementation": (attention.implementation, "'auto', 'xla' or 'reference'"),
+        "attention.decode_implementation": (attention.decode_implementation, "'auto', 'reference' or 'off'"),
+    }
+    if moe is not None:
+        chosen["moe.implementation"] = (moe.implementation, "'auto', 'xla' or 'reference'")
+    for field, (value, others) in chosen.items():
+        wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu", "gpu": "gpu"}.get(value)
+        if wanted is None:
+            continue
         import jax
 
-        if (platform or jax.default_backend()) != wanted:
-            raise ConfigError(
-                f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, "
-                f"and here is a {platform or jax.default_backend()}; use 'auto', 'xla' or 'reference'"
-            )
-    return experiment
+        here = platform or jax.default_backend()
+        if here != wanted:
+            raise ConfigError(f"model.{field} = {value!r}: runs on a {wanted}, and here is a {here}; use {others}")
 
 
 def fill_vocabulary(experiment: Experiment) -> Experiment:

@@ -83,3 +83,18 @@ def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, dev
         ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"
     ):
         resolve("smoke", [f"model.attention.implementation={name}"], 1)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.attention.implementation=tpu",
+        "model.attention.decode_implementation=gpu",
+        "model.moe.implementation=triton",
+    ],
+)
+def test_a_kernel_of_another_platform_is_refused(override):
+    field, value = override.split("=")
+    with pytest.raises(ConfigError, match=rf"{field} = '{value}': runs on a [tg]pu, and here is a cpu; use 'auto'"):
+        resolve("smoke", [override], 1)
+    resolve("smoke", [f"{field}=reference"], 1)
