@@ -12,12 +12,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
 from experiments.memory import memory_here
 from experiments.named import EXPERIMENTS
-from experiments.resolve import find_run, is_run, load_experiment, new_run_path, resolve, resolve_from
+from experiments.resolve import (
+    find_run,
+    is_run,
+    load_experiment,
+    new_local_run_path,
+    new_run_path,
+    resolve,
+    resolve_from,
+)
 from experiments.stopping import stopped_by_sigterm
 from train.config import Experiment
 from train.records import RunFolder
@@ -101,7 +110,7 @@ def train_command(args: argparse.Namespace) -> int:
         return 0 if finished else 128 + (StopSignal.last_number or signal.SIGTERM)
 
 
-def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, Path]:
+def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, epath.Path]:
     """Return the experiment and the folder that the arguments of `train` name."""
     if args.resume and args.run:
         raise UsageError(
@@ -116,7 +125,7 @@ def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, Path]:
     if args.subject not in EXPERIMENTS and is_run(args.subject):
         path = find_run(args.subject).path
         if args.run:
-            path = _copied(find_run(args.subject), new_run_path(args.run))
+            path = epath.Path(_copied(find_run(args.subject), new_local_run_path(args.run)))
         return _load(str(path), args.overrides, training=True), path
     experiment = _checked(lambda: resolve(args.subject, args.overrides, None, memory=memory_here))
     return experiment, new_run_path(args.run or args.subject)
@@ -270,7 +279,7 @@ def upcycle_command(args: argparse.Namespace) -> int:
     run = find_run(args.subject)
     dense = load_experiment(run)
     experiment = _checked(lambda: with_experts(dense, args.overrides))
-    upcycle_run(run, dense, experiment, new_run_path(args.run), overrides=args.overrides, step=args.step)
+    upcycle_run(run, dense, experiment, new_local_run_path(args.run), overrides=args.overrides, step=args.step)
     return 0
 
 

@@ -9,6 +9,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from etils import epath
+
+from data.paths import PathError, is_local, parse_path, require_backend
 from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
 from train.config import Experiment
@@ -119,10 +122,15 @@ def may_differ_on_resume(name: str) -> bool:
 
 def is_run(text: str) -> bool:
     """Return whether `find_run` would find it."""
-    return any(_holds_run(path) for path in (Path(text), Path("runs") / text))
+    return any(_holds_run(path) for path in _places(text))
 
 
-def _holds_run(path: Path) -> bool:
+def _places(text: str) -> tuple[str, ...]:
+    """Return the paths that a user may mean: the text itself and, unless it is gs://, a name under runs/."""
+    return (text,) if "://" in text else (text, f"runs/{text}")
+
+
+def _holds_run(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder is a run's; a published model's folder has a config.json, too."""
     try:
         return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
@@ -132,34 +140,52 @@ def _holds_run(path: Path) -> bool:
 
 def find_run(text: str) -> RunFolder:
     """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
-    for path in (Path(text), Path("runs") / text):
+    if not is_local(text):
+        _parse(text, "run")
+    for path in _places(text):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
     shown = text if len(text) <= MOST_OF_A_NAME else f"{text[:MOST_OF_A_NAME]}..."
     published = False
     with contextlib.suppress(OSError, ValueError):
-        published = (Path(text) / "config.json").exists()
+        published = (parse_path(text) / "config.json").exists()
     if published:
         raise RunFolderError(
             f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it"
         )
     raise RunFolderError(
-        f"run {shown!r} is not a run folder (no config.json and overrides.json in it or in runs/{shown}); "
+        f"run {shown!r} is not a run folder (no config.json and overrides.json in it"
+        + (f" or in runs/{shown}" if is_local(text) else "")
+        + "); "
         + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
     )
 
 
-def new_run_path(name: str) -> Path:
+def _parse(text: str, field: str) -> epath.Path:
+    """Return the path of a text. Raises RunFolderError where it names no file, or a bucket that cannot be reached."""
+    try:
+        return require_backend(parse_path(text, field), field)
+    except PathError as error:
+        raise RunFolderError(str(error)) from error
+
+
+def new_local_run_path(name: str) -> Path:
+    """Return `new_run_path` for a command whose folder is renamed in the end. Raises RunFolderError for gs://."""
+    path = new_run_path(name)
+    if not is_local(path):
+        raise RunFolderError(f"--run {name}: this command writes a local folder. Try a local one, and copy it to gs://")
+    return Path(path)
+
+
+def new_run_path(name: str) -> epath.Path:
     """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
-    begins with a '.', for itself. Raises RunFolderError unless that folder is missing, empty, or already a run's."""
-    if "://" in name:
-        # data/paths.py is to parse gs:// paths here; until then a run cannot be on an object store.
-        raise RunFolderError(f"--run {name}: only folders of this machine are supported; give a name or a path")
+    begins with a '.', for itself; gs://BUCKET/NAME for a folder of a bucket. Raises RunFolderError unless that folder
+    is missing, empty, or already a run's."""
     if "/" in name or name.startswith("."):
-        path = Path(name)
+        path = _parse(name, "--run")
     elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
-        path = Path("runs") / name
+        path = epath.Path("runs") / name
     else:
         shown = name if len(name) <= MOST_OF_A_NAME else f"{name[:MOST_OF_A_NAME]}... ({len(name)} characters)"
         raise RunFolderError(
@@ -172,14 +198,15 @@ def new_run_path(name: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise RunFolderError(f"--run {name[:MOST_OF_A_NAME]}: cannot be a folder ({reason}); choose another") from error
     if foreign:
+        shown = path.resolve() if is_local(path) else path
         raise RunFolderError(
-            f"--run {name}: {path.resolve()} holds other files ({foreign}) and is not a run; name a run below runs/, "
+            f"--run {name}: {shown} holds other files ({foreign}) and is not a run; name a run below runs/, "
             f"or give a path that is new, empty, or already a run"
         )
     return path
 
 
-def _foreign(path: Path) -> str | None:
+def _foreign(path: epath.Path) -> str | None:
     """Return a file in `path` that a run which died while its folder was made would not have left; None if none."""
     if not path.is_dir():
         return "it is a file"
