@@ -18,7 +18,15 @@ from rich.table import Table
 
 from experiments.memory import memory_here
 from experiments.named import EXPERIMENTS
-from experiments.resolve import find_run, is_run, load_experiment, new_run_path, resolve, resolve_from
+from experiments.resolve import (
+    find_run,
+    is_run,
+    load_experiment,
+    new_local_run_path,
+    new_run_path,
+    resolve,
+    resolve_from,
+)
 from experiments.stopping import stopped_by_sigterm
 from train.config import Experiment
 from train.records import RunFolder
@@ -117,13 +125,13 @@ def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, epath.Path]:
     if args.subject not in EXPERIMENTS and is_run(args.subject):
         path = find_run(args.subject).path
         if args.run:
-            path = _copied(find_run(args.subject), new_run_path(args.run))
+            path = epath.Path(_copied(find_run(args.subject), new_local_run_path(args.run)))
         return _load(str(path), args.overrides, training=True), path
     experiment = _checked(lambda: resolve(args.subject, args.overrides, None, memory=memory_here))
     return experiment, new_run_path(args.run or args.subject)
 
 
-def _copied(run: RunFolder, path: epath.Path) -> epath.Path:
+def _copied(run: RunFolder, path: Path) -> Path:
     """`path`, a copy of an imported run, made by process 0 unless it is there."""
     import jax
 
@@ -271,7 +279,7 @@ def upcycle_command(args: argparse.Namespace) -> int:
     run = find_run(args.subject)
     dense = load_experiment(run)
     experiment = _checked(lambda: with_experts(dense, args.overrides))
-    upcycle_run(run, dense, experiment, new_run_path(args.run), overrides=args.overrides, step=args.step)
+    upcycle_run(run, dense, experiment, new_local_run_path(args.run), overrides=args.overrides, step=args.step)
     return 0
 
 

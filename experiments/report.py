@@ -11,8 +11,10 @@ is. A damaged file costs its part of the page, which a note at the top names. Th
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from etils import epath
+
+from data.paths import is_local, write_whole
 from experiments import report_parts as parts
 from experiments.html import Html, element, joined, page
 from experiments.report_parts import Notes, Row
@@ -27,7 +29,7 @@ def write_report(
     *,
     log: Callable[[str], None] = lambda text: None,
     themes: Sequence[str] = ("light", "dark"),
-) -> Path:
+) -> epath.Path:
     """Write RUN/report.html and the PNGs in RUN/plots/, and return the path of the report.
 
     `log` receives a line for each part that a damaged file costs; the report has them, too. `themes` are the
@@ -42,7 +44,7 @@ def write_report(
     sets = facts.get("sets")
     sets = sets if isinstance(sets, dict) else {}
     images = _figures(run, config, rows, sets, themes, notes)
-    name = str(config.get("name") or run.path.resolve().name)
+    name = str(config.get("name") or (run.path.resolve() if is_local(run.path) else run.path).name)
     made = [
         notes.shown("the verdict", parts.verdict, rows, sets),
         notes.shown("the summary", parts.summary, facts),
@@ -54,18 +56,13 @@ def write_report(
     ]
     head = [element("h1", name), element("p", config.get("question", "")), _noted(notes.texts)]
     content = page(name, joined(part for part in head + made if part is not None))
-    temporary = run.report.with_suffix(f".{os.getpid()}.tmp")
     try:
         if images:
             run.plots.mkdir(exist_ok=True)
         for (figure, appearance), image in images.items():
             if appearance == themes[0]:
                 (run.plots / f"{figure}.png").write_bytes(image)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(run.report)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(run.report, content)
     except OSError as error:
         raise RunFolderError(
             f"{run.report} cannot be written ({error}); free the disk, or fix the permissions of the run folder"

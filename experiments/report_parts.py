@@ -4,8 +4,9 @@ import base64
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from experiments.html import Html, element, joined, table_row
 from train.config_io import flatten
@@ -37,7 +38,7 @@ class Notes:
             self.add(f"{what} left out: {type(error).__name__}{': ' if reason else ''}{reason}")
             return None
 
-    def read_json(self, path: Path, kind: type) -> Any:
+    def read_json(self, path: epath.Path, kind: type) -> Any:
         """Return what a JSON file holds if it is a `kind`, else an empty one, with a note unless it is missing."""
 
         def read() -> Any:

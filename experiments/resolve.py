@@ -11,7 +11,7 @@ from pathlib import Path
 
 from etils import epath
 
-from data.paths import PathError, parse_path, require_backend
+from data.paths import PathError, is_local, parse_path, require_backend
 from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
 from train.config import Experiment
@@ -133,7 +133,12 @@ def may_differ_on_resume(name: str) -> bool:
 
 def is_run(text: str) -> bool:
     """Return whether `find_run` would find it."""
-    return any(_holds_run(path) for path in (text, f"runs/{text}"))
+    return any(_holds_run(path) for path in _places(text))
+
+
+def _places(text: str) -> tuple[str, ...]:
+    """Return the paths that a user may mean: the text itself and, unless it is gs://, a name under runs/."""
+    return (text,) if "://" in text else (text, f"runs/{text}")
 
 
 def _holds_run(path: str | os.PathLike[str]) -> bool:
@@ -146,33 +151,50 @@ def _holds_run(path: str | os.PathLike[str]) -> bool:
 
 def find_run(text: str) -> RunFolder:
     """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
-    for path in (text, f"runs/{text}"):
+    if not is_local(text):
+        _parse(text, "run")
+    for path in _places(text):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
     shown = text if len(text) <= MOST_OF_A_NAME else f"{text[:MOST_OF_A_NAME]}..."
     published = False
     with contextlib.suppress(OSError, ValueError):
-        published = (Path(text) / "config.json").exists()
+        published = (parse_path(text) / "config.json").exists()
     if published:
         raise RunFolderError(
             f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it"
         )
     raise RunFolderError(
-        f"run {shown!r} is not a run folder (no config.json and overrides.json in it or in runs/{shown}); "
+        f"run {shown!r} is not a run folder (no config.json and overrides.json in it"
+        + (f" or in runs/{shown}" if is_local(text) else "")
+        + "); "
         + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
     )
 
 
+def _parse(text: str, field: str) -> epath.Path:
+    """Return the path of a text. Raises RunFolderError where it names no file, or a bucket that cannot be reached."""
+    try:
+        return require_backend(parse_path(text, field), field)
+    except PathError as error:
+        raise RunFolderError(str(error)) from error
+
+
+def new_local_run_path(name: str) -> Path:
+    """Return `new_run_path` for a command whose folder is renamed in the end. Raises RunFolderError for gs://."""
+    path = new_run_path(name)
+    if not is_local(path):
+        raise RunFolderError(f"--run {name}: this command writes a local folder. Try a local one, and copy it to gs://")
+    return Path(path)
+
+
 def new_run_path(name: str) -> epath.Path:
     """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
-    begins with a '.', for itself. Raises RunFolderError unless that folder is missing, empty, or already a run's."""
-    path: epath.Path
+    begins with a '.', for itself; gs://BUCKET/NAME for a folder of a bucket. Raises RunFolderError unless that folder
+    is missing, empty, or already a run's."""
     if "/" in name or name.startswith("."):
-        try:
-            path = require_backend(parse_path(name, "--run"), "--run")
-        except PathError as error:
-            raise RunFolderError(str(error)) from error
+        path = _parse(name, "--run")
     elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
         path = epath.Path("runs") / name
     else:
@@ -187,8 +209,9 @@ def new_run_path(name: str) -> epath.Path:
         reason = getattr(error, "strerror", None) or error
         raise RunFolderError(f"--run {name[:MOST_OF_A_NAME]}: cannot be a folder ({reason}); choose another") from error
     if foreign:
+        shown = path.resolve() if is_local(path) else path
         raise RunFolderError(
-            f"--run {name}: {path.resolve()} holds other files ({foreign}) and is not a run; name a run below runs/, "
+            f"--run {name}: {shown} holds other files ({foreign}) and is not a run; name a run below runs/, "
             f"or give a path that is new, empty, or already a run"
         )
     return path

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,7 +42,12 @@ from train.records import (
 
 
 def run_experiment(
-    experiment: Experiment, path: Path, *, overrides: Sequence[str], override: bool, say: Callable[[str], None] = print
+    experiment: Experiment,
+    path: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str],
+    override: bool,
+    say: Callable[[str], None] = print,
 ) -> bool:
     """Trains or resumes the experiment in its folder and finishes it; False if it was asked to stop before the end.
 
@@ -95,7 +100,11 @@ def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared
 
 @contextlib.contextmanager
 def _shared_run(
-    path: Path, experiment: Experiment, overrides: Sequence[str], override: bool, say: Callable[[str], None]
+    path: str | os.PathLike[str],
+    experiment: Experiment,
+    overrides: Sequence[str],
+    override: bool,
+    say: Callable[[str], None],
 ) -> Iterator[RunFolder]:
     """The run folder, opened by process 0 for all; every process must have come with the same config."""
     fix = "start every one with the same experiment and the same --set"
@@ -116,7 +125,7 @@ def _shared_run(
         yield RunFolder(path)
 
 
-def _may_differ(path: Path, experiment: Experiment) -> Callable[[str], bool]:
+def _may_differ(path: str | os.PathLike[str], experiment: Experiment) -> Callable[[str], bool]:
     """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave
     the
     network and its tokenizer what they are."""

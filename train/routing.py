@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
+from data.array_files import write_arrays
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
 from model.transformer import Transformer, forward
@@ -60,7 +61,8 @@ def make_probe(
         kept = np.asarray(found_LBTC)[:, :rows].astype(np.int16)
         if jax.process_index() == 0:
             run.routing.mkdir(exist_ok=True)
-            np.savez_compressed(run.routing / f"{step:08d}.npz", choices=kept.reshape(len(kept), -1, kept.shape[-1]))
+            arrays = {"choices": kept.reshape(len(kept), -1, kept.shape[-1])}
+            write_arrays(run.routing / f"{step:08d}.npz", arrays, compress=True)
 
     return probe
 

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from data.config import DataError, TokenizerConfig
-from data.paths import PathError, parse_path
+from data.paths import PathError, is_local, parse_path
 from data.tokenizers import huggingface, published, ranks, sentencepieces
 from data.tokenizers.description import CHAT_TEMPLATE, DESCRIPTION
 from data.tokenizers.huggingface import HFTokenizer
@@ -47,11 +47,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer(path: str | Path) -> Tokenizer:
+def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a saved folder, of a published model's folder, or of a GGUF file.
 
     A published folder holds tokenizer.json, or else a tiktoken or SentencePiece file. Raises DataError.
     """
+    if not is_local(path):
+        return load_tokenizer(path)
     path = Path(path)
     if path.suffix == ".gguf" and path.is_file():
         return published.of_gguf(path)

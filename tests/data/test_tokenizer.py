@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
-from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_tokenizer, train_tokenizer
+from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_tokenizer, read_tokenizer, train_tokenizer
 from tests.fake_bucket import use_fake_bucket
 
 CONFIG = TokenizerConfig(vocab_size=400)
@@ -162,7 +162,9 @@ def test_a_tokenizer_is_saved_in_a_bucket(tmp_path, monkeypatch):
     use_fake_bucket()
     folder = "gs://bucket/test_tokenizer/tokenizer"
     ByteTokenizer().save(folder)
-    assert load_tokenizer(folder).identity == ByteTokenizer().identity and list(tmp_path.iterdir()) == []
+    for read in (load_tokenizer, read_tokenizer):
+        assert read(folder).identity == ByteTokenizer().identity
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match="no tokenizer in gs://bucket/absent"):
         load_tokenizer("gs://bucket/absent")
     with pytest.raises(DataError, match="not s3://"):

@@ -15,11 +15,13 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.backend import backend_lines, describe_backend
-from experiments.resolve import new_run_path, resolve
+from experiments.report import write_report
+from experiments.resolve import find_run, is_run, new_local_run_path, new_run_path, resolve
 from experiments.show import differing
 from experiments.stopping import Stopped, stopped_by_sigterm
 from tests.experiments.command_line import call, refusal, tiny_overrides, write_folder
-from train.records import RunFolder, RunFolderError, open_run
+from tests.fake_bucket import use_fake_bucket
+from train.records import MetricsWriter, RunFolder, RunFolderError, open_run
 from train.signals import StopSignal
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,26 @@ def test_a_run_of_an_object_store_is_never_a_local_folder(capsys):
     message = refusal(capsys, "train", "smoke", "--run", "s3://bucket/x")
     assert "--run = 's3://bucket/x'" in message and "gs://" in message
     assert not Path("s3:").exists()
+
+
+def test_a_run_in_a_bucket_is_found_and_reported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    use_fake_bucket()
+    text = f"gs://bucket/{tmp_path.name}/runs/a"
+    assert not is_run(text) and str(new_run_path(text)) == text
+    with open_run(text, resolve("smoke", ["data.tokenizer.kind=byte"], 1)), MetricsWriter(RunFolder(text)) as metrics:
+        metrics.write({"kind": "train", "step": 1, "loss": 1.0})
+    assert str(find_run(text).path) == text and str(new_run_path(text)) == text
+    assert str(write_report(text, themes=())) == f"{text}/report.html"
+    assert b"smoke" in (find_run(text).report).read_bytes() and not list(tmp_path.iterdir())
+    with pytest.raises(RunFolderError, match="a local folder"):
+        new_local_run_path(text)
+    parent = RunFolder(f"gs://bucket/{tmp_path.name}/published")
+    parent.config.write_text("{}")
+    with pytest.raises(RunFolderError, match=r"holds other files \(config\.json\)"):
+        new_run_path(str(parent.path))
+    with pytest.raises(RunFolderError, match="is a published model"):
+        find_run(str(parent.path))
 
 
 @pytest.mark.parametrize("command", ["eval", "report", "export", "train", "upcycle"])

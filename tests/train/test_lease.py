@@ -12,6 +12,7 @@ from train.lease import LeaseTiming, hold_lease
 from train.run_folder import RunFolder, RunFolderError
 
 QUICK = LeaseTiming(heartbeat=0.05, lease=0.4)
+PATIENT = LeaseTiming(heartbeat=0.05, lease=600)
 
 
 @pytest.fixture(params=["local", "bucket"])
@@ -22,10 +23,10 @@ def run(request, tmp_path):
     return RunFolder(tmp_path)
 
 
-def take(run, **more):
-    """Whether the lease could be taken, with the notices."""
+def take(run, timing=QUICK):
+    """Take the lease and free it again; return the notices."""
     notices: list[str] = []
-    with hold_lease(run, notices.append, timing=QUICK, **more):
+    with hold_lease(run, notices.append, timing=timing):
         record = json.loads(run.lock.read_bytes())
         assert record["pid"] == os.getpid()
     assert run.lock.read_bytes().strip() == b""
@@ -48,9 +49,8 @@ def test_a_holder_is_named_while_it_holds_and_frees_the_folder(run):
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(run, change):
     """A pid that was used again, and one that nobody has."""
     run.lock.write_text(json.dumps(record_of(run) | change))
-    before = time.monotonic()
-    (notice,) = take(run)
-    assert "dead on this host, taken over" in notice and time.monotonic() - before < QUICK.lease + 0.9
+    (notice,) = take(run, PATIENT)
+    assert "dead on this host, taken over" in notice
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_live_holder_elsewhere_is_refused_as_soon_as_its_heart_beats(run):
     timer = threading.Timer(0.1, lambda: run.lock.write_text(json.dumps(record | {"beat": 1})))
     timer.start()
     with pytest.raises(RunFolderError, match=r"on elsewhere .*which is alive"):
-        take(run)
+        take(run, PATIENT)
     timer.join()
     assert json.loads(run.lock.read_bytes())["beat"] == 1
 
