@@ -20,7 +20,8 @@ from experiments.resolve import find_run, is_run, load_experiment, resolve, reso
 from train.config import Experiment
 from train.records import RunFolder
 
-HEARTBEAT_SECONDS = 30  # after which the others learn that a process died; jax waits 100
+# JAX then aborts the processes that are left. Longer than train.peer_watch.LOST_SECONDS, which names the lost one.
+HEARTBEAT_SECONDS = 60
 
 
 class UsageError(ValueError):
@@ -253,6 +254,7 @@ def join_processes() -> None:
     like."""
     import jax
 
+    from train.peer_watch import watch_peers
     from train.signals import exit_hard_on_exception
 
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -262,6 +264,7 @@ def join_processes() -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
     exit_hard_on_exception()
+    watch_peers()
 
 
 def use_compilation_cache() -> None:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.checkpoint import Checkpointer, CheckpointError
+from train.peer_watch import watch_peers
 from train.signals import StopSignal, exit_hard_on_exception
 
 
@@ -99,7 +100,31 @@ def crash(folder: Path) -> None:
     time.sleep(60)
 
 
+def train_forever(folder: Path) -> None:
+    """Sum over both processes again and again, as a run does, until one of them is killed."""
+    exit_hard_on_exception()
+    watch_peers()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.make_array_from_callback((8,), NamedSharding(mesh, P("data")), lambda index: np.ones(8)[index])
+    total = jax.jit(lambda x: x.sum())
+    for step in range(1_000_000):
+        total(x).block_until_ready()
+        if step == 5:
+            (folder / f"running-{jax.process_index()}").write_text("")
+        time.sleep(0.01)
+
+
+def fail(folder: Path) -> None:
+    """Rank 1 raises while rank 0 is busy with something else than a collective."""
+    exit_hard_on_exception()
+    watch_peers()
+    if jax.process_index() == 1:
+        raise RuntimeError("injected\nin two lines")
+    time.sleep(60)
+
+
 if __name__ == "__main__":
     scenario, address, rank, folder = sys.argv[1:]
     jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
-    {"checkpoints": checkpoints, "stop": stop, "crash": crash}[scenario](Path(folder))
+    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, fail)}
+    scenarios[scenario](Path(folder))
