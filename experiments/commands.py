@@ -20,9 +20,6 @@ from experiments.resolve import find_run, is_run, load_experiment, resolve, reso
 from train.config import Experiment
 from train.records import RunFolder
 
-# JAX then aborts the processes that are left. Longer than train.peer_watch.LOST_SECONDS, which names the lost one.
-HEARTBEAT_SECONDS = 60
-
 
 class UsageError(ValueError):
     """The arguments of a command do not go together."""
@@ -252,19 +249,12 @@ def report(args: argparse.Namespace) -> int:
 def join_processes() -> None:
     """Makes this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the
     like."""
-    import jax
-
-    from train.peer_watch import watch_peers
+    from train.peer_watch import join
     from train.signals import exit_hard_on_exception
 
     number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    jax.distributed.initialize(
-        num_processes=int(number) if number else None,
-        process_id=int(index) if index else None,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    join(int(number) if number else None, int(index) if index else None)
     exit_hard_on_exception()
-    watch_peers()
 
 
 def use_compilation_cache() -> None:

@@ -21,7 +21,9 @@ from jax._src import distributed  # the coordination service has no public clien
 
 EXIT_PEER_LOST = 75  # sysexits.h EX_TEMPFAIL, as after a hang: a launcher may start the run again
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 30.0  # without a beat; HEARTBEAT_SECONDS of experiments/commands.py must be larger
+LOST_SECONDS = 30.0  # without a beat
+HEARTBEAT_SECONDS = 60  # after which JAX aborts, without a name; longer than LOST_SECONDS
+JOIN_SECONDS = 120  # for all processes to start
 # What a collective, or the coordination service that it needs, says when another process is gone.
 LOST_TEXTS = (
     "gloo", "coordination service", "coordinationservice", "connection closed by peer", "connection reset by peer",
@@ -130,6 +132,28 @@ class PeerWatch:
             self._leave(describe(lost, self.count, f"no sign of life for {self._lost_seconds:g} s"))
 
 
+def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS) -> None:
+    """Make this process one of `count` and watch the others. What is None, JAX finds on TPU pods, SLURM and the like.
+
+    JAX aborts where the processes do not find each other within `seconds`; that ends in a sentence with exit code 1.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "unset")
+    found = [f"{name} = {'unset' if value is None else value}" for name, value in (
+        ("JAX_COORDINATOR_ADDRESS", address), ("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index))]  # fmt: skip
+    end_aborts_with(lambda: (
+        f"error: --distributed: the processes did not all join within {seconds} s, or do not agree on who they are "
+        f"({', '.join(found)}). Start exactly JAX_NUM_PROCESSES processes with the IDs 0, 1, ... at the same time, and "
+        "check that the coordinator's host and port can be reached from every host", 1,
+    ))  # fmt: skip
+    jax.distributed.initialize(
+        num_processes=count,
+        process_id=index,
+        initialization_timeout=seconds,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    watch_peers()
+
+
 def watch_peers() -> None:
     """Watch the other processes from now on. Every process calls it once, after jax.distributed.initialize."""
     global _watch
@@ -137,7 +161,13 @@ def watch_peers() -> None:
     _watch = PeerWatch(state.client, state.process_id, state.num_processes, leave_lost)
     _watch.start()
     atexit.register(_watch.stop)  # before JAX's own barrier, which runs later
-    _end_aborts_with_a_sentence()
+    end_aborts_with(_lost_at_abort)
+
+
+def _lost_at_abort() -> tuple[str, int]:
+    assert _watch is not None
+    lost = _watch.silent(6 * BEAT_SECONDS) or ([0] if _watch.index else [])
+    return describe(lost, _watch.count, "JAX ends this process, as its lines above say"), EXIT_PEER_LOST
 
 
 def report_failure(error: BaseException) -> str | None:
@@ -156,27 +186,25 @@ def report_failure(error: BaseException) -> str | None:
 
 def leave_lost(sentence: str) -> None:
     """End this process with the sentence as its last words."""
+    _leave(sentence, EXIT_PEER_LOST)
+
+
+def _leave(sentence: str, code: int) -> None:
     sys.stdout.flush()
     os.write(2, f"{sentence}\n".encode())  # not print: another thread may be printing
-    os._exit(EXIT_PEER_LOST)
+    os._exit(code)
 
 
 _abort_handler = None  # a C callback must outlive its use
 
 
-def _end_aborts_with_a_sentence() -> None:
-    """End with the sentence where JAX aborts: its client calls abort() once the coordinator is gone.
+def end_aborts_with(last_words: Callable[[], tuple[str, int]]) -> None:
+    """Print a sentence and exit with a code where JAX would abort: its client calls abort() when it cannot join the
+    other processes, and when the coordinator is gone.
 
     Python's own handlers run in the main thread only, which may be waiting in C++ for the lost process. The client's
     callback for missed heartbeats cannot be used: jaxlib 0.10 fails to convert its argument (std::bad_cast).
     """
     global _abort_handler
-
-    def handle(_: int) -> None:
-        watch = _watch
-        if watch is not None:
-            lost = watch.silent(6 * BEAT_SECONDS) or ([0] if watch.index else [])
-            leave_lost(describe(lost, watch.count, "JAX ends this process, as its lines above say"))
-
-    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _leave(*last_words()))
     ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)

@@ -344,3 +344,27 @@ def test_the_error_of_a_peer_is_named_by_the_other(tmp_path):
     assert (busy.returncode, raising.returncode) == (EXIT_PEER_LOST, 1)
     assert "Traceback" in other_err and REMEDY not in other_err
     assert err.strip().splitlines()[-1] == describe([1], 2, "it ended with RuntimeError: injected in two lines")
+
+
+@pytest.mark.parametrize(
+    ("count", "indices"), [(2, [1]), (3, [0]), (2, [0, 2])], ids=["no_coordinator", "too_few", "index_too_large"]
+)
+def test_processes_that_do_not_find_each_other_end_with_a_sentence(count, indices):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # jax checks an index against the number that its own process was given
+    code = "import sys; from train.peer_watch import join; join(*map(int, sys.argv[1:]), 4)"
+    peers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(max(count, index + 1)), str(index)],
+            cwd=ROOT, env=os.environ | {"JAX_COORDINATOR_ADDRESS": address}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in indices
+    ]  # fmt: skip
+    for index, peer, (_, err) in zip(indices, peers, finish(peers), strict=True):
+        assert peer.returncode == 1, err
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: --distributed: the processes did not all join within 4 s")
+        assert f"JAX_COORDINATOR_ADDRESS = {address}, " in last and f"JAX_PROCESS_ID = {index})" in last
