@@ -136,6 +136,8 @@ def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS) -> N
     """Make this process one of `count` and watch the others. What is None, JAX finds on TPU pods, SLURM and the like.
 
     JAX aborts where the processes do not find each other within `seconds`; that ends in a sentence with exit code 1.
+    On CPUs the cache of compiled programs is off: JAX keeps process 0's alone, and while the others compile, Gloo gives
+    up on them after 30 s.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "unset")
     found = [f"{name} = {'unset' if value is None else value}" for name, value in (
@@ -151,6 +153,8 @@ def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS) -> N
         initialization_timeout=seconds,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
     watch_peers()
 
 

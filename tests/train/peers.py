@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sharding.manual import gather_weight
 from train.checkpoint import Checkpointer, CheckpointError
 from train.peer_watch import watch_peers
 from train.signals import StopSignal, exit_hard_on_exception
@@ -114,6 +115,31 @@ def train_forever(folder: Path) -> None:
         time.sleep(0.01)
 
 
+def sums(folder: Path) -> None:
+    """The gradient of a gathered weight of 32 MB is the exact sum over the processes, every time.
+
+    The weight and the factors are whole numbers, which float32 adds exactly in any order.
+    """
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    factors = rng.integers(-99, 99, size=(2, 8192, 1024)).astype(np.float32)
+    expected = factors.sum(0)
+
+    def gradient(w, factor):
+        return jax.grad(lambda w: (gather_weight(w, (("fsdp",), ())) * factor[0]).sum())(w)
+
+    def place(x):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("fsdp")), lambda index: x[index])
+
+    step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))
+    w, factor = place(np.ones_like(expected)), place(factors)
+    wrong = 0
+    for _ in range(40):
+        for shard in step(w, factor).addressable_shards:
+            wrong += int((np.asarray(shard.data) != expected[shard.index]).sum())
+    print(f"wrong sums: {wrong}", flush=True)
+
+
 def fail(folder: Path) -> None:
     """Rank 1 raises while rank 0 is busy with something else than a collective."""
     exit_hard_on_exception()
@@ -126,5 +152,5 @@ def fail(folder: Path) -> None:
 if __name__ == "__main__":
     scenario, address, rank, folder = sys.argv[1:]
     jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
-    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, fail)}
+    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, sums, fail)}
     scenarios[scenario](Path(folder))
