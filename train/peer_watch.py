@@ -132,22 +132,23 @@ class PeerWatch:
             self._leave(describe(lost, self.count, f"no sign of life for {self._lost_seconds:g} s"))
 
 
-def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS) -> None:
+def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS, address: str | None = None) -> None:
     """Make this process one of `count` and watch the others. What is None, JAX finds on TPU pods, SLURM and the like.
 
     JAX aborts where the processes do not find each other within `seconds`; that ends in a sentence with exit code 1.
     On CPUs the cache of compiled programs is off: JAX keeps process 0's alone, and while the others compile, Gloo gives
     up on them after 30 s.
     """
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "unset")
+    shown = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "unset")
     found = [f"{name} = {'unset' if value is None else value}" for name, value in (
-        ("JAX_COORDINATOR_ADDRESS", address), ("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index))]  # fmt: skip
+        ("JAX_COORDINATOR_ADDRESS", shown), ("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index))]  # fmt: skip
     end_aborts_with(lambda: (
         f"error: --distributed: the processes did not all join within {seconds} s, or do not agree on who they are "
         f"({', '.join(found)}). Start exactly JAX_NUM_PROCESSES processes with the IDs 0, 1, ... at the same time, and "
         "check that the coordinator's host and port can be reached from every host", 1,
     ))  # fmt: skip
     jax.distributed.initialize(
+        address,
         num_processes=count,
         process_id=index,
         initialization_timeout=seconds,

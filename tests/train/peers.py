@@ -1,4 +1,4 @@
-"""One of two processes under jax.distributed, on 4 virtual devices each; started by the tests as a program.
+"""One of two processes under jax.distributed; started by the tests as a program.
 
 python -m tests.train.peers SCENARIO ADDRESS RANK FOLDER
 """
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.manual import gather_weight
 from train.checkpoint import Checkpointer, CheckpointError
-from train.peer_watch import watch_peers
+from train.peer_watch import join
 from train.signals import StopSignal, exit_hard_on_exception
 
 
@@ -51,9 +51,10 @@ def checkpoints(folder: Path) -> None:
     wide = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
     warnings: list[str] = []
     free = [1e12, 1e12, 10.0]
-    with Checkpointer(folder, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
+    with Checkpointer(folder, warn=warnings.append, free_bytes=lambda: free.pop(0), retry_waits=(0.1,)) as checkpointer:
         for step in (1, 2):
             assert checkpointer.save(step, make_state(tall, step), metadata={"position": step})
+        checkpointer.verify(2, make_state(tall, 0))
         restored = checkpointer.restore(make_state(wide, 0))
         assert restored.step == 2 and restored.metadata == {"position": 2}
         assert same(restored.state, make_state(wide, 2))
@@ -74,6 +75,16 @@ def checkpoints(folder: Path) -> None:
             raise AssertionError("another state was accepted")
         except CheckpointError as error:
             assert "(absent)" in str(error)
+        commit = folder / "2" / "commit.json"
+        if jax.process_index() == 0:
+            commit.rename(folder / "kept")
+            commit.symlink_to(commit)
+        jax.experimental.multihost_utils.sync_global_devices("unreadable")
+        try:
+            checkpointer.restore(make_state(wide, 0))
+            raise AssertionError("an older step was taken for one that cannot be read")
+        except CheckpointError as error:
+            assert "step 2" in str(error) and "not be read in 2 tries" in str(error), error
     print("checkpoints held", flush=True)
 
 
@@ -94,17 +105,16 @@ def stop(folder: Path) -> None:
 
 
 def crash(folder: Path) -> None:
-    """Rank 1 raises; without the hook it would wait at exit for rank 0, which waits for it."""
+    """Rank 1 raises; without the hook it would wait at exit for rank 0, which is busy."""
     exit_hard_on_exception()
     if jax.process_index() == 1:
-        raise RuntimeError("injected")
+        raise RuntimeError("injected\nin two lines")
     time.sleep(60)
 
 
 def train_forever(folder: Path) -> None:
     """Sum over both processes again and again, as a run does, until one of them is killed."""
     exit_hard_on_exception()
-    watch_peers()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, P("data")), lambda index: np.ones(8)[index])
     total = jax.jit(lambda x: x.sum())
@@ -140,17 +150,8 @@ def sums(folder: Path) -> None:
     print(f"wrong sums: {wrong}", flush=True)
 
 
-def fail(folder: Path) -> None:
-    """Rank 1 raises while rank 0 is busy with something else than a collective."""
-    exit_hard_on_exception()
-    watch_peers()
-    if jax.process_index() == 1:
-        raise RuntimeError("injected\nin two lines")
-    time.sleep(60)
-
-
 if __name__ == "__main__":
     scenario, address, rank, folder = sys.argv[1:]
-    jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
-    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, sums, fail)}
+    join(2, int(rank), address=address)
+    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, sums)}
     scenarios[scenario](Path(folder))

@@ -310,18 +310,6 @@ def test_two_processes_stop_at_the_same_step(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_a_peer_that_raises_is_gone_at_once(tmp_path):
-    peers = start_peers("crash", tmp_path)
-    try:
-        _, err = peers[1].communicate(timeout=40)
-        assert peers[1].returncode == 1 and "RuntimeError: injected" in err
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.communicate()
-
-
-@pytest.mark.slow
 def test_gradients_of_gathered_weights_are_exact_between_processes(tmp_path):
     """Gloo's reduce-scatter corrupts large arrays without an error (see sharding/manual.py)."""
     peers = start_peers("sums", tmp_path, devices=1)
@@ -347,7 +335,7 @@ def test_the_loss_of_a_peer_is_one_sentence(tmp_path, killed):
 
 @pytest.mark.slow
 def test_the_error_of_a_peer_is_named_by_the_other(tmp_path):
-    busy, raising = start_peers("fail", tmp_path)
+    busy, raising = start_peers("crash", tmp_path)
     (_, err), (_, other_err) = finish([busy, raising])
     assert (busy.returncode, raising.returncode) == (EXIT_PEER_LOST, 1)
     assert "Traceback" in other_err and REMEDY not in other_err
