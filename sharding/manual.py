@@ -1,8 +1,8 @@
 """What runs inside shard_map: the mesh axes over which an array varies, and collectives that keep to one order.
 
 XLA:CPU sends between processes with Gloo, whose reduce-scatter overwrites a buffer that it may still be sending
-(jax-ml/jax#40830): from about a megabyte on, a process receives wrong sums, other ones in each run. `all_gather` (by its
-gradient) and `sum_scatter` therefore reduce everything and cut, where that is how a program runs.
+(jax-ml/jax#40830): from about a megabyte on, a process receives wrong sums, other ones in each run. There, `all_gather`
+(by its gradient) and `sum_scatter` reduce everything and cut.
 """
 
 from __future__ import annotations

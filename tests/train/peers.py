@@ -56,7 +56,7 @@ def checkpoints(folder: Path) -> None:
             assert checkpointer.save(step, make_state(tall, step), metadata={"position": step})
         checkpointer.verify(2, make_state(tall, 0))
         restored = checkpointer.restore(make_state(wide, 0))
-        assert restored.step == 2 and restored.metadata == {"position": 2}
+        assert restored is not None and restored.step == 2 and restored.metadata == {"position": 2}
         assert same(restored.state, make_state(wide, 2))
         assert not checkpointer.save(3, make_state(tall, 3), metadata={})
         assert checkpointer.steps() == [1, 2]
@@ -68,7 +68,7 @@ def checkpoints(folder: Path) -> None:
             file.write_bytes(content)
         jax.experimental.multihost_utils.sync_global_devices("damaged")
         restored = checkpointer.restore(make_state(wide, 0))
-        assert restored.step == 1 and same(restored.state, make_state(wide, 1))
+        assert restored is not None and restored.step == 1 and same(restored.state, make_state(wide, 1))
         assert len(warnings) == 1 and "step 2, w: checksum mismatch; falling back to step 1" in warnings[0]
         try:
             checkpointer.restore({"w": make_state(wide, 0)["w"]})

@@ -33,7 +33,7 @@ def main(address: str, rank: int, folder: Path, term_at: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().agreed(step)
 
-    loop.StopSignal = Stop
+    loop.StopSignal = Stop  # type: ignore[misc]
     program = loop.build(dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8)))
     trained = run(program, prepare(data), folder)
     print("finished" if trained.finished else "stopped", trained.step, flush=True)
