@@ -31,8 +31,6 @@ from experiments.stopping import stopped_by_sigterm
 from train.config import Experiment
 from train.records import RunFolder
 
-HEARTBEAT_SECONDS = 30  # after which the others learn that a process died; jax waits 100
-
 
 class UsageError(ValueError):
     """The arguments of a command do not go together."""
@@ -294,13 +292,12 @@ def report_command(args: argparse.Namespace) -> int:
 def join_processes() -> None:
     """Make this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the like.
     Raises UsageError."""
-    import jax
-
+    from train.peer_watch import join
     from train.signals import exit_hard_on_exception
 
     number, index = (_count_of(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
-        jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        join(number, index)
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.exchange import exchanged_experts
 from model.experts import Biases, expert_mlp
 from model.weights import Weight
+from sharding.manual import all_gather, sum_scatter
 from sharding.rules import ShardingRules, no_mesh, reshard
 
 # Logical axes of the experts' weights.
@@ -122,11 +123,11 @@ def _on_a_device(
     else:
         first = jax.lax.axis_index(expert_axes) * up.shape[0] if expert_axes else 0
         if divides_tokens:
-            gather = partial(jax.lax.all_gather, axis_name=divides_tokens, axis=0, tiled=True)
+            gather = partial(all_gather, axes=divides_tokens, dimension=0)
             x, indices, weights = gather(x), gather(indices), gather(weights)
         y = run(x, indices - first, weights, up, down, *(biases or ()))
         if divides_tokens:
-            y = jax.lax.psum_scatter(y, divides_tokens, scatter_dimension=0, tiled=True)
+            y = sum_scatter(y, divides_tokens, 0)
     rest = tuple(a for a in activations.mlp + shares_tokens if jax.lax.axis_size(a) > 1)
     # Columns of experts, and experts, summed at the end: a row for each token, fewer than the pairs.
     return (_total(y, rest) if rest else y).reshape(x_BTD.shape)

@@ -1,10 +1,17 @@
-"""Inside shard_map an array's type says over which mesh axes its values vary; these read and widen that."""
+"""What runs inside shard_map: the mesh axes over which an array varies, and collectives that keep to one order.
+
+XLA:CPU sends between processes with Gloo, whose reduce-scatter overwrites a buffer that it may still be sending
+(jax-ml/jax#40830): from about a megabyte on, a process receives wrong sums, other ones in each run. There, `all_gather`
+(by its gradient) and `sum_scatter` reduce everything and cut.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 
@@ -19,6 +26,47 @@ def vary(x: Array, axes: frozenset[str]) -> Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def reduce_scatter_is_safe() -> bool:
+    """Return whether a reduce-scatter gives the right sums here: not between processes on CPUs."""
+    return jax.default_backend() != "cpu" or jax.process_count() == 1
+
+
+def all_gather(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
+    """Return the slices of `x` on all devices of `axes`, concatenated. The gradient is summed and scattered."""
+    if reduce_scatter_is_safe() or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return gather_without_reduce_scatter(x, axes, dimension)
+
+
+def sum_scatter(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
+    """Return this device's slice of the sum of `x` over the devices of `axes`."""
+    if reduce_scatter_is_safe():
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    return sum_and_cut(x, axes, dimension)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_without_reduce_scatter(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+
+
+def _gather_forward(x: Array, axes: tuple[str, ...], dimension: int) -> tuple[Array, None]:
+    return gather_without_reduce_scatter(x, axes, dimension), None
+
+
+def _gather_backward(axes: tuple[str, ...], dimension: int, _: None, gradient: Array) -> tuple[Array]:
+    return (sum_and_cut(gradient, axes, dimension),)
+
+
+gather_without_reduce_scatter.defvjp(_gather_forward, _gather_backward)
+
+
+def sum_and_cut(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
+    """Return what `jax.lax.psum_scatter` does, by an all-reduce and a slice."""
+    size = x.shape[dimension] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, dimension)
+
+
 def gather_weight(w: Array, spread: tuple[tuple[str, ...], ...]) -> Array:
     """`w`, whose dimensions are spread over these mesh axes (`ShardingRules.gathered`), whole. Its gradient is
     reduce-scattered:
@@ -28,6 +76,6 @@ def gather_weight(w: Array, spread: tuple[tuple[str, ...], ...]) -> Array:
             # As a stack of matrices: of [E, D, G, F] along D, XLA:TPU all-reduces the whole gradient and cuts it.
             rest = w.shape[dimension + 1 :]
             matrices = w.reshape(*w.shape[: dimension + 1], math.prod(rest))
-            whole = jax.lax.all_gather(matrices, axes, axis=dimension, tiled=True)
+            whole = all_gather(matrices, axes, dimension)
             w = whole.reshape(*whole.shape[: dimension + 1], *rest)
     return w

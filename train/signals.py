@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Self
 import jax
 from jax._src import distributed  # the coordination service has no public client
 
+from train.peer_watch import leave_lost, report_failure
+
 EXIT_HUNG = 75  # sysexits.h EX_TEMPFAIL: a launcher may start the run again
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_SECONDS = 0.5
@@ -183,12 +185,16 @@ class Watchdog:
 
 
 def exit_hard_on_exception() -> None:
-    """From now on an uncaught exception prints, flushes and exits 1 without waiting for peers (130 for Ctrl-C).
+    """Make an uncaught exception print, flush and exit 1 without waiting for peers (130 for Ctrl-C).
 
-    For processes under jax.distributed: an orderly exit waits at a barrier for peers that wait for this process.
+    For processes under jax.distributed: an orderly exit waits at a barrier for peers that wait for this process. A
+    failure of a collective is reported as the loss of a peer, in one sentence (train/peer_watch.py).
     """
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if (sentence := report_failure(error)) is not None:
+            logging.shutdown()
+            leave_lost(sentence)
         traceback.print_exception(kind, error, trace)
         logging.shutdown()
         sys.stdout.flush()

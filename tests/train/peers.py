@@ -1,4 +1,4 @@
-"""One of two processes under jax.distributed, on 4 virtual devices each; started by the tests as a program.
+"""One of two processes under jax.distributed; started by the tests as a program.
 
 python -m tests.train.peers SCENARIO ADDRESS RANK FOLDER
 """
@@ -12,7 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sharding.manual import gather_weight
 from train.checkpoint import Checkpointer, CheckpointError
+from train.peer_watch import join
 from train.signals import StopSignal, exit_hard_on_exception
 
 
@@ -54,7 +56,7 @@ def checkpoints(folder: Path) -> None:
             assert checkpointer.save(step, make_state(tall, step), metadata={"position": step})
         checkpointer.verify(2, make_state(tall, 0))
         restored = checkpointer.restore(make_state(wide, 0))
-        assert restored.step == 2 and restored.metadata == {"position": 2}
+        assert restored is not None and restored.step == 2 and restored.metadata == {"position": 2}
         assert same(restored.state, make_state(wide, 2))
         assert not checkpointer.save(3, make_state(tall, 3), metadata={})
         assert checkpointer.steps() == [1, 2]
@@ -66,7 +68,7 @@ def checkpoints(folder: Path) -> None:
             file.write_bytes(content)
         jax.experimental.multihost_utils.sync_global_devices("damaged")
         restored = checkpointer.restore(make_state(wide, 0))
-        assert restored.step == 1 and same(restored.state, make_state(wide, 1))
+        assert restored is not None and restored.step == 1 and same(restored.state, make_state(wide, 1))
         assert len(warnings) == 1 and "step 2, w: checksum mismatch; falling back to step 1" in warnings[0]
         try:
             checkpointer.restore({"w": make_state(wide, 0)["w"]})
@@ -103,14 +105,53 @@ def stop(folder: Path) -> None:
 
 
 def crash(folder: Path) -> None:
-    """Rank 1 raises; without the hook it would wait at exit for rank 0, which waits for it."""
+    """Rank 1 raises; without the hook it would wait at exit for rank 0, which is busy."""
     exit_hard_on_exception()
     if jax.process_index() == 1:
-        raise RuntimeError("injected")
+        raise RuntimeError("injected\nin two lines")
     time.sleep(60)
+
+
+def train_forever(folder: Path) -> None:
+    """Sum over both processes again and again, as a run does, until one of them is killed."""
+    exit_hard_on_exception()
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.make_array_from_callback((8,), NamedSharding(mesh, P("data")), lambda index: np.ones(8)[index])
+    total = jax.jit(lambda x: x.sum())
+    for step in range(1_000_000):
+        total(x).block_until_ready()
+        if step == 5:
+            (folder / f"running-{jax.process_index()}").write_text("")
+        time.sleep(0.01)
+
+
+def sums(folder: Path) -> None:
+    """The gradient of a gathered weight of 32 MB is the exact sum over the processes, every time.
+
+    The weight and the factors are whole numbers, which float32 adds exactly in any order.
+    """
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(0)
+    factors = rng.integers(-99, 99, size=(2, 8192, 1024)).astype(np.float32)
+    expected = factors.sum(0)
+
+    def gradient(w, factor):
+        return jax.grad(lambda w: (gather_weight(w, (("fsdp",), ())) * factor[0]).sum())(w)
+
+    def place(x):
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("fsdp")), lambda index: x[index])
+
+    step = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp")))
+    w, factor = place(np.ones_like(expected)), place(factors)
+    wrong = 0
+    for _ in range(40):
+        for shard in step(w, factor).addressable_shards:
+            wrong += int((np.asarray(shard.data) != expected[shard.index]).sum())
+    print(f"wrong sums: {wrong}", flush=True)
 
 
 if __name__ == "__main__":
     scenario, address, rank, folder = sys.argv[1:]
-    jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
-    {"checkpoints": checkpoints, "stop": stop, "crash": crash}[scenario](Path(folder))
+    join(2, int(rank), address=address)
+    scenarios = {function.__name__: function for function in (checkpoints, stop, crash, train_forever, sums)}
+    scenarios[scenario](Path(folder))

@@ -357,6 +357,16 @@ def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
     assert distance / np.linalg.norm(weights_of(one.state.model)) < 1e-4
 
 
+@pytest.mark.slow
+def test_two_processes_repeat_themselves(data, tmp_path):
+    """Equal runs of two processes are equal to the last bit, each of them started again in the middle or not."""
+    for name, term_at in (("first", 0), ("second", 5)):
+        save_json(data, tmp_path / f"{name}.data.json")
+        finish(start_peers(tmp_path / name, term_at))
+    finish(start_peers(tmp_path / "second", 0))
+    assert train_rows(tmp_path / "first") == train_rows(tmp_path / "second")
+
+
 def finish(peers: list[subprocess.Popen]) -> list[str]:
     try:
         outputs = [peer.communicate(timeout=240)[0] for peer in peers]

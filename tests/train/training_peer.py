@@ -2,7 +2,7 @@
 
     python -m tests.train.training_peer ADDRESS RANK FOLDER TERM_AT
 
-Rank 1 sends itself SIGTERM at step TERM_AT (0: never). FOLDER.data.json is the data config that the test has prepared.
+Rank 1 sends itself SIGTERM at step TERM_AT (0: never). FOLDER.data.json is the config of data that the test prepared.
 """
 
 import dataclasses
@@ -12,29 +12,28 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-
 from data.config import DataConfig
 from data.prepare import prepare
 from sharding.mesh import MeshConfig
 from tests.train.small_runs import experiment, run
 from train import loop
 from train.config_io import load_json
+from train.peer_watch import join
 
 
 def main(address: str, rank: int, folder: Path, term_at: int) -> None:
-    jax.distributed.initialize(address, num_processes=2, process_id=rank)
+    join(2, rank, address=address)
     data = load_json(DataConfig, folder.with_suffix(".data.json"))
 
     class Stop(loop.StopSignal):
-        def agreed(self, step):
+        def agreed(self, step: int) -> bool:
             if term_at:
                 time.sleep(0.2)  # time for the peers to agree before the run is over
             if rank == 1 and step == term_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().agreed(step)
 
-    loop.StopSignal = Stop
+    loop.StopSignal = Stop  # type: ignore[misc]
     program = loop.build(dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8)))
     trained = run(program, prepare(data), folder)
     print("finished" if trained.finished else "stopped", trained.step, flush=True)

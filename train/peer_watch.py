@@ -1,0 +1,215 @@
+"""Notice that another process of the run is lost, and end this one with a sentence that says so.
+
+Each process counts up a number in the key-value store of jax.distributed and watches those of the others. JAX notices a
+lost process too, but it then aborts from C++ with a stack trace of its own, and a collective raises whatever Gloo, NCCL
+or the TPU runtime has to say. Both end in the same sentence here.
+"""
+
+import atexit
+import ctypes
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed  # the coordination service has no public client
+
+EXIT_PEER_LOST = 75  # sysexits.h EX_TEMPFAIL, as after a hang: a launcher may start the run again
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 30.0  # without a beat
+HEARTBEAT_SECONDS = 60  # after which JAX aborts, without a name; longer than LOST_SECONDS
+JOIN_SECONDS = 120  # for all processes to start
+# What a collective, or the coordination service that it needs, says when another process is gone.
+LOST_TEXTS = (
+    "gloo", "coordination service", "coordinationservice", "connection closed by peer", "connection reset by peer",
+    "socket closed", "nccl", "task is unhealthy", "failed to connect to remote host", "heartbeat",
+)  # fmt: skip
+REMEDY = "The last checkpoint is good; start the same command again on every host to resume."
+
+_watch: "PeerWatch | None" = None
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Return whether JAX raised `error` because a process or the network between processes failed."""
+    text = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(part in text for part in LOST_TEXTS)
+
+
+def describe(lost: list[int], count: int, reason: str) -> str:
+    """Return the sentence that the run ends with; `lost` is empty where nobody knows which process it was."""
+    if lost:
+        names = ", ".join(map(str, lost))
+        who = f"process {names}" if len(lost) == 1 else f"processes {names}"
+    else:
+        who = "a process (which one is unknown)"
+    return f"error: {who} of {count} was lost: {reason}. {REMEDY}"
+
+
+class PeerWatch:
+    """A thread that counts this process's beats and ends it when another process stops counting.
+
+    Processes that left in order are not missed. `client` is jax.distributed's; `leave` ends the process.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        index: int,
+        count: int,
+        leave: Callable[[str], None],
+        lost_seconds: float = LOST_SECONDS,
+        beat_seconds: float = BEAT_SECONDS,
+    ):
+        self._client, self.index, self.count, self._leave = client, index, count, leave
+        self._lost_seconds, self._beat_seconds = lost_seconds, beat_seconds
+        # The last beat of each other process, and when it was first read; a process may be lost before its first one.
+        self._beats = {other: ("", time.monotonic()) for other in range(count) if other != index}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="peer-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave in order: the others do not miss this process."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._thread.join()
+            self._set("left", "")
+
+    def fail(self, reason: str) -> None:
+        """Let the others know why this process ends, so that they need not wait for beats."""
+        self._stopped.set()
+        self._set("failed", reason)
+
+    def silent(self, seconds: float) -> list[int]:
+        """Return the processes whose beat has not changed for `seconds`."""
+        now = time.monotonic()
+        return sorted(index for index, (_, at) in self._beats.items() if now - at > seconds)
+
+    def _set(self, folder: str, value: str) -> None:
+        try:
+            self._client.key_value_set(f"meshwork/peers/{folder}/{self.index}", value, allow_overwrite=True)
+        except jax.errors.JaxRuntimeError:
+            pass  # the coordinator is gone, and nobody is left to read it
+
+    def _values(self, folder: str) -> dict[int, str]:
+        rows = self._client.key_value_dir_get(f"meshwork/peers/{folder}/")
+        return {int(key.rpartition("/")[2]): value for key, value in rows}
+
+    def _run(self) -> None:
+        pause = self._beat_seconds * max(1.0, self.count / 64)  # one coordinator answers all
+        for beat in itertools.count():
+            if self._stopped.wait(pause if beat else 0.0):
+                return
+            try:
+                self._client.key_value_set(f"meshwork/peers/beat/{self.index}", str(beat), allow_overwrite=True)
+                beats, left, failed = self._values("beat"), self._values("left"), self._values("failed")
+            except jax.errors.JaxRuntimeError:
+                if not self._stopped.is_set():
+                    self._leave(describe([0], self.count, "the coordinator, which it runs, does not answer"))
+                return
+            self._look(beats, left, failed)
+
+    def _look(self, beats: dict[int, str], left: dict[int, str], failed: dict[int, str]) -> None:
+        now = time.monotonic()
+        for index in left:
+            self._beats.pop(index, None)
+        for index, (value, _) in self._beats.items():
+            if (beat := beats.get(index, "")) != value:
+                self._beats[index] = (beat, now)
+        if failed:
+            self._stopped.wait(3 * self._beat_seconds)  # an error of this process's own goes first
+            if not self._stopped.is_set():
+                index, reason = min(failed.items())
+                self._leave(describe([index], self.count, f"it ended with {reason}"))
+        elif lost := self.silent(self._lost_seconds):
+            self._leave(describe(lost, self.count, f"no sign of life for {self._lost_seconds:g} s"))
+
+
+def join(count: int | None, index: int | None, seconds: int = JOIN_SECONDS, address: str | None = None) -> None:
+    """Make this process one of `count` and watch the others. What is None, JAX finds on TPU pods, SLURM and the like.
+
+    JAX aborts where the processes do not find each other within `seconds`; that ends in a sentence with exit code 1.
+    On CPUs the cache of compiled programs is off: JAX keeps process 0's alone, and while the others compile, Gloo gives
+    up on them after 30 s.
+    """
+    shown = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "unset")
+    found = [f"{name} = {'unset' if value is None else value}" for name, value in (
+        ("JAX_COORDINATOR_ADDRESS", shown), ("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index))]  # fmt: skip
+    end_aborts_with(lambda: (
+        f"error: --distributed: the processes did not all join within {seconds} s, or do not agree on who they are "
+        f"({', '.join(found)}). Start exactly JAX_NUM_PROCESSES processes with the IDs 0, 1, ... at the same time, and "
+        "check that the coordinator's host and port can be reached from every host", 1,
+    ))  # fmt: skip
+    jax.distributed.initialize(
+        address,
+        num_processes=count,
+        process_id=index,
+        initialization_timeout=seconds,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+    watch_peers()
+
+
+def watch_peers() -> None:
+    """Watch the other processes from now on. Every process calls it once, after jax.distributed.initialize."""
+    global _watch
+    state = distributed.global_state
+    _watch = PeerWatch(state.client, state.process_id, state.num_processes, leave_lost)
+    _watch.start()
+    atexit.register(_watch.stop)  # before JAX's own barrier, which runs later
+    end_aborts_with(_lost_at_abort)
+
+
+def _lost_at_abort() -> tuple[str, int]:
+    assert _watch is not None
+    lost = _watch.silent(6 * BEAT_SECONDS) or ([0] if _watch.index else [])
+    return describe(lost, _watch.count, "JAX ends this process, as its lines above say"), EXIT_PEER_LOST
+
+
+def report_failure(error: BaseException) -> str | None:
+    """Let the peers know that `error` ends this process. Return the sentence to end with if a lost peer caused it."""
+    if _watch is None:
+        return None
+    if not is_collective_failure(error):
+        _watch.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return None
+    deadline = time.monotonic() + 10 * BEAT_SECONDS
+    while not (lost := _watch.silent(6 * BEAT_SECONDS)) and time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 4)  # the watching thread may end the process first
+    first_line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return describe(lost, _watch.count, first_line.rstrip("."))
+
+
+def leave_lost(sentence: str) -> None:
+    """End this process with the sentence as its last words."""
+    _leave(sentence, EXIT_PEER_LOST)
+
+
+def _leave(sentence: str, code: int) -> None:
+    sys.stdout.flush()
+    os.write(2, f"{sentence}\n".encode())  # not print: another thread may be printing
+    os._exit(code)
+
+
+_abort_handler = None  # a C callback must outlive its use
+
+
+def end_aborts_with(last_words: Callable[[], tuple[str, int]]) -> None:
+    """Print a sentence and exit with a code where JAX would abort: its client calls abort() when it cannot join the
+    other processes, and when the coordinator is gone.
+
+    Python's own handlers run in the main thread only, which may be waiting in C++ for the lost process. The client's
+    callback for missed heartbeats cannot be used: jaxlib 0.10 fails to convert its argument (std::bad_cast).
+    """
+    global _abort_handler
+    _abort_handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _leave(*last_words()))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort_handler)
