@@ -31,14 +31,17 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
         return (theta * s.factor ** (dim / (dim - 2))) ** -exponents
     if s.kind == "yarn":
 
-        def pair_that_turns(rotations: float) -> float:
+        def pair_with(rotations: float) -> float:
             return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-        low, high = pair_that_turns(s.fast), pair_that_turns(s.beta_slow)
+        low, high = pair_with(s.fast), pair_with(s.beta_slow)
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        # Clipping can put `high` below `low`: where the original length is below 2 pi beta_slow. transformers divides by
+        # the negative difference, which leaves every frequency as it is; do the same, for the weights expect it.
+        width = high - low if high != low else 0.001
+        ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
         return plain / s.factor * ramp + plain * (1 - ramp)
     wavelength = 2 * math.pi / plain
     smooth = (s.original_length / wavelength - s.beta_slow) / (s.fast - s.beta_slow)
