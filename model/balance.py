@@ -6,6 +6,7 @@ together).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.moe_config import MoEConfig
 from model.routers import Routing
+from model.weights import Weight, map_named_weights, repeats
 
 if TYPE_CHECKING:
     from model.transformer import Transformer
@@ -157,19 +159,22 @@ def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEC
     microbatches by their targets). Called in the train step after the optimizer, which leaves these biases alone
     (train/optimizers.py).
     """
-    if not config.bias_rate:
+    rate = config.bias_rate
+    if not rate:
         return model
     first = 0
-    loads: dict[tuple[str, str], Array] = {}  # by stack and place in the unit: the layers of a stack run unit by unit
+    loads: dict[tuple[int, int], Array] = {}  # by stack and place in the unit: a stack runs unit by unit
     for s, unit in enumerate(model.stacks):
         biased = [i for i, block in enumerate(unit) if getattr(block.mlp, "router_bias", None) is not None]
-        layers = len(biased) * unit[0].attention.q.shape[0]
+        layers = len(biased) * repeats(unit)
         of_stack = load_LE[first : first + layers].reshape(-1, max(len(biased), 1), load_LE.shape[-1])
-        loads |= {(str(s), str(i)): of_stack[:, m] for m, i in enumerate(biased)}
+        loads |= {(s, i): of_stack[:, m] for m, i in enumerate(biased)}
         first += layers
 
-    def moved(path, leaf):
-        parts = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").split("/")
-        return update_bias(leaf, loads[tuple(parts[1:3])], config.bias_rate) if parts[-1] == "router_bias" else leaf
+    def moved(path: str, weight: Weight) -> Weight:
+        if weight.name != "mlp.router_bias":
+            return weight
+        _, stack, place, *_ = path.split(".")
+        return replace(weight, value=update_bias(weight.value, loads[int(stack), int(place)], rate))
 
-    return jax.tree_util.tree_map_with_path(moved, model)
+    return map_named_weights(moved, model)

@@ -32,7 +32,7 @@ def buffered_experts(
     x_BTD: Float[Array, "B T D"],
     indices_BTC: Int[Array, "B T C"],
     weights_BTC: Float[Array, "B T C"],
-    place_BTC: Int[Array, "B T C"],
+    position_BTC: Int[Array, "B T C"],
     capacity: int,
     up_EDGF: Float[Array, "E D G F"],
     down_EFD: Float[Array, "E F D"],
@@ -43,7 +43,7 @@ def buffered_experts(
 ) -> Float[Array, "B T D"]:
     """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
 
-    `place_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it
+    `position_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it
     means nothing (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a token that is
     not finite spoils its whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
     """
@@ -51,11 +51,11 @@ def buffered_experts(
     fill = partial(_fill if how == "gather" else _fill_by_matmul, experts=E, capacity=capacity)
     combine = _combine if how == "gather" else _combine_by_matmul
     if no_mesh():
-        buffer_EBPD = fill(x_BTD, indices_BTC, place_BTC)
-        return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, biases, kind), weights_BTC, indices_BTC, place_BTC)
+        buffer_EBPD = fill(x_BTD, indices_BTC, position_BTC)
+        return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, biases, kind), weights_BTC, indices_BTC, position_BTC)
 
     x, indices, weights, place = (
-        reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, place_BTC)
+        reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, position_BTC)
     )
     tokens, buffers = (
         rules.spec("activations", ("batch", None, None)),
@@ -105,49 +105,51 @@ def _mlp(
     return jax.lax.dot_general(h_EBPF, down_EFD, dims, out_sharding=spec) + biases.down_ED[:, None, None]
 
 
-def _fill(x_BTD: Array, indices_BTC: Array, place_BTC: Array, *, experts: int, capacity: int) -> Array:
+def _fill(x_BTD: Array, indices_BTC: Array, position_BTC: Array, *, experts: int, capacity: int) -> Array:
     """Buffers [E, B, P, D]: each token's row in the places of its choices, zeros elsewhere."""
     B, T, D = x_BTD.shape
-    slot_NC, pair_S = _slots(indices_BTC, place_BTC, experts, capacity)
+    slot_NC, pair_S = _slots(indices_BTC, position_BTC, experts, capacity)
     return spread(x_BTD.reshape(B * T, D), slot_NC, pair_S).reshape(experts, B, capacity, D)
 
 
-def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, place_BTC: Array) -> Array:
+def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC: Array) -> Array:
     """The weighted sum of each token's choices, [B, T, D]."""
     E, B, P, D = y_EBPD.shape
-    slot_NC, pair_S = _slots(indices_BTC, place_BTC, E, P)
+    slot_NC, pair_S = _slots(indices_BTC, position_BTC, E, P)
     weights_NC = weights_BTC.reshape(slot_NC.shape)
     return collect(y_EBPD.reshape(E * B * P, D), weights_NC, slot_NC, pair_S).reshape(*indices_BTC.shape[:2], D)
 
 
-def _slots(indices_BTC: Array, place_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
+def _slots(indices_BTC: Array, position_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
     """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C
     where
     it has none)."""
     B, T, C = indices_BTC.shape
     slots, pairs = E * B * P, B * T * C
     row_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
-    taken = (indices_BTC >= 0) & (indices_BTC < E) & (place_BTC < P)
-    slot_NC = jnp.where(taken, (indices_BTC * B + row_B11) * P + place_BTC, slots).reshape(B * T, C).astype(jnp.int32)
+    taken = (indices_BTC >= 0) & (indices_BTC < E) & (position_BTC < P)
+    slot_NC = (
+        jnp.where(taken, (indices_BTC * B + row_B11) * P + position_BTC, slots).reshape(B * T, C).astype(jnp.int32)
+    )
     empty_S = vary(jnp.full(slots, pairs, jnp.int32), varying_axes(slot_NC))
     pair_S = empty_S.at[slot_NC.reshape(-1)].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")
     return slot_NC, pair_S
 
 
-def _one_hots(indices_BTC: Array, place_BTC: Array, E: int, P: int, dtype) -> tuple[Array, Array]:
-    return jax.nn.one_hot(indices_BTC, E, dtype=dtype), jax.nn.one_hot(place_BTC, P, dtype=dtype)
+def _one_hots(indices_BTC: Array, position_BTC: Array, E: int, P: int, dtype) -> tuple[Array, Array]:
+    return jax.nn.one_hot(indices_BTC, E, dtype=dtype), jax.nn.one_hot(position_BTC, P, dtype=dtype)
 
 
-def _fill_by_matmul(x_BTD: Array, indices_BTC: Array, place_BTC: Array, *, experts: int, capacity: int) -> Array:
+def _fill_by_matmul(x_BTD: Array, indices_BTC: Array, position_BTC: Array, *, experts: int, capacity: int) -> Array:
     """As `_fill`, with GShard's mask [B, T, E, P]."""
-    expert_BTCE, place_BTCP = _one_hots(indices_BTC, place_BTC, experts, capacity, x_BTD.dtype)
-    mask_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE, place_BTCP)
+    expert_BTCE, position_BTCP = _one_hots(indices_BTC, position_BTC, experts, capacity, x_BTD.dtype)
+    mask_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE, position_BTCP)
     return jnp.einsum("btep,btd->ebpd", mask_BTEP, x_BTD)
 
 
-def _combine_by_matmul(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, place_BTC: Array) -> Array:
+def _combine_by_matmul(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC: Array) -> Array:
     """As `_combine`, with GShard's combine weights [B, T, E, P]."""
     E, _, P, _ = y_EBPD.shape
-    expert_BTCE, place_BTCP = _one_hots(indices_BTC, place_BTC, E, P, weights_BTC.dtype)
-    combine_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE * weights_BTC[..., None], place_BTCP)
+    expert_BTCE, position_BTCP = _one_hots(indices_BTC, position_BTC, E, P, weights_BTC.dtype)
+    combine_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE * weights_BTC[..., None], position_BTCP)
     return jnp.einsum("btep,ebpd->btd", combine_BTEP.astype(y_EBPD.dtype), y_EBPD)

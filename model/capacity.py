@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from sharding.rules import no_mesh
 
 
-def places(
+def positions_in_experts(
     indices_BTC: Int[Array, "B T C"], num_experts: int, capacity: int
 ) -> tuple[Int[Array, "B T C"], Int[Array, "B T C"]]:
     """(indices, place of each choice among those of its expert in its sequence). What comes at place `capacity` or
@@ -28,19 +28,19 @@ def places(
     gathered first.
     """
     if no_mesh():
-        return _places(indices_BTC, num_experts, capacity)
+        return _positions(indices_BTC, num_experts, capacity)
     spec = jax.typeof(indices_BTC).sharding.spec
     whole = P(spec[0], None, None)  # of the indices alone: a few integers a token
     local = jax.shard_map(
-        partial(_places, num_experts=num_experts, capacity=capacity), in_specs=whole, out_specs=(whole, whole)
+        partial(_positions, num_experts=num_experts, capacity=capacity), in_specs=whole, out_specs=(whole, whole)
     )
-    kept_BTC, place_BTC = local(jax.sharding.reshard(indices_BTC, whole))
-    return jax.sharding.reshard(kept_BTC, spec), jax.sharding.reshard(place_BTC, spec)
+    kept_BTC, position_BTC = local(jax.sharding.reshard(indices_BTC, whole))
+    return jax.sharding.reshard(kept_BTC, spec), jax.sharding.reshard(position_BTC, spec)
 
 
-def _places(indices_BTC: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
+def _positions(indices_BTC: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
     E = num_experts
     chosen_BTE = (indices_BTC[..., None] == jnp.arange(E)).sum(2, dtype=jnp.int32)  # compared and summed in one pass
     before_BTE = jnp.cumsum(chosen_BTE, axis=1) - chosen_BTE
-    place_BTC = jnp.take_along_axis(before_BTE, jnp.minimum(indices_BTC, E - 1), axis=2)
-    return jnp.where(place_BTC < capacity, indices_BTC, E), place_BTC
+    position_BTC = jnp.take_along_axis(before_BTE, jnp.minimum(indices_BTC, E - 1), axis=2)
+    return jnp.where(position_BTC < capacity, indices_BTC, E), position_BTC

@@ -132,7 +132,8 @@ class AttentionConfig:
         "causal"  # prefix: bidirectional inside the prefix (Raffel 2020)
     )
     # Attention pattern by layer, repeated: 'global', 'sliding' (the last `window` positions) or 'block_sparse'.
-    layers: tuple[Literal["global", "sliding", "block_sparse"], ...] = ("global",)
+    # 'package.module:Class' is a variant of the user's own (model/attention/__init__.py).
+    layers: tuple[str, ...] = ("global",)
     window: int = 1024
     # block_sparse (Child 2019): positions a block; the last so many blocks a query sees, its own included; and every so
     # many-th block (its index % stride == stride - 1).
@@ -140,6 +141,9 @@ class AttentionConfig:
     # What computes it: the best for the device, or one kernel by name, which must be able to ('hopper', 'triton':
     # GPUs).
     implementation: Literal["auto", "tpu", "hopper", "triton", "xla", "reference"] = "auto"
+    # What attends from one or a few new tokens to a cache: the best for the device, one kernel by name ('gpu' is
+    # Triton), or 'off': `implementation` does that too.
+    decode_implementation: Literal["auto", "tpu", "gpu", "reference", "off"] = "auto"
     # Rows spread over the mesh axis 'sequence': keys are gathered, passed around (Liu et al. 2023), or exchanged for
     # heads (Jacobs et al. 2023).
     context: Literal["gather", "ring", "ulysses"] = "gather"
@@ -242,6 +246,12 @@ class ModelConfig:
                 f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last blocks "
                 f"that a "
                 "query sees (its own included), and every so many-th block; as in (64, 4, 8)"
+            )
+        unknown = [kind for kind in a.layers if kind not in ("global", "sliding", "block_sparse") and ":" not in kind]
+        if unknown:
+            raise ValueError(
+                f"model.attention.layers = {unknown[0]!r}: unknown; use global, sliding, block_sparse, or "
+                "'package.module:Class' for a variant of your own"
             )
         if not a.layers:
             raise ValueError("model.attention.layers = (): give at least one of global, sliding, block_sparse")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 
+from model.attention import attention_variant
 from model.config import ModelConfig, layer_specs
 from model.mlp import gates
 from model.moe_config import WITHOUT_LOGITS
@@ -53,12 +54,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of the forward pass for one token of a full window of `length`, head included."""
-    a, D = config.attention, config.embed_dim
+    D = config.embed_dim
     flops = 2.0 * D * config.vocab_size
     for spec in layer_specs(config):
-        flops += 2 * _projections(config)
-        value_dim = a.head_dim if a.latent is None else a.latent.value_dim
-        flops += 2 * a.num_heads * (a.head_dim + value_dim) * keys_seen(config, spec.attention, length)
+        flops += attention_variant(config.attention, spec.attention).flops(config, spec.attention, length)
         if spec.moe and config.moe is not None:
             chosen = experts_per_token(config, length) + config.moe.shared_experts
             slots = config.moe.top_k if config.moe.router == "soft" else 1
@@ -67,16 +66,6 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
         else:
             flops += 2 * D * config.mlp.hidden_dim * (gates(config.mlp.kind) + 1)
     return flops
-
-
-def _projections(config: ModelConfig) -> int:
-    """Numbers in the matrices of an attention layer."""
-    a, D = config.attention, config.embed_dim
-    if (latent := a.latent) is None:
-        return D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
-    N, H, V, P, R = a.num_heads, a.head_dim, latent.value_dim, latent.rope_dim, latent.kv_rank
-    queries = D * N * H if latent.q_rank is None else latent.q_rank * (D + N * H)
-    return queries + D * (R + P) + R * N * (H - P + V) + N * V * D
 
 
 def experts_per_token(config: ModelConfig, length: int) -> float:
@@ -94,22 +83,3 @@ def experts_per_token(config: ModelConfig, length: int) -> float:
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
     """FLOPs of a training step per token: three times the forward pass."""
     return 3 * forward_flops_per_token(config, length)
-
-
-def keys_seen(config: ModelConfig, layer: str, length: int) -> float:
-    """Mean number of keys a query sees in a window of `length`; a causal mask counts as half of it."""
-    a = config.attention
-    if layer == "global":
-        return float(length) if a.mask == "bidirectional" else length / 2
-    if layer == "sliding":
-        window = min(a.window, length)
-        one_side = window - window**2 / (2 * length)
-        return 2 * one_side - 1 + window / length if a.mask == "bidirectional" else one_side  # itself counted once
-    seen = 0
-    size, local, stride = a.blocks
-    blocks = -(-length // size)
-    for q in range(blocks):
-        keys = range(blocks) if a.mask == "bidirectional" else range(q + 1)
-        near = sum(abs(q - k) < local or k % stride == stride - 1 for k in keys)
-        seen += near * size - (size // 2 if a.mask != "bidirectional" else 0)
-    return seen / blocks

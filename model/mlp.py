@@ -13,9 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from model.attention import weight_std
 from model.config import ModelConfig
-from model.weights import constant, matmul, normal, use
+from model.weights import constant, normal, weight_std
 from sharding.rules import ShardingRules
 
 
@@ -58,24 +57,31 @@ def activate(kind: str, h: Float[Array, "*lead G F"]) -> Float[Array, "*lead F"]
 class MLP(nnx.Module):
     """The gate and the up projection are one weight: one large matmul instead of two."""
 
-    def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, hidden_dim: int | None = None):
-        """`hidden_dim`: default `config.mlp.hidden_dim`."""
-        self.config, self.rules = config, rules
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        config: ModelConfig,
+        rules: ShardingRules,
+        hidden_dim: int | None = None,
+        name: str = "mlp",
+    ):
+        """`hidden_dim`: default `config.mlp.hidden_dim`. `name`: of its weights, before their own."""
+        self.config = config
         D, F, G = config.embed_dim, hidden_dim or config.mlp.hidden_dim, gates(config.mlp.kind)
         up_key, down_key = jax.random.split(key)
-        self.up = normal(up_key, (D, G, F), ("embed", None, "mlp"), weight_std(config, D), rules)
-        self.down = normal(down_key, (F, D), ("mlp", "embed"), weight_std(config, F, residual=True), rules)
-        self.up_bias = constant((G, F), (None, "mlp"), 0.0, rules) if config.mlp.bias else None
-        self.down_bias = constant((D,), ("embed",), 0.0, rules) if config.mlp.bias else None
+        up_std, down_std = weight_std(config, D), weight_std(config, F, residual=True)
+        self.up = normal(up_key, (D, G, F), ("embed", "gate", "mlp"), up_std, rules, name=f"{name}.up")
+        self.down = normal(down_key, (F, D), ("mlp", "embed"), down_std, rules, name=f"{name}.down")
+        biased = config.mlp.bias
+        self.up_bias = constant((G, F), ("gate", "mlp"), 0.0, rules, name=f"{name}.up_bias") if biased else None
+        self.down_bias = constant((D,), ("embed",), 0.0, rules, name=f"{name}.down_bias") if biased else None
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        rules, dtype = self.rules, x_BTD.dtype
-        up, down = use(self.up, ("embed", None, "mlp"), dtype, rules), use(self.down, ("mlp", "embed"), dtype, rules)
-        h_BTGF = matmul(x_BTD, up, 1, ("batch", "sequence", None, "mlp"), rules)
+        h_BTGF = self.up.dot(x_BTD, ("batch", "sequence"))
         if self.up_bias is not None:
-            h_BTGF = h_BTGF + use(self.up_bias, (None, "mlp"), dtype, rules)
+            h_BTGF = h_BTGF + self.up_bias.gathered(x_BTD.dtype)
         h_BTF = activate(self.config.mlp.kind, checkpoint_name(h_BTGF, "mlp_hidden"))
-        out_BTD = matmul(h_BTF, down, 1, ("batch", "sequence", "embed"), rules)
+        out_BTD = self.down.dot(h_BTF, ("batch", "sequence"))
         if self.down_bias is not None:
-            out_BTD = out_BTD + use(self.down_bias, ("embed",), dtype, rules)
+            out_BTD = out_BTD + self.down_bias.gathered(x_BTD.dtype)
         return checkpoint_name(out_BTD, "mlp_out")

@@ -7,35 +7,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from model.attention import weight_std
 from model.balance import RouterStats, router_stats
-from model.capacity import places
+from model.capacity import positions_in_experts
 from model.config import ModelConfig
-from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, run_experts
-from model.experts import Biases
+from model.context import ForwardContext
+from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, ExpertWeights, run_experts
 from model.mlp import MLP, gates
 from model.moe_config import WITHOUT_LOGITS
 from model.routers import noisy_input, route
 from model.soft import soft_moe
-from model.weights import constant, matmul, normal, use
+from model.weights import Axes, Role, constant, normal, weight_std
 from sharding.rules import ShardingRules, no_mesh
-
-
-class Tokens(NamedTuple):
-    """What routers know of the tokens beside their hidden states."""
-
-    ids_BT: Int[Array, "B T"]
-    positions_BT: Int[Array, "B T"]  # in their document
-    valid_BT: Bool[Array, "B T"]  # False: padding
-    cached: bool = False  # these continue a cache: the sequence is not here as a whole
 
 
 class MoE(nnx.Module):
@@ -44,62 +33,69 @@ class MoE(nnx.Module):
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
         assert config.moe is not None
         self.config, self.rules = config, rules
-        D, E, F, G = config.embed_dim, config.moe.num_experts, config.moe.hidden_dim, gates(config.mlp.kind)
+        moe = config.moe
+        D, E, F, G = config.embed_dim, moe.num_experts, moe.hidden_dim, gates(config.mlp.kind)
         keys = jax.random.split(key, 3)
-        # Soft: a logit for each of an expert's slots.
-        logits = E * config.moe.top_k if config.moe.router == "soft" else E
-        learned = config.moe.router not in WITHOUT_LOGITS
-        self.router = normal(keys[0], (D, logits), ("embed", None), D**-0.5, rules) if learned else None
-        self.up = normal(keys[1], (E, D, G, F), UP, weight_std(config, D), rules)
-        self.down = normal(keys[2], (E, F, D), DOWN, weight_std(config, F, residual=True), rules)
-        biased = config.mlp.bias
-        self.up_bias = constant((E, G, F), UP_BIAS, 0.0, rules) if biased else None
-        self.down_bias = constant((E, D), DOWN_BIAS, 0.0, rules) if biased else None
-        # Of the linear map to the logits; beside it there may be a bias that only moves the choice:
-        self.router_logit_bias = constant((logits,), (None,), 0.0, rules) if biased and learned else None
-        # Moved by the train step, never by a gradient (model/balance.py).
-        self.router_bias = constant((E,), (None,), 0.0, rules) if config.moe.bias_rate is not None else None
-        noisy = config.moe.router == "noisy_top_k"
-        self.router_noise = constant((D, E), ("embed", None), 0.0, rules) if noisy else None
-        shared = config.moe.shared_experts * F
-        self.shared = MLP(jax.random.fold_in(key, 3), config, rules, shared) if shared else None
+        up_std, down_std = weight_std(config, D), weight_std(config, F, residual=True)
+        self.up = normal(keys[1], (E, D, G, F), UP, up_std, rules, name="mlp.up")
+        self.down = normal(keys[2], (E, F, D), DOWN, down_std, rules, name="mlp.down")
+
+        def zeros(name: str, shape: tuple[int, ...], axes: Axes, role: Role, wanted: bool, inputs: int = 0):
+            made = lambda: constant(shape, axes, 0.0, rules, name=f"mlp.{name}", role=role, inputs=inputs)
+            return made() if wanted else None
+
+        biased, learned = config.mlp.bias, moe.router not in WITHOUT_LOGITS
+        self.up_bias = zeros("up_bias", (E, G, F), UP_BIAS, "vector", biased)
+        self.down_bias = zeros("down_bias", (E, D), DOWN_BIAS, "vector", biased)
+        # The soft router has a logit for each of an expert's slots.
+        logits = E * moe.top_k if moe.router == "soft" else E
+        of_router: Axes = ("embed", None)
+        self.router = (
+            normal(keys[0], (D, logits), of_router, D**-0.5, rules, name="mlp.router", role="router")
+            if learned
+            else None
+        )
+        # The bias of the map to the logits. Another one (router_bias) only moves the choice: the train step moves it,
+        # never a gradient (model/balance.py).
+        self.router_logit_bias = zeros("router_logit_bias", (logits,), (None,), "vector", biased and learned)
+        self.router_bias = zeros("router_bias", (E,), (None,), "buffer", moe.bias_rate is not None)
+        noisy = moe.router == "noisy_top_k"
+        self.router_noise = zeros("router_noise", (D, E), of_router, "router", noisy, inputs=1)
+        shared = moe.shared_experts * F
+        self.shared = MLP(jax.random.fold_in(key, 3), config, rules, shared, "shared") if shared else None
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, key: PRNGKeyArray | None = None
+        self, x_BTD: Float[Array, "B T D"], ctx: ForwardContext, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """`key`: given in training alone, for what is random in the router. With `tokens.cached` no choice is
-        dropped."""
-        config, rules, dtype = self.config, self.rules, x_BTD.dtype
+        """`key`: given in training only, for what is random in the router. While decoding no choice is dropped."""
+        config, rules = self.config, self.rules
         assert config.moe is not None
-        if tokens.cached and config.moe.capacity_factor is not None:
+        if ctx.decoding and config.moe.capacity_factor is not None:
             # A capacity is for whole sequences. Prompts of any padding and single tokens are decoded without drops.
             config = replace(config, moe=replace(config.moe, capacity_factor=None, dispatch="sort"))
         moe = config.moe
         assert moe is not None
         input_key, route_key = (None, None) if key is None else jax.random.split(key)
         logits_BTE, noise_BTE = self._logits(x_BTD, input_key)
-        up = self.up[...].astype(dtype)
-        down = self.down[...].astype(dtype)
-        biases = None
-        if self.up_bias is not None and self.down_bias is not None:
-            biases = Biases(self.up_bias[...].astype(dtype), self.down_bias[...].astype(dtype))
+        experts = ExpertWeights(self.up, self.down, self.up_bias, self.down_bias)
         if moe.router == "soft":
             assert logits_BTE is not None
-            out_BTD, routing = soft_moe(x_BTD, logits_BTE, tokens.valid_BT, up, down, config, rules, biases)
+            out_BTD, routing = soft_moe(x_BTD, logits_BTE, ctx.valid_BT, experts, config, rules)
             kept_BTC = routing.indices_BTC
         else:
-            bias_E = None if self.router_bias is None else use(self.router_bias, (None,), jnp.float32, rules)
+            bias_E = None if self.router_bias is None else self.router_bias.gathered(jnp.float32)
             routing = route(
-                logits_BTE, tokens.valid_BT, moe, bias_E=bias_E, noise_BTE=noise_BTE,
-                ids_BT=tokens.ids_BT, positions_BT=tokens.positions_BT, key=route_key,
+                logits_BTE, ctx.valid_BT, moe, bias_E=bias_E, noise_BTE=noise_BTE,
+                ids_BT=ctx.token_ids_BT, positions_BT=ctx.positions_BT, key=route_key,
             )  # fmt: skip
-            kept_BTC, place_BTC = routing.indices_BTC, None
+            kept_BTC, position_BTC = routing.indices_BTC, None
             if moe.bounded:
-                kept_BTC, place_BTC = places(routing.indices_BTC, moe.num_experts, moe.capacity(x_BTD.shape[1]))
-            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, place_BTC, up, down, config, rules, biases)
+                capacity = moe.capacity(x_BTD.shape[1])
+                kept_BTC, position_BTC = positions_in_experts(routing.indices_BTC, moe.num_experts, capacity)
+            out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, position_BTC, experts, config, rules)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
-        stats = router_stats(routing, kept_BTC, tokens.valid_BT, moe, _batch_slices(rules))
+        stats = router_stats(routing, kept_BTC, ctx.valid_BT, moe, _batch_slices(rules))
         return checkpoint_name(out_BTD, "mlp_out"), stats
 
     def _logits(self, x_BTD: Array, key: PRNGKeyArray | None) -> tuple[Array | None, Array | None]:
@@ -112,15 +108,13 @@ class MoE(nnx.Module):
         x_BTD = noisy_input(x_BTD.astype(dtype), moe, key)
 
         precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-        def times(weight: nnx.Param) -> Array:
-            w = use(weight, ("embed", None), dtype, self.rules)
-            return matmul(x_BTD, w, 1, ("batch", "sequence", None), self.rules, precision)
-
-        logits_BTE = times(self.router)
+        axes = ("batch", "sequence")
+        logits_BTE = self.router.dot(x_BTD, axes, precision)
         if self.router_logit_bias is not None:
-            logits_BTE = logits_BTE + use(self.router_logit_bias, (None,), dtype, self.rules)
-        return logits_BTE, None if self.router_noise is None or key is None else times(self.router_noise)
+            logits_BTE = logits_BTE + self.router_logit_bias.gathered(dtype)
+        if self.router_noise is None or key is None:
+            return logits_BTE, None
+        return logits_BTE, self.router_noise.dot(x_BTD, axes, precision)
 
 
 def _batch_slices(rules: ShardingRules) -> int:

@@ -69,6 +69,8 @@ class MoEConfig:
     # What runs the experts: pairs sorted by expert and a grouped matmul; a buffer of `capacity_factor` places for each
     # expert, filled by gathers or by one-hot matmuls (GShard); every expert on every token (the oracle).
     dispatch: Literal["auto", "sort", "gather", "einsum", "dense"] = "auto"
+    # What multiplies the sorted pairs: the best grouped matmul for the device, or one by name.
+    implementation: Literal["auto", "tpu", "triton", "xla", "reference"] = "auto"
     # Expert parallelism: room of the all-to-all buffers, as a multiple of an even share (what exceeds it goes in
     # further rounds; nothing is lost). None: tokens are gathered on every device instead.
     exchange: float | None = 2.0

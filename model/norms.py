@@ -11,17 +11,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from model.config import NormConfig
-from model.weights import Axes, constant, use
+from model.weights import Axes, constant
 from sharding.rules import ShardingRules
 
 
 class Norm(nnx.Module):
     """Normalizes the last dimensions of its input, those its weight has, and scales them."""
 
-    def __init__(self, shape: tuple[int, ...], axes: Axes, config: NormConfig, rules: ShardingRules):
-        self.config, self.rules, self.axes = config, rules, axes
-        self.scale = constant(shape, axes, 0.0 if config.unit_offset else 1.0, rules)
-        self.bias = constant(shape, axes, 0.0, rules) if config.bias else None
+    def __init__(self, shape: tuple[int, ...], axes: Axes, config: NormConfig, rules: ShardingRules, name: str):
+        self.config = config
+        self.scale = constant(shape, axes, 0.0 if config.unit_offset else 1.0, rules, name=f"{name}.scale")
+        self.bias = constant(shape, axes, 0.0, rules, name=f"{name}.bias") if config.bias else None
 
     def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
         dims = tuple(range(x.ndim - self.scale.ndim, x.ndim))
@@ -29,8 +29,8 @@ class Norm(nnx.Module):
         if self.config.kind == "layernorm":
             y = y - y.mean(dims, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(dims, keepdims=True) + self.config.epsilon)
-        scale = use(self.scale, self.axes, jnp.float32, self.rules)
+        scale = self.scale.gathered(jnp.float32)
         y = y * (1.0 + scale if self.config.unit_offset else scale)
         if self.bias is not None:
-            y = y + use(self.bias, self.axes, jnp.float32, self.rules)
+            y = y + self.bias.gathered(jnp.float32)
         return y.astype(x.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -105,3 +106,20 @@ def sinusoids(positions_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T 
     frequencies = 10_000.0 ** -(jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
+
+
+def apply_rope(
+    config: ModelConfig,
+    kind: str,
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    length_B: Int[Array, "B"] | None,
+) -> Float[Array, "B T N H"]:
+    """Return heads rotated by RoPE in their first `rotary_dim` dimensions as a layer of kind `kind` does; unchanged
+    without RoPE."""
+    if config.position.kind != "rope":
+        return x_BTNH
+    tables = rope_tables(config, positions_BT, length_B, local=kind == "sliding")
+    # The barrier keeps XLA from computing the sines again for every head and every use.
+    cos_BTR, sin_BTR = jax.lax.optimization_barrier(tables)
+    return rotate(x_BTNH, cos_BTR, sin_BTR, config.position.interleaved)

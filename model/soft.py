@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from model.config import ModelConfig
-from model.dispatch import run_experts
-from model.experts import Biases
+from model.dispatch import ExpertWeights, run_experts
 from model.routers import Routing
 from sharding.rules import ShardingRules, activation_spec, reshard
 
@@ -20,11 +19,9 @@ def soft_moe(
     x_BTD: Float[Array, "B T D"],
     logits_BTX: Float[Array, "B T X"],
     valid_BT: Bool[Array, "B T"],
-    up_EDGF: Float[Array, "E D G F"],
-    down_EFD: Float[Array, "E F D"],
+    experts: ExpertWeights,
     config: ModelConfig,
     rules: ShardingRules,
-    biases: Biases | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Sec. 2.1 there: slots = softmax of the logits over the tokens, times the tokens; each expert runs on its
     config.moe.top_k slots; a token gets the softmax of its logits over all slots, times what came out (and
@@ -49,9 +46,7 @@ def soft_moe(
     slots_BXD = jnp.einsum("btx,btd->bxd", dispatch_BTX.astype(dtype), x_BTD, out_sharding=spec)
     expert_BX1 = jnp.broadcast_to(jnp.arange(E * S, dtype=jnp.int32)[:, None] // S, (x_BTD.shape[0], E * S, 1))
     expert_BX1 = reshard(expert_BX1, rules, "batch", "sequence", None)
-    y_BXD = run_experts(
-        slots_BXD, expert_BX1, jnp.ones_like(expert_BX1, jnp.float32), None, up_EDGF, down_EFD, config, rules, biases
-    )
+    y_BXD = run_experts(slots_BXD, expert_BX1, jnp.ones_like(expert_BX1, jnp.float32), None, experts, config, rules)
     mix_BTX = jnp.where(valid_BT[..., None], moe.scale * combine_BTX, 0.0).astype(dtype)
     out_BTD = jnp.einsum("btx,bxd->btd", mix_BTX, reshard(y_BXD, rules, "batch", None, None), out_sharding=spec)
 

@@ -20,16 +20,18 @@ width of an expert.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from model.config import ModelConfig
+from model.layers import Block
 from model.moe import MoE
 from model.moe_config import ALWAYS_ONE, WEIGHTED
-from model.transformer import Block, Transformer, unstack
+from model.transformer import Transformer, unstack
+from model.weights import Tree, Weight, map_named_weights, named_weights, repeats
 from sharding.rules import ShardingRules, no_mesh
 
 # Routers whose weights for a token sum to `scale`, in training too; those that read `weights` only with some of its
@@ -53,10 +55,10 @@ def upcycle(dense: Transformer, config: ModelConfig, key: PRNGKeyArray, rules: S
     layers = [unit[0] for unit in unstack(dense).stacks]  # each with a leading axis of 1
     first = 0
     for unit in fresh.stacks:
-        repeats = unit[0].attention.q.shape[0]
+        count = repeats(unit) * len(unit)
         for i, block in enumerate(unit):
-            unit[i] = _block(block, layers[first + i : first + repeats * len(unit) : len(unit)], shards)
-        first += repeats * len(unit)
+            unit[i] = _block(block, layers[first + i : first + count : len(unit)], shards)
+        first += count
     taken = _weights(dense)
     return _replace(fresh, {name: taken[name] for name in _weights(fresh) if not name.startswith("stacks")})
 
@@ -154,22 +156,21 @@ def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
     assert moe is not None
     shared = {name: weight for name, weight in taken.items() if not name.startswith("mlp.")}
     mlp = _weights(dense.mlp)
-    up_RDGF, down_RFD = (
-        _gathered(mlp["up"], dense.rules, "embed", None, None),
-        _gathered(mlp["down"], dense.rules, None, "embed"),
-    )
+    rules = dense.mlp.up.rules
+    up_RDGF = _gathered(mlp["up"], rules, "embed", None, None)
+    down_RFD = _gathered(mlp["down"], rules, None, "embed")
     (R, D, G, _), E, f = up_RDGF.shape, moe.num_experts, moe.hidden_dim
     up_RMDGf = jnp.moveaxis(up_RDGF.reshape(R, D, G, shards, f), 3, 1)
     down_RMfD = down_RFD.reshape(R, shards, f, D) * (shards / moe.scale)
     copies = E // shards
     cut = {"mlp.up": up_RMDGf, "mlp.down": down_RMfD}
     if "up_bias" in mlp:
-        up_bias_RGF, down_bias_RD = _gathered(mlp["up_bias"], dense.rules, None, None), mlp["down_bias"]
+        up_bias_RGF, down_bias_RD = _gathered(mlp["up_bias"], rules, None, None), mlp["down_bias"]
         cut["mlp.up_bias"] = jnp.moveaxis(up_bias_RGF.reshape(R, G, shards, f), 2, 1)
         cut["mlp.down_bias"] = jnp.stack([down_bias_RD / moe.scale] * shards, axis=1)
     experts = {name: jnp.concatenate([weight] * copies, axis=1) for name, weight in cut.items()}
     if fresh.mlp.router is not None:  # hash and random have none
-        experts["mlp.router"] = jnp.repeat(fresh.mlp.router[...][..., :copies], shards, axis=-1)
+        experts["mlp.router"] = jnp.repeat(fresh.mlp.router.value[..., :copies], shards, axis=-1)
     return _replace(fresh, shared | experts)
 
 
@@ -178,16 +179,19 @@ def _gathered(weight: Float[Array, "R ..."], rules: ShardingRules, *axes: str | 
     return weight if no_mesh() else jax.sharding.reshard(weight, rules.spec("weights", (None, *axes)))
 
 
-def _weights(module: nnx.Module) -> dict[str, Array]:
-    """Every weight by its dotted name."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): w for path, w in leaves}
+def _weights(module: Any) -> dict[str, Array]:
+    """Return the stored value of every weight by its dotted path."""
+    return {path: weight.value for path, weight in named_weights(module)}
 
 
-def _replace(module, weights: dict[str, Array]):
-    """`module` with the weights that are named, all the others as they are; each in the layout that it has there."""
+def _replace(module: Tree, values: dict[str, Array]) -> Tree:
+    """Return `module` with the values that are named, all others as they are; each in the layout that it has there."""
     own = _weights(module)
-    new = own | weights
+    new = own | values
     assert new.keys() == own.keys() and all(new[n].shape == own[n].shape for n in own), "the networks do not fit"
-    leaves = [new[n] if no_mesh() else jax.sharding.reshard(new[n], jax.typeof(own[n]).sharding) for n in own]
-    return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+    def replaced(path: str, weight: Weight) -> Weight:
+        value = new[path] if no_mesh() else jax.sharding.reshard(new[path], jax.typeof(weight.value).sharding)
+        return replace(weight, value=value)
+
+    return map_named_weights(replaced, module)

@@ -85,15 +85,25 @@ class ShardingRules:
                 f"a device's queries find their keys; use {heads[: len(kv_heads)]}"
             )
 
+    def mesh_axes(self, side: str, axis: str | None) -> tuple[str, ...]:
+        """Mesh axes that the logical `axis` lies over on side 'weights' or 'activations'. Raises ValueError on an
+        unknown name. 'gate' (the two projections of a gated MLP) lies over none; 'rank' (of a factorised projection) is
+        stored
+        like 'embed' and whole at use."""
+        if axis in (None, "gate") or (axis == "rank" and side == "activations"):
+            return ()
+        if axis != "rank" and axis not in LOGICAL_AXES:
+            raise ValueError(
+                f"logical axis {axis!r} is unknown; use one of {', '.join(LOGICAL_AXES)}, gate, rank or None"
+            )
+        return getattr(getattr(self, side), "embed" if axis == "rank" else axis)
+
     def spec(self, side: str, axes: tuple[str | None, ...]) -> P:
         """PartitionSpec of an array whose dimensions are the logical `axes` (None: not sharded), on side 'weights' or
         'activations', with the mesh axes of size one kept (they cost nothing). Raises ValueError on an unknown name."""
-        axis_rules = getattr(self, side)
         parts: list = []
         for axis in axes:
-            if axis is not None and axis not in LOGICAL_AXES:
-                raise ValueError(f"logical axis {axis!r} is unknown; use one of {', '.join(LOGICAL_AXES)} or None")
-            mesh_axes = () if axis is None else getattr(axis_rules, axis)
+            mesh_axes = self.mesh_axes(side, axis)
             parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
         return P(*parts)
 
@@ -102,9 +112,9 @@ class ShardingRules:
         each dimension spread further over the axes it is only stored on, and those further axes of each dimension. The
         dimension
         'embed' is whole at use."""
-        used = [() if axis in (None, "embed") else getattr(self.activations, axis) for axis in axes]
+        used = [() if axis == "embed" else self.mesh_axes("activations", axis) for axis in axes]
         taken = {mesh_axis for part in used for mesh_axis in part}
-        stored = [() if axis is None else getattr(self.weights, axis) for axis in axes]
+        stored = [self.mesh_axes("weights", axis) for axis in axes]
         further = tuple(tuple(mesh_axis for mesh_axis in part if mesh_axis not in taken) for part in stored)
         return P(*(part + more or None for part, more in zip(used, further, strict=True))), further
 

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 
 from model.config import AttentionConfig, MLPConfig, ModelConfig
+from model.context import ForwardContext
+from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, ExpertWeights
 from model.transformer import Transformer
+from model.weights import Weight, named_weights
 from sharding.rules import ShardingRules
 
 TINY_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=5, blocks=(4, 1, 2))
@@ -30,9 +33,25 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def weight_names(model: Transformer) -> list[tuple[str, jax.Array | jax.ShapeDtypeStruct]]:
-    """(dotted path, leaf) of every weight, in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return [(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), x) for path, x in leaves]
+    """(dotted path, stored value) of every weight, in the order of `jax.tree.leaves`."""
+    return [(path, weight.value) for path, weight in named_weights(model)]
+
+
+def put(module, name: str, value) -> None:
+    """Give a weight of a module another value."""
+    setattr(module, name, dataclasses.replace(getattr(module, name), value=value))
+
+
+def context(ids_BT, positions_BT, valid_BT) -> ForwardContext:
+    """The context of rows that are here as a whole."""
+    return ForwardContext(ids_BT, positions_BT, valid_BT, positions_BT)
+
+
+def expert_weights(up, down, rules: ShardingRules, biases=None) -> ExpertWeights:
+    """Arrays as the weights of a layer's experts; `biases`: (of the hidden columns, of the output) or None."""
+    made = lambda value, axes: None if value is None else Weight(value, axes=axes, inputs=1, rules=rules)
+    up_bias, down_bias = biases or (None, None)
+    return ExpertWeights(made(up, UP), made(down, DOWN), made(up_bias, UP_BIAS), made(down_bias, DOWN_BIAS))
 
 
 def random_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from data.config import DataConfig
 from data.tokenizer import special_tokens
+from model.attention import attention_variant
 from model.config import ModelConfig
 from sharding.mesh import MeshConfig
 from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
@@ -212,14 +213,11 @@ class Experiment:
                 )
         model, moe = self.model, self.model.moe
         sizes = [
-            ("model.attention.num_heads", "heads", model.attention.num_heads),
-            ("model.attention.num_kv_heads", "kv_heads", model.attention.num_kv_heads),
             ("model.embed_dim", "embed", model.embed_dim),
             ("data.sequence_length", "sequence", self.data.sequence_length),
         ]
-        if (latent := model.attention.latent) is not None:  # ranks are spread as the width is
-            sizes.append(("model.attention.latent.kv_rank", "embed", latent.kv_rank))
-            sizes.append(("model.attention.latent.q_rank", "embed", latent.q_rank or model.embed_dim))
+        for kind in dict.fromkeys(model.attention.layers):
+            sizes += attention_variant(model.attention, kind).divisibility(model)
         if moe is None or "dense" in moe.layers:
             sizes.append(("model.mlp.hidden_dim", "mlp", model.mlp.hidden_dim))
         if moe is not None:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from experiments.bench.contest import serve
 from experiments.resolve import resolve
+from model.context import ForwardContext
 from model.mlp import MLP
-from model.moe import MoE, Tokens
+from model.moe import MoE
 from model.moe_config import MoEConfig
 from sharding.rules import ShardingRules
 from train.host_memory import keep_freed_memory
@@ -40,14 +41,14 @@ def main(kind: str, *words: str) -> None:
         config = replace(config, moe=changed(config.moe, list(words)))
     x_BTD = jax.random.normal(jax.random.key(1), (data.batch_size, data.sequence_length, config.embed_dim))
     ids_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-    tokens = Tokens(ids_BT, ids_BT, jnp.ones_like(ids_BT, bool))
+    ctx = ForwardContext(ids_BT, ids_BT, jnp.ones_like(ids_BT, bool), ids_BT)
 
     @jax.jit
     def gradient(layer, x_BTD):
         def total(layer, x_BTD):
             if isinstance(layer, MLP):
                 return jnp.square(layer(x_BTD)).sum()
-            y, stats = layer(x_BTD, tokens)
+            y, stats = layer(x_BTD, ctx)
             return jnp.square(y).sum() + stats.load_balance + stats.z
 
         return jax.grad(total, argnums=(0, 1))(layer, x_BTD)

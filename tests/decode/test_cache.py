@@ -79,7 +79,7 @@ def test_cached_logits_equal_uncached(name):
     np.testing.assert_allclose(got[rows, LENGTHS - 1], expected[rows, LENGTHS - 1], atol=1e-5)
 
     lengths = LENGTHS
-    cache = cache._replace(length_B=jnp.asarray(lengths, jnp.int32))
+    cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
     for steps in (1, 1, 1, 3):
         places = lengths[:, None] + np.arange(steps)
         got, cache = cached(model, cache, tokens[rows[:, None], places], None, wide_prefix)

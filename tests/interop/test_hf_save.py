@@ -29,6 +29,7 @@ from interop.verify import Verified, verify, verify_saved
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.interop.hf_folder import EMBEDDING, HEAD, D, V, tensors, write
+from tests.models import put
 
 RULES = ShardingRules()
 ELEMENTS = sum(x.size for x in tensors().values())
@@ -115,8 +116,8 @@ def test_a_part_of_a_weight_is_fetched_from_its_shards(model):
 
 def test_verify_names_what_differs(published, model):
     assert verify(model, published, "float32") == Verified(21, 11, ELEMENTS)
-    up = model.stacks[0][0].mlp.up
-    up[...] = up[...].at[1, 3, 1, 7].add(0.5).at[1, 4, 1, 8].add(0.25)
+    mlp = model.stacks[0][0].mlp
+    put(mlp, "up", mlp.up.value.at[1, 3, 1, 7].add(0.5).at[1, 4, 1, 8].add(0.25))
     with pytest.raises(
         ModelFilesError,
         match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0.5",
@@ -125,8 +126,8 @@ def test_verify_names_what_differs(published, model):
 
 
 def test_verify_sees_the_last_bit_of_the_dtype_and_no_further(published, model):
-    norm = model.final_norm.scale
-    norm[...] = jnp.asarray(np.nextafter(np.asarray(norm[...]), np.float32(np.inf)))
+    scale = np.asarray(model.final_norm.scale.value)
+    put(model.final_norm, "scale", jnp.asarray(np.nextafter(scale, np.float32(np.inf))))
     with pytest.raises(ModelFilesError, match=r"model.norm.weight .*32 of 32"):
         verify(model, published, "float32")
     rounded = jax.tree.map(
@@ -210,12 +211,12 @@ def test_what_cannot_be_written_is_refused(tmp_path, published, model):
             tmp_path / "out",
             family="llama",
         )
-    model.head[...] = model.head[...].at[3, 50].set(7e4)
+    put(model, "head", model.head.value.at[3, 50].set(7e4))
     with pytest.raises(
         ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say"
     ):
         save_published(model, published.config, tmp_path / "out", dtype="float16")
-    model.head[...] = model.head[...].at[3, 50].set(jnp.nan)
+    put(model, "head", model.head.value.at[3, 50].set(jnp.nan))
     with pytest.raises(ModelFilesError, match=r"lm_head.weight: holds nan"):
         save_published(model, published.config, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["published", "taken"]

@@ -13,16 +13,16 @@ import pytest
 
 from model.balance import load_balance, router_stats
 from model.config import MLPConfig, ModelConfig
-from model.moe import MoE, Tokens
+from model.moe import MoE
 from model.moe_config import MoEConfig
 from model.routers import route
 from sharding.rules import ShardingRules
-from tests.models import weight_names
+from tests.models import context, weight_names
 from tests.parity.cases import CASES, B, Case, D, T, draw, load
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-TOKENS = Tokens(jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), bool))
+TOKENS = context(jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), bool))
 
 
 def ours(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from model.buffers import buffered_experts
-from model.capacity import places
+from model.capacity import positions_in_experts as places
 from model.experts import every_expert
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import AxisRules, ShardingRules

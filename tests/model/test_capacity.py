@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from model.balance import router_stats
-from model.capacity import places
+from model.capacity import positions_in_experts as places
 from model.moe_config import MoEConfig
 from model.routers import route
 

@@ -19,7 +19,7 @@ from model.transformer import Transformer, forward
 from sharding.collectives import read_collectives
 from sharding.mesh import MeshConfig, concrete_shardings, make_mesh, use_mesh
 from sharding.rules import AxisRules, ShardingRules
-from tests.models import tiny_config
+from tests.models import expert_weights, tiny_config
 
 E, D, F, B, T = 8, 8, 6, 8, 8
 RULES = ShardingRules()
@@ -60,7 +60,9 @@ def inputs(style: str, k: int, seed: int = 0) -> list[np.ndarray]:
 
 def values_and_gradients(config: ModelConfig, rules: ShardingRules = RULES):
     def f(x, indices, weights, up, down, dy):
-        run = lambda x, weights, up, down: run_experts(x, indices, weights, None, up, down, config, rules)
+        run = lambda x, weights, up, down: run_experts(
+            x, indices, weights, None, expert_weights(up, down, rules), config, rules
+        )
         y, pull = jax.vjp(run, x, weights, up, down)
         return y, *pull(dy)
 

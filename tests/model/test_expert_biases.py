@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.capacity import places
+from model.capacity import positions_in_experts as places
 from model.config import MLPConfig, ModelConfig
 from model.cost import count_parameters
 from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, run_experts
-from model.experts import Biases
 from model.mlp import ACTIVATIONS, activate, gates
-from model.moe import MoE, Tokens
+from model.moe import MoE
 from model.moe_config import MoEConfig
 from pallas_kernels.grouped_matmul import grouped_glu
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
-from tests.models import tiny_config
+from tests.models import context, expert_weights, put, tiny_config
 
 B, T, D, E, C, F = 8, 6, 8, 8, 2, 6
 RULES = ShardingRules()
@@ -64,7 +63,9 @@ def program(config: ModelConfig, rules: ShardingRules = RULES):
         place = places(indices, E, config.moe.capacity(T))[1] if config.moe.bounded else None
 
         def run(x, weights, up, down, up_bias, down_bias):
-            return run_experts(x, indices, weights, place, up, down, config, rules, Biases(up_bias, down_bias))
+            return run_experts(
+                x, indices, weights, place, expert_weights(up, down, rules, (up_bias, down_bias)), config, rules
+            )
 
         y, pull = jax.vjp(run, x, weights, up, down, up_bias, down_bias)
         return y, *pull(dy)
@@ -161,12 +162,9 @@ def test_gradients_of_biases_are_summed_in_float32():
     @jax.jit
     def gradient(down_bias):
         def total(down_bias):
-            biases = Biases(up_bias, down_bias.astype(jnp.bfloat16))
-            return (
-                run_experts(x, jnp.zeros((1, rows, 1), jnp.int32), ones + 1, None, up, down, config, RULES, biases)
-                .astype(jnp.float32)
-                .sum()
-            )
+            experts = expert_weights(up, down, RULES, (up_bias, down_bias.astype(jnp.bfloat16)))
+            y = run_experts(x, jnp.zeros((1, rows, 1), jnp.int32), ones + 1, None, experts, config, RULES)
+            return y.astype(jnp.float32).sum()
 
         return jax.grad(total)(down_bias)
 
@@ -188,10 +186,10 @@ def test_router_and_parameter_count():
 
     rng = np.random.default_rng(1)
     layer = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), born(config))
-    layer.router_logit_bias[...] = jnp.asarray([0.0, 0.0, 150.0, 140.0])
+    put(layer, "router_logit_bias", jnp.asarray([0.0, 0.0, 150.0, 140.0]))
     x_BTD = rng.standard_normal((2, 5, 32)).astype(np.float32)
     integers = jnp.zeros((2, 5), jnp.int32)
-    _, stats = jax.jit(lambda layer, x: layer(x, Tokens(integers, integers, integers == 0)))(layer, x_BTD)
+    _, stats = jax.jit(lambda layer, x: layer(x, context(integers, integers, integers == 0)))(layer, x_BTD)
     np.testing.assert_allclose(stats.load_E, [0, 0, 0.5, 0.5])
     soft, hashed = (born(replace(config, moe=MoEConfig(4, 2, 12, router=name))) for name in ("soft", "hash"))
     assert (

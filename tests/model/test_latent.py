@@ -105,7 +105,7 @@ def test_without_a_latent_of_queries_and_no_gradient_from_the_future():
     gradient, ours = jax.device_get(run(model))
     np.testing.assert_allclose(ours, transformer(flat_weights(model), PLAIN, **batch)[0], atol=1e-4, rtol=0)
     row = batch["tokens_BT"][0]
-    touched = np.abs(gradient.embedding[...]).max(-1) > 0
+    touched = np.abs(gradient.embedding.value).max(-1) > 0
     assert {int(t) for t in np.flatnonzero(touched)} == {int(t) for t in row[:8]}
 
 
@@ -128,7 +128,7 @@ def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
     np.testing.assert_allclose(got, want[:, :prompt], atol=1e-5)
     lengths = np.array([prompt, prompt - 4])  # the second row forgets its last tokens and is given them again
     for steps in (1, 1, 3):
-        cache = cache._replace(length_B=jnp.asarray(lengths, jnp.int32))
+        cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
         places = lengths[:, None] + np.arange(steps)
         got, cache = extended(model, cache, np.take_along_axis(rows, places, 1))
         np.testing.assert_allclose(got, np.take_along_axis(np.asarray(want), places[..., None], 1), atol=1e-5)

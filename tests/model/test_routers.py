@@ -17,15 +17,15 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from model.balance import router_stats
-from model.capacity import places
-from model.moe import MoE, Tokens
+from model.capacity import positions_in_experts as places
+from model.moe import MoE
 from model.moe_config import MoEConfig
 from model.routers import SINKHORN_ITERATIONS, draw, noisy_input, route
 from model.soft import soft_moe
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.model.reference import feed_forward, softmax
-from tests.models import random_weight, tiny_config, weight_names
+from tests.models import context, expert_weights, random_weight, tiny_config, weight_names
 
 B, T, E = 2, 6, 6
 KEY = jax.random.key(7)
@@ -303,7 +303,10 @@ def test_soft_moe_is_the_papers_formula():
         rng.standard_normal(s).astype(np.float32) for s in [(2, 5, D), (2, 5, 3 * S), (3, D, 2, F), (3, F, D)]
     )
     valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], bool)
-    f = jax.jit(partial(soft_moe, config=config, rules=ShardingRules()))
+    rules = ShardingRules()
+    f = jax.jit(
+        lambda x, logits, valid, up, down: soft_moe(x, logits, valid, expert_weights(up, down, rules), config, rules)
+    )
     out, routing = f(x, logits, valid, up, down)
     for b in range(2):
         real = valid[b]
@@ -336,7 +339,7 @@ def layer(config: MoEConfig):
 
     @jax.jit
     def run(moe, x, ids):
-        return moe(x, Tokens(ids, positions, jnp.ones((B, T), bool)), None)
+        return moe(x, context(ids, positions, jnp.ones((B, T), bool)), None)
 
     rng = np.random.default_rng(0)
     x, ids = rng.standard_normal((B, T, 8)).astype(np.float32), rng.integers(0, 99, (B, T)).astype(np.int32)
@@ -488,7 +491,9 @@ def test_soft_moe_over_a_mesh():
 
     @jax.jit
     def run(arrays, valid):
-        return jax.value_and_grad(lambda a: jnp.square(soft_moe(*a[:2], valid, *a[2:], config, rules)[0]).sum())(arrays)
+        return jax.value_and_grad(
+            lambda a: jnp.square(soft_moe(*a[:2], valid, expert_weights(*a[2:], rules), config, rules)[0]).sum()
+        )(arrays)
 
     alone = run(given, valid)
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))

@@ -64,7 +64,7 @@ def test_the_logits_are_those_of_the_dense_network(dense, moe):
 
 def test_a_fine_grained_router_takes_whole_copies_of_the_mlp():
     layer = with_experts(DENSE, FINE).stacks[0][0].mlp
-    router_DE = layer.router[...][1]  # of the second layer of the stack
+    router_DE = layer.router.value[1]  # of the second layer of the stack
     x_BTD = np.random.default_rng(2).standard_normal((2, 50, 32)).astype(np.float32)
     x_BTD[0, :7] = 0  # all the logits tie
     indices_BTC = np.asarray(route(x_BTD @ router_DE, jnp.ones((2, 50), bool), layer.config.moe).indices_BTC)

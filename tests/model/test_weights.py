@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from model.weights import use
+from model.weights import Weight
 from sharding.collectives import read_collectives
 from sharding.manual import gather_weight
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
@@ -22,7 +21,7 @@ def test_a_weight_stored_over_two_axes_is_gathered_along_one_after_the_other():
     w = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)
     with use_mesh(mesh):
         stored = jax.device_put(w, NamedSharding(mesh, RULES.spec("weights", AXES)))
-        function = jax.jit(lambda w: use(nnx.Param(w), AXES, jnp.dtype(jnp.bfloat16), RULES))
+        function = jax.jit(lambda w: Weight(w, axes=AXES, inputs=1, rules=RULES).gathered(jnp.bfloat16))
         whole = function(stored)
         traffic = read_collectives(function.lower(stored).compile().as_text())
         gradient = jax.jit(jax.grad(lambda w: (function(w).astype(jnp.float32) ** 2).sum()))(stored)

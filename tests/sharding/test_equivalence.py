@@ -146,7 +146,7 @@ def test_initial_values_follow_the_config_and_not_the_mesh():
         spread = jax.jit(init)(jax.random.key(3))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(a, b)
-    first, second = alone.stacks[0][0].attention.q[...]
+    first, second = alone.stacks[0][0].attention.q.value
     assert jnp.abs(first - second).max() > 0.1  # each layer has its own draw
     attention = alone.stacks[0][0].attention
     expected = {  # 1 / sqrt(inputs); into the residual stream, another 1 / sqrt(2 layers)
@@ -156,7 +156,7 @@ def test_initial_values_follow_the_config_and_not_the_mesh():
         "embedding": (alone.embedding, 0.02),
     }
     for name, (weight, std) in expected.items():
-        np.testing.assert_allclose(jnp.std(weight[...]), std, rtol=0.1, err_msg=name)
+        np.testing.assert_allclose(jnp.std(weight.value), std, rtol=0.1, err_msg=name)
 
 
 def test_rows_over_two_mesh_axes_are_refused_by_the_ring():

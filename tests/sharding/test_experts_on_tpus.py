@@ -10,9 +10,9 @@ from jax.experimental import topologies
 from model import exchange
 from model.config import MLPConfig, ModelConfig, MoEConfig
 from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, run_experts
-from model.experts import Biases
 from pallas_kernels import ahead_of_time
 from sharding.rules import MESH_AXES, ShardingRules
+from tests.models import expert_weights
 
 E, K, D, F, ROWS, LENGTH = 8, 2, 256, 256, 4, 512
 RULES = ShardingRules()
@@ -50,7 +50,7 @@ def lowered(target: str, sizes: dict[str, int], factor: float | None, biased: bo
         ]
 
     def loss(x, weights, indices, up, down, *biases):
-        y = run_experts(x, indices, weights, None, up, down, config, RULES, Biases(*biases) if biases else None)
+        y = run_experts(x, indices, weights, None, expert_weights(up, down, RULES, biases), config, RULES)
         return (y.astype(jnp.float32) ** 2).sum()
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

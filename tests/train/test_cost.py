@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.attend import keys_seen
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
-from model.cost import count_parameters, forward_flops_per_token, keys_seen, train_flops_per_token
+from model.cost import count_parameters, forward_flops_per_token, train_flops_per_token
 
 MIXTRAL = ModelConfig(
     vocab_size=32000, num_layers=32, embed_dim=4096, max_length=32768,

@@ -14,7 +14,7 @@ from data.prepare import heldout_files, prepare
 from model.config import AttentionConfig, MoEConfig
 from model.transformer import forward, logits
 from tests.data.conftest import byte_config, write_corpus
-from tests.models import random_model, tiny_config
+from tests.models import put, random_model, tiny_config
 from train.config import TrainConfig
 from train.evaluate import evaluate, make_score
 from train.objectives import next_token, scoring_objective
@@ -130,7 +130,7 @@ def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
             tiny_config(vocab_size=272, num_layers=1, moe=dataclasses.replace(moe, capacity_factor=capacity))
         )
         router = network.stacks[0][0].mlp.router
-        router[...] = jnp.zeros_like(router[...])
+        put(network.stacks[0][0].mlp, "router", jnp.zeros_like(router.value))
         found.append(evaluate(jax.jit(make_score(next_token)), network, prepared, "code", batch_size=8))
     assert [f.max_violation for f in found] == pytest.approx([6 / 2 - 1] * 2, rel=1e-6)
     assert found[0].dropped_fraction == 0

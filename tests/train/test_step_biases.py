@@ -43,7 +43,7 @@ def biases(state) -> np.ndarray:
     """[L, E] of the MoE layers in order."""
     return np.concatenate(
         [
-            np.asarray(block.mlp.router_bias[...])
+            np.asarray(block.mlp.router_bias.value)
             for unit in state.model.stacks
             for block in unit
             if hasattr(block.mlp, "router_bias")
