@@ -92,6 +92,29 @@ def rotate(
     return jnp.concatenate((out.astype(x_BTNH.dtype), rest), axis=-1)
 
 
+def check_length(config: ModelConfig, published: int) -> str | None:
+    """Return a notice if `config.max_length` goes past the positions that its weights can be expected to handle, else
+    None. `published`: positions that the weights were published for.
+
+    Dynamic scaling and ALiBi work at any length, other scalings up to factor times their original length. Raises
+    ValueError if the positions are a learned table of another length.
+    """
+    kind, scaling, length = config.position.kind, config.position.scaling, config.max_length
+    if kind == "learned" and length != published:
+        raise ValueError(
+            f"model.max_length = {length}: the weights hold a learned table of {published} positions. Try {published}"
+        )
+    if kind == "alibi" or (scaling is not None and scaling.kind == "dynamic_ntk"):
+        return None
+    reach = published if scaling is None else max(published, int(scaling.factor * scaling.original_length))
+    if length <= reach:
+        return None
+    return (
+        f"model.max_length = {length}: the weights were published for {reach} positions, and no scaling of the positions "
+        f"covers more: expect worse text past position {reach}"
+    )
+
+
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """Float32 [N]: the slopes of ALiBi (Press et al. 2022, sec. 3), with its rule for head counts off the powers of
     2."""
