@@ -166,8 +166,8 @@ class GGUFFile:
         align = metadata.get("general.alignment", 32)
         if type(align) is not int or align < 1 or align & (align - 1):
             raise ModelFilesError(
-                f"{self.path}: general.alignment = {align!r}: must be a power of 2, in bytes. The file is damaged: get it "
-                "again"
+                f"{self.path}: general.alignment = {align!r}: must be a power of 2, in bytes. The file is damaged: get "
+                "it again"
             )
         first = -(-self._at // align) * align
         tensors: dict[str, Tensor] = {}
@@ -184,8 +184,8 @@ class GGUFFile:
         for name, tensor in tensors.items():
             if tensor.offset + tensor.size > len(self._map):
                 raise ModelFilesError(
-                    f"{self.path}: {name} ends at byte {tensor.offset + tensor.size}, the file after {len(self._map)}: it "
-                    "was cut off; get it again"
+                    f"{self.path}: {name} ends at byte {tensor.offset + tensor.size}, the file after {len(self._map)}: "
+                    "it was cut off; get it again"
                 )
         before, end = "the header", first
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -202,8 +202,8 @@ class GGUFFile:
         last = -(-end // align) * align
         if len(self._map) > last:
             raise ModelFilesError(
-                f"{self.path}: {len(self._map) - last} bytes follow {before}, the last tensor that the header names. The "
-                "file is damaged: get it again"
+                f"{self.path}: {len(self._map) - last} bytes follow {before}, the last tensor that the header names. "
+                "The file is damaged: get it again"
             )
 
     def _tensor(self) -> tuple[str, Tensor]:

@@ -57,7 +57,8 @@ class Source(Protocol):
 
 
 def abstract(config: ModelConfig, rules: ShardingRules, mesh: Mesh | None, dtype: str = "float32") -> Transformer:
-    """Return shapes and shardings of the weights, stored as `dtype`. Raises ValueError if `mesh` does not divide one."""
+    """Return shapes and shardings of the weights, stored as `dtype`. Raises ValueError if `mesh` does not divide
+    them."""
     if mesh is not None:
         check_mesh(config, rules, dict(mesh.shape))
     with use_mesh(mesh):

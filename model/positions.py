@@ -39,8 +39,8 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        # Clipping can put `high` below `low`: where the original length is below 2 pi beta_slow. transformers divides by
-        # the negative difference, which leaves every frequency as it is; do the same, for the weights expect it.
+        # Clipping can put `high` below `low`: where the original length is below 2 pi beta_slow. transformers divides
+        # by the negative difference, which leaves every frequency as it is; do the same, for the weights expect it.
         width = high - low if high != low else 0.001
         ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
         return plain / s.factor * ramp + plain * (1 - ramp)
@@ -110,8 +110,8 @@ def check_length(config: ModelConfig, published: int) -> str | None:
     if length <= reach:
         return None
     return (
-        f"model.max_length = {length}: the weights were published for {reach} positions, and no scaling of the positions "
-        f"covers more: expect worse text past position {reach}"
+        f"model.max_length = {length}: the weights were published for {reach} positions, and no scaling of the "
+        f"positions covers more: expect worse text past position {reach}"
     )
 
 

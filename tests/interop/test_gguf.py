@@ -392,7 +392,10 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(tmp_path):
         assert theirs.keys() == file.tensors.keys()
         for name, tensor in file.tensors.items():
             assert (theirs[name].data_offset, theirs[name].n_bytes) == (tensor.offset, tensor.size), name
-            assert tuple(theirs[name].shape.tolist()[::-1]) == tensor.shape and theirs[name].tensor_type.name == tensor.kind
+            assert (
+                tuple(theirs[name].shape.tolist()[::-1]) == tensor.shape
+                and theirs[name].tensor_type.name == tensor.kind
+            )
     assert 0 < accepted < 400
 
 

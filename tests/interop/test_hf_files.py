@@ -124,9 +124,17 @@ def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored,
 @pytest.mark.parametrize(
     "config, axes, message",
     [
-        ({"vocab_size": 97}, {"tensor": 2}, r"model.vocab_size = 97: .* 2 devices .*'tensor'.* mesh with 1 devices there"),
+        (
+            {"vocab_size": 97},
+            {"tensor": 2},
+            r"model.vocab_size = 97: .* 2 devices .*'tensor'.* mesh with 1 devices there",
+        ),
         ({"hidden_size": 36}, {"tensor": 1}, r"model.embed_dim = 36: .* 8 devices .*'fsdp'.* with 1, 2, 3, 4 or 6 dev"),
-        ({"num_key_value_heads": 2}, {"tensor": 4}, r"model.attention.num_kv_heads = 2: .* 4 devices .*weights.kv_heads"),
+        (
+            {"num_key_value_heads": 2},
+            {"tensor": 4},
+            r"model.attention.num_kv_heads = 2: .* 4 devices .*weights.kv_heads",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_the_network_is_refused_by_name(config, axes, message):
