@@ -86,6 +86,10 @@ class TrainConfig:
         for name in ("seed", "eval_every", "keep_best", "watchdog_seconds", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be 0 or more")
+        if self.steps >= 2**31:
+            raise ValueError(f"train.steps = {self.steps}: steps are counted in 32 bits; use at most 2**31 - 1")
+        if self.seed >= 2**32:
+            raise ValueError(f"train.seed = {self.seed}: set it between 0 and 2**32 - 1")
         for name in ("mask_rate", "fim_rate", "fim_spm_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
@@ -125,10 +129,11 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     samples: SampleConfig = SampleConfig()
 
-    def validate(self, device_count: int) -> None:
-        """Checks every part, and the parts against each other and the devices, before any compile or download.
+    def validate(self, device_count: int, *, training: bool = True) -> None:
+        """Check every part, and the parts against each other and the devices, before any compile or download.
 
-        Raises ValueError whose one paragraph names field, value and fix.
+        Without `training`, what only a training run needs is not checked: a finished run can be sampled whatever its
+        schedule was. Raises ValueError whose one paragraph names field, value and fix.
         """
         for part in (self.model, self.sharding, self.data, self.optimizer, self.train):
             part.validate()
@@ -139,6 +144,12 @@ class Experiment:
             )
         if self.model.moe is not None:
             self.model.moe.validate_length(self.data.sequence_length)
+        if training and self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps}: longer than the run, train.steps = "
+                f"{self.train.steps}, so that the learning rate never reaches its peak; set it to {self.train.steps} "
+                f"or less, or train.steps higher"
+            )
         self._validate_samples()
         self._validate_objective()
         stride = self.train.eval_stride

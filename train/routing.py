@@ -6,6 +6,7 @@ Shapes: L MoE layers, B batch, T time, N tokens, C choices of a token.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import jax
@@ -64,11 +65,18 @@ def make_probe(
     return probe
 
 
-def read_choices(run: RunFolder) -> dict[int, np.ndarray]:
-    """Choices [L, N, C] by step, in order; of the last shape alone, should the run's network have changed."""
+def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None) -> dict[int, np.ndarray]:
+    """Return the choices [L, N, C] by step, in order; those of the last shape alone, should the run's network have
+    changed. A damaged file is left out, and `log` receives a line that names it."""
     found = {}
     for path in sorted(run.routing.glob("*.npz")) if run.routing.is_dir() else ():
-        with np.load(path) as file:
-            found[int(path.stem)] = file["choices"].astype(np.int32)
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as file:  # of a torn file numpy would leave its own open
+                choices = file["choices"].astype(np.int32)
+            if choices.ndim != 3:
+                raise ValueError(f"choices of shape {choices.shape}")
+            found[int(path.stem)] = choices
+        except Exception as error:  # numpy, zipfile and zlib each have errors of their own for a torn file
+            log(f"routing/{path.name} left out: {type(error).__name__}: {error}")
     shape = next(reversed(found.values())).shape if found else None
     return {step: choices for step, choices in found.items() if choices.shape == shape}
