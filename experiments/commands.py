@@ -177,6 +177,7 @@ def generate_command(args: argparse.Namespace) -> int:
     from decode.sampling import SamplingParams
     from decode.text import chat_prompts, continued, text_of
     from experiments.run import open_trained
+    from model.positions import check_length
     from sharding.mesh import use_mesh
 
     if args.system is not None and not args.chat:
@@ -196,7 +197,10 @@ def generate_command(args: argparse.Namespace) -> int:
     else:
         prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
     shown = [""] * len(prompts) if args.chat else args.prompt  # an answer is printed by itself
-    program, trained = open_trained(run, _load(args.subject, args.overrides), tokenizer, args.step)
+    experiment = _load(args.subject, args.overrides)
+    if notice := _checked(lambda: check_length(experiment.model, load_experiment(run).model.max_length)):
+        print(f"note: {notice}", file=sys.stderr)
+    program, trained = open_trained(run, experiment, tokenizer, args.step)
     with use_mesh(program.mesh):
         if args.stream:
             print(shown[0], end="", flush=True)

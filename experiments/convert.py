@@ -29,6 +29,7 @@ from interop.save import save_published, staged
 from interop.translate import architecture, differences
 from interop.verify import verify, verify_saved
 from model.cost import count_parameters
+from model.positions import check_length
 from model.transformer import Transformer, forward
 from sharding.mesh import make_mesh, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
@@ -49,6 +50,7 @@ def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides
         tokenizer.save(folder)
         saved = TokenizerConfig(kind="saved", path=folder, vocab_size=tokenizer.vocab_size)
         experiment = _experiment(name, published, saved, overrides)
+    _length_notice(published, experiment)
     if lost := differences(architecture(config), architecture(experiment.model)):
         raise ConfigError(
             f"{lost[0].replace('(there', '(asked for')}: the published weights are of that network; leave --set of it "
@@ -60,6 +62,14 @@ def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides
             "--tokenizer PATH"
         )
     return _with_tokenizer(experiment, Path("runs") / name / "tokenizer")
+
+
+def _length_notice(published: Published, experiment: Experiment) -> str | None:
+    """Return what to say of a model.max_length that is not the published one. Raises ConfigError."""
+    try:
+        return check_length(experiment.model, published.config.max_length)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:
@@ -109,7 +119,7 @@ def import_run(
         console.print("dry run: nothing was written")
         return
     mesh = make_mesh(experiment.mesh)
-    with staged(run_path) as partial, open_run(partial, experiment, overrides=overrides) as run:
+    with staged(run_path, console.print) as partial, open_run(partial, experiment, overrides=overrides) as run:
         write_environment(run, describe_environment())
         tokenizer.save(run.tokenizer)
         with _progress(console, "reading", count_parameters(experiment.model).total) as advance:
@@ -161,11 +171,16 @@ def export_run(
         f"{run.path} as {values['architectures'][0]} ({family}): {counts.total:,} parameters, {size / 1e6:,.0f} MB of "
         f"{dtype}"
     )
+    length, wanted = values.get("max_position_embeddings"), experiment.model.max_length
+    if length not in (None, wanted):
+        console.print(
+            f"note: max_position_embeddings = {length}, not model.max_length = {wanted}: dynamic scaling starts from it"
+        )
     if dry_run:
         console.print("dry run: nothing was written")
         return
     program, trained = open_trained(run, experiment, tokenizer, step)
-    with staged(folder) as partial, use_mesh(program.mesh):
+    with staged(folder, console.print) as partial, use_mesh(program.mesh):
         with _progress(console, "writing", counts.total) as advance:
             save_published(
                 trained.model, experiment.model, partial, family=family, dtype=dtype, more=special_ids(tokenizer),
@@ -255,8 +270,9 @@ def _plan(
         table.add_row(
             "not read", f"{', '.join(published.unread)} (of config.json: see that none changes what the model computes)"
         )
-    for note in published.notes:
-        table.add_row("note", note)
+    for note in (*published.notes, _length_notice(published, experiment)):
+        if note is not None:
+            table.add_row("note", note)
     return table
 
 

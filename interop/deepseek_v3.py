@@ -269,7 +269,22 @@ def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
         yield from mlp(config, layer, theirs="mlp.shared_experts.", ours="mlp/shared/", hidden=moe.shared_experts * F)
 
 
+def empty(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return names and shapes of the tensors without elements that transformers has all the same: its shared expert of
+    width 0, where a network has none. Were they left out, it would name them as missing."""
+    if config.moe is None or config.moe.shared_experts:
+        return {}
+    D = config.embed_dim
+    shapes = {"gate_proj": (0, D), "up_proj": (0, D), "down_proj": (D, 0)}
+    return {
+        f"model.layers.{i}.mlp.shared_experts.{name}.weight": shape
+        for i, spec in enumerate(layer_specs(config))
+        if spec.moe
+        for name, shape in shapes.items()
+    }
+
+
 def ignored(config: ModelConfig, name: str) -> bool:
-    """Whether a tensor is of a layer behind the last, which predicts further tokens."""
+    """Return whether a tensor is of a layer behind the last, which predicts further tokens, or one without elements."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    return layer is not None and int(layer[1]) >= config.num_layers
+    return name in empty(config) or (layer is not None and int(layer[1]) >= config.num_layers)

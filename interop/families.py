@@ -26,8 +26,8 @@ from model.config import ModelConfig
 
 # A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed),
 # to_config(keys), to_json(config), pieces(config); where a config is needed to tell, ignored(config, name); where
-# releases name tensors in more than one way, rename(names) -> {on disk: in pieces}. A config is written by the first
-# that can say all of it.
+# transformers has tensors without elements, empty(config) -> {name: shape}; where releases name tensors in more than
+# one way, rename(names) -> {on disk: in pieces}. A config is written by the first that can say all of it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,

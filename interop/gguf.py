@@ -170,7 +170,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
         "attention_bias": any(name.startswith("blk.") and name.endswith("attn_q.bias") for name in file.tensors),
         "mlp_bias": any(name.startswith("blk.") and name.endswith("ffn_up.bias") for name in file.tensors),
         "hidden_act": "silu",
-        "rms_norm_eps": _short(keys.take("llama.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _short(keys.number("llama.attention.layer_norm_rms_epsilon")),
         "intermediate_size": keys.count("llama.feed_forward_length"),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(keys, file, head_dim, theta, length),

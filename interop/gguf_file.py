@@ -47,6 +47,11 @@ class Tensor(NamedTuple):
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.rows * self.row_bytes
+
 
 class GGUFFile:
     """An open file. `metadata`: numbers, strings, bools, and lists of them; `tensors`: by the file's own names.
@@ -159,22 +164,47 @@ class GGUFFile:
             metadata[key] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(num_tensors)]
         align = metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1:
-            raise ModelFilesError(f"{self.path}: general.alignment = {align!r}; must be a positive number of bytes")
+        if type(align) is not int or align < 1 or align & (align - 1):
+            raise ModelFilesError(
+                f"{self.path}: general.alignment = {align!r}: must be a power of 2, in bytes. The file is damaged: get "
+                "it again"
+            )
         first = -(-self._at // align) * align
         tensors: dict[str, Tensor] = {}
         for name, tensor in found:
             if name in tensors:
                 raise ModelFilesError(f"{self.path}: tensor {name} stands twice in the header; the file is damaged")
-            tensor = tensor._replace(offset=first + tensor.offset)
-            end = tensor.offset + tensor.rows * tensor.row_bytes
-            if end > len(self._map):
-                raise ModelFilesError(
-                    f"{self.path}: {name} ends at byte {end}, the file after {len(self._map)}: it was cut off; get it "
-                    f"again"
-                )
-            tensors[name] = tensor
+            tensors[name] = tensor._replace(offset=first + tensor.offset)
+        self._check_layout(tensors, first, align)
         return metadata, tensors
+
+    def _check_layout(self, tensors: dict[str, Tensor], first: int, align: int) -> None:
+        """Raise ModelFilesError unless the tensors fill the rest of the file in some order, each beginning at the next
+        multiple of `align` behind the one before it: what every reader of ggml demands."""
+        for name, tensor in tensors.items():
+            if tensor.offset + tensor.size > len(self._map):
+                raise ModelFilesError(
+                    f"{self.path}: {name} ends at byte {tensor.offset + tensor.size}, the file after {len(self._map)}: "
+                    "it was cut off; get it again"
+                )
+        before, end = "the header", first
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            begin = tensor.offset
+            wanted = -(-end // align) * align
+            if begin != wanted:
+                what = (
+                    f"begins at byte {begin}, and {before} ends at byte {end}: they overlap"
+                    if begin < end
+                    else f"begins at byte {begin}, not at {wanted}, the next multiple of {align} behind {before}"
+                )
+                raise ModelFilesError(f"{self.path}: {name} {what}. The file is damaged: get it again")
+            before, end = name, begin + tensor.size
+        last = -(-end // align) * align
+        if len(self._map) > last:
+            raise ModelFilesError(
+                f"{self.path}: {len(self._map) - last} bytes follow {before}, the last tensor that the header names. "
+                "The file is damaged: get it again"
+            )
 
     def _tensor(self) -> tuple[str, Tensor]:
         name, dims = self._string(), self._number("<I")

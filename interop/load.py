@@ -8,6 +8,7 @@ it gives back. A tensor that is stored quantized is decoded whole first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from interop.pieces import Piece
 from interop.slabs import Box, Slab, check_cover, elements, off_mesh, slabs
-from model.config import ModelConfig
+from model.config import ModelConfig, layer_specs
 from model.cost import abstract_model
 from model.transformer import Transformer
 from sharding.mesh import concrete_shardings, use_mesh
@@ -56,10 +57,47 @@ class Source(Protocol):
 
 
 def abstract(config: ModelConfig, rules: ShardingRules, mesh: Mesh | None, dtype: str = "float32") -> Transformer:
-    """Shapes and shardings of the weights, stored as `dtype`."""
+    """Return shapes and shardings of the weights, stored as `dtype`. Raises ValueError if `mesh` does not divide
+    them."""
+    if mesh is not None:
+        check_mesh(config, rules, dict(mesh.shape))
     with use_mesh(mesh):
         model = concrete_shardings(abstract_model(config, rules), mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), model)
+
+
+def check_mesh(config: ModelConfig, rules: ShardingRules, mesh: dict[str, int]) -> None:
+    """Raise ValueError, which names field, value and fix, if a dimension of a weight does not divide over its devices.
+    `mesh`: devices along each axis."""
+    a, moe = config.attention, config.moe
+    sizes = [
+        ("vocab_size", "vocab", config.vocab_size),
+        ("embed_dim", "embed", config.embed_dim),
+        ("attention.num_heads", "heads", a.num_heads),
+        ("attention.num_kv_heads", "kv_heads", a.num_kv_heads),
+    ]
+    if a.latent is not None:
+        sizes.append(("attention.latent.kv_rank", "embed", a.latent.kv_rank))
+        sizes.append(("attention.latent.q_rank", "embed", a.latent.q_rank or config.embed_dim))
+    if any(not spec.moe for spec in layer_specs(config)):
+        sizes.append(("mlp.hidden_dim", "mlp", config.mlp.hidden_dim))
+    if moe is not None:
+        sizes += [("moe.num_experts", "expert", moe.num_experts), ("moe.hidden_dim", "mlp", moe.hidden_dim)]
+    for field, axis, size in sizes:
+        axes = getattr(rules.weights, axis)
+        devices = math.prod(mesh[name] for name in axes)
+        if size % devices:
+            raise ValueError(
+                f"model.{field} = {size}: does not divide over the {devices} devices of mesh axes {axes} "
+                f"(sharding.weights.{axis}). Try a mesh with {_divisors(size, devices)} devices there, or "
+                f"sharding.weights.{axis} = ()"
+            )
+
+
+def _divisors(size: int, most: int) -> str:
+    """Return the counts of devices, fewer than `most`, that divide `size`: '1, 2 or 4'."""
+    *first, last = (str(n) for n in range(1, most) if size % n == 0)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def named(model: Transformer) -> dict[str, Any]:

@@ -36,7 +36,13 @@ def to_config(keys: Keys) -> ModelConfig:
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
-    moe = needed(config)
+    moe, a = needed(config), config.attention
+    if a.num_heads * a.head_dim != config.embed_dim:
+        raise UnsupportedModelError(
+            f"model.attention.head_dim = {a.head_dim}: transformers' OLMoE norms queries over model.embed_dim = "
+            f"{config.embed_dim} numbers, and {a.num_heads} heads of {a.head_dim} are {a.num_heads * a.head_dim}. Try "
+            f"a network whose model.attention.num_heads * head_dim is model.embed_dim"
+        )
     return base_json(config) | {
         "architectures": list(ARCHITECTURES),
         "model_type": "olmoe",

@@ -55,8 +55,11 @@ def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `qwen_windows`; the older keys too where they can say it."""
     values = sliding_json(config)
     types = values["layer_types"]
-    first = types.index("sliding_attention") if "sliding_attention" in types else len(types)
-    return values | {"use_sliding_window": values["sliding_window"] is not None, "max_window_layers": first}
+    slides = "sliding_attention" in types
+    first = types.index("sliding_attention") if slides else len(types)
+    if not slides:
+        values["sliding_window"] = None
+    return values | {"use_sliding_window": slides, "max_window_layers": first}
 
 
 def pieces(config: ModelConfig) -> list[Piece]:

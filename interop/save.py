@@ -7,9 +7,11 @@ the goal and renamed at the end, so that a folder of the goal's name is whole.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +70,8 @@ def save_published(
     check_cover(pieces, weights)
     grouped = groupby(sorted(pieces, key=_order(pieces)), key=lambda p: p.name)
     tensors = [_Tensor(name, parts[0].shape, parts) for name, group in grouped if (parts := list(group))]
+    empty = getattr(FAMILIES[family], "empty", None)
+    tensors += [_Tensor(name, shape, []) for name, shape in (empty(config) if empty else {}).items()]
     with _writable(folder, sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize) as staging:
         files = _pack(tensors, np.dtype(dtype).itemsize, shard_bytes)
         for name, content in files.items():
@@ -166,14 +170,61 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, of this process alone, that takes its place when all went well and is removed when
-    not."""
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
-    staging.mkdir(parents=True)
+def staged(folder: Path, log: Callable[[str], object] = print) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, of this process alone, that takes its place if all goes well and is removed
+    if not. First remove what killed processes left of earlier attempts, and `log` it."""
+    remove_leftovers(folder, log)
+    staging, held = _held_folder(folder)
     try:
         yield staging
         staging.replace(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(held)
+
+
+def remove_leftovers(folder: Path, log: Callable[[str], object] = print) -> None:
+    """Remove the folders beside `folder` in which processes that no longer run were writing it; `log` each. Those of
+    living processes stay: each holds a lock on its own. Where the file system has no locks, only `log` what is there.
+    """
+    if not folder.parent.is_dir():
+        return
+    ours = re.compile(rf"\.+{re.escape(folder.name)}(\.[0-9a-f]{{8}}{re.escape(STAGING)})+")
+    for left in sorted(path for path in folder.parent.iterdir() if ours.fullmatch(path.name) and path.is_dir()):
+        try:
+            held = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue  # its writer has just finished
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+            if left.exists():
+                log(f"note: {left} is left of a write that was killed, and cannot be removed; delete it")
+            else:
+                log(f"removed {left}, which a killed process left")
+        except BlockingIOError:
+            pass  # its writer lives
+        except OSError as error:
+            log(f"note: {left} may be left of a write that was killed ({error.strerror}); delete it if so")
+        finally:
+            os.close(held)
+
+
+def _held_folder(folder: Path) -> tuple[Path, int]:
+    """Return a new staging folder for `folder`, and the descriptor whose lock says that its writer lives."""
+    while True:
+        staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
+        staging.mkdir(parents=True)
+        held = os.open(staging, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process took it for a leftover
+            os.close(held)
+            continue
+        except OSError:  # no locks here, and so nobody else's will say that it is free
+            return staging, held
+        if staging.exists() and os.path.samestat(os.stat(staging), os.fstat(held)):
+            return staging, held
+        os.close(held)  # removed before it was locked

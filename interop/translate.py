@@ -293,7 +293,8 @@ def _yarn_attention_factor(factor: float, scaling: Keys) -> float | None:
 
 
 def rope_json(config: ModelConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, which every version of transformers reads."""
+    """Return `rope_theta` and `rope_scaling`, which every version of transformers reads, and of dynamic scaling the
+    `max_position_embeddings` from which it acts: the original length, whatever model.max_length was raised to."""
     position = _without_ntk(config)
     theta, s = position.theta, position.scaling
     if s is None:
@@ -315,7 +316,8 @@ def rope_json(config: ModelConfig) -> dict[str, Any]:
         }
         if s.attention_factor is not None:
             scaling["attention_factor"] = s.attention_factor
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    found = {"rope_theta": theta, "rope_scaling": scaling}
+    return found | ({"max_position_embeddings": s.original_length} if s.kind == "dynamic_ntk" else {})
 
 
 def _without_ntk(config: ModelConfig) -> PositionConfig:
@@ -376,10 +378,9 @@ def windowed(keys: Keys, num_layers: int, layers: tuple[str, ...]) -> dict[str, 
 
 
 def sliding_json(config: ModelConfig) -> dict[str, Any]:
-    """`layer_types` and `sliding_window` (null where no layer slides). Raises UnsupportedModelError for block-sparse
-    layers."""
-    types = layer_types(config)
-    return {"layer_types": types, "sliding_window": config.attention.window if "sliding_attention" in types else None}
+    """Return `layer_types` and `sliding_window`, a number even where no layer slides: of Gemma and gpt-oss,
+    transformers takes no null. Raises UnsupportedModelError for block-sparse layers."""
+    return {"layer_types": layer_types(config), "sliding_window": config.attention.window}
 
 
 def layer_types(config: ModelConfig) -> list[str]:
@@ -394,9 +395,9 @@ def layer_types(config: ModelConfig) -> list[str]:
 
 
 def architecture(config: ModelConfig) -> ModelConfig:
-    """The config with all that does not change what the trained network computes set to its default: two that are equal
-    so
-    are the same function of the same weights."""
+    """Return the config with every field that does not change what the trained network computes set to its default: if
+    two of them are equal, the networks are the same function of the same weights. `max_length` counts only where
+    positions are a learned table."""
     a, p, m = config.attention, _without_ntk(config), config.moe
     d = AttentionConfig()
     layers = pattern([spec.attention for spec in layer_specs(config)])
@@ -451,6 +452,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
         position=p,
         mlp=mlp,
         moe=m,
+        max_length=config.max_length if p.kind == "learned" else plain.max_length,
         init=InitConfig(),
         dropout=0.0,
         dtype=plain.dtype,

@@ -32,14 +32,17 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
         return (theta * s.factor ** (dim / (dim - 2))) ** -exponents
     if s.kind == "yarn":
 
-        def pair_that_turns(rotations: float) -> float:
+        def pair_with(rotations: float) -> float:
             return dim * math.log(s.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-        low, high = pair_that_turns(s.fast), pair_that_turns(s.beta_slow)
+        low, high = pair_with(s.fast), pair_with(s.beta_slow)
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        # Clipping can put `high` below `low`: where the original length is below 2 pi beta_slow. transformers divides
+        # by the negative difference, which leaves every frequency as it is; do the same, for the weights expect it.
+        width = high - low if high != low else 0.001
+        ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
         return plain / s.factor * ramp + plain * (1 - ramp)
     wavelength = 2 * math.pi / plain
     smooth = (s.original_length / wavelength - s.beta_slow) / (s.fast - s.beta_slow)
@@ -87,6 +90,29 @@ def rotate(
         a, b = turned[..., :half], turned[..., half:]
         out = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
     return jnp.concatenate((out.astype(x_BTNH.dtype), rest), axis=-1)
+
+
+def check_length(config: ModelConfig, published: int) -> str | None:
+    """Return a notice if `config.max_length` goes past the positions that its weights can be expected to handle, else
+    None. `published`: positions that the weights were published for.
+
+    Dynamic scaling and ALiBi work at any length, other scalings up to factor times their original length. Raises
+    ValueError if the positions are a learned table of another length.
+    """
+    kind, scaling, length = config.position.kind, config.position.scaling, config.max_length
+    if kind == "learned" and length != published:
+        raise ValueError(
+            f"model.max_length = {length}: the weights hold a learned table of {published} positions. Try {published}"
+        )
+    if kind == "alibi" or (scaling is not None and scaling.kind == "dynamic_ntk"):
+        return None
+    reach = published if scaling is None else max(published, int(scaling.factor * scaling.original_length))
+    if length <= reach:
+        return None
+    return (
+        f"model.max_length = {length}: the weights were published for {reach} positions, and no scaling of the "
+        f"positions covers more: expect worse text past position {reach}"
+    )
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

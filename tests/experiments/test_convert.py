@@ -177,6 +177,27 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
     assert "model.position.theta" in refusal(capsys, "train", "tiny", "--set", "model.position.theta=5000.0")
 
 
+def test_a_longer_context_is_imported_generated_with_and_noticed(place, capsys):
+    code, out, err = call(
+        capsys, "import", "published", "--name", "long", "--dry-run", *SETTINGS, "--set", "model.max_length=256"
+    )
+    told = " ".join(out.split())
+    assert code == 0 and "model.max_length = 256" in told and "past position 128" in told, err
+    generate = ("generate", "tiny", "--prompt", "def f", "--max-new-tokens", 250)
+    assert "more than model.max_length = 128" in refusal(capsys, *generate)
+    _, _, err = call(capsys, *generate, "--set", "model.max_length=200")  # it is noticed, and refused as too short
+    assert "past position 128" in err and "more than model.max_length = 200" in err
+    values = json.loads((place / "published" / "config.json").read_text())
+    values["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    shutil.copytree(place / "published", place / "dynamic")
+    (place / "dynamic" / "config.json").write_text(json.dumps(values))
+    assert call(capsys, "import", "dynamic", "--name", "far", *SETTINGS, "--set", "model.max_length=256")[0] == 0
+    assert load_experiment(find_run("far")).model.max_length == 256
+    code, out, _ = call(capsys, "export", "far", "--to", "far_again")
+    assert code == 0 and "max_position_embeddings = 128, not model.max_length = 256" in " ".join(out.split())
+    assert json.loads((place / "far_again" / "config.json").read_text())["max_position_embeddings"] == 128
+
+
 def test_it_answers_through_its_chat_template(capsys):
     code, out, err = call(
         capsys,

@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from interop import families
-from interop.load import ModelFilesError
+from interop.load import ModelFilesError, abstract
 from interop.published import open_published
+from interop.save import save_published
 from interop.translate import UnsupportedModelError, architecture, differences, yarn_mscale
 from model.config import LatentConfig
 from model.cost import count_parameters
+from sharding.rules import ShardingRules
 from tests.model.test_reference import changed
 from tests.parity.families import BY_NAME, write_folder
 
@@ -146,6 +149,22 @@ def test_what_config_json_cannot_say_is_not_written(path: str, value: object):
     assert families.to_json(dense)[1]["first_k_dense_replace"] == 61
 
 
+def test_without_shared_experts_the_tensors_of_width_0_that_transformers_has_are_written(tmp_path):
+    family = BY_NAME["deepseek_v3"]
+    config = families.family_of(family.config | {"n_shared_experts": 0})[1]
+    weights = abstract(config, ShardingRules(), None)
+    model = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), weights)
+    save_published(jax.device_put(model), config, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    shared = {name: x.shape for name, x in found.items() if "shared_experts" in name}
+    parts = {"gate_proj": (0, 32), "up_proj": (0, 32), "down_proj": (32, 0)}
+    assert shared == {
+        f"model.layers.{i}.mlp.shared_experts.{part}.weight": shape for i in (1, 2) for part, shape in parts.items()
+    }
+    published = open_published(tmp_path / "out")  # reads past them
+    assert published.config.moe.shared_experts == 0
+
+
 def test_files_of_8_bits_and_of_the_layer_behind_the_last(tmp_path):
     family = BY_NAME["deepseek_v3"]
     write_folder(family, tmp_path)
@@ -166,7 +185,8 @@ def test_files_of_8_bits_and_of_the_layer_behind_the_last(tmp_path):
     published = open_published(tmp_path)
     found = published.source.read(name)
     np.testing.assert_array_equal(found, tensors[name].astype(np.float32) * scale)
-    np.testing.assert_allclose(found, plain, atol=0.04 * np.abs(plain).max())
+    # 8-bit floats of 3 fraction bits: an error of 2^-4 of a number at most (half its last bit), of 2^-10 below 2^-6.
+    assert (np.abs(found - plain) <= np.maximum(np.abs(plain) * (2**-4 + 1e-6), scale * 2**-10)).all()
     for wrong in (f"model.layers.{last - 1}.eh_proj.weight", "model.further.weight"):
         save_file(tensors | further | {wrong: np.ones(3, np.float32)}, path)
         with pytest.raises(ModelFilesError, match="unexpected"):

@@ -25,15 +25,21 @@ from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.parity import families as reference
 from tests.parity.families import BY_NAME, FAMILIES, B, Family, T
+from tests.tolerance import close
 from train.objectives import next_token
 
-TOLERANCE = 2e-5  # of logits of order 1, float32; the issue asks for 1e-4
+# Units of tests/tolerance.py. Measured: up to 21 of logits and losses, 56 of gradients, which pass through the layers
+# twice and are sums over all tokens besides. A tensor's own largest gradient is its scale: they range over 1e-4 to 3.
+LOGITS, GRADIENTS = 64, 160
 SEEN = 10  # tokens of the prompt: longer than the window
-MOVED = 1e-2  # a wrong option moves some logit so much at least: 500 times the tolerance
+MOVED = 1e-2  # a wrong option moves some logit so much at least: 200 times what `LOGITS` lets pass
 TRIED = 1  # wrong options of a family in every run
 RULES = ShardingRules()
 slow = pytest.mark.slow
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# In every run, three that differ: a table of positions; latent attention and groups of experts; windows and sinks. The
+# others have what these or tests/decode/test_cache.py have, and are tried in slow runs.
+CACHED = ("gpt2", "deepseek_v3", "gpt_oss")
 
 
 class Opened(NamedTuple):
@@ -53,19 +59,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Opene
     return open_
 
 
-class Found(NamedTuple):
-    whole_BTV: jax.Array
-    cached_BTV: jax.Array
-    packed_TV: jax.Array
-
-
 FIRST = SEEN + 1  # tokens of the first of two documents in a row: as many of row 0, the others of row 1
 
 
 @jax.jit
-def everything(model: Transformer, tokens_BT: jax.Array) -> Found:
-    """Logits of whole rows; of a prompt in one piece and then token by token; of two documents packed into a row."""
-    whole_BTV = logits(model, forward(model, tokens_BT).hidden_BTD)
+def plain(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
+    return logits(model, forward(model, tokens_BT).hidden_BTD)
+
+
+@jax.jit
+def cached_and_packed(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return logits of a prompt in one piece and then token by token [B, T, V], and of two documents packed into a row
+    [T, V]."""
 
     def step(cache, token_B):
         out = forward(model, token_B[:, None], cache=cache)
@@ -79,25 +84,29 @@ def everything(model: Transformer, tokens_BT: jax.Array) -> Found:
     t = np.arange(T)
     places = {"positions_BT": np.where(t < FIRST, t, t - FIRST)[None], "segment_ids_BT": 1 + (t >= FIRST)[None]}
     packed = forward(model, row_1T, **{name: jnp.asarray(x, jnp.int32) for name, x in places.items()})
-    return Found(whole_BTV, cached_BTV, logits(model, packed.hidden_BTD)[0])
+    return cached_BTV, logits(model, packed.hidden_BTD)[0]
 
 
 @by_name
-def test_logits_loss_cache_and_packing(family: Family, opened):
+def test_logits_and_loss(family: Family, opened):
     tokens_BT, want = reference.tokens(family), reference.load(family)
-    found = jax.device_get(everything(opened(family).model, tokens_BT))
+    found_BTV = np.asarray(plain(opened(family).model, tokens_BT))
     assert np.abs(want["logits"]).max() > 1
-    close(found.whole_BTV, want["logits"], "logits")
-    shifted = found.whole_BTV[:, :-1].astype(np.float64)
+    close(found_BTV, want["logits"], LOGITS, "logits")
+    shifted = found_BTV[:, :-1].astype(np.float64)
     nll = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, tokens_BT[:, 1:, None], -1)[..., 0]
-    close(nll.mean(), want["loss"], "loss")
-    close(found.cached_BTV, found.whole_BTV, "cached")
-    close(found.packed_TV[:FIRST], found.whole_BTV[0, :FIRST], "first document")
-    close(found.packed_TV[FIRST:], found.whole_BTV[1, : T - FIRST], "second document")
+    close(nll.mean(), want["loss"], LOGITS, "loss")
 
 
-def close(found: Any, want: Any, what: str) -> None:
-    np.testing.assert_allclose(found, want, rtol=0, atol=TOLERANCE, err_msg=what)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f.name in CACHED else slow, id=f.name) for f in FAMILIES]
+)
+def test_cached_and_packed_logits(family: Family, opened):
+    tokens_BT, want = reference.tokens(family), reference.load(family)["logits"]
+    cached_BTV, packed_TV = cached_and_packed(opened(family).model, tokens_BT)
+    close(cached_BTV, want, LOGITS, "cached")
+    close(packed_TV[:FIRST], want[0, :FIRST], LOGITS, "first document")
+    close(packed_TV[FIRST:], want[1, : T - FIRST], LOGITS, "second document")
 
 
 @by_name
@@ -126,20 +135,15 @@ def test_gradients_of_every_tensor(family: Family, opened):
         moe = dataclasses.replace(published.config.moe, load_balance=0.0, z_loss=0.0)
         model = filled(family, published, dataclasses.replace(published.config, moe=moe))
     loss, gradients = jax.device_get(loss_and_gradients(model, reference.tokens(family)))
-    close(loss, want["loss"], "loss")
+    close(loss, want["loss"], LOGITS, "loss")
     leaves, seen = named(gradients), set()
     for piece in published.pieces:
         if f"d_{piece.name}" in want:
             part = piece.part(want[f"d_{piece.name}"])
             seen.add(f"d_{piece.name}")
             assert np.abs(part).max() > 1e-4, f"{piece.name}: the reference's gradient says nothing"
-            close(leaves[piece.leaf][piece.at], part, piece.name)
+            close(leaves[piece.leaf][piece.at], part, GRADIENTS, piece.name)
     assert seen == {name for name in want if name.startswith("d_")} and len(seen) > 20
-
-
-@jax.jit
-def plain(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
-    return logits(model, forward(model, tokens_BT).hidden_BTD)
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
@@ -199,4 +203,4 @@ def test_read_straight_into_the_shards_of_eight_devices(name: str, axes: dict[st
         spec = jax.NamedSharding(mesh, RULES.spec("activations", ("batch", "sequence")))
         tokens_BT = jax.device_put(np.tile(reference.tokens(family), (4, 1)), spec)
         found = jax.device_get(plain(model, tokens_BT))
-    close(found, np.tile(reference.load(family)["logits"], (4, 1, 1)), name)
+    close(found, np.tile(reference.load(family)["logits"], (4, 1, 1)), LOGITS, name)

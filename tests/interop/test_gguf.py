@@ -342,6 +342,63 @@ def test_damaged_files_are_told(tmp_path):
         open_gguf(tmp_path / "missing.gguf")
 
 
+def offset_of(whole: bytes, name: str, dims: int = 2) -> int:
+    """Where the header says at which byte of the data a tensor begins."""
+    return whole.index(name.encode()) + len(name) + 4 + dims * 8 + 4
+
+
+def test_tensors_that_do_not_tile_the_data_are_told(tmp_path):
+    """Each reader of ggml demands it; a file in which two tensors share bytes, or bytes belong to none, is damaged."""
+    write(tmp_path / "a.gguf", general={"general.alignment": 32})
+    whole, other = (tmp_path / "a.gguf").read_bytes(), tmp_path / "b.gguf"
+    up, down = "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"
+    at = offset_of(whole, up)
+    begins = struct.unpack("<Q", whole[at : at + 8])[0]
+    alignment = whole.index(b"general.alignment") + len("general.alignment") + 4
+    for change, message in (
+        ({offset_of(whole, down): begins}, f"ffn_(up|down)\\.weight begins at byte .* {up}|{down} .* they overlap"),
+        ({at: begins - 32}, f"{up} begins at byte .*, and blk.0.ffn_gate.weight ends at byte .*: they overlap"),
+        ({at: begins + 32}, f"{up} begins at byte .*, not at .*, the next multiple of 32 behind blk.0.ffn_gate.weight"),
+        ({at: begins + 1}, f"{up} begins at byte .*, not at"),
+        ({alignment: 48}, r"general\.alignment = 48: must be a power of 2"),
+        ({alignment: 0}, r"general\.alignment = 0: must be"),
+    ):
+        damaged = bytearray(whole)
+        for place, value in change.items():
+            code = "<I" if place == alignment else "<Q"
+            struct.pack_into(code, damaged, place, value)
+        other.write_bytes(damaged)
+        with pytest.raises(ModelFilesError, match=message):
+            open_gguf(other)
+    other.write_bytes(whole + b"\0" * 32)
+    with pytest.raises(ModelFilesError, match=r"32 bytes follow blk\.1\.\w+\.weight, the last tensor"):
+        open_gguf(other)
+
+
+def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(tmp_path):
+    write(tmp_path / "a.gguf", general={"tokenizer.ggml.tokens": [f"token {i}" for i in range(V)]})
+    whole, rng, other = (tmp_path / "a.gguf").read_bytes(), np.random.default_rng(0), tmp_path / "b.gguf"
+    header, accepted = len(whole) - sum(t.size for t in GGUFFile(tmp_path / "a.gguf").tensors.values()), 0
+    for at in rng.integers(0, header, 400):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.integers(8)
+        other.write_bytes(damaged)
+        try:
+            file = GGUFFile(other)
+        except (ModelFilesError, UnsupportedModelError):
+            continue
+        accepted += 1
+        theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(other).tensors}
+        assert theirs.keys() == file.tensors.keys()
+        for name, tensor in file.tensors.items():
+            assert (theirs[name].data_offset, theirs[name].n_bytes) == (tensor.offset, tensor.size), name
+            assert (
+                tuple(theirs[name].shape.tolist()[::-1]) == tensor.shape
+                and theirs[name].tensor_type.name == tensor.kind
+            )
+    assert 0 < accepted < 400
+
+
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_weights_that_are_not_finite_are_told(tmp_path, kind):
     name = "model.layers.1.mlp.down_proj.weight"

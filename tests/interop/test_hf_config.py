@@ -20,6 +20,7 @@ from model.config import AttentionConfig, ModelConfig, NormConfig, PositionConfi
 from model.positions import inverse_frequencies
 from sharding.rules import ShardingRules
 from tests.interop.hf_configs import RELEASES
+from tests.parity.families import BY_NAME
 from tests.parity.families import FAMILIES as TINY
 
 SMALL = {
@@ -403,6 +404,40 @@ def test_any_network_is_written_as_what_it_is_or_refused(config: ModelConfig) ->
         assert "which cannot say: " in str(error)
         return
     assert differences(architecture(config), architecture(read(values))) == []
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+def test_a_window_is_written_where_no_layer_slides(name: str) -> None:
+    """transformers refuses null of these families."""
+    config = read(BY_NAME[name].config)
+    everywhere = replace(config, attention=replace(config.attention, layers=("global",)))
+    if name == "gemma3":
+        everywhere = replace(everywhere, position=replace(config.position, local_theta=None))
+    _, values = to_json(everywhere, name)
+    assert values["sliding_window"] == config.attention.window and set(values["layer_types"]) == {"full_attention"}
+    assert differences(architecture(everywhere), architecture(read(values))) == []
+
+
+def test_olmoe_has_queries_as_wide_as_the_residual_stream() -> None:
+    config = read(BY_NAME["olmoe"].config)
+    assert to_json(config)[0] == "olmoe"
+    wide = replace(config, attention=replace(config.attention, head_dim=16))
+    with pytest.raises(
+        UnsupportedModelError, match=r"head_dim = 16: .*embed_dim = 32 numbers, and 4 heads of 16 are 64"
+    ):
+        to_json(wide, "olmoe")
+
+
+def test_of_dynamic_scaling_the_length_it_starts_from_is_written() -> None:
+    """That is max_position_embeddings, whatever the longest context was raised to; of other positions, the latter."""
+    values = small("llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0})
+    longer = replace(read(values), max_length=256)
+    written = to_json(longer)[1]
+    assert written["max_position_embeddings"] == 64
+    assert read(written).position == longer.position and architecture(read(written)) == architecture(longer)
+    assert to_json(replace(read(small("llama")), max_length=256))[1]["max_position_embeddings"] == 256
+    learned = read(BY_NAME["gpt2"].config)
+    assert architecture(learned) != architecture(replace(learned, max_length=256))
 
 
 def test_the_simplest_family_that_can_say_it_is_chosen() -> None:

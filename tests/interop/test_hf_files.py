@@ -15,13 +15,14 @@ from safetensors.numpy import save_file
 
 import interop.check as checking
 import interop.load as loading
-from interop.load import ModelFilesError, load
+from interop import llama
+from interop.load import ModelFilesError, abstract, load
 from interop.published import Renamed, open_published
 from interop.safetensors import SafetensorsFolder
-from interop.translate import UnsupportedModelError
+from interop.translate import Keys, UnsupportedModelError
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.rules import ShardingRules
-from tests.interop.hf_folder import EMBEDDING, HEAD, D, tensors, write
+from tests.interop.hf_folder import CONFIG, EMBEDDING, HEAD, D, tensors, write
 
 INDEX = "model.safetensors.index.json"
 RULES = ShardingRules()
@@ -107,16 +108,41 @@ def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored,
     for i in range(2):
         layer = f"model.layers.{i}."
         q = held[layer + "self_attn.q_proj.weight"].astype(np.float32)
-        np.testing.assert_array_equal(block.attention.q[i], q.reshape(4, 8, D).transpose(2, 0, 1))
+        np.testing.assert_array_equal(block.attention.q.value[i], q.reshape(4, 8, D).transpose(2, 0, 1))
         up = [held[f"{layer}mlp.{name}_proj.weight"].astype(np.float32).T for name in ("gate", "up")]
-        np.testing.assert_array_equal(block.mlp.up[i], np.stack(up, 1))
+        np.testing.assert_array_equal(block.mlp.up.value[i], np.stack(up, 1))
         np.testing.assert_array_equal(
-            block.attention_norm.scale[i], held[layer + "input_layernorm.weight"].astype(np.float32)
+            block.attention_norm.scale.value[i], held[layer + "input_layernorm.weight"].astype(np.float32)
         )
     np.testing.assert_array_equal(found.head.value, held[HEAD].astype(np.float32).T)
     np.testing.assert_array_equal(found.embedding.value, held[EMBEDDING].astype(np.float32))
     if mesh is not None:
-        assert found.embedding.sharding.mesh == mesh and not found.embedding.sharding.is_fully_replicated
+        sharding = found.embedding.value.sharding
+        assert sharding.mesh == mesh and not sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    "config, axes, message",
+    [
+        (
+            {"vocab_size": 97},
+            {"tensor": 2},
+            r"model.vocab_size = 97: .* 2 devices .*'tensor'.* mesh with 1 devices there",
+        ),
+        ({"hidden_size": 36}, {"tensor": 1}, r"model.embed_dim = 36: .* 8 devices .*'fsdp'.* with 1, 2, 3, 4 or 6 dev"),
+        (
+            {"num_key_value_heads": 2},
+            {"tensor": 4},
+            r"model.attention.num_kv_heads = 2: .* 4 devices .*weights.kv_heads",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_network_is_refused_by_name(config, axes, message):
+    network = llama.to_config(Keys(CONFIG | config))
+    mesh = make_mesh(MeshConfig(**axes))
+    for refuse in (lambda: abstract(network, RULES, mesh), lambda: load(None, [], network, RULES, mesh)):
+        with pytest.raises(ValueError, match=message):
+            refuse()
 
 
 def damage_header(change: Callable[[dict], object]) -> Callable[[Path], None]:

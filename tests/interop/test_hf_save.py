@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 
@@ -22,7 +24,7 @@ from interop.load import ModelFilesError, abstract, load, named
 from interop.pieces import Piece
 from interop.plan import plan
 from interop.published import open_published
-from interop.save import save_published
+from interop.save import save_published, staged
 from interop.slabs import _part, check_cover, fetch, slabs
 from interop.translate import UnsupportedModelError
 from interop.verify import Verified, verify, verify_saved
@@ -158,17 +160,45 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error)
     assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
-def test_what_a_killed_export_left_looks_like_no_model_and_is_nobody_elses_to_delete(tmp_path, published, model):
+def test_what_a_killed_export_left_looks_like_no_model_and_the_next_one_removes_it(tmp_path, published, model, capsys):
     save_published(model, published.config, tmp_path / "out")
-    left = tmp_path / ".again.12.writing"
-    shutil.copytree(tmp_path / "out", left)
-    (left / "config.json").unlink()  # it is written last
+    left = tmp_path / ".again.0123abcd.writing"
+    inner = tmp_path / f".{left.name}.89abcdef.writing"  # the command line stages twice
+    for folder in (left, inner):
+        shutil.copytree(tmp_path / "out", folder)
+        (folder / "config.json").unlink()  # it is written last
     with pytest.raises(ModelFilesError, match=r"there is no config.json"):
         open_published(left)
+    others = [tmp_path / name for name in (".again.12.writing", ".again2.0123abcd.writing", ".again.0123abcd")]
+    for folder in others:
+        folder.mkdir()
+    capsys.readouterr()
     save_published(model, published.config, tmp_path / "again")
-    assert (
-        sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"] and left.exists()
-    )
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    assert not left.exists() and not inner.exists() and all(folder.exists() for folder in others)
+    out = capsys.readouterr().out
+    assert f"removed {left}, which a killed process left" in out and f"removed {inner}" in out
+
+
+def test_a_folder_that_a_living_process_writes_is_no_leftover(tmp_path):
+    told: list[str] = []
+    with staged(tmp_path / "out", told.append) as first:
+        (first / "x").write_text("1")
+        with staged(tmp_path / "out", told.append) as second:
+            (second / "x").write_text("2")
+        assert first.exists()
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "x").read_text() == "1" and told == []
+
+
+def test_a_killed_process_lets_go_of_its_folder(tmp_path):
+    code = "import sys; from pathlib import Path; from interop.save import _held_folder; import os, signal\n"
+    code += "_held_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    (left,), told = list(tmp_path.iterdir()), []
+    assert done.returncode == -9
+    with staged(tmp_path / "out", told.append):
+        assert not left.exists() and told == [f"removed {left}, which a killed process left"]
 
 
 def test_config_json_is_written_last(tmp_path, published, model, monkeypatch):

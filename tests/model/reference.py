@@ -95,8 +95,10 @@ def rope_frequencies(dim: int, theta: float, s: RopeScalingConfig | None, length
         dim * math.log(s.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
         for rotations in (s.fast, s.beta_slow)
     )
-    low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
-    interpolate = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    interpolate = np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
     return f / s.factor * interpolate + f * (1 - interpolate)
 
 

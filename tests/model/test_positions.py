@@ -16,10 +16,14 @@ from model.config import PositionConfig, RopeScalingConfig
 from model.positions import alibi_slopes, inverse_frequencies, rope_tables, rotate
 from tests.model.reference import rope_frequencies, slopes
 from tests.models import TINY_ATTENTION, tiny_config
+from tests.tolerance import FLOAT32
 
 LINEAR = RopeScalingConfig("linear", 4.0)
 DYNAMIC = RopeScalingConfig("dynamic_ntk", 4.0, 64)
 YARN = RopeScalingConfig("yarn", 4.0, 64)
+# The ramp's upper end is below its lower one, before and after rounding: the original length is below 2 pi beta_slow.
+YARN_SHORT = RopeScalingConfig("yarn", 4.0, 4, truncate=False)
+YARN_SHORTEST = RopeScalingConfig("yarn", 4.0, 1)
 YARN_FACTOR = RopeScalingConfig("yarn", 8.0, 4096, beta_fast=16.0, beta_slow=2.0, attention_factor=0.7)
 LLAMA3 = RopeScalingConfig("llama3", 8.0, 128)
 LLAMA3_2 = RopeScalingConfig("llama3", 32.0, 8192)  # Llama 3.2 1B
@@ -30,6 +34,8 @@ RECORDED = {
     "dynamic": (DYNAMIC, 16, 1e4, 150, 1.0, {0: 1.0, 1: 0.2427025, 3: 0.01429627, 7: 4.960436e-05}),
     "dynamic-short": (DYNAMIC, 16, 1e4, 50, 1.0, {0: 1.0, 1: 0.3162278, 7: 0.0003162278}),
     "yarn": (YARN, 16, 1e4, 256, 1.138629436, {0: 1.0, 1: 0.2371708, 2: 0.05, 3: 0.007905695, 7: 7.905695e-05}),
+    "yarn-short": (YARN_SHORT, 16, 1e4, 16, 1.138629436, {0: 1.0, 1: 0.3162278, 4: 0.01, 7: 0.0003162278}),
+    "yarn-shortest": (YARN_SHORTEST, 16, 100.0, 4, 1.138629436, {0: 1.0, 1: 0.5623413, 4: 0.1, 7: 0.01778279}),
     "yarn-factor": (
         YARN_FACTOR,
         32,
@@ -80,12 +86,14 @@ def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
     )
     x = np.random.default_rng(shift).standard_normal((1, 2, 1, 16)).astype(np.float32)
 
-    def product(positions):
+    def product(positions):  # and the error it may have: an angle errs by 2^-24 of itself, a pair's part of it by that
         y = np.asarray(rotate(x, *rope_tables(config, jnp.array([positions])), interleaved))
         np.testing.assert_array_equal(y[..., int(16 * fraction) :], x[..., int(16 * fraction) :])
-        return (y[0, 0, 0] * y[0, 1, 0]).sum()
+        sizes = np.linalg.norm(y[0, 0, 0]) * np.linalg.norm(y[0, 1, 0])
+        return (y[0, 0, 0] * y[0, 1, 0]).sum(), sizes * (sum(positions) / 2 + 16) * FLOAT32
 
-    np.testing.assert_allclose(product([3, 8]), product([3 + shift, 8 + shift]), atol=3e-4)
+    (here, error_here), (there, error_there) = product([3, 8]), product([3 + shift, 8 + shift])
+    assert abs(here - there) <= error_here + error_there
 
 
 def test_alibi_slopes_of_the_paper():

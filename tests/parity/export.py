@@ -16,12 +16,12 @@ from tests.parity import transformers_families
 from tests.parity.families import FAMILIES, Family, write_folder
 from tests.parity.families import load as load_reference
 
-LIMIT = 1e-4  # of logits of order 1
+LIMIT = 2e-5  # of the largest logit; make.py lets another build of torch differ by half of that
 
 
 def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
-    """Each family and how far the logits of its network, read and written by us, are from the reference, in
-    transformers."""
+    """Yield each family and how far the logits of its network, read and written by us, are from the reference in
+    transformers, relative to the largest of them."""
     for family in FAMILIES:
         if names and family.name not in names:
             continue
@@ -30,4 +30,5 @@ def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
             model = load(published.source, published.pieces, published.config, ShardingRules())
             save_published(model, published.config, Path(temporary, "ours"), family=published.family)
             found = transformers_families.logits_of(Path(temporary, "ours"), family)
-        yield family, float(np.abs(found - load_reference(family)["logits"]).max())
+        wanted = load_reference(family)["logits"]
+        yield family, float(np.abs(found - wanted).max() / np.abs(wanted).max())

@@ -72,7 +72,7 @@ def exported(names: list[str]) -> int:
     for family, far in differences(names):
         good = far <= LIMIT
         wrong += not good
-        print(f"export {family.name}: {'same' if good else 'DIFFERS'} (largest difference of a logit {far:.1e})")
+        print(f"export {family.name}: {'same' if good else 'DIFFERS'} (difference {far:.1e} of the largest logit)")
     return wrong
 
 
