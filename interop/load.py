@@ -24,6 +24,7 @@ from interop.slabs import Box, Slab, check_cover, elements, off_mesh, slabs
 from model.config import ModelConfig, layer_specs
 from model.cost import abstract_model
 from model.transformer import Transformer
+from model.weights import named_weights
 from sharding.mesh import concrete_shardings, use_mesh
 from sharding.rules import ShardingRules
 
@@ -101,11 +102,16 @@ def _divisors(size: int, most: int) -> str:
 
 
 def named(model: Transformer) -> dict[str, Any]:
-    """Weights by the paths that pieces name: 'stacks/0/0/attention/q'."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in leaves
-    }
+    """Return the stored values by the paths that pieces name: 'stacks/0/0/attention/q'.
+
+    Raises ValueError for a quantised or adapted weight: its value is not the weight.
+    """
+    weights = {path.replace(".", "/"): weight for path, weight in named_weights(model)}
+    for path, weight in weights.items():
+        if weight.scale is not None or weight.adapter is not None:
+            what = "is quantised" if weight.scale is not None else "has an adapter"
+            raise ValueError(f"{path} {what}: published formats hold dense weights; convert with dense_weights(model)")
+    return {path: weight.value for path, weight in weights.items()}
 
 
 def load(

@@ -17,6 +17,7 @@ from model.config import ModelConfig, layer_specs
 from model.mlp import gates
 from model.moe_config import WITHOUT_LOGITS
 from model.transformer import Transformer
+from model.weights import named_weights
 from sharding.rules import ShardingRules
 
 CONVENTION = "2 per multiply-add, matmuls and attention, causal attention half, backward 2x forward, remat not counted"
@@ -36,13 +37,9 @@ def abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of the network, from the shapes of its initialization."""
-    model = abstract_model(config, ShardingRules())
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]
-    }
-    total = sum(sizes.values())
-    embedding = sum(size for name, size in sizes.items() if name.split("/")[0] in ("embedding", "positions", "head"))
+    weights = [weight for _, weight in named_weights(abstract_model(config, ShardingRules()))]
+    total = sum(math.prod(weight.shape) for weight in weights)
+    embedding = sum(math.prod(weight.shape) for weight in weights if weight.role == "embedding")
     idle = 0
     if config.moe is not None:
         D, F, G = config.embed_dim, config.moe.hidden_dim, gates(config.mlp.kind)

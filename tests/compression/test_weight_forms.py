@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from compression.int8 import quantise
+from interop.load import named
 from model.config import MoEConfig
 from model.lora import add_lora
 from model.transformer import forward, logits
@@ -148,3 +149,11 @@ def test_scales_of_blocks_and_zero_points(blocks):
         dense = (value - (0 if point is None else repeat(point))) * repeat(scale)
         close(weight.gathered(jnp.float32), dense, "gathered")
         close(weight.dot(x, (None,)), x @ dense, "dot")
+
+
+@pytest.mark.parametrize("form", [with_lora, with_int8])
+def test_published_formats_refuse_what_is_not_dense(form):
+    model = form(CONFIGS["dense"])
+    with pytest.raises(ValueError, match=r"stacks/0/0/.*dense_weights"):
+        named(model)
+    assert named(dense_weights(model)).keys() == named(random_model(CONFIGS["dense"])).keys()
