@@ -109,7 +109,7 @@ def eval(args: argparse.Namespace) -> int:
     from data.compressors import compressed_sizes
     from data.prepare import heldout_files
     from experiments.run import heldout_table, open_trained, prepare_data
-    from train.loop import evaluate_all
+    from train.evaluate import evaluate_all
 
     use_compilation_cache()
     run = find_run(args.subject)

@@ -12,7 +12,7 @@ ARROWS = {
     "sharding": {"sharding", "jax", "numpy", "jaxtyping"},
     "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping"},
     "interop": {"interop", "model", "sharding", "jax", "flax", "numpy", "jaxtyping", "gguf"},
-    "data": {"data", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
+    "data": {"data", "jax", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
     "train": {"train", "model", "sharding", "data"},
     "decode": {"decode", "model", "sharding", "data", "jax", "flax", "numpy", "jaxtyping"},
     "experiments": {"experiments", "train", "decode", "interop", "model", "sharding", "data", "pallas_kernels"},

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 from jax._src import distributed  # the coordination service has no public client
@@ -37,14 +37,20 @@ class StopSignal:
 
     A context manager for the main thread (signals reach no other); the handlers before it return on leaving.
     `requested` is this process's own flag; a loop that runs under several processes asks `agreed(step)`.
+    `number` is the signal that asked, and `last_number` that of the newest object, for an exit code: None where none
+    arrived here.
     """
+
+    last_number: ClassVar[int | None] = None
 
     def __init__(self) -> None:
         self.requested = False
+        self.number: int | None = None
         self._previous: dict[int, Any] = {}
         self._agreement: _Agreement | None = None
 
     def __enter__(self) -> Self:
+        StopSignal.last_number = None
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         if jax.process_count() > 1:
             self._agreement = _Agreement(self)
@@ -62,6 +68,7 @@ class StopSignal:
         if self.requested:
             _exit_now(128 + number, f"{name} again: leaving at once, without saving")
         self.requested = True
+        self.number = StopSignal.last_number = number
         os.write(2, f"{name}: will stop after this step, save and exit; once more to leave at once\n".encode())
 
     def agreed(self, step: int) -> bool:

@@ -14,7 +14,7 @@ from experiments.upcycle import upcycle_run, with_experts
 from sharding.mesh import use_mesh
 from tests.experiments.command_line import call, final_row, refusal, tiny_overrides, write_folder
 from train.checkpoint import Checkpointer, CheckpointError
-from train.loop import build
+from train.program import build
 from train.records import open_run, read_metrics
 
 FINE = ("--set", "model.moe.num_experts=8", "--set", "model.moe.hidden_dim=16", "--set", "model.moe.top_k=4")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.batch import Batch
 from interop.families import FAMILIES as READERS
 from interop.load import abstract, load, named
 from interop.published import Published, open_published
@@ -25,7 +26,7 @@ from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.parity import families as reference
 from tests.parity.families import BY_NAME, FAMILIES, B, Family, T
-from train.objectives import next_token
+from train.objectives import NextToken
 
 TOLERANCE = 2e-5  # of logits of order 1, float32; the issue asks for 1e-4
 SEEN = 10  # tokens of the prompt: longer than the window
@@ -108,11 +109,10 @@ def test_names_and_shapes_on_disk_are_those_that_transformers_writes(family: Fam
 @jax.jit
 def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, Transformer]:
     """Of what training minimizes."""
-    ones, places = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-    batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": places}
+    batch = Batch.of_windows(tokens_BT, jnp.ones_like(tokens_BT))
 
     def mean(model: Transformer) -> jax.Array:
-        loss = next_token(model, batch, None)
+        loss = NextToken()(model, None, batch, None)
         return loss.total / loss.count
 
     return jax.value_and_grad(mean)(model)
