@@ -1,4 +1,4 @@
-"""What a run reads and how it is cut into batches: frozen dataclasses, checked once by `DataConfig.validate`."""
+"""The text that a run reads and how it is cut into batches: frozen dataclasses, checked by `DataConfig.validate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ SPECIAL_PIECES = (
     "<pad>", "<end>", "<unk>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>",
     "<system>", "<user>", "<assistant>", "<end_of_turn>", "<mask>",
 )  # fmt: skip
+# Far above what is used, and low enough that no array of indices overflows: a slip of the keyboard is refused.
+MAX_SEQUENCE_LENGTH = 2**24
+MAX_BATCH_SIZE = 2**24
+MAX_PREFETCH = 1024
+MAX_VOCAB_SIZE = 2**24
+_MAX_NAME = 100
 # SentencePiece needs every special, the 256 bytes and the newline before it can learn a first merge.
 MIN_SENTENCEPIECE_VOCAB = len(SPECIAL_PIECES) + 256 + 1
 
@@ -24,7 +30,7 @@ class DataError(ValueError):
 class SourceConfig:
     """One named corpus: a folder or a file of text or JSONL, or the interpreter's own standard library.
 
-    Globs are relative to `path`, `**` crosses folders; hidden files and folders are never read, and links to folders
+    Globs are relative to `path` and `**` crosses folders. Hidden files and folders are not read, links to folders are
     not followed.
     """
 
@@ -42,13 +48,13 @@ class TokenizerConfig:
     """SentencePiece BPE trained on the training split, plain UTF-8 bytes, or one that was saved in a folder."""
 
     kind: Literal["sentencepiece", "byte", "saved"] = "sentencepiece"
-    path: str = ""  # saved: the folder, of a run's tokenizer or of a published one; of an imported run its own
-    vocab_size: int = 4096  # sentencepiece: specials and 256 bytes included; saved: the ids that it has
-    train_bytes: int = 64_000_000  # at most so much text is used to train
+    path: str = ""  # saved: the folder of a run's tokenizer or of a published one; an imported run has its own
+    vocab_size: int = 4096  # sentencepiece: specials and 256 bytes included; saved: the number of its ids; up to 2**24
+    train_bytes: int = 64_000_000  # bytes of text, at most, that the tokenizer learns from
 
     @property
     def ids(self) -> int:
-        """Ids the tokenizer has, specials and bytes included."""
+        """Number of ids, specials and bytes included."""
         return len(SPECIAL_PIECES) + 256 if self.kind == "byte" else self.vocab_size
 
 
@@ -59,14 +65,14 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     evaluation_sources: tuple[SourceConfig, ...] = ()  # wholly held out, and removed from training where they recur
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    sequence_length: int = 512  # predicted tokens per window: windows hold one more
-    batch_size: int = 16  # windows per global batch, over all hosts
+    sequence_length: int = 512  # predicted tokens per window, 2 to 2**24; a window holds one more
+    batch_size: int = 16  # windows per global batch over all hosts, 1 to 2**24
     packing: Literal["split", "best_fit"] = "split"
     temperature: float = 1.0  # share of a source ~ weight * tokens^(1/temperature): 1 by size, large towards uniform
     holdout_fraction: float = 0.05  # of the documents of every source
     seed: int = 0  # of the order of windows
-    cache_dir: str = ""  # '': .cache/data under the working directory
-    prefetch: int = 4  # batches assembled ahead by a thread; 0: none
+    cache_dir: str = ""  # local folder of prepared data; '': .cache/data under the working directory
+    prefetch: int = 4  # batches that a thread assembles ahead, at most 1024; 0: no thread
 
     def validate(self) -> None:
         """Raise DataError for the first field that cannot work."""
@@ -83,8 +89,12 @@ class DataConfig:
         length = self.sequence_length
         if length < 2:
             raise DataError(f"data.sequence_length = {length}: a window needs at least 2 tokens; set it to 2 or more")
-        if self.batch_size < 1:
-            raise DataError(f"data.batch_size = {self.batch_size}: set it to 1 or more")
+        if length > MAX_SEQUENCE_LENGTH:
+            raise DataError(
+                f"data.sequence_length = {length}: a window holds at most {MAX_SEQUENCE_LENGTH} tokens. Set it lower"
+            )
+        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+            raise DataError(f"data.batch_size = {self.batch_size}: set it between 1 and {MAX_BATCH_SIZE}")
         if self.packing not in ("split", "best_fit"):
             raise DataError(f"data.packing = {self.packing!r}: choose 'split' or 'best_fit'")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -93,13 +103,27 @@ class DataConfig:
             raise DataError(f"data.holdout_fraction = {self.holdout_fraction}: set it to 0 or more and below 1")
         if not 0 <= self.seed < 2**32:
             raise DataError(f"data.seed = {self.seed}: set it between 0 and 2**32 - 1")
-        if self.prefetch < 0:
-            raise DataError(f"data.prefetch = {self.prefetch}: set it to 0 (no thread) or more")
+        if not 0 <= self.prefetch <= MAX_PREFETCH:
+            raise DataError(
+                f"data.prefetch = {self.prefetch}: batches that are assembled ahead stay in memory. Set it between 0 "
+                f"(no thread) and {MAX_PREFETCH}"
+            )
+        if "://" in self.cache_dir:
+            raise DataError(
+                f"data.cache_dir = {self.cache_dir!r}: prepared data is memory-mapped, which needs a local file "
+                "system. Set it to a folder on a local disk or on a mounted file system; where hosts do not share the "
+                "folder, each prepares the data once"
+            )
 
 
 def _validate_source(source: SourceConfig) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", source.name):
         raise DataError(f"source.name = {source.name!r}: it names files; use letters, digits, '_' and '-'")
+    if len(source.name) > _MAX_NAME:
+        raise DataError(
+            f"source.name = {source.name[:20]!r}...: it has {len(source.name)} characters and names files; use at most "
+            f"{_MAX_NAME}"
+        )
     where = f"source {source.name!r}"
     if not source.path:
         raise DataError(f"{where}: path is empty; give a folder, a file, or 'stdlib'")
@@ -119,11 +143,10 @@ def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
     if tokenizer.kind != "saved" and tokenizer.path:
         raise DataError(
             f"data.tokenizer.path = {tokenizer.path!r}: a {tokenizer.kind} tokenizer is not read from a folder; leave "
-            f"it empty, or set "
-            "data.tokenizer.kind to 'saved'"
+            "it empty, or set data.tokenizer.kind to 'saved'"
         )
-    if tokenizer.vocab_size < 1:
-        raise DataError(f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: set it to 1 or more")
+    if not 1 <= tokenizer.vocab_size <= MAX_VOCAB_SIZE:
+        raise DataError(f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: set it between 1 and {MAX_VOCAB_SIZE}")
     if tokenizer.kind == "sentencepiece" and tokenizer.vocab_size <= MIN_SENTENCEPIECE_VOCAB:
         raise DataError(
             f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: the specials and the 256 bytes alone take "

@@ -1,18 +1,18 @@
 """Documents of a source: found by globs, read as UTF-8, exactly deduplicated, and split by the hash of their content.
 
-Nothing here keeps text: a survey holds a name, a digest and a size per document, and the text is read again where
-needed.
+A survey reads every file once and holds a name, a digest and a size per document. `KeptText` keeps the text of
+documents in memory up to a limit; `reread` reads only the files of documents that are not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,9 @@ STDLIB_EXCLUDE = (
     "**/_sysconfigdata*",
 )  # fmt: skip
 
+# The depth at which Python's parser gives up depends on its version and on the caller's stack.
+_MAX_NESTING = 500
+
 
 class Document(NamedTuple):
     """A document's name (its path within the source, with `:line` for JSONL) and its UTF-8 bytes."""
@@ -34,11 +37,27 @@ class Document(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What a survey keeps of a document; `digest` is the SHA-256 of its bytes in hex."""
+    """A document without its text; `digest` is the SHA-256 of its bytes in hex."""
 
     name: str
     digest: str
     size: int
+
+
+class KeptText:
+    """Text of documents by digest, kept in memory until it takes `limit` bytes; later documents are not kept."""
+
+    def __init__(self, limit: int):
+        self._left = limit
+        self._texts: dict[str, bytes] = {}
+
+    def keep(self, digest: str, content: bytes) -> None:
+        if len(content) <= self._left:
+            self._left -= len(content)
+            self._texts[digest] = content
+
+    def get(self, digest: str) -> bytes | None:
+        return self._texts.get(digest)
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,12 @@ def source_root(source: SourceConfig) -> Path:
 
 
 def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """The (name, path) pairs a source selects, ordered by name. Raises DataError when the path does not exist."""
+    """Return the (name, path) pairs that a source selects, ordered by name. Raises DataError for a missing path."""
+    if "://" in source.path:
+        raise DataError(
+            f"source {source.name!r}: path = {source.path!r}: text is read from local folders. Mount the store, or "
+            "copy the text to a disk and name that folder"
+        )
     root = source_root(source)
     if root.is_file():
         return [(root.name, root)]
@@ -77,9 +101,8 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"source {source.name!r}: folder {error.filename} cannot be read ({error.strerror}); mend it, or exclude "
-            f"it by "
-            "source.exclude"
+            f"source {source.name!r}: folder {error.filename} cannot be read ({error.strerror}). Fix its permissions, "
+            "or add it to source.exclude"
         )
 
     for folder, subfolders, files in os.walk(root, onerror=refuse):
@@ -94,22 +117,28 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
 
 
 def read_documents(source: SourceConfig, skipped: list[str]) -> Iterator[Document]:
-    """Yield a source's documents in order of name; what cannot be read is appended to `skipped` as "name: reason"."""
+    """Yield a source's documents in order of name; append what cannot be read to `skipped` as "name: reason"."""
     for name, path in find_files(source):
-        if not path.is_file():  # a pipe or a dangling link: opening it could block
-            skipped.append(f"{name}: not a regular file")
-            continue
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            skipped.append(f"{name}: {error.strerror}")
-            continue
-        if source.kind == "jsonl":
-            yield from _read_records(name, content, source.text_field, skipped)
-        elif reason := _not_utf8(content):
-            skipped.append(f"{name}: {reason}")
-        else:
-            yield Document(name, content)
+        yield from _read_file(source, name, path, skipped)
+
+
+def _read_file(source: SourceConfig, name: str, path: Path, skipped: list[str]) -> Iterator[Document]:
+    if not path.is_file():  # a pipe or a dangling link: opening it could block
+        skipped.append(f"{name}: not a regular file")
+        return
+    try:
+        with path.open("rb") as file:
+            if source.kind == "jsonl":
+                yield from _read_records(name, file, source.text_field, skipped)
+                return
+            content = file.read()
+    except OSError as error:
+        skipped.append(f"{name}: {error.strerror}")
+        return
+    if reason := _not_utf8(content):
+        skipped.append(f"{name}: {reason}")
+    else:
+        yield Document(name, content)
 
 
 def _not_utf8(content: bytes) -> str:
@@ -120,15 +149,21 @@ def _not_utf8(content: bytes) -> str:
     return ""
 
 
-def _read_records(file: str, content: bytes, text_field: str, skipped: list[str]) -> Iterator[Document]:
-    for number, line in enumerate(content.split(b"\n"), 1):
+def _read_records(file: str, lines: Iterable[bytes], text_field: str, skipped: list[str]) -> Iterator[Document]:
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name = f"{file}:{number}"
         try:
             record = json.loads(line)
+            too_deep = _is_nested_deeper(record, _MAX_NESTING)
+        except RecursionError:
+            too_deep = True
         except ValueError:
             skipped.append(f"{name}: not JSON")
+            continue
+        if too_deep:
+            skipped.append(f"{name}: JSON that is nested deeper than {_MAX_NESTING}")
             continue
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             has = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -140,8 +175,18 @@ def _read_records(file: str, content: bytes, text_field: str, skipped: list[str]
             skipped.append(f"{name}: a lone surrogate, which UTF-8 cannot hold")
 
 
-def survey(source: SourceConfig, seen: set[str]) -> Survey:
-    """Read a source once. Digests already in `seen` count as duplicates; new ones are added to it.
+def _is_nested_deeper(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return False
+        level = [item for outer in containers for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return True
+
+
+def survey(source: SourceConfig, seen: set[str], kept: KeptText | None = None) -> Survey:
+    """Read a source once. Count digests already in `seen` as duplicates, add new ones to it and their text to `kept`.
 
     Raises DataError when nothing is left.
     """
@@ -157,21 +202,22 @@ def survey(source: SourceConfig, seen: set[str]) -> Survey:
         else:
             seen.add(digest)
             entries.append(Entry(name, digest, len(content)))
+            if kept is not None:
+                kept.keep(digest, content)
     if not entries:
         reasons = f"; the first skipped: {'; '.join(skipped[:3])}" if skipped else ""
         raise DataError(
             f"source {source.name!r} is empty: path {source.path!r}, include {source.include}, exclude "
-            f"{source.exclude} "
-            f"gave no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of others){reasons}; "
-            "correct the path or the globs"
+            f"{source.exclude} gave no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of "
+            f"others){reasons}; correct the path or the globs"
         )
     return Survey(source, tuple(entries), tuple(skipped), empty, duplicates)
 
 
 def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[list[Entry], list[Entry]]:
-    """Part documents into (train, held-out) by the hash of their content, so that other documents never move one.
+    """Split documents into (train, held-out) by the hash of their content, so that other documents never move one.
 
-    A source so small that a side would stay empty gives it the nearest document. Raises DataError when it has just one.
+    An empty side gets the document with the nearest hash. Raises DataError for a source of one document.
     """
     if fraction == 0:
         return list(entries), []
@@ -186,16 +232,38 @@ def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[
     return [e for e in entries if e.digest not in held_out], [e for e in entries if e.digest in held_out]
 
 
-def reread(source: SourceConfig, digests: AbstractSet[str]) -> Iterator[Document]:
-    """Yield the documents with these digests, each once, in reading order. Raises DataError when one has changed."""
-    missing = set(digests)
-    for document in read_documents(source, []):
-        digest = hashlib.sha256(document.content).hexdigest()
-        if digest in missing:
-            missing.remove(digest)
+def reread(source: SourceConfig, entries: Iterable[Entry], kept: KeptText | None = None) -> Iterator[Document]:
+    """Yield the documents of these entries, which are in reading order.
+
+    Each comes from `kept`, or from its file, which is read once. Raises DataError when a document has changed.
+    """
+    root = source_root(source)
+    for name, of_file in itertools.groupby(entries, lambda entry: _file_of(source, entry)):
+        wanted = list(of_file)
+        found = {entry.digest: kept.get(entry.digest) for entry in wanted} if kept is not None else {}
+        if any(found.get(entry.digest) is None for entry in wanted):
+            path = root if root.is_file() else root / name
+            yield from _unchanged(source, wanted, _read_file(source, name, path, []))
+        else:
+            for entry in wanted:
+                yield Document(entry.name, found[entry.digest] or b"")
+
+
+def _file_of(source: SourceConfig, entry: Entry) -> str:
+    return entry.name.rpartition(":")[0] if source.kind == "jsonl" else entry.name
+
+
+def _unchanged(source: SourceConfig, wanted: Sequence[Entry], documents: Iterable[Document]) -> Iterator[Document]:
+    """Yield the wanted documents of a file. Raises DataError unless it still holds each of them."""
+    missing = {entry.name: entry.digest for entry in wanted}
+    for document in documents:
+        if document.name in missing:
+            if hashlib.sha256(document.content).hexdigest() != missing[document.name]:
+                break
+            del missing[document.name]
             yield document
     if missing:
         raise DataError(
-            f"source {source.name!r}: {len(missing)} documents of {source.path!r} changed while they were being read; "
-            "run again when nothing writes there"
+            f"source {source.name!r}: {next(iter(missing))} in {source.path!r} changed while it was being read. Run "
+            "again when nothing writes there"
         )

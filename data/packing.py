@@ -22,12 +22,17 @@ def token_dtype(limit: int) -> np.dtype:
 def concatenate(
     documents: Iterable[np.ndarray], start: int, end: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Join contents into one stream: (tokens `dtype` [M], starts int64 [D + 1]); document d is starts[d] to starts[d +
-    1]."""
-    first, last = np.array([start], dtype), np.array([end], dtype)
-    framed = [np.concatenate([first, content.astype(dtype), last]) for content in documents]
-    starts = np.cumsum([0] + [len(document) for document in framed], dtype=np.int64)
-    return (np.concatenate(framed) if framed else np.empty(0, dtype)), starts
+    """Join contents into one stream: tokens `dtype` [M] and starts int64 [D + 1].
+
+    Document d is tokens starts[d] to starts[d + 1], with `start` before its content and `end` after it.
+    """
+    contents = list(documents)
+    starts = np.cumsum([0] + [len(content) + 2 for content in contents], dtype=np.int64)
+    stream = np.empty(starts[-1], dtype)
+    stream[starts[:-1]], stream[starts[1:] - 1] = start, end
+    for first, content in zip(starts.tolist(), contents, strict=False):
+        stream[first + 1 : first + 1 + len(content)] = content
+    return stream, starts
 
 
 def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +107,11 @@ def fill(stream_M: np.ndarray, windows: list[list[tuple[int, int]]], length: int
 def packed_blocks(
     stream_M: np.ndarray, starts: np.ndarray, length: int, packing: str, block: int = 4096
 ) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
-    """Pack a stream for training: (N, blocks of (tokens, segment_ids), each int32 [<= block, length])."""
+    """Pack a stream for training: N, and blocks of (tokens, segment_ids), each int32 [<= block, length].
+
+    Long windows make blocks of fewer rows, so that a block holds at most about 2**24 tokens.
+    """
+    block = max(1, min(block, 2**24 // length))
     if packing == "split":
         offsets = split_offsets(len(stream_M), length, length - 1)
         return len(offsets), (

@@ -1,4 +1,4 @@
-"""Batches: the endless training stream, a function of seed and step alone, and the held-out windows in their order.
+"""Batches: the endless training stream, which depends on seed and step alone, and the held-out windows in order.
 
 Letters: B windows of a batch (of this host), T predicted tokens; a window holds T + 1.
 """
@@ -22,7 +22,7 @@ from data.prepare import Prepared
 
 
 def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
-    """Share of each training source in the stream: weight * tokens^(1/temperature), normalized."""
+    """Return each training source's share of the stream: weight * tokens^(1/temperature), normalized."""
     weights = {source.name: source.weight for source in config.sources}
     if set(prepared.train_names) != set(weights):
         raise DataError(
@@ -36,7 +36,7 @@ def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
 
 def _source_order(source: int, name: str, windows: int, seed: int) -> grain.MapDataset:
     """Endless (source, window): a fresh permutation of the windows in every epoch."""
-    # Seeded by name, so that a source keeps its order whatever stands beside it.
+    # Seeded by name, so that a source keeps its order when others are added.
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     shuffled = grain.MapDataset.range(windows).shuffle(seed=int.from_bytes(key[:4], "little"))
     return shuffled.repeat().map(lambda window: (source, window))
@@ -61,15 +61,13 @@ class TrainBatches(Iterator[Batch]):
         config.validate()
         if config.batch_size % process_count or not 0 <= process_index < process_count:
             raise DataError(
-                f"data.batch_size = {config.batch_size} over {process_count} hosts (this one is {process_index}): the "
-                f"batch "
-                "must divide evenly and hosts count from 0; change data.batch_size"
+                f"data.batch_size = {config.batch_size} over {process_count} processes (this one is {process_index}): "
+                "the batch must divide evenly and processes count from 0; change data.batch_size"
             )
         if config.sequence_length != prepared.sequence_length:
             raise DataError(
                 f"data.sequence_length = {config.sequence_length}, but the prepared windows have "
-                f"{prepared.sequence_length}: "
-                "prepare the data again with this config"
+                f"{prepared.sequence_length}: prepare the data again with this config"
             )
         shares = mixture(prepared, config)
         self._fixed = {
@@ -103,7 +101,7 @@ class TrainBatches(Iterator[Batch]):
         self._release = weakref.finalize(self, _release, self._live)
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of any step, without moving the stream."""
+        """Return the batch of any step, without moving the stream."""
         return self._batch_at(step)
 
     def __next__(self) -> Batch:
@@ -114,17 +112,16 @@ class TrainBatches(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict:
-        """JSON-able position: the step of the next batch, and what the stream depends on."""
+        """Return the position as JSON values: the step of the next batch, and everything the stream depends on."""
         return {"step": self._step, **self._fixed}
 
     def set_state(self, state: dict) -> None:
-        """Go to the position of `get_state`. Raises DataError when the state is of another stream."""
+        """Move to the position of `get_state`. Raises DataError when the state belongs to another stream."""
         for name, value in self._fixed.items():
             if state.get(name) != value:
                 raise DataError(
                     f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}: the stream "
-                    f"would not "
-                    "continue; restore the data config, or start without the saved position"
+                    "would not continue; restore the data config, or start without the saved position"
                 )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
@@ -133,7 +130,7 @@ class TrainBatches(Iterator[Batch]):
         self._start(step)
 
     def close(self) -> None:
-        """Stop the prefetching thread; the stream is at its end until `set_state`."""
+        """Stop the prefetching thread; the stream yields nothing until `set_state`."""
         self._release()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,12 @@
-"""From a DataConfig to a folder of tokenizer, packed windows and held-out sets, made once and memory-mapped after.
+"""From a DataConfig to a folder of tokenizer, packed windows and held-out sets, made once and then memory-mapped.
 
 The folder's name is a hash of everything that decides its content: the documents, the tokenizer, the window and the
-packing. It is written aside and renamed, so that a half-written one is never seen; a damaged one is named, removed and
-made again.
+packing. It appears whole or not at all (data/storage.py); a damaged one is reported, removed and made again. Of several
+processes that share the cache, one prepares and the others open the result (data/processes.py).
+
+The text is read once to survey it. What fits in `keep_bytes` of memory is then not read again; of the rest, the
+documents that the tokenizer learns from are read once more, and all documents once more when they are encoded. A cache
+hit stops after the survey: the documents' digests are the cache's key.
 """
 
 from __future__ import annotations
@@ -11,12 +15,9 @@ import hashlib
 import itertools
 import json
 import logging
-import shutil
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import numpy as np
 import sentencepiece
 
 from data.config import SPECIAL_PIECES, DataConfig, DataError
-from data.corpus import Entry, Survey, reread, split, survey
+from data.corpus import Entry, KeptText, Survey, reread, split, survey
 from data.packing import concatenate, packed_blocks, token_dtype
+from data.processes import ONE_PROCESS, Processes, Rounds, leader_of
+from data.storage import checksum, discard, enough_space, open_array, remove_leftovers, whole_folder
 from data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _ENCODE_DOCUMENTS = 256
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What became of one source."""
+    """Counts of one source."""
 
     name: str
     documents: int  # distinct and readable
@@ -45,7 +48,7 @@ class SourceCounts:
     duplicates: int
     train_documents: int
     train_bytes: int
-    train_tokens: int  # with the two marks around each document
+    train_tokens: int  # with the opening and the end token of each document
     windows: int
     heldout_documents: int
     heldout_bytes: int
@@ -55,7 +58,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus on disk. `identity` is the SHA-256 in hex of all that decides its content."""
+    """A prepared corpus on disk. `identity` is the SHA-256 in hex of everything that decides its content."""
 
     directory: Path
     identity: str
@@ -70,45 +73,80 @@ class Prepared:
 
     @property
     def train_names(self) -> tuple[str, ...]:
-        """Sources that have training windows."""
+        """Names of the sources that have training windows."""
         return tuple(source.name for source in self.sources if source.windows)
 
     @property
     def heldout_names(self) -> tuple[str, ...]:
-        """Sources that have held-out files."""
+        """Names of the sources that have held-out documents."""
         return tuple(source.name for source in self.sources if source.heldout_documents)
 
     def counts(self, name: str) -> SourceCounts:
-        """Counts of one source. Raises DataError for an unknown name."""
+        """Return the counts of one source. Raises DataError for an unknown name."""
         for source in self.sources:
             if source.name == name:
                 return source
         raise DataError(f"no source named {name!r}: there are {[source.name for source in self.sources]}")
 
     def array(self, name: str) -> np.ndarray:
-        """A memory-mapped array of the folder, e.g. 'train.stdlib.tokens'."""
+        """Return a memory-mapped array of the folder, e.g. 'train.stdlib.tokens'."""
         return np.load(self.directory / f"{name}.npy", mmap_mode="r")
 
 
-def prepare(config: DataConfig, log: Callable[[str], None] = _logger.info) -> Prepared:
+def prepare(
+    config: DataConfig,
+    log: Callable[[str], None] = _logger.info,
+    *,
+    processes: Processes = ONE_PROCESS,
+    keep_bytes: int = 2**28,
+) -> Prepared:
     """Read, deduplicate, split, tokenize and pack the sources, or find them prepared in the cache.
 
-    Raises DataError for a config or a corpus that cannot work, OSError when the cache cannot be written.
+    Every process of `processes` must call it. The lowest one that shares a cache folder prepares, and keeps at most
+    `keep_bytes` of text in memory. Raises DataError in every process for a config or a corpus that cannot work and for
+    a full disk, OSError in the process that cannot write the cache.
     """
     config.validate()
+    cache = Path(config.cache_dir or ".cache/data").expanduser().absolute()
+    rounds = Rounds(processes)
+    leader = leader_of(rounds, cache)
+    if leader != processes.index:
+        log(f"process {leader} prepares the data in {cache}; waiting for it")
+
+    def lead() -> str:
+        return _prepare(config, cache, log, keep_bytes).name if leader == processes.index else ""
+
+    names = rounds.together(lead)
+    if len(different := sorted(set(names) - {""})) > 1:
+        raise DataError(
+            f"the hosts prepared different data ({', '.join(different)}): give every host the same text and the same "
+            "versions of Python and sentencepiece"
+        )
+    opened: list[Prepared] = []
+
+    def open_it() -> str:
+        opened.append(open_prepared(cache / names[leader], verify=False))  # the leader has just verified or written it
+        return ""
+
+    rounds.together(open_it)
+    return opened[0]
+
+
+def _prepare(config: DataConfig, cache: Path, log: Callable[[str], None], keep_bytes: int) -> Path:
+    """Return the prepared folder in the cache, which is made if it is missing or damaged."""
     started = time.monotonic()
-    cache = Path(config.cache_dir or ".cache/data").absolute()
-    cache.mkdir(parents=True, exist_ok=True)
-    parts = _survey_all(config)
+    if leftovers := remove_leftovers(cache):
+        log(f"removed what interrupted preparations left in {cache}: {', '.join(leftovers)}")
+    kept = KeptText(keep_bytes)
+    parts = _survey_all(config, kept)
     for read, train, heldout in parts:
         skipped = f"; skipped: {'; '.join(read.skipped[:5])}" if read.skipped else ""
         log(
             f"source {read.source.name}: {len(train)} training and {len(heldout)} held-out documents "
             f"({sum(entry.size for entry in heldout):,} bytes held out), {read.duplicates} duplicates, {read.empty} "
-            f"empty, "
-            f"{len(read.skipped)} skipped{skipped}"
+            f"empty, {len(read.skipped)} skipped{skipped}"
         )
-    tokenizer = _cached_tokenizer(config, parts, cache, log)
+    tokenizer = _cached_tokenizer(config, parts, kept, cache, log)
     identity = _hash(
         {
             "format": _FORMAT,
@@ -121,26 +159,27 @@ def prepare(config: DataConfig, log: Callable[[str], None] = _logger.info) -> Pr
     directory = cache / f"packed-{identity[:20]}"
     if directory.exists():
         try:
-            prepared = open_prepared(directory)
+            open_prepared(directory)
             log(f"packed windows found in the cache in {time.monotonic() - started:.1f} s")
-            return prepared
+            return directory
         except DataError as error:
             log(f"cache damaged, making it again: {error}")
-            shutil.rmtree(directory)
-    with _atomic_directory(directory) as temporary:
-        _write(temporary, config, parts, tokenizer, identity)
-    prepared = open_prepared(directory)
-    tokens, windows = sum(s.train_tokens for s in prepared.sources), sum(s.windows for s in prepared.sources)
+            discard(directory)
+    with whole_folder(directory) as temporary:
+        counts = _write(temporary, config, parts, kept, tokenizer, identity)
+    tokens, windows = sum(s.train_tokens for s in counts), sum(s.windows for s in counts)
     log(
         f"packed {tokens:,} training tokens into {windows:,} windows of {config.sequence_length} ({config.packing}); "
         f"{time.monotonic() - started:.1f} s in all"
     )
-    return prepared
+    return directory
 
 
-def open_prepared(directory: str | Path) -> Prepared:
-    """Open a prepared folder. Raises DataError naming the file that is missing, truncated or altered, and where it
-    ends."""
+def open_prepared(directory: str | Path, *, verify: bool = True) -> Prepared:
+    """Open a prepared folder. Raises DataError naming the file that is missing, truncated or altered.
+
+    `verify` reads every file and compares its checksum; without it only the sizes are compared.
+    """
     directory = Path(directory)
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())
@@ -152,20 +191,20 @@ def open_prepared(directory: str | Path) -> Prepared:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{directory / 'manifest.json'} cannot be read ({error}); remove the folder") from error
-    for name, (size, checksum) in sizes.items():
+    for name, (size, expected) in sizes.items():
         path = directory / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
             raise DataError(f"{path} is missing; remove the folder")
         if found != size:
             raise DataError(f"{path} ends at byte {found} of {size}; remove the folder")
-        if _checksum(path) != checksum:
+        if verify and checksum(path) != expected:
             raise DataError(f"{path} has the wrong checksum: its {size} bytes were altered; remove the folder")
     return Prepared(directory=directory, tokenizer=load_tokenizer(directory / "tokenizer"), sources=sources, **fields)
 
 
 def heldout_files(prepared: Prepared, name: str) -> list[tuple[str, str]]:
-    """The held-out documents of a source as (name, text), in the order they are evaluated."""
+    """Return the held-out documents of a source as (name, text), in the order of evaluation."""
     if not prepared.counts(name).heldout_documents:
         raise DataError(
             f"source {name!r} holds nothing out: raise data.holdout_fraction, or use {prepared.heldout_names}"
@@ -177,23 +216,25 @@ def heldout_files(prepared: Prepared, name: str) -> list[tuple[str, str]]:
 _Part = tuple[Survey, list[Entry], list[Entry]]  # a source, its training and its held-out documents
 
 
-def _survey_all(config: DataConfig) -> list[_Part]:
+def _survey_all(config: DataConfig, kept: KeptText) -> list[_Part]:
     seen: set[str] = set()
-    # Evaluation sources first, so that a document that is also in a training source counts there as the duplicate.
-    evaluation = [survey(source, seen) for source in config.evaluation_sources]
+    # Evaluation sources come first: a document that is also in a training source is a duplicate there.
+    evaluation = [survey(source, seen, kept) for source in config.evaluation_sources]
     parts = []
     for source in config.sources:
-        read = survey(source, seen)
+        read = survey(source, seen, kept)
         parts.append((read, *split(read.entries, config.holdout_fraction, source.name)))
     return parts + [(read, [], list(read.entries)) for read in evaluation]
 
 
-def _cached_tokenizer(config: DataConfig, parts: list[_Part], cache: Path, log: Callable[[str], None]) -> Tokenizer:
+def _cached_tokenizer(
+    config: DataConfig, parts: list[_Part], kept: KeptText, cache: Path, log: Callable[[str], None]
+) -> Tokenizer:
     if config.tokenizer.kind == "byte":
         return train_tokenizer(config.tokenizer, ())
     if config.tokenizer.kind == "saved":
         return saved_tokenizer(config.tokenizer)
-    # The order by digest is as good as random and does not depend on names or paths.
+    # Digests order documents at random, whatever their names and paths.
     ranked = sorted((entry.digest, entry.size) for _, train, _ in parts for entry in train)
     before = itertools.accumulate((size for _, size in ranked), initial=0)
     chosen = {
@@ -207,114 +248,118 @@ def _cached_tokenizer(config: DataConfig, parts: list[_Part], cache: Path, log: 
             return load_tokenizer(directory)
         except DataError as error:
             log(f"cache damaged, making it again: {error}")
-            shutil.rmtree(directory)
+            discard(directory)
     started = time.monotonic()
     texts = (
         document.content.decode("utf-8")
         for read, train, _ in parts
-        for document in reread(read.source, chosen.intersection(entry.digest for entry in train))
+        for document in reread(read.source, [entry for entry in train if entry.digest in chosen], kept)
     )
     tokenizer = train_tokenizer(config.tokenizer, texts)
-    with _atomic_directory(directory) as temporary:
+    with whole_folder(directory) as temporary, enough_space(temporary / "tokenizer"):
         tokenizer.save(temporary)
     log(f"learned a vocabulary of {tokenizer.vocab_size} pieces in {time.monotonic() - started:.1f} s")
     return tokenizer
 
 
-def _write(directory: Path, config: DataConfig, parts: list[_Part], tokenizer: Tokenizer, identity: str) -> None:
-    dtype, length = token_dtype(tokenizer.vocab_size), config.sequence_length + 1
-    counts = []
-    for read, train, heldout in parts:
-        name = read.source.name
-        train_stream, train_starts = _encode(read, train, tokenizer, dtype)
-        windows = 0
-        if train:
-            windows, blocks = packed_blocks(train_stream, train_starts, length, config.packing)
-            _write_windows(directory / f"train.{name}", windows, length, dtype, blocks)
-        with (directory / f"heldout.{name}.jsonl").open("w", encoding="utf-8", newline="\n") as copy:
-            heldout_stream, heldout_starts = _encode(read, heldout, tokenizer, dtype, copy.write)
-        np.save(directory / f"heldout.{name}.tokens.npy", heldout_stream)
-        np.save(directory / f"heldout.{name}.starts.npy", heldout_starts)
-        max_id = max(int(stream.max(initial=0)) for stream in (train_stream, heldout_stream))
-        if max_id >= tokenizer.vocab_size:
-            raise DataError(f"source {name!r}: token id {max_id} is outside the vocabulary of {tokenizer.vocab_size}")
-        counts.append(
-            SourceCounts(
-                name=name,
-                documents=len(read.entries),
-                skipped=len(read.skipped),
-                first_skipped=read.skipped[:5],
-                empty=read.empty,
-                duplicates=read.duplicates,
-                train_documents=len(train),
-                train_bytes=sum(entry.size for entry in train),
-                train_tokens=len(train_stream),
-                windows=windows,
-                heldout_documents=len(heldout),
-                heldout_bytes=sum(entry.size for entry in heldout),
-                heldout_tokens=len(heldout_stream),
-                max_id=max_id,
-            )
-        )
-    tokenizer.save(directory / "tokenizer")
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {
-        "identity": identity,
-        "sequence_length": config.sequence_length,
-        "packing": config.packing,
-        "sources": [asdict(source) for source in counts],
-        "files": {path.relative_to(directory).as_posix(): [path.stat().st_size, _checksum(path)] for path in files},
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+def _write(
+    directory: Path, config: DataConfig, parts: list[_Part], kept: KeptText, tokenizer: Tokenizer, identity: str
+) -> list[SourceCounts]:
+    """Encode and pack the parts into an empty folder, and return the counts of each source."""
+    counts = [_write_source(directory, config, part, kept, tokenizer) for part in parts]
+    with enough_space(directory / "tokenizer"):
+        tokenizer.save(directory / "tokenizer")
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        manifest = {
+            "identity": identity,
+            "sequence_length": config.sequence_length,
+            "packing": config.packing,
+            "sources": [asdict(source) for source in counts],
+            "files": {path.relative_to(directory).as_posix(): [path.stat().st_size, checksum(path)] for path in files},
+        }
+        (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return counts
+
+
+def _write_source(
+    directory: Path, config: DataConfig, part: _Part, kept: KeptText, tokenizer: Tokenizer
+) -> SourceCounts:
+    read, train, heldout = part
+    name, dtype, length = read.source.name, token_dtype(tokenizer.vocab_size), config.sequence_length + 1
+    heldout_bytes = sum(entry.size for entry in heldout)
+    copy_path = directory / f"heldout.{name}.jsonl"
+    with (
+        enough_space(copy_path, heldout_bytes),
+        copy_path.open("w", encoding="utf-8", newline="\n") as copy,
+    ):
+        train_stream, heldout_stream = _encode(read, {e.digest for e in heldout}, kept, tokenizer, dtype, copy.write)
+    windows = 0
+    if train:
+        windows, blocks = packed_blocks(*train_stream, length, config.packing)
+        _write_windows(directory / f"train.{name}", windows, length, dtype, blocks)
+    for what, array in zip(("tokens", "starts"), heldout_stream, strict=True):
+        path = directory / f"heldout.{name}.{what}.npy"
+        with enough_space(path, array.nbytes), open_array(path, array.shape, array.dtype) as write:
+            write(array)
+    max_id = max(int(stream.max(initial=0)) for stream, _ in (train_stream, heldout_stream))
+    if max_id >= tokenizer.vocab_size:
+        raise DataError(f"source {name!r}: token id {max_id} is outside the vocabulary of {tokenizer.vocab_size}")
+    return SourceCounts(
+        name=name,
+        documents=len(read.entries),
+        skipped=len(read.skipped),
+        first_skipped=read.skipped[:5],
+        empty=read.empty,
+        duplicates=read.duplicates,
+        train_documents=len(train),
+        train_bytes=sum(entry.size for entry in train),
+        train_tokens=len(train_stream[0]),
+        windows=windows,
+        heldout_documents=len(heldout),
+        heldout_bytes=heldout_bytes,
+        heldout_tokens=len(heldout_stream[0]),
+        max_id=max_id,
+    )
+
+
+_Stream = tuple[np.ndarray, np.ndarray]  # tokens [M], starts [D + 1]
 
 
 def _encode(
     read: Survey,
-    entries: Sequence[Entry],
+    heldout: AbstractSet[str],
+    kept: KeptText,
     tokenizer: Tokenizer,
     dtype: np.dtype,
-    copy: Callable[[str], object] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The stream (tokens [M], starts [D + 1]) of some documents; `copy` is given each as a line of JSON."""
-    documents = reread(read.source, {entry.digest for entry in entries}) if entries else iter(())
-
-    def contents() -> Iterator[np.ndarray]:
-        while batch := [(d.name, d.content.decode("utf-8")) for d in itertools.islice(documents, _ENCODE_DOCUMENTS)]:
-            if copy is not None:
-                for name, text in batch:
-                    copy(json.dumps({"name": name, "text": text}) + "\n")
-            yield from tokenizer.encode_many([text for _, text in batch])
-
-    return concatenate(contents(), tokenizer.special.document_start, tokenizer.special.end, dtype)
+    copy: Callable[[str], object],
+) -> tuple[_Stream, _Stream]:
+    """Return the (training, held-out) streams of a source; `copy` gets each held-out document as a line of JSON."""
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    documents = zip(read.entries, reread(read.source, read.entries, kept), strict=True)
+    while batch := list(itertools.islice(documents, _ENCODE_DOCUMENTS)):
+        texts = [document.content.decode("utf-8") for _, document in batch]
+        for (entry, _), text, ids in zip(batch, texts, tokenizer.encode_many(texts), strict=True):
+            is_heldout = entry.digest in heldout
+            sides[is_heldout].append(ids.astype(dtype))
+            if is_heldout:
+                copy(json.dumps({"name": entry.name, "text": text}) + "\n")
+    start, end = tokenizer.special.document_start, tokenizer.special.end
+    train_stream, heldout_stream = (concatenate(side, start, end, dtype) for side in sides)
+    return train_stream, heldout_stream
 
 
 def _write_windows(
     stem: Path, windows: int, length: int, dtype: np.dtype, blocks: Iterator[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    shape, write = (windows, length), np.lib.format.open_memmap
-    tokens = write(f"{stem}.tokens.npy", mode="w+", dtype=dtype, shape=shape)
-    segment_ids = write(f"{stem}.segment_ids.npy", mode="w+", dtype=token_dtype(length + 1), shape=shape)
-    at = 0
-    for token_block, segment_block in blocks:
-        tokens[at : at + len(token_block)] = token_block
-        segment_ids[at : at + len(token_block)] = segment_block
-        at += len(token_block)
-    tokens.flush()
-    segment_ids.flush()
-
-
-@contextmanager
-def _atomic_directory(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes `target` when the block succeeds, and vanishes when it fails."""
-    with tempfile.TemporaryDirectory(prefix="writing-", dir=target.parent) as parent:
-        temporary = Path(parent) / target.name
-        temporary.mkdir()
-        yield temporary
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.exists():  # else another process made the same content first
-                raise
+    segment_dtype = token_dtype(length + 1)
+    with (
+        enough_space(Path(f"{stem}.*"), windows * length * (dtype.itemsize + segment_dtype.itemsize)),
+        open_array(Path(f"{stem}.tokens.npy"), (windows, length), dtype) as write_tokens,
+        open_array(Path(f"{stem}.segment_ids.npy"), (windows, length), segment_dtype) as write_segment_ids,
+    ):
+        for tokens, segment_ids in blocks:
+            write_tokens(tokens)
+            write_segment_ids(segment_ids)
 
 
 def _digests(entries: Sequence[Entry]) -> list[str]:
@@ -323,11 +368,3 @@ def _digests(entries: Sequence[Entry]) -> list[str]:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from decode.sampling import HostOrDevice, SamplerArrays, SamplingParams, choose, sampler_arrays
-from model.transformer import Cache, Transformer, forward, init_cache, logits, repeats, unstack
+from model.transformer import Cache, Transformer, forward, init_cache, logits, unstack, with_stacks
+from model.weights import repeats
 from sharding.rules import ShardingRules, no_mesh, reshard
 
 SMALLEST_BUCKET = 16
@@ -62,13 +63,13 @@ def generate(
 
     A row's noise depends on its seed and the index of the new token alone, so that a request gives the same text in any
     batch, but where two tokens are as likely to within rounding: a matmul of other sizes may sum in another order.
-    A stacked model is unstacked first, a copy of its weights: give `unstack(model)` to generate often. Under a mesh
-    that is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before anything is
-    compiled, for what the model cannot continue.
+    On CPUs a stacked model is unstacked first, a copy of its weights: give `for_decoding(model)` to generate often.
+    Under a mesh that is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before
+    anything is compiled, for what the model cannot continue.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     check(model, prompts, params)
-    model = _flat(model)
+    model = for_decoding(model)
     request, state = start(model, prompts, params)
     state = advance(model, request, state, np.int32(state.tokens_BS.shape[1]))
     tokens, logprobs, length, stopped = jax.device_get(state._replace(cache=None))[1:]
@@ -88,7 +89,7 @@ def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) ->
     Checks when called, not at the first token. Raises ValueError as `generate` does.
     """
     check(model, [prompt], [params])
-    return _stream(_flat(model), prompt, params)
+    return _stream(for_decoding(model), prompt, params)
 
 
 def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
@@ -251,9 +252,38 @@ def _at(slot_B: Array, S: int) -> Bool[Array, "B S"]:
     return jnp.arange(S, dtype=jnp.int32) == slot_B[:, None]
 
 
-def _flat(model: Transformer) -> Transformer:
-    stacked = any(repeats(unit) > 1 for unit in model.stacks)
-    return jax.jit(unstack)(model) if stacked else model
+def for_decoding(model: Transformer, *, donate: bool = False) -> Transformer:
+    """Return the network in the form that decodes fastest here: on CPUs with each layer a stack of its own, elsewhere
+    as it is.
+
+    A scan over layers slices the weights of each: an accelerator reads them in place, a CPU copies them for every
+    token.
+    `donate`: the given network may not be used again; each stacked array is freed as soon as it is cut, so that the
+    copy costs the memory of one array and not of all.
+    """
+    if jax.default_backend() != "cpu" or all(repeats(unit) == 1 for unit in model.stacks):
+        return model
+    return _unstack_and_free(model) if donate else jax.jit(unstack)(model)
+
+
+def _unstack_and_free(model: Transformer) -> Transformer:
+    stacks = []
+    for unit in model.stacks:
+        layers = []
+        for block in unit:
+            leaves, treedef = jax.tree.flatten(block)
+            parts = []
+            for leaf in leaves:
+                parts.append(jax.block_until_ready(_cut(leaf)))
+                leaf.delete()
+            layers.append([jax.tree.unflatten(treedef, slices) for slices in zip(*parts, strict=True)])
+        stacks += [[layer] for repetition in zip(*layers, strict=True) for layer in repetition]
+    return with_stacks(model, stacks)
+
+
+@jax.jit
+def _cut(leaf: Array) -> list[Array]:
+    return [leaf[i : i + 1] for i in range(leaf.shape[0])]
 
 
 def _place(tree, rules: ShardingRules):

@@ -21,6 +21,7 @@ from decode.generate import generate
 from decode.sampling import SamplingParams
 from decode.text import text_of
 from experiments.meshes import fit_mesh
+from experiments.processes import all_processes
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
@@ -89,7 +90,7 @@ def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
 def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
     """The prepared data of an experiment, the same on every process. Raises DataError, ConfigError."""
     try:
-        prepared = prepare(experiment.data, log=say)
+        prepared = prepare(experiment.data, log=say, processes=all_processes())
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free "

@@ -137,7 +137,11 @@ class RingCache:
         # A token stays if none of the W behind it is valid: it would be overwritten in the same call.
         kept_BT = valid_BT & (jnp.arange(T) >= valid_BT.sum(1, keepdims=True) - window)
         place_BT = jnp.where(kept_BT, index_BT % window, window)
-        cache = RingCache(_scatter(self.k_BKWH, k_BKTH, place_BT), _scatter(self.v_BKWV, v_BKTV, place_BT), self.rules)
+        place_BKT = jnp.broadcast_to(place_BT[:, None], k_BKTH.shape[:3])
+        place_BKT = reshard(place_BKT, self.rules, "batch", "kv_heads", None)
+        cache = RingCache(
+            _scatter(self.k_BKWH, k_BKTH, place_BKT), _scatter(self.v_BKWV, v_BKTV, place_BKT), self.rules
+        )
         if T == 1:
             return _Ring(cache.k_BKWH, cache.v_BKWV, jnp.minimum(ctx.start_B, window - 1), None), cache
         # Queries in mid-call see tokens that the last ones overwrite: the old ring in its order, then the new tokens.
@@ -216,11 +220,11 @@ def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Int[Array, "B K"]) -> A
     return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)
 
 
-def _scatter(cache_BKWH: Array, new_BKTH: Array, place_BT: Int[Array, "B T"]) -> Array:
-    """Return the cache with each row's new entries in their places; a place beyond the cache drops its entry."""
+def _scatter(cache_BKWH: Array, new_BKTH: Array, place_BKT: Int[Array, "B K T"]) -> Array:
+    """Return the cache with each row's new entries in their places; a place beyond the cache drops its entry. In place
+    for the reason given in `_write`."""
     put = lambda cache_WH, new_TH, place_T: cache_WH.at[place_T].set(new_TH, mode="drop")
-    heads = jax.vmap(put, in_axes=(0, 0, None))
-    return jax.vmap(heads)(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), place_BT)
+    return jax.vmap(jax.vmap(put))(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), place_BKT)
 
 
 def _at(cache_BKWH: Array, place_BW: Int[Array, "B W"]) -> Array:

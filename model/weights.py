@@ -120,7 +120,7 @@ class Weight:
         Dimensions lie over the devices that compute with them and, within those, over the devices that store them:
         `local` gathers them there, so that their gradients are reduced and scattered in one collective.
         """
-        axes = self._part_axes()
+        axes = self.part_axes()
 
         def cast(x: Array) -> Array:
             return x.astype(dtype) if self.scale is None and jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -140,7 +140,7 @@ class Weight:
         def gather(x: Array, names: Axes) -> Array:
             return gather_weight(x, self.rules.gathered(_fitting(names, x.shape))[1])
 
-        whole = jax.tree.map(gather, self, self._part_axes())
+        whole = jax.tree.map(gather, self, self.part_axes())
         w = _dequantised(whole.value, whole.scale, whole.zero_point, dtype)
         if whole.adapter is None:
             return w
@@ -172,13 +172,14 @@ class Weight:
         shared = all(n in (1, size) for n, size in zip(outputs, self.shape[self.inputs :], strict=True))
         return set(inputs) <= {1} and shared
 
-    def _adapter_axes(self) -> tuple[Axes, Axes]:
+    def adapter_axes(self) -> tuple[Axes, Axes]:
+        """Return the logical axes of an adapter's two factors."""
         lead, rest = self.axes[: self.experts], self.axes[self.experts :]
         return (*lead, *rest[: self.inputs], None), (*lead, None, *rest[self.inputs :])
 
     def _adapter_parts(self) -> tuple[Array, Array]:
         assert self.adapter is not None
-        down, up = self._adapter_axes()
+        down, up = self.adapter_axes()
         return self._lay_out(self.adapter.down, down), self._lay_out(self.adapter.up, up)
 
     def _delta(self, down: Array, up: Array, spec: P | None) -> Array:
@@ -188,11 +189,11 @@ class Weight:
         dims = (((down.ndim - 1,), (self.experts,)), (lead, lead))
         return self.adapter.factor * jax.lax.dot_general(down, up, dims, out_sharding=spec)
 
-    def _part_axes(self) -> Weight:
+    def part_axes(self) -> Weight:
         """The logical axes of every array in this weight, in its own tree."""
         adapter: Any = None
         if self.adapter is not None:
-            names: Any = self._adapter_axes()
+            names: Any = self.adapter_axes()
             adapter = replace(self.adapter, down=names[0], up=names[1])
         axes: Any = self.axes  # in the place of an array
         scale, zero_point = (None if part is None else axes for part in (self.scale, self.zero_point))
@@ -279,6 +280,23 @@ def map_named_weights(f: Callable[[str, Weight], Any], model: Tree) -> Tree:
 def repeats(unit: Any) -> int:
     """Return R of a stack: how often its unit of layers is repeated, the leading dimension of every weight in it."""
     return jax.tree.leaves(unit)[0].shape[0]
+
+
+def dense_weights(model: Tree) -> Tree:
+    """Return the network with every weight as one float32 array: dequantised, its adapter added."""
+
+    def dense(weight: Weight) -> Weight:
+        if weight.scale is None and weight.adapter is None:
+            return weight
+        whole: Callable[[Weight], Array] = lambda w: w.gathered(jnp.float32)
+        for _ in range(weight.ndim - len(weight.axes)):  # stacked layers
+            whole = jax.vmap(whole)
+        value = whole(weight)
+        if not no_mesh():
+            value = jax.sharding.reshard(value, jax.typeof(weight.value).sharding)
+        return replace(weight, value=value, scale=None, zero_point=None, adapter=None)
+
+    return map_weights(dense, model)
 
 
 def split(model: Tree, rule: Callable[[str, Weight, str], bool]) -> tuple[Tree, Tree]:

@@ -46,7 +46,7 @@ class Stream(Protocol):
         ...
 
     def flush(self) -> str:
-        """U+FFFD for what was left incomplete, else ''; the stream starts afresh."""
+        """Return U+FFFD for an incomplete rest, else '', and start a new text."""
         ...
 
 
@@ -102,8 +102,10 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes an id spells: b'' for a special. SentencePiece's space before a text counts, though `decode`
-        drops it."""
+        """Return the UTF-8 bytes an id spells, b'' for specials and for the piece that stands for unknown text.
+
+        SentencePiece's space before a text counts, though `decode` drops it.
+        """
         ...
 
     def save(self, directory: str | Path) -> None:

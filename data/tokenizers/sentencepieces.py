@@ -1,11 +1,14 @@
-"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model): their own normalization and
-specials."""
+"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model), decoded as the package does.
+
+The package decodes a run of byte pieces character by character: each byte that belongs to no whole character becomes
+U+FFFD. The piece for unknown text decodes to the model's `unk_surface`, " \u2047 " unless the model says otherwise.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,14 +18,17 @@ import sentencepiece
 from data.config import DataError
 from data.tokenizers.description import write_description
 from data.tokenizers.protocol import BytesTable, SpecialTokens, Stream
-from data.tokenizers.spelling import PieceStream, Spelling
 
 FILE = "published.model"  # in a saved folder
 _SPACE_MARK = "\u2581"
 
 
 class PublishedSentencePiece(BytesTable):
-    """From a serialized model. Control symbols are the specials; user-defined ones are found in any text."""
+    """A tokenizer from a serialized model. Control symbols are the specials; any text can hold user-defined symbols.
+
+    The piece for unknown text decodes to the model's text for it, but `token_bytes` gives b"" for it: the bytes that it
+    replaced are not known.
+    """
 
     def __init__(
         self,
@@ -40,18 +46,21 @@ class PublishedSentencePiece(BytesTable):
         ids = range(self._processor.get_piece_size())
         pieces = [self._processor.id_to_piece(i) for i in ids]
         self._marks = {pieces[i]: i for i in ids if self._processor.is_control(i)}
-        spelled = tuple(self._spelled(i, pieces[i]) for i in ids)
-        self._table = tuple(piece or b"" for piece in spelled)
-        # The model says whether it puts a space before a text: seen by what it does with one letter.
-        prefixed = "".join(self._processor.encode("a", out_type=str)).startswith(_SPACE_MARK)
-        byte_pieces = frozenset(i for i in ids if self._processor.is_byte(i))
-        self._spelling = Spelling(spelled, spelled, byte_pieces, byte_pieces, (" ", 1 if prefixed else 0), False)
+        self._table = tuple(self._spelled(i, pieces[i]) for i in ids)
+        self._byte_pieces = frozenset(i for i in ids if self._processor.is_byte(i))
+        self._texts = {
+            i: self._processor.decode([i]) if self._processor.is_unknown(i) else self._table[i].decode("utf-8")
+            for i in ids
+            if i not in self._byte_pieces
+        }
+        self._leading_spaces = _leading_spaces(self._processor, self._texts)
 
     @classmethod
     def published(
         cls, model: bytes, add_bos: bool | None, stops: Sequence[int], chat_template: str | None
     ) -> PublishedSentencePiece:
-        """With the specials that the model itself names. `add_bos`: whether a prompt is opened by bos (None: it is)."""
+        """Return the tokenizer with the specials that the model names; prompts begin with bos unless `add_bos` is
+        False."""
         opened = _opened(model)
         bos, end, pad, unk = opened.bos_id(), opened.eos_id(), opened.pad_id(), opened.unk_id()
         if end < 0:
@@ -64,9 +73,9 @@ class PublishedSentencePiece(BytesTable):
         spelled = {name: opened.id_to_piece(i) for name, i in names.items() if i >= 0}
         return cls(model, special=special, stops=stops, names=spelled, chat_template=chat_template)
 
-    def _spelled(self, token: int, piece: str) -> bytes | None:
+    def _spelled(self, token: int, piece: str) -> bytes:
         if self._processor.is_control(token) or self._processor.is_unknown(token):
-            return None
+            return b""
         if self._processor.is_byte(token):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE_MARK, " ").encode("utf-8")
@@ -84,7 +93,14 @@ class PublishedSentencePiece(BytesTable):
         return [np.asarray(ids, np.int32) for ids in found]
 
     def stream(self) -> Stream:
-        return PieceStream(self._spelling, self.token_bytes)
+        return _PieceStream(
+            self._texts,
+            self._table,
+            self._byte_pieces,
+            self._processor.unk_id(),
+            self._leading_spaces,
+            self.token_bytes,
+        )
 
     def save(self, directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -97,6 +113,82 @@ class PublishedSentencePiece(BytesTable):
             stops=self.stops,
             names=self.names,
         )
+
+
+def _leading_spaces(processor: sentencepiece.SentencePieceProcessor, texts: Mapping[int, str]) -> int | None:
+    """Return how many pieces at the start of a text lose a leading space: 0, 1, or None for all until a text begins.
+
+    The package decides by `add_dummy_prefix` and `remove_extra_whitespaces`, which it does not show: decode and see.
+    """
+    spaced = [i for i, text in texts.items() if text.startswith(" ") and not processor.is_unknown(i)]
+    if not spaced or processor.decode([spaced[0]]) == texts[spaced[0]]:
+        return 0
+    bare = next((i for i in spaced if texts[i] == " "), None)
+    return None if bare is not None and processor.decode([bare, bare]) == "" else 1
+
+
+class _PieceStream:
+    """Decodes pieces, each a text, and runs of byte pieces, each UTF-8 as far as it goes."""
+
+    def __init__(
+        self,
+        texts: Mapping[int, str],  # of the pieces that are not bytes; '' for a control symbol
+        table: Sequence[bytes],
+        byte_pieces: frozenset[int],
+        unknown: int,  # its text keeps its leading space
+        leading_spaces: int | None,
+        check: Callable[[int], object],
+    ):
+        self._texts, self._table, self._byte_pieces, self._check = texts, table, byte_pieces, check
+        self._unknown, self._leading_spaces = unknown, leading_spaces
+        self._begin()
+
+    def _begin(self) -> None:
+        self._run = bytearray()  # bytes that may still become a character
+        self._spaces = self._leading_spaces
+
+    def push(self, token: int) -> str:
+        self._check(token)
+        if token in self._byte_pieces:
+            self._run += self._table[token]
+            return self._begun(_characters(self._run, final=False))
+        before = self._begun(_characters(self._run, final=True))  # every other piece ends a run, control symbols too
+        text = self._texts[token]
+        if self._spaces != 0 and token != self._unknown and text.startswith(" "):
+            text = text[1:]
+            if self._spaces is not None:
+                self._spaces -= 1
+        return before + self._begun(text)
+
+    def flush(self) -> str:
+        text = _characters(self._run, final=True)
+        self._begin()
+        return text
+
+    def _begun(self, text: str) -> str:
+        if text:
+            self._spaces = 0
+        return text
+
+
+def _characters(run: bytearray, *, final: bool) -> str:
+    """Take the text off the front of `run`: whole characters, and U+FFFD for each byte that cannot belong to one.
+
+    What may still become a character stays, unless this is the `final` call.
+    """
+    found = []
+    while run:
+        lead = run[0]
+        size = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+        try:
+            found.append(run[:size].decode("utf-8"))
+            del run[:size]
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data" and not final:
+                break
+            found.append("\ufffd")
+            del run[0]
+    return "".join(found)
 
 
 def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -103,11 +105,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """
     if config.kind == "byte":
         return ByteTokenizer()
-    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
-            model_writer=model,
+        model = _learn(
+            _training_lines(texts),
             model_type="bpe",
             vocab_size=config.vocab_size,
             character_coverage=_CHARACTER_COVERAGE,
@@ -135,7 +135,43 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             f"data.tokenizer.vocab_size = {config.vocab_size} cannot be learned from the training text: {reason} "
             "Change it, add text, or set data.tokenizer.kind to 'byte'"
         ) from error
-    return SentencePieceTokenizer(model.getvalue())
+    return SentencePieceTokenizer(model)
+
+
+def _learn(lines: Iterator[str], **options: Any) -> bytes:
+    """Return the model that SentencePiece learns from the lines. Raises what `lines` raises, RuntimeError otherwise.
+
+    The trainer runs in a thread, since this one could not be interrupted inside of it; an interrupt ends the reading of
+    the lines, and a trainer that is past it ends with the process.
+    """
+    model, failed, stopped = io.BytesIO(), list[Exception](), threading.Event()
+
+    def watched() -> Iterator[str]:
+        try:
+            for line in lines:
+                if stopped.is_set():
+                    raise InterruptedError
+                yield line
+        except Exception as error:  # the trainer would raise it as a RuntimeError
+            failed.append(error)
+            raise
+
+    def learn() -> None:
+        try:
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=watched(), model_writer=model, **options)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=learn, name="tokenizer training", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.1)
+    finally:
+        stopped.set()
+    if failed:
+        raise failed[0]
+    return model.getvalue()
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What a source reads: globs, bad files, JSONL, duplicates, and a split that other documents do not move."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.compressors import compressed_sizes
 from data.config import DataConfig, DataError, SourceConfig, TokenizerConfig
-from data.corpus import Entry, find_files, glob_pattern, read_documents, reread, split, survey
+from data.corpus import Entry, KeptText, find_files, glob_pattern, read_documents, reread, split, survey
 
 names = st.lists(st.text("ab.", min_size=1, max_size=3).filter(lambda s: set(s) != {"."}), min_size=1, max_size=4).map(
     "/".join
@@ -64,7 +65,7 @@ def test_unreadable_files_are_skipped_and_named(tmp_path):
         "latin.py: not UTF-8 (byte 3)",
         "pipe.py: not a regular file",
     ]
-    assert [d.content for d in reread(config, {found.entries[0].digest})] == [b"a\r\nb"]
+    assert [d.content for d in reread(config, found.entries)] == [b"a\r\nb"]
 
 
 def test_jsonl_reads_one_document_per_good_line(tmp_path):
@@ -116,10 +117,55 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_a_document_that_changes_meanwhile_is_refused(tmp_path):
     config = source(tmp_path, {"a.py": b"x"})
-    digests = {entry.digest for entry in survey(config, set()).entries}
-    source(tmp_path, {"a.py": b"y"})
-    with pytest.raises(DataError, match=r"1 documents .* changed"):
-        list(reread(config, digests))
+    entries = survey(config, set()).entries
+    for changes in ({"a.py": b"y"}, {"a.py": b"\xff"}):
+        source(tmp_path, changes)
+        with pytest.raises(DataError, match=r"a\.py in .* changed"):
+            list(reread(config, entries))
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(DataError, match=r"a\.py in .* changed"):
+        list(reread(config, entries))
+
+
+@given(
+    files=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=4),
+    wanted=st.sets(st.integers(0, 9)),
+    limit=st.integers(0, 40),
+)
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_documents_are_reread_in_order_whatever_is_kept(tmp_path_factory, kind, files, wanted, limit):
+    texts = [[f"{'x' * i} {i}" for i in numbers] for numbers in files]
+    if kind == "jsonl":
+        contents = {f"{i}.py": "\n".join(json.dumps({"text": t}) for t in file) for i, file in enumerate(texts)}
+    else:
+        contents = {f"{i}/{j}.py": t for i, file in enumerate(texts) for j, t in enumerate(file)}
+    if not any(files):
+        return
+    config = source(tmp_path_factory.mktemp("s"), {n: t.encode() for n, t in contents.items()}, kind=kind)
+    kept = KeptText(limit)
+    found = survey(config, set(), kept)
+    assert [d.content for d in reread(config, found.entries, kept)] == list(
+        dict.fromkeys(t.encode() for file in texts for t in file)
+    )
+    chosen = [entry for entry in found.entries if int(entry.size) - 2 in wanted]
+    expected = [(entry.name, entry.digest) for entry in chosen]
+    reread_ = [(d.name, hashlib.sha256(d.content).hexdigest()) for d in reread(config, chosen, kept)]
+    assert reread_ == expected
+
+
+def test_a_deeply_nested_line_is_skipped_with_its_reason(tmp_path):
+    deep = '{"text": "x", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    at_limit, beyond = ('{"text": "x", "a": ' + "[" * n + "]" * n + "}" for n in (499, 500))
+    lines = ['{"text": "first"}', "[" * 100_000, deep, '{"a":' * 100_000, beyond, at_limit]
+    config = source(tmp_path, {"a.jsonl": "\n".join(lines).encode()}, kind="jsonl", include=("*.jsonl",))
+    found = survey(config, set())
+    assert [entry.name for entry in found.entries] == ["a.jsonl:1", "a.jsonl:6"]
+    assert found.skipped == tuple(f"a.jsonl:{n}: JSON that is nested deeper than 500" for n in (2, 3, 4, 5))
+
+
+def test_a_store_is_not_a_local_folder(tmp_path):
+    with pytest.raises(DataError, match=r"path = 'gs://bucket/text': text is read from local folders"):
+        find_files(SourceConfig(path="gs://bucket/text"))
 
 
 digests = st.lists(st.binary(min_size=32, max_size=32), min_size=2, max_size=60, unique=True)
@@ -171,6 +217,12 @@ def test_split_takes_about_the_fraction_and_refuses_one_document():
         ({"holdout_fraction": 1.0}, "holdout_fraction"),
         ({"seed": -1}, "seed"),
         ({"prefetch": -1}, "prefetch"),
+        ({"prefetch": 10**8}, "prefetch = 100000000: .* between 0 .* and 1024"),
+        ({"sequence_length": 10**9}, "sequence_length = 1000000000: .* at most 16777216"),
+        ({"batch_size": 10**9}, "batch_size = 1000000000: .* between 1 and 16777216"),
+        ({"tokenizer": TokenizerConfig(vocab_size=10**9)}, "vocab_size = 1000000000: .* between 1 and 16777216"),
+        ({"sources": (SourceConfig(name="x" * 300),)}, "300 characters"),
+        ({"cache_dir": "gs://bucket/cache"}, "cache_dir = 'gs://bucket/cache': .* needs a local file system"),
     ],
 )
 def test_config_errors_name_the_field(changes, field):

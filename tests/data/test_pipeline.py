@@ -166,9 +166,9 @@ def test_the_stream_keeps_the_mixture(two_sources):
 
 def test_configs_that_do_not_fit_are_refused(two_sources):
     prepared, config = two_sources
-    with pytest.raises(DataError, match="batch_size = 8 over 3 hosts"):
+    with pytest.raises(DataError, match="batch_size = 8 over 3 processes"):
         train_batches(prepared, config, process_count=3)
-    with pytest.raises(DataError, match="hosts count from 0"):
+    with pytest.raises(DataError, match="processes count from 0"):
         train_batches(prepared, config, process_index=2, process_count=2)
     with pytest.raises(DataError, match="sequence_length = 16"):
         train_batches(prepared, dataclasses.replace(config, sequence_length=16))

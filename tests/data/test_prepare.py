@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from data.config import DataError, SourceConfig, TokenizerConfig
@@ -121,18 +120,6 @@ def test_a_missing_or_altered_file_is_named_and_made_again(tmp_path, victim):
             open_prepared(path.parents[victim.count("/")])
         prepare(config)
         assert path.read_bytes() == content
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
-    config = byte_config(tmp_path, write_corpus(tmp_path / "s", 8))
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        prepare(config)
-    assert folders(tmp_path) == []
 
 
 def test_two_writers_of_one_content_agree(tmp_path, monkeypatch):

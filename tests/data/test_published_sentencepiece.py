@@ -20,20 +20,29 @@ def model(**options) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]),
         model_writer=found,
-        model_type="bpe",
-        vocab_size=350,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        control_symbols=["<start_of_turn>"],
-        user_defined_symbols=["\n"],
-        minloglevel=2,
-        **options,
+        **{
+            "model_type": "bpe",
+            "vocab_size": 350,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "control_symbols": ["<start_of_turn>"],
+            "user_defined_symbols": ["\n"],
+            "minloglevel": 2,
+            **options,
+        },
     )
     return found.getvalue()
 
 
-MODELS = {"llama": model(), "gemma": model(add_dummy_prefix=False)}
+MODELS = {
+    "llama": model(),
+    "gemma": model(add_dummy_prefix=False),
+    "t5": model(model_type="unigram", remove_extra_whitespaces=True, normalization_rule_name="nmt_nfkc"),
+    "no bytes": model(byte_fallback=False, vocab_size=200, unk_surface="?", hard_vocab_limit=False),
+    "spaces": model(remove_extra_whitespaces=True, add_dummy_prefix=False, allow_whitespace_only_pieces=True),
+    "suffix": model(treat_whitespace_as_suffix=True),
+}
 OURS = {name: PublishedSentencePiece.published(content, None, [9], "x") for name, content in MODELS.items()}
 PACKAGE = {name: sentencepiece.SentencePieceProcessor(model_proto=content) for name, content in MODELS.items()}
 each = pytest.mark.parametrize("name", MODELS)
@@ -50,12 +59,40 @@ def test_ids_and_texts_are_the_packages(name, text):
     np.testing.assert_array_equal(ours.encode_many([text, "a"])[0], ids)
 
 
+def byte_ids(package, content: bytes) -> list[int]:
+    return [package.piece_to_id(f"<0x{byte:02X}>") for byte in content]
+
+
 @each
-@given(ids=st.lists(st.integers(3, 349)))
-def test_streams_equal_texts(name, ids):
-    ours = OURS[name]
+@given(data=st.data())
+def test_any_ids_decode_as_the_package_decodes_them(name, data):
+    """Cut, broken and interrupted runs of byte pieces, unknown pieces, control symbols and spaces; also as a stream."""
+    ours, package = OURS[name], PACKAGE[name]
+    spaces = [i for i in range(ours.vocab_size) if package.id_to_piece(i).startswith("\u2581")]
+    parts = st.integers(0, ours.vocab_size - 1).map(lambda i: [i])
+    parts |= st.sampled_from([*spaces[:4], 0, 1, 2]).map(lambda i: [i])
+    parts |= st.sampled_from(spaces).map(lambda i: [i])
+    if name != "no bytes":
+        runs = st.binary(max_size=6) | st.text(min_size=1, max_size=3).map(str.encode).flatmap(
+            lambda run: st.integers(0, len(run)).map(lambda end: run[:end])
+        )
+        parts |= runs.map(lambda run: byte_ids(package, run))
+    ids = [i for part in data.draw(st.lists(parts, max_size=8)) for i in part]
+    expected = package.decode(ids)
+    assert ours.decode(ids) == expected
     stream = ours.stream()
-    assert "".join([stream.push(i) for i in ids]) + stream.flush() == ours.decode(ids)
+    for _ in range(2):  # a flushed stream starts a new text
+        assert "".join([stream.push(i) for i in ids]) + stream.flush() == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_cut_run_of_bytes_keeps_its_whole_characters(name):
+    ours = OURS[name]
+    assert ours.decode(ours.encode("鰯鰤鯖")[:-1]) == "鰯鰤\ufffd\ufffd"
+    assert ours.decode([0]) == " \u2047 " and ours.token_bytes(0) == b""
+    stream = ours.stream()
+    pushed = [stream.push(i) for i in byte_ids(PACKAGE[name], "鰯".encode())]
+    assert pushed == ["", "", "鰯"]  # a character is shown once it is whole, not at the end of its run
 
 
 @each

@@ -2,6 +2,10 @@
 
 import argparse
 import inspect
+import itertools
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -109,6 +113,24 @@ def test_training_is_repeatable_and_learns():
     assert again.identity == TOKENIZERS["sentencepiece"].identity
     assert again.vocab_size == 400
     assert len(again.encode(TEXTS[0])) < len(TEXTS[0]) / 1.5
+
+
+def test_an_interrupt_ends_the_training():
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(CONFIG, itertools.cycle(TEXTS))
+    timer.join()
+
+
+@pytest.mark.parametrize("error", [DataError("changed"), OSError("gone")])
+def test_an_error_of_the_texts_is_raised_as_it_is(error):
+    def texts():
+        yield TEXTS[0]
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        train_tokenizer(CONFIG, texts())
 
 
 def test_damaged_tokenizers_are_named(tmp_path):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from decode.generate import Generation, advance, bucket, generate, prefill, start, stream
+from decode.generate import Generation, advance, bucket, for_decoding, generate, prefill, start, stream
 from decode.sampling import SamplingParams
 from model.config import MoEConfig
 from model.transformer import Transformer, forward, logits, unstack
@@ -146,9 +146,9 @@ def test_the_cache_is_updated_in_place(rows):
     """No step of the compiled loop copies a cache, and the state is donated."""
     request, state = start(MODEL, PROMPTS[:rows], PARAMS[:rows])
     program = advance.lower(MODEL, request, state, np.int32(1)).compile()
-    shape = ",".join(str(n) for n in state.cache.stacks[0][0].k_BKSH.shape[1:])
-    copies = re.findall(rf"= f32\[(?:1,)?{shape}\]\S* copy\(.*", program.as_text())
-    assert not copies
+    for leaf in jax.tree.leaves(state.cache.stacks):  # of contiguous and of ring caches
+        shape = ",".join(str(n) for n in leaf.shape[1:])
+        assert not re.findall(rf"= f32\[(?:1,)?{shape}\]\S* copy\(.*", program.as_text())
     caches = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.stacks))
     assert program.memory_analysis().alias_size_in_bytes >= caches
 
@@ -219,3 +219,20 @@ def test_bidirectional_models_are_refused():
     model = random_model(tiny_config(attention=dataclasses.replace(TINY_ATTENTION, mask="bidirectional")))
     with pytest.raises(ValueError, match=r"model\.attention\.mask = 'bidirectional'"):
         generate(model, [[1]], SamplingParams(max_new_tokens=2))
+
+
+def test_a_network_for_decoding_is_unstacked_on_cpus_and_frees_what_it_was_made_of():
+    stacked = random_model(
+        dataclasses.replace(
+            CONFIG, num_layers=4, attention=dataclasses.replace(CONFIG.attention, layers=("global", "sliding"))
+        )
+    )
+    copy = for_decoding(stacked)
+    expected, sizes = jax.device_get(copy), [len(unit) for unit in stacked.stacks]
+    assert len(copy.stacks) == 4 and sizes == [2] and for_decoding(copy) is copy
+    held = jax.tree.leaves(stacked.stacks)
+    moved = for_decoding(stacked, donate=True)
+    assert all(leaf.is_deleted() for leaf in held)
+    assert jax.tree.structure(moved) == jax.tree.structure(copy)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)

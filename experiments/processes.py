@@ -1,0 +1,50 @@
+"""The processes of a run, for rooms that do not know JAX (data.processes.Processes)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import jax
+from jax._src import distributed  # the coordination service has no public client
+
+from data.config import DataError
+from data.processes import ONE_PROCESS, Processes
+
+_numbers = itertools.count()
+
+
+class JaxProcesses:
+    """The processes of jax.distributed and its key-value store; waiting there has no limit, unlike in a collective.
+
+    Ctrl-C and signals act every `poll_seconds`, since a wait inside the client cannot be interrupted.
+    """
+
+    def __init__(self, poll_seconds: float) -> None:
+        self._poll_seconds = poll_seconds
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self._client: Any = distributed.global_state.client
+        self._prefix = f"meshwork/processes/{next(_numbers)}"  # every process makes its objects in the same order
+
+    def send(self, key: str, text: str) -> None:
+        self._client.key_value_set(f"{self._prefix}/{key}", text, allow_overwrite=True)
+
+    def receive(self, key: str, timeout: float | None = None) -> str:
+        started = time.monotonic()
+        while True:
+            try:
+                return self._client.blocking_key_value_get(f"{self._prefix}/{key}", int(1000 * self._poll_seconds))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise DataError(
+                        f"a process of the run is gone while this one waits for it ({error}). Read its output, then "
+                        "start every process again"
+                    ) from error
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise TimeoutError(f"no answer to {key} in {timeout:g} s")
+
+
+def all_processes(poll_seconds: float = 1.0) -> Processes:
+    """Return the processes of the run. Every process must call it in the same order."""
+    return JaxProcesses(poll_seconds) if jax.process_count() > 1 else ONE_PROCESS

@@ -1,0 +1,103 @@
+"""The cache on disk: a full disk is an error with numbers, leftovers of the killed go, the work of the living stays."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.storage import discard, open_array, remove_leftovers, whole_folder
+from tests.data.conftest import byte_config, write_corpus
+from tests.data.peers import ROOT, results, start
+
+NO_SPACE = (
+    r"data.cache_dir: {cache} has no space for the prepared data: \S+ needs [\d,]+ bytes and [\d,]+ bytes are free"
+)
+
+
+@pytest.mark.parametrize("limit", [100, 5_000, 12_000])
+def test_a_file_that_cannot_grow_is_an_error_with_numbers(tmp_path, limit):
+    config = byte_config(tmp_path, write_corpus(tmp_path / "s", 12))
+    (found,) = results(start(tmp_path, [config], {0: f"limit={limit}"}))
+    assert found["kind"] == "DataError" and re.match(NO_SPACE.format(cache=re.escape(config.cache_dir)), found["error"])
+    assert os.listdir(config.cache_dir) == []
+
+
+def test_a_full_disk_is_an_error_with_numbers(tmp_path):
+    """On a file system of 64 KiB that only the process sees."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path / 'disk'} && "
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"]).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    config = byte_config(tmp_path, write_corpus(tmp_path / "s", 40), cache_dir=str(tmp_path / "disk" / "cache"))
+    script = f'{mount} "$@"; test -z "$(ls {config.cache_dir})" || echo null'  # null: a leftover
+    (found,) = results(start(tmp_path, [config], None, "unshare", "-rm", "sh", "-c", script, "sh"))
+    assert re.match(NO_SPACE.format(cache=re.escape(config.cache_dir)), found["error"])
+    needed, free = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", found["error"]))
+    assert needed > free and free <= 2**16
+
+
+def test_an_array_is_what_numpy_would_save(tmp_path):
+    expected = np.arange(21, dtype=np.uint16).reshape(7, 3)
+    with open_array(tmp_path / "a.npy", expected.shape, expected.dtype) as write:
+        for block in (expected[:4].astype(np.int32), expected[4:]):
+            write(block)
+    np.save(tmp_path / "b.npy", expected)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def writer(cache: Path) -> subprocess.Popen:
+    """A process that is in the middle of a folder."""
+    code = (
+        "import sys, time; from pathlib import Path; from data.storage import whole_folder\n"
+        f"with whole_folder(Path({str(cache)!r}) / 'packed') as folder:\n"
+        "    (folder / 'part').write_text('x'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_leftovers_of_the_killed_are_removed_beside_the_living(tmp_path):
+    with writer(tmp_path) as living, writer(tmp_path) as killed:
+        try:
+            assert remove_leftovers(tmp_path) == [] and len(os.listdir(tmp_path)) == 2
+            killed.kill()
+            killed.wait()
+            assert len(remove_leftovers(tmp_path)) == 1 and len(os.listdir(tmp_path)) == 1
+        finally:
+            killed.kill()
+            living.kill()
+    assert len(remove_leftovers(tmp_path)) == 1 and os.listdir(tmp_path) == []
+
+
+def test_folders_without_a_lock_are_leftovers_after_a_day(tmp_path):
+    for name in ("writing-new", "writing-old", "sharing-new", "sharing-old", "packed-old"):
+        (tmp_path / name / "part").mkdir(parents=True)
+        if name.endswith("old"):
+            for path in (tmp_path / name / "part", tmp_path / name):
+                os.utime(path, (0, 0))
+    (tmp_path / "writing-old" / "lock").write_text("another host")
+    os.utime(tmp_path / "writing-old" / "lock", (0, 0))
+    os.utime(tmp_path / "writing-old", (0, 0))
+    (tmp_path / "writing-new" / "lock").write_text("another host")
+    assert remove_leftovers(tmp_path) == ["sharing-old", "writing-old"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, error):
+    with pytest.raises(error), whole_folder(tmp_path / "a") as folder:
+        (folder / "part").write_text("")
+        raise error
+    assert os.listdir(tmp_path) == []
+    for _ in range(2):  # a second writer of the same content keeps the first one's
+        with whole_folder(tmp_path / "a") as folder:
+            (folder / "part").write_text("whole")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "part").read_text() == "whole"
+    discard(tmp_path / "a")
+    discard(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
