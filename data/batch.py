@@ -31,7 +31,7 @@ class Batch:
 
     @classmethod
     def of_windows(
-        cls, tokens_BW: np.ndarray, segment_ids_BW: np.ndarray, loss_weights_BT: np.ndarray | None = None
+        cls, tokens_BW: np.ndarray | jax.Array, segment_ids_BW: np.ndarray, loss_weights_BT: np.ndarray | None = None
     ) -> Self:
         """Return the batch of windows of T + 1 tokens.
 
@@ -57,7 +57,7 @@ class Batch:
             jnp.concatenate([self.segment_ids, last], axis=1),
         )
 
-    def with_window(self, tokens_BW: jax.Array) -> Self:
+    def with_window(self, tokens_BW: np.ndarray | jax.Array) -> Self:
         """Return the batch with other tokens in its windows; documents, positions and weights stay."""
         return replace(self, tokens=tokens_BW[:, :-1], targets=tokens_BW[:, 1:])
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.meshes import fit_mesh
 from experiments.named import EXPERIMENTS
 from experiments.resolve import find_run, is_run, load_experiment, resolve, resolve_from
 from train.config import Experiment
@@ -70,14 +71,14 @@ def train(args: argparse.Namespace) -> int:
         )
     if args.resume:
         path = find_run(args.resume).path
-        experiment = _load(args.resume, args.overrides)
+        experiment = _load(args.resume, args.overrides, training=True)
         if experiment.name != args.subject:
             raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
     elif args.subject not in EXPERIMENTS and is_run(args.subject):
         path = find_run(args.subject).path
         if args.run:
             path = _copied(find_run(args.subject), _run_path(args.run))
-        experiment = _load(str(path), args.overrides)
+        experiment = _load(str(path), args.overrides, training=True)
     else:
         path = _run_path(args.run or args.subject)
         experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
@@ -274,10 +275,11 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(name: str, overrides: Sequence[str]) -> Experiment:
-    """The experiment of a run, with overrides, checked for the devices there are."""
-    run = find_run(name)
-    return _checked(lambda: resolve_from(load_experiment(run), overrides))
+def _load(name: str, overrides: Sequence[str], *, training: bool = False) -> Experiment:
+    """Return the experiment of a run, with overrides, checked for the devices that are here. Unless for `training`, a
+    mesh that does not fit them is replaced."""
+    experiment = load_experiment(find_run(name))
+    return _checked(lambda: resolve_from(experiment if training else fit_mesh(experiment, overrides), overrides))
 
 
 def _console() -> Console:

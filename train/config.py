@@ -9,7 +9,7 @@ from typing import Literal
 from data.config import DataConfig
 from data.tokenizer import special_tokens
 from model.attention import attention_variant
-from model.config import ModelConfig
+from model.config import ModelConfig, MoEConfig
 from sharding.mesh import MeshConfig
 from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
 
@@ -259,20 +259,8 @@ class Experiment:
                         f"{field} = {size}: does not divide over the {devices(side, axis)} devices of mesh axes "
                         f"{getattr(getattr(self.sharding, side), axis)} (sharding.{side}.{axis}); change one of them"
                     )
-        if moe is not None:  # experts' weights enter shard_map spread over the axes of both sides
-            for field, axis, size in (
-                ("num_experts", "expert", moe.num_experts),
-                ("hidden_dim", "mlp", moe.hidden_dim),
-            ):
-                both = {
-                    name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)
-                }
-                count = math.prod(mesh[name] for name in both)
-                if size % count:
-                    raise ValueError(
-                        f"model.moe.{field} = {size}: does not divide over the {count} devices of the mesh axes that "
-                        f"sharding.weights.{axis} and sharding.activations.{axis} name together; change one of them"
-                    )
+        if moe is not None:
+            self._validate_expert_mesh(moe, mesh)
         rows = devices("activations", "batch") * self.train.microbatches
         if self.data.batch_size % rows:
             raise ValueError(
@@ -280,3 +268,14 @@ class Experiment:
                 f"{self.train.microbatches} slices for {devices('activations', 'batch')} devices; make it a multiple "
                 f"of {rows}"
             )
+
+    def _validate_expert_mesh(self, moe: MoEConfig, mesh: dict[str, int]) -> None:
+        """Experts' weights enter shard_map spread over the axes of both sides."""
+        for field, axis, size in (("num_experts", "expert", moe.num_experts), ("hidden_dim", "mlp", moe.hidden_dim)):
+            both = {name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)}
+            count = math.prod(mesh[name] for name in both)
+            if size % count:
+                raise ValueError(
+                    f"model.moe.{field} = {size}: does not divide over the {count} devices of the mesh axes that "
+                    f"sharding.weights.{axis} and sharding.activations.{axis} name together; change one of them"
+                )

@@ -109,7 +109,7 @@ def test_names_and_shapes_on_disk_are_those_that_transformers_writes(family: Fam
 @jax.jit
 def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, Transformer]:
     """Of what training minimizes."""
-    batch = Batch.of_windows(tokens_BT, jnp.ones_like(tokens_BT))
+    batch = Batch.of_windows(tokens_BT, np.ones(tokens_BT.shape, np.int32))
 
     def mean(model: Transformer) -> jax.Array:
         loss = NextToken()(model, None, batch, None)

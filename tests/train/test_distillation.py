@@ -73,7 +73,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(networks):
 def test_the_gradient_by_the_logits_is_the_published_one():
     """Hinton et al. 2015, eq. 2: temperature^2 times (q - p) / temperature."""
     draw = np.random.default_rng(0)
-    student, teacher = (draw.standard_normal((1, 2, 7)).astype(np.float32) for _ in range(2))
+    student, teacher = (jnp.asarray(draw.standard_normal((1, 2, 7)), jnp.float32) for _ in range(2))
     found = jax.grad(lambda s: divergence(teacher, s, 3.0).sum())(student)
     np.testing.assert_allclose(found, 3.0 * (softmax(student / 3) - softmax(teacher / 3)), rtol=1e-5, atol=1e-6)
 

@@ -356,3 +356,16 @@ def finish(peers: list[subprocess.Popen]) -> list[str]:
             peer.kill()
     assert [peer.returncode for peer in peers] == [0, 0], outputs
     return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resuming_is_exact_with_the_compiler_as_users_run_it(tmp_path, devices):
+    write_corpus(tmp_path / "large", 30)
+    write_corpus(tmp_path / "small", 8)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.exact_resume", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("exact\n"), done.stderr
