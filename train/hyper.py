@@ -19,7 +19,7 @@ import numpy as np
 
 from train.config import Experiment
 
-COEFFICIENTS = ("z_loss", "load_balance", "router_z_loss")  # of the auxiliary losses
+COEFFICIENTS = ("z_loss", "load_balance", "router_z_loss", "temperature", "mix")  # fields of objectives
 
 
 @jax.tree_util.register_dataclass
@@ -33,17 +33,24 @@ class Hyper:
     z_loss: Any = None  # float32: train.z_loss
     load_balance: Any = None  # float32: model.moe.load_balance
     router_z_loss: Any = None  # float32: model.moe.z_loss
+    temperature: Any = None  # float32: train.distillation_temperature
+    mix: Any = None  # float32: train.distillation_mix
 
 
 def hyper_of(experiment: Experiment) -> Hyper:
-    """Return the scalars of an experiment, as NumPy. A coefficient of 0 is None."""
-    moe, optimizer = experiment.model.moe, experiment.optimizer
-    coefficients = (experiment.train.z_loss, *((0.0, 0.0) if moe is None else (moe.load_balance, moe.z_loss)))
+    """Return the scalars of an experiment, as NumPy. An auxiliary loss of coefficient 0 is None."""
+    moe, optimizer, train = experiment.model.moe, experiment.optimizer, experiment.train
+    of_loss = lambda value: np.float32(value) if value else None
+    distilled = train.objective == "distillation"
     return Hyper(
-        np.uint32(experiment.train.seed),
+        np.uint32(train.seed),
         np.float32(optimizer.learning_rate),
         np.float32(optimizer.weight_decay),
-        *(np.float32(value) if value else None for value in coefficients),
+        z_loss=of_loss(train.z_loss),
+        load_balance=of_loss(0.0 if moe is None else moe.load_balance),
+        router_z_loss=of_loss(0.0 if moe is None else moe.z_loss),
+        temperature=np.float32(train.distillation_temperature) if distilled else None,
+        mix=np.float32(train.distillation_mix) if distilled else None,
     )
 
 

@@ -66,13 +66,13 @@ class Trainer:
         self._read_step = start.step
         self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None  # dispatched, not yet read
 
-    def fit(self, log: Callable[[str], None]) -> Trained:
-        """Run to the end. Raises NonfiniteError, and CheckpointError if the last checkpoint is not on disk."""
-        compiled = self._compile(log)
+    def fit(self) -> Trained:
+        """Run to the end; `compile` comes before. Raises NonfiniteError, and CheckpointError if the last checkpoint is
+        not on disk."""
         steps = self.experiment.train.steps
         try:
             while self.step < steps and not self.stopped:
-                self._advance(compiled)
+                self._advance(self.program.executables["step"])
                 self._evaluate_and_save()
         except NonfiniteError:
             # The refused step and the one dispatched after it changed only the counters: saved as of the refused one,
@@ -138,11 +138,11 @@ class Trainer:
             hook.on_eval(self, self.step, rows)
         return rows[0]["bits_per_byte"] if rows else None
 
-    def _compile(self, log: Callable[[str], None]) -> Callable:
-        """Return the step, compiled ahead of its first call unless the program has it. The state is donated."""
+    def compile(self, log: Callable[[str], None]) -> None:
+        """Compile the step ahead of its first call unless the program has it. The state is donated."""
         executables = self.program.executables
         if "step" in executables:
-            return executables["step"]
+            return
         began = time.monotonic()
         batch = put_batch(self._batches.batch_at(self.first), self.program.mesh, self.program.batch_spec)
         compiled = jax.jit(self.program.step, donate_argnums=0).lower(self.state, batch, self._hyper).compile()
@@ -155,7 +155,6 @@ class Trainer:
             )
         log(f"compiled the train step in {time.monotonic() - began:.1f} s{text}")
         executables["step"] = compiled
-        return compiled
 
 
 class StopMessage(Hook):
@@ -225,8 +224,9 @@ def train(
             evaluators=own_evaluators(program, prepared, run, recorder, watchdog),
         )  # fmt: skip
         del start  # its state is donated to the first step
+        trainer.compile(log)
         enter(progress)
-        return trainer.fit(log)
+        return trainer.fit()
 
 
 def own_evaluators(

@@ -84,7 +84,7 @@ class TokenObjective:
 
     def with_hyper(self, hyper: Hyper) -> Self:
         """Return the objective with the coefficients that `hyper` holds."""
-        given = {name: getattr(hyper, name) for name in COEFFICIENTS}
+        given = {name: getattr(hyper, name) for name in COEFFICIENTS if hasattr(self, name)}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def run(self, model: Transformer, batch: Batch, key: PRNGKeyArray | None, prefix_BT: Array | None = None) -> Output:
@@ -105,7 +105,7 @@ class TokenObjective:
         batch: Batch,
         share: float = 1.0,
         soft_BT: Array | None = None,
-        mix: float = 0.0,
+        mix: float | Array = 0.0,
     ) -> Loss:
         """Return the loss of predicting `batch.targets`, weighted by `batch.loss_weights`.
 
@@ -213,8 +213,8 @@ class Distillation(TokenObjective):
     """Match a teacher's predictions (Hinton et al. 2015, sec. 2): (1 - mix) times the next-token loss, plus mix times
     temperature^2 times KL(teacher || student) of both softmaxes at `temperature`. The teacher is `frozen.teacher`."""
 
-    temperature: float
-    mix: float
+    temperature: float | Array
+    mix: float | Array
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray | None) -> Loss:
         assert frozen is not None and frozen.teacher is not None, "distillation has a teacher"
@@ -230,7 +230,7 @@ class Distillation(TokenObjective):
 
 
 def divergence(
-    teacher_BTV: Float[Array, "B T V"], student_BTV: Float[Array, "B T V"], temperature: float
+    teacher_BTV: Float[Array, "B T V"], student_BTV: Float[Array, "B T V"], temperature: float | Array
 ) -> Float[Array, "B T"]:
     """Return temperature^2 * KL(teacher || student) of the softmaxes of logits / temperature, nats.
 
