@@ -12,12 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from experiments.memory import memory_here
 from experiments.meshes import fit_mesh
 from experiments.named import EXPERIMENTS
-from experiments.resolve import find_run, is_run, load_experiment, resolve, resolve_from
+from experiments.resolve import find_run, is_run, load_experiment, new_run_path, resolve, resolve_from
+from experiments.stopping import stopped_by_sigterm
 from train.config import Experiment
 from train.records import RunFolder
 
@@ -28,8 +31,23 @@ class UsageError(ValueError):
     """The arguments of a command do not go together."""
 
 
-def list(args: argparse.Namespace) -> int:
-    """Every experiment with its question, source and cost."""
+def refuse_other_encodings(args: argparse.Namespace) -> None:
+    """Raise UsageError where an argument is not UTF-8. Python keeps such bytes as lone surrogates, which no tokenizer
+    and no JSON file can hold."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                _ = text.encode() if isinstance(text, str) else None
+            except UnicodeEncodeError as error:
+                option = {"overrides": "--set", "subject": args.command}.get(name, f"--{name.replace('_', '-')}")
+                raise UsageError(
+                    f"{option}: the text is not UTF-8 (byte 0x{ord(text[error.start]) & 0xFF:02x} after "
+                    f"{text[: error.start][-40:]!r}); give it in UTF-8"
+                ) from error
+
+
+def list_command(args: argparse.Namespace) -> int:
+    """Print every experiment with its question, source and cost."""
     table = Table("experiment", "question", "source", "cost", box=None, pad_edge=False)
     for name, make in EXPERIMENTS.items():
         experiment = make()
@@ -38,33 +56,55 @@ def list(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(args: argparse.Namespace) -> int:
-    """The resolved config, and what the network is and costs."""
+def show_command(args: argparse.Namespace) -> int:
+    """Print the resolved config, and what the network is and costs."""
     from experiments.show import print_experiment
 
     experiment = _checked(lambda: resolve(args.subject, args.overrides, args.devices))
-    print_experiment(experiment, args.devices, _console())
+    print_experiment(experiment, args.devices, _console(), every_field=args.all)
     return 0
 
 
-def compile(args: argparse.Namespace) -> int:
-    """What a train step takes on a topology of TPUs, which need not be here."""
-    from experiments.compile import compile_step, print_compiled, save, topology_devices
+def compile_command(args: argparse.Namespace) -> int:
+    """Print what a train step takes on a topology of TPUs, which need not be here."""
+    from experiments.compile import compile_step, memory_of, print_compiled, save, topology_devices
 
-    devices = len(topology_devices(args.topology))
-    experiment = _checked(lambda: resolve(args.subject, args.overrides, devices, platform="tpu"))
+    devices = topology_devices(args.topology)
+    experiment = _checked(
+        lambda: resolve(args.subject, args.overrides, len(devices), "tpu", lambda: memory_of(devices[0]))
+    )
     compiled = compile_step(experiment, args.topology)
     print_compiled(compiled, _console())
     if args.save:
-        save(compiled, experiment, args.overrides, Path(args.save))
+        try:
+            save(compiled, experiment, args.overrides, Path(args.save))
+        except OSError as error:
+            raise UsageError(f"--save {args.save}: cannot be written ({error}); choose another file") from error
     return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """Trains a run to its end, or resumes it."""
-    use_compilation_cache()
-    if args.distributed:
-        join_processes()
+def train_command(args: argparse.Namespace) -> int:
+    """Train a run to its end, or resume it. Return 0 at its end, 128 + signal where a signal stopped it before."""
+    with stopped_by_sigterm():
+        use_compilation_cache()
+        if args.distributed:
+            join_processes()
+        experiment, path = _run_to_train(args)
+        import jax
+
+        from experiments.backend import backend_lines
+        from experiments.run import run_experiment
+        from train.signals import StopSignal
+
+        say = print if jax.process_index() == 0 else lambda text: None
+        for line in backend_lines():
+            say(line)
+        finished = run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
+        return 0 if finished else 128 + (StopSignal.last_number or signal.SIGTERM)
+
+
+def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, epath.Path]:
+    """Return the experiment and the folder that the arguments of `train` name."""
     if args.resume and args.run:
         raise UsageError(
             f"--resume {args.resume} and --run {args.run}: give one of them; --resume needs an existing run"
@@ -74,24 +114,17 @@ def train(args: argparse.Namespace) -> int:
         experiment = _load(args.resume, args.overrides, training=True)
         if experiment.name != args.subject:
             raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
-    elif args.subject not in EXPERIMENTS and is_run(args.subject):
+        return experiment, path
+    if args.subject not in EXPERIMENTS and is_run(args.subject):
         path = find_run(args.subject).path
         if args.run:
-            path = _copied(find_run(args.subject), _run_path(args.run))
-        experiment = _load(str(path), args.overrides, training=True)
-    else:
-        path = _run_path(args.run or args.subject)
-        experiment = _checked(lambda: resolve(args.subject, args.overrides, None))
-    import jax
-
-    from experiments.run import run_experiment
-
-    say = print if jax.process_index() == 0 else lambda text: None
-    run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
-    return 0
+            path = _copied(find_run(args.subject), new_run_path(args.run))
+        return _load(str(path), args.overrides, training=True), path
+    experiment = _checked(lambda: resolve(args.subject, args.overrides, None, memory=memory_here))
+    return experiment, new_run_path(args.run or args.subject)
 
 
-def _copied(run: RunFolder, path: Path) -> Path:
+def _copied(run: RunFolder, path: epath.Path) -> epath.Path:
     """`path`, a copy of an imported run, made by process 0 unless it is there."""
     import jax
 
@@ -105,7 +138,7 @@ def _copied(run: RunFolder, path: Path) -> Path:
     return path
 
 
-def eval(args: argparse.Namespace) -> int:
+def eval_command(args: argparse.Namespace) -> int:
     """Bits per byte of a run's weights on all held-out files, beside compressors."""
     from data.compressors import compressed_sizes
     from data.prepare import heldout_files
@@ -117,6 +150,11 @@ def eval(args: argparse.Namespace) -> int:
     stride = [] if args.stride is None else [f"train.eval_stride={args.stride}"]
     experiment = _load(args.subject, args.overrides + stride)
     prepared = prepare_data(experiment, print)
+    if not prepared.heldout_names:
+        raise UsageError(
+            f"data.holdout_fraction = {experiment.data.holdout_fraction:g}: {args.subject} holds no text out to "
+            f"evaluate on; train a run with data.holdout_fraction above 0, or with data.evaluation_sources"
+        )
     program, trained = open_trained(run, experiment, prepared.tokenizer, args.step)
     print(f"weights of step {trained.step}")
     for name, result in evaluate_all(program, trained.model, prepared, full=True).items():
@@ -125,7 +163,7 @@ def eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def generate(args: argparse.Namespace) -> int:
+def generate_command(args: argparse.Namespace) -> int:
     """Continues prompts, or answers them, with a run's weights and the tokenizer in its folder."""
     use_compilation_cache()
     from data.tokenizer import load_tokenizer, prompt_ids
@@ -137,7 +175,7 @@ def generate(args: argparse.Namespace) -> int:
     from sharding.mesh import use_mesh
 
     if args.system is not None and not args.chat:
-        raise UsageError("--system: is told to a model that chats; add --chat, or leave it out")
+        raise UsageError("--system requires --chat; add it, or leave --system out")
     if args.stream and len(args.prompt) > 1:
         raise UsageError("--stream: prints one text as it is made; give one --prompt, or leave --stream out")
     run = find_run(args.subject)
@@ -172,7 +210,7 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def import_(args: argparse.Namespace) -> int:
+def import_command(args: argparse.Namespace) -> int:
     """Makes a run of a published model."""
     from experiments.convert import import_run
 
@@ -196,7 +234,7 @@ def import_(args: argparse.Namespace) -> int:
     return 0
 
 
-def export(args: argparse.Namespace) -> int:
+def export_command(args: argparse.Namespace) -> int:
     """Writes a run as a published model."""
     from experiments.convert import export_run
 
@@ -211,25 +249,22 @@ def export(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _written(folder: Path) -> Iterator[None]:
-    """A folder is written in one piece: SIGTERM ends it as Ctrl-C does, and what is wrong with files is the user's to
-    mend."""
+    """Write a folder in one piece: SIGTERM ends the command as Ctrl-C does, and errors of files become UsageErrors."""
     from interop.load import ModelFilesError
     from interop.translate import UnsupportedModelError
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with stopped_by_sigterm():
+            yield
     except (ModelFilesError, UnsupportedModelError) as error:
         raise UsageError(str(error)) from error
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be written ({error}); free the disk, or fix the permissions. Nothing was kept"
         ) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-def upcycle(args: argparse.Namespace) -> int:
+def upcycle_command(args: argparse.Namespace) -> int:
     """Writes a run with experts that starts from a dense run's weights."""
     from experiments.upcycle import upcycle_run, with_experts
 
@@ -237,32 +272,48 @@ def upcycle(args: argparse.Namespace) -> int:
     run = find_run(args.subject)
     dense = load_experiment(run)
     experiment = _checked(lambda: with_experts(dense, args.overrides))
-    upcycle_run(run, dense, experiment, _run_path(args.run), overrides=args.overrides, step=args.step)
+    upcycle_run(run, dense, experiment, new_run_path(args.run), overrides=args.overrides, step=args.step)
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    """Writes a run's report anew."""
+def report_command(args: argparse.Namespace) -> int:
+    """Write a run's report again."""
     from experiments.report import write_report
 
-    print(write_report(find_run(args.subject).path))
+    print(write_report(find_run(args.subject).path, log=lambda text: print(text, file=sys.stderr)))
     return 0
 
 
 def join_processes() -> None:
-    """Makes this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the
-    like."""
+    """Make this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the like.
+    Raises UsageError."""
     import jax
 
     from train.signals import exit_hard_on_exception
 
-    number, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    jax.distributed.initialize(
-        num_processes=int(number) if number else None,
-        process_id=int(index) if index else None,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    number, index = (_count_of(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(num_processes=number, process_id=index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"--distributed: {reason.rstrip('.')}. On a TPU pod or under SLURM nothing needs to be set; elsewhere give "
+            f"every process JAX_COORDINATOR_ADDRESS (host:port of process 0; it is "
+            f"{os.environ.get('JAX_COORDINATOR_ADDRESS', 'unset')}), JAX_NUM_PROCESSES (it is "
+            f"{'unset' if number is None else number}) and a JAX_PROCESS_ID of its own (it is "
+            f"{'unset' if index is None else index}), or leave --distributed out"
+        ) from error
     exit_hard_on_exception()
+
+
+def _count_of(name: str) -> int | None:
+    """Return the whole number in an environment variable; None where it is not set. Raises UsageError."""
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{name} = {text}: set it to a whole number, 0 or more")
+    return int(text)
 
 
 def use_compilation_cache() -> None:
@@ -276,19 +327,20 @@ def use_compilation_cache() -> None:
 
 
 def _load(name: str, overrides: Sequence[str], *, training: bool = False) -> Experiment:
-    """Return the experiment of a run, with overrides, checked for the devices that are here. Unless for `training`, a
-    mesh that does not fit them is replaced."""
+    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here. Unless for
+    `training`, a mesh that does not fit them is replaced."""
     experiment = load_experiment(find_run(name))
-    return _checked(lambda: resolve_from(experiment if training else fit_mesh(experiment, overrides), overrides))
+
+    def resolved() -> Experiment:
+        fitted = experiment if training else fit_mesh(experiment, overrides)
+        return resolve_from(fitted, overrides, memory=memory_here, training=training)
+
+    return _checked(resolved)
 
 
 def _console() -> Console:
     """As wide as the terminal; wide enough for a table elsewhere."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-
-def _run_path(name: str) -> Path:
-    return Path(name) if "/" in name or name.startswith(".") else Path("runs") / name
 
 
 def _checked(make):

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.batch import Batch
+from experiments.memory import Memory as DeviceMemory
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
 from pallas_kernels.ahead_of_time import devices_of, uncached
 from sharding.collectives import Traffic, read_collectives
@@ -113,6 +114,12 @@ def topology_devices(topology: str) -> list[jax.Device]:
         return devices_of(topology)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"--topology: {error}") from error
+
+
+def memory_of(device: jax.Device) -> DeviceMemory | None:
+    """Return what the compiler lets a program use of a device; None for a kind that is not in the table."""
+    size = AVAILABLE.get(device.device_kind)
+    return None if size is None else DeviceMemory(size, f"the compiler gives a program on a {device.device_kind}")
 
 
 def compile_step(experiment: Experiment, topology: str) -> Compiled:

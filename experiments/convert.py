@@ -189,7 +189,9 @@ def copy_import(run: RunFolder, path: Path) -> None:
     if not untouched_import(run):
         raise RunFolderError(f"{run.path} was trained further; without --run it goes on in its own folder")
     with staged(path) as partial:
-        shutil.copytree(run.path, partial, ignore=shutil.ignore_patterns(run.lock.name), dirs_exist_ok=True)
+        shutil.copytree(
+            run.path, partial, ignore=shutil.ignore_patterns(run.lock.name, run.wandb_id.name), dirs_exist_ok=True
+        )
 
 
 def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:

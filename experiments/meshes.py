@@ -39,7 +39,7 @@ def fit_mesh(
 def _fits(experiment: Experiment, mesh: MeshConfig, device_count: int) -> bool:
     train = replace(experiment.train, microbatches=1)
     try:
-        replace(experiment, mesh=mesh, train=train).validate(device_count)
+        replace(experiment, mesh=mesh, train=train).validate(device_count, training=False)
     except ValueError:
         return False
     return True

@@ -4,7 +4,7 @@ Matplotlib is imported here, so this module is imported only where a report is w
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,24 +113,24 @@ def speed(rows: Rows, theme: Theme) -> Figure | None:
     return figure
 
 
-def figures(
-    rows: Rows, theme: Theme, compressors: Mapping[str, float], study: Study | None = None
-) -> dict[str, Figure]:
-    """Every figure that there is data for, by name, in the order of the report. `study`: what the routers chose."""
-    drawn = {
-        "bits_per_byte": bits_per_byte(rows, theme, compressors),
-        "loss": loss(rows, theme),
-        "learning_rate": learning_rate(rows, theme),
-        "gradient_norm": gradient_norm(rows, theme),
-        "tokens_per_second": speed(rows, theme),
-        "router_losses": router_plots.losses(rows, theme),
-        "router_certainty": router_plots.certainty(rows, theme),
-        "dropped": router_plots.dropped(rows, theme),
-        "saturation": None if study is None else router_plots.saturation(study, theme),
-        "expert_load": router_plots.expert_load(rows, theme),
-        "co_activation": None if study is None else router_plots.co_activation(study, theme),
+def drawings(
+    rows: Rows, compressors: Mapping[str, float], study: Study | None = None
+) -> dict[str, Callable[[Theme], Figure | None]]:
+    """Return by name, in the order of the report, what draws each figure for a theme: None where it has no data.
+    `study`: what the routers chose."""
+    return {
+        "bits_per_byte": lambda theme: bits_per_byte(rows, theme, compressors),
+        "loss": lambda theme: loss(rows, theme),
+        "learning_rate": lambda theme: learning_rate(rows, theme),
+        "gradient_norm": lambda theme: gradient_norm(rows, theme),
+        "tokens_per_second": lambda theme: speed(rows, theme),
+        "router_losses": lambda theme: router_plots.losses(rows, theme),
+        "router_certainty": lambda theme: router_plots.certainty(rows, theme),
+        "dropped": lambda theme: router_plots.dropped(rows, theme),
+        "saturation": lambda theme: None if study is None else router_plots.saturation(study, theme),
+        "expert_load": lambda theme: router_plots.expert_load(rows, theme),
+        "co_activation": lambda theme: None if study is None else router_plots.co_activation(study, theme),
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def png(figure: Figure) -> bytes:

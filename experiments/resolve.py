@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from etils import epath
+
+from data.paths import PathError, parse_path, require_backend
+from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
 from train.records import RunFolder, RunFolderError
 
+MOST_OF_A_NAME = 200  # bytes of a run's name; file systems take 255
 VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
 
 # What may change when a run goes on: how long, how it is watched and stored, not what is computed.
@@ -42,10 +49,16 @@ MAY_DIFFER_ON_RESUME = (
 )
 
 
-def resolve(name: str, overrides: Sequence[str], device_count: int | None, platform: str | None = None) -> Experiment:
-    """The experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count` devices
-    of
-    `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here.
+def resolve(
+    name: str,
+    overrides: Sequence[str],
+    device_count: int | None,
+    platform: str | None = None,
+    memory: Callable[[], Memory | None] | None = None,
+) -> Experiment:
+    """Return the experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count`
+    devices of `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here. `memory`, asked once the config is valid,
+    returns what a device has; None: it is not checked.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
     """
@@ -53,30 +66,49 @@ def resolve(name: str, overrides: Sequence[str], device_count: int | None, platf
         near = get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"experiment {name!r} is unknown; {hint}there are {', '.join(EXPERIMENTS)}")
-    return resolve_from(EXPERIMENTS[name](), overrides, device_count, platform)
+    return resolve_from(EXPERIMENTS[name](), overrides, device_count, platform, memory)
 
 
 def resolve_from(
-    experiment: Experiment, overrides: Sequence[str], device_count: int | None = None, platform: str | None = None
+    experiment: Experiment,
+    overrides: Sequence[str],
+    device_count: int | None = None,
+    platform: str | None = None,
+    memory: Callable[[], Memory | None] | None = None,
+    *,
+    training: bool = True,
 ) -> Experiment:
-    """`resolve` for an experiment at hand, such as that of a run folder."""
+    """Do what `resolve` does for an experiment that is not a named one, such as that of a run folder. Without
+    `training`, for evaluation and sampling, nothing is refused that only a training run needs."""
     experiment = fill_vocabulary(apply_overrides(experiment, overrides))
     if device_count is None:
         import jax
 
         device_count = jax.device_count()
-    experiment.validate(device_count)
-    wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu"}.get(experiment.model.attention.implementation)
-    if wanted is not None:
+    experiment.validate(device_count, training=training)
+    if memory is not None:
+        refuse_what_cannot_fit(experiment, device_count, memory(), training=training)
+    _refuse_kernels_of_other_platforms(experiment, platform)
+    return experiment
+
+
+def _refuse_kernels_of_other_platforms(experiment: Experiment, platform: str | None) -> None:
+    attention, moe = experiment.model.attention, experiment.model.moe
+    chosen = {
+        "attention.implementation": (attention.implementation, "'auto', 'xla' or 'reference'"),
+        "attention.decode_implementation": (attention.decode_implementation, "'auto', 'reference' or 'off'"),
+    }
+    if moe is not None:
+        chosen["moe.implementation"] = (moe.implementation, "'auto', 'xla' or 'reference'")
+    for field, (value, others) in chosen.items():
+        wanted = {"tpu": "tpu", "hopper": "gpu", "triton": "gpu", "gpu": "gpu"}.get(value)
+        if wanted is None:
+            continue
         import jax
 
-        if (platform or jax.default_backend()) != wanted:
-            raise ConfigError(
-                f"model.attention.implementation = {experiment.model.attention.implementation!r}: runs on a {wanted}, "
-                f"and here is a "
-                f"{platform or jax.default_backend()}; use 'auto', 'xla' or 'reference'"
-            )
-    return experiment
+        here = platform or jax.default_backend()
+        if here != wanted:
+            raise ConfigError(f"model.{field} = {value!r}: runs on a {wanted}, and here is a {here}; use {others}")
 
 
 def fill_vocabulary(experiment: Experiment) -> Experiment:
@@ -100,29 +132,77 @@ def may_differ_on_resume(name: str) -> bool:
 
 
 def is_run(text: str) -> bool:
-    """Whether `find_run` would find it."""
-    return any(_holds_run(path) for path in (Path(text), Path("runs") / text))
+    """Return whether `find_run` would find it."""
+    return any(_holds_run(path) for path in (text, f"runs/{text}"))
 
 
-def _holds_run(path: Path) -> bool:
-    """A published model's folder has a config.json, too."""
-    return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
+def _holds_run(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is a run's; a published model's folder has a config.json, too."""
+    try:
+        return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
 
 
 def find_run(text: str) -> RunFolder:
-    """The run folder of a path or of a name under runs/. Raises RunFolderError."""
-    for path in (Path(text), Path("runs") / text):
+    """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
+    for path in (text, f"runs/{text}"):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
-    if (Path(text) / "config.json").exists():
+    shown = text if len(text) <= MOST_OF_A_NAME else f"{text[:MOST_OF_A_NAME]}..."
+    published = False
+    with contextlib.suppress(OSError, ValueError):
+        published = (Path(text) / "config.json").exists()
+    if published:
         raise RunFolderError(
             f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it"
         )
     raise RunFolderError(
-        f"run {text!r} is not a run folder (no config.json and overrides.json in it or in runs/{text}); "
+        f"run {shown!r} is not a run folder (no config.json and overrides.json in it or in runs/{shown}); "
         + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
     )
+
+
+def new_run_path(name: str) -> epath.Path:
+    """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
+    begins with a '.', for itself. Raises RunFolderError unless that folder is missing, empty, or already a run's."""
+    path: epath.Path
+    if "/" in name or name.startswith("."):
+        try:
+            path = require_backend(parse_path(name, "--run"), "--run")
+        except PathError as error:
+            raise RunFolderError(str(error)) from error
+    elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
+        path = epath.Path("runs") / name
+    else:
+        shown = name if len(name) <= MOST_OF_A_NAME else f"{name[:MOST_OF_A_NAME]}... ({len(name)} characters)"
+        raise RunFolderError(
+            f"--run {shown!r}: names a folder below runs/; use at most {MOST_OF_A_NAME} bytes of letters, digits, '_', "
+            f"'-' and the like, or give a path"
+        )
+    try:
+        foreign = path.exists() and not _holds_run(path) and _foreign(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFolderError(f"--run {name[:MOST_OF_A_NAME]}: cannot be a folder ({reason}); choose another") from error
+    if foreign:
+        raise RunFolderError(
+            f"--run {name}: {path.resolve()} holds other files ({foreign}) and is not a run; name a run below runs/, "
+            f"or give a path that is new, empty, or already a run"
+        )
+    return path
+
+
+def _foreign(path: epath.Path) -> str | None:
+    """Return a file in `path` that a run which died while its folder was made would not have left; None if none."""
+    if not path.is_dir():
+        return "it is a file"
+    run = RunFolder(path)
+    names = sorted(entry.name for entry in path.iterdir())
+    if run.lock.name in names:
+        return None
+    return next((name for name in names if name != run.checkpoints.name or any(run.checkpoints.iterdir())), None)
 
 
 def load_experiment(run: RunFolder) -> Experiment:

@@ -5,6 +5,7 @@ Shapes: S evaluations, L MoE layers, N tokens, C choices of a token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,10 @@ class Study(NamedTuple):
     choices_a_token: int  # the most
 
 
-def study(run: RunFolder, num_experts: int) -> Study | None:
-    """Of the choices kept in RUN/routing; None where there are none."""
-    found = read_choices(run)
+def study(run: RunFolder, num_experts: int, log: Callable[[str], None] = lambda text: None) -> Study | None:
+    """Return the study of the choices kept in RUN/routing; None where there are none. `log` receives a line for each
+    file that is left out because it is damaged."""
+    found = read_choices(run, log)
     if not found:
         return None
     steps, choices = np.array(list(found), np.float64), list(found.values())

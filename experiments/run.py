@@ -32,7 +32,6 @@ from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
 from train.config_io import ConfigError, config_hash
 from train.evaluate import evaluate_all
-from train.frozen import FOLDER
 from train.loop import Trained, train
 from train.program import Network, Program, Weights, build, build_network, load_weights
 from train.progress import duration
@@ -292,8 +291,8 @@ def open_trained(
     and export: no optimizer is built. A mesh that does not fit the devices that are here is replaced by one that does.
     """
     network = build_network(fit_mesh(experiment, log=log))
-    with Checkpointer(str(run.checkpoints), read_only=True, warn=log) as checkpoints, use_mesh(network.mesh):
-        weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.path / FOLDER, warn=log)
+    with Checkpointer(run.checkpoints, read_only=True, warn=log) as checkpoints, use_mesh(network.mesh):
+        weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.frozen, warn=log)
     if weights is None:
         raise CheckpointError(
             f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from data.batch import Batch
 from data.pipeline import heldout_windows, train_batches
 from data.prepare import Prepared
+from experiments.memory import memory_here
 from experiments.resolve import resolve_from
 from experiments.run import open_trained, prepare_data
 from interop.save import staged
@@ -24,7 +25,7 @@ from sharding.mesh import put_batch, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment
 from train.config_io import ConfigError
-from train.frozen import FOLDER, keep_frozen
+from train.frozen import keep_frozen
 from train.program import Weights, build
 from train.records import (
     MetricsWriter,
@@ -56,7 +57,7 @@ def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
         cost="",
         model=replace(dense.model, moe=MoEConfig(hidden_dim=dense.model.mlp.hidden_dim)),
     )
-    experiment = resolve_from(base, overrides)
+    experiment = resolve_from(base, overrides, memory=memory_here)
     check(dense.model, experiment.model)
     return experiment
 
@@ -73,7 +74,8 @@ def upcycle_run(
 ) -> float:
     """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
     `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data
-    from their start. Read back, the largest difference of its logits from the dense run's is told and returned.
+    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned; NaN
+    where the run holds no text out to compare on.
 
     The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run`
     cannot be read or the logits differ.
@@ -90,7 +92,11 @@ def upcycle_run(
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
-        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
+        far = math.nan
+        if prepared.heldout_names:
+            far = _compare(experiment, dense, run, trained.step, new, prepared, say)
+        else:
+            say("the logits were not compared with the dense run's: data.holdout_fraction = 0 holds no text out")
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
     return far
 
@@ -124,7 +130,7 @@ def _write(
         }
         state = _state(experiment, trained.model)
         if state.frozen is not None:
-            metadata["frozen"] = keep_frozen(new.path / FOLDER, state.frozen, say)
+            metadata["frozen"] = keep_frozen(new.frozen, state.frozen, say)
         if not checkpoints.save(0, state._replace(frozen=None), metadata=metadata, wait=True):
             raise CheckpointError(
                 f"{new.path}: the checkpoint was not written (the warning above says why); free the disk"

@@ -9,6 +9,9 @@ from typing import Literal
 
 from model.moe_config import MoEConfig
 
+# Counts that checks and plans loop over: far above every published network.
+MOST = {"num_layers": 4_096, "attention.num_heads": 1_000_000, "attention.num_kv_heads": 1_000_000}
+
 
 @dataclass(frozen=True)
 class NormConfig:
@@ -212,6 +215,8 @@ class ModelConfig:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"model.{name} = {count}: must be at least 1")
+            if count is not None and count > (largest := MOST.get(name, count)):
+                raise ValueError(f"model.{name} = {count}: far above every published network; use at most {largest}")
         positive: dict[str, float | None] = {
             "attention.softcap": a.softcap,
             "attention.query_scale": a.query_scale,
@@ -356,9 +361,11 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
 def segments(config: ModelConfig) -> tuple[Segment, ...]:
     """The layers as few scans: a prefix of single layers, one repeated unit, a remainder."""
     specs = layer_specs(config)
-    best = tuple(Segment((spec,), 1) for spec in specs)
+    best, shortest = tuple(Segment((spec,), 1) for spec in specs), len(specs)
     for start in range(len(specs)):
         for period in range(1, len(specs) - start + 1):
+            if start + period >= shortest:
+                break  # a longer unit cannot make a shorter plan
             unit = tuple(specs[start : start + period])
             repeats = 1
             while tuple(specs[start + repeats * period : start + (repeats + 1) * period]) == unit:
@@ -369,6 +376,6 @@ def segments(config: ModelConfig) -> tuple[Segment, ...]:
                 Segment(unit, repeats),
                 *(Segment((spec,), 1) for spec in rest),
             )
-            if sum(len(s.unit) for s in plan) < sum(len(s.unit) for s in best):
-                best = plan
+            if (length := sum(len(s.unit) for s in plan)) < shortest:
+                best, shortest = plan, length
     return best

@@ -15,6 +15,7 @@ ALWAYS_ONE = (
     "softmax_top_k",
     "sigmoid_renormalized",
 )  # `weights` that are 1 where one expert is chosen
+MOST_EXPERTS = 1_000_000  # far above every published network; checks loop over them
 WITHOUT_LOGITS = ("hash", "random")  # routers that have no weights of their own and learn nothing
 # Routers that read `weights`; the others weight their experts as their papers do, which is the form that is named here
 # where there is one.
@@ -91,6 +92,8 @@ class MoEConfig:
         """Raises ValueError that names field, value and fix. `causal`: the model's tokens may not see later ones."""
         if self.num_experts < 1:
             raise ValueError(f"model.moe.num_experts = {self.num_experts}: must be at least 1")
+        if self.num_experts > MOST_EXPERTS:
+            raise ValueError(f"model.moe.num_experts = {self.num_experts}: use at most {MOST_EXPERTS}")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
                 f"model.moe.top_k = {self.top_k}: must be between 1 and model.moe.num_experts = {self.num_experts}"

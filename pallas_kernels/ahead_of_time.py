@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,6 +30,11 @@ from jax.experimental import topologies
 
 # The smallest topology of each generation.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+NAMING = (
+    f"name a generation and its chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, "
+    f"v5p:8x8x8)"
+)
+MOST_CHIPS = 32_768  # several times the largest pod
 # Read when the compiler is loaded, which is at the first topology asked for. The last: several processes at once.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -42,6 +48,7 @@ def devices_of(topology: str) -> list[jax.Device]:
     """The devices of a TPU topology, such as 'v5p:4x4x4', that is not here: for meshes and shardings to compile for.
 
     Raises ValueError for a name the compiler does not know, RuntimeError where libtpu is not installed."""
+    _check_sizes(topology)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -53,10 +60,21 @@ def devices_of(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); name a "
-            f"generation and its "
-            f"chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, v5p:8x8x8)"
+            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); {NAMING}"
         ) from error
+
+
+def _check_sizes(topology: str) -> None:
+    """Raise ValueError for sizes that end the compiler's process (0) or exceed every pod."""
+    found = re.fullmatch(r"[A-Za-z0-9]+:([0-9]+(?:x[0-9]+){1,2})(?:_[a-z]+)?", topology)
+    if found is None:
+        raise ValueError(f"topology {topology!r}: not a name such as {TOPOLOGIES['v5p']}; {NAMING}")
+    sizes = [int(size[:9]) for size in found[1].split("x")]
+    if not 1 <= math.prod(sizes) <= MOST_CHIPS:
+        raise ValueError(
+            f"topology {topology!r}: {' x '.join(map(str, sizes))} chips; each axis has 1 or more, and all together at "
+            f"most {MOST_CHIPS}; {NAMING}"
+        )
 
 
 def mesh_of(target: str) -> jax.sharding.Mesh:

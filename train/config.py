@@ -142,10 +142,11 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     samples: SampleConfig = SampleConfig()
 
-    def validate(self, device_count: int) -> None:
-        """Checks every part, and the parts against each other and the devices, before any compile or download.
+    def validate(self, device_count: int, *, training: bool = True) -> None:
+        """Check every part, and the parts against each other and the devices, before any compile or download.
 
-        Raises ValueError whose one paragraph names field, value and fix.
+        Without `training`, what only a training run needs is not checked: a finished run can be sampled whatever its
+        schedule was. Raises ValueError whose one paragraph names field, value and fix.
         """
         for part in (self.model, self.sharding, self.data, self.optimizer, self.train):
             part.validate()
@@ -161,6 +162,12 @@ class Experiment:
             raise ValueError(
                 f"train.trainable_layers = {layers}: between 1 and model.num_layers = {self.model.num_layers}, or none "
                 "to train everything"
+            )
+        if training and self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps}: longer than the run, train.steps = "
+                f"{self.train.steps}, so that the learning rate never reaches its peak; set it to {self.train.steps} "
+                f"or less, or train.steps higher"
             )
         self._validate_samples()
         self._validate_objective()

@@ -2,7 +2,7 @@
 
 A config is a tree of frozen dataclasses. Its leaves are int, float, bool, str, Literal, tuples of these, and unions of
 these with None; a field may also hold a dataclass, a dataclass or None, or a tuple of dataclasses. The annotations are
-the schema: a value is parsed, written and read back by them alone. Standard library only, so that a command line
+the schema: a value is parsed, written and read back by them alone. Imports nothing heavy, so that a command line
 starts fast. Anything a user can get wrong raises `ConfigError`, with the field, the value and the fix.
 """
 
@@ -13,11 +13,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from data.paths import parse_path, write_whole
 
 C = TypeVar("C")
 
@@ -86,6 +88,24 @@ def _describe(annotation: Any) -> str:
     return " or ".join(words)
 
 
+def _short(value: object) -> str:
+    """Return `value` as text of a length that fits into a message."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists without end
+        text = f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _encodes(value: object) -> bool:
+    """Return False for text that cannot be written as UTF-8, such as an argument of other bytes."""
+    return not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _quoted(value: object) -> str:
+    return _short(value) if not isinstance(value, str) else _short(repr(value))
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
@@ -133,12 +153,14 @@ def _parse_member(annotation: Any, text: str) -> Any:
         if text.lower() in BOOLS:
             return BOOLS[text.lower()]
     elif annotation is int:
-        return int(text)
+        if re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text):  # int() takes the digits of every script
+            return int(text)
     elif annotation is float:
-        if math.isfinite(number := float(text)):
+        if text.isascii() and math.isfinite(number := float(text)):
             return number
     elif annotation is str:
-        return text
+        if _encodes(text):
+            return text
     elif typing.get_origin(annotation) is Literal:
         for option in typing.get_args(annotation):
             if str(option) == text:
@@ -205,7 +227,7 @@ def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: st
         try:
             return _parse(annotation, text)
         except ValueError:
-            raise ConfigError(f"{done} = {text}: expected {_describe(annotation)}") from None
+            raise ConfigError(f"{done} = {_short(text)}: expected {_describe(annotation)}") from None
 
     head, rest = path[0], path[1:]
     dotted = _join(done, head)
@@ -271,13 +293,14 @@ def _decode(annotation: Any, data: Any, dotted: str) -> Any:
         elif typing.get_origin(member) is Literal:
             if any(data == option and type(data) is type(option) for option in typing.get_args(member)):
                 return data
-        elif type(data) is member and (member is not float or math.isfinite(data)):
+        elif type(data) is member and (member is not float or math.isfinite(data)) and _encodes(data):
             return data
-    if type(data) is int and float in _members(annotation):
+    if type(data) is int and float in _members(annotation) and abs(data) < 2**1023:
         return float(data)
+    shown = f"{dotted or 'the config'} = {_quoted(data)}"
     if (cls := _dataclass_in(annotation)) or ((e := _element(annotation)) is not None and (cls := _dataclass_in(e))):
-        raise ConfigError(f"{dotted} = {data!r}: expected the fields of {cls.__name__}: {', '.join(_fields(cls))}")
-    raise ConfigError(f"{dotted} = {data!r}: expected {_describe(annotation)}")
+        raise ConfigError(f"{shown}: expected the fields of {cls.__name__}: {', '.join(_fields(cls))}")
+    raise ConfigError(f"{shown}: expected {_describe(annotation)}")
 
 
 def _decode_dataclass(cls: type, data: dict[str, Any], dotted: str) -> Any:
@@ -307,20 +330,22 @@ def from_dict(cls: type[C], data: dict[str, Any]) -> C:
 
 def save_json(config: Any, path: str | os.PathLike) -> None:
     """Write the config as indented JSON, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def load_json(cls: type[C], path: str | os.PathLike) -> C:
     """Read what `save_json` wrote. ConfigError names the file when it is not JSON or does not fit `cls`."""
+    content = parse_path(path).read_bytes()
     try:
-        return from_dict(cls, json.loads(Path(path).read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a config in JSON ({error}); restore the file or start a new run") from error
+        return from_dict(cls, json.loads(content.decode("utf-8")))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except ValueError as error:  # not JSON, not UTF-8, a number of thousands of digits
+        raise ConfigError(f"{path}: not a config in JSON ({error}); restore the file or start a new run") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path}: not a config (brackets nested too deep); restore the file or start a new run"
+        ) from error
 
 
 # ---- looking at configs ----

@@ -20,8 +20,6 @@ from model.weights import Weight, merge, repeats, split
 from train.checkpoint import Checkpointer, CheckpointError
 from train.leaves import checksums, named_leaves, to_storable
 
-FOLDER = "frozen"  # in the run's folder
-
 
 class Frozen(NamedTuple):
     """Weights that a step reads and never changes; no gradient, moment or average exists for them."""
@@ -81,7 +79,7 @@ def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], No
     What an earlier beginning wrote stays if it is the same. Raises CheckpointError if it is not, or cannot be written.
     """
     name = digest(frozen)
-    with Checkpointer(str(folder), keep_last=1, warn=warn) as checkpoints:
+    with Checkpointer(folder, keep_last=1, warn=warn) as checkpoints:
         if checkpoints.steps():
             _check(checkpoints.restore(frozen).state, name, folder)  # type: ignore[union-attr]
         elif not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
@@ -94,7 +92,7 @@ def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Call
     not those that its checkpoints were trained with (`expected`)."""
     if not epath.Path(folder).is_dir():
         raise CheckpointError(f"{folder} is missing: the run's frozen weights are there; copy it with the run")
-    with Checkpointer(str(folder), read_only=True, warn=warn) as checkpoints:
+    with Checkpointer(folder, read_only=True, warn=warn) as checkpoints:
         restored = checkpoints.restore(template, part=True)
     if restored is None:
         raise CheckpointError(f"{folder} holds no weights: the run's frozen weights are there; copy it with the run")

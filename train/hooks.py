@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import numpy as np
 
+from data.array_files import write_arrays
 from data.batch import Batch
 from data.prepare import Prepared
 from model.transformer import Transformer
@@ -97,7 +97,7 @@ class NonfiniteGuard(Hook):
         self._refused = result.refused
         path = self._run.path / f"nonfinite_step_{result.step}_process_{jax.process_index()}.npz"
         try:
-            np.savez(path, **result.batch.arrays())
+            write_arrays(path, result.batch.arrays())
             kept = f"the batch is in {path.name}"
         except OSError as error:
             kept = f"the batch could not be kept ({error})"

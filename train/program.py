@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh, PartitionSpec
 
 from data.batch import Batch
@@ -28,7 +28,7 @@ from train.frozen import Frozen, read_frozen, rejoin, train_last
 from train.hyper import Hyper, hyper_of
 from train.objectives import Objective, make_objective, scoring_objective
 from train.optimizers import make_optimizer, schedule
-from train.records import RunFolder
+from train.run_folder import RunFolder, RunFolderError
 from train.step import Step, TrainState, init_state, make_step
 
 
@@ -141,10 +141,9 @@ def build(
 
 def _teacher(experiment: Experiment, mesh: Mesh | None) -> Network:
     """Return the network of `train.teacher`, laid out as the student is. Raises ConfigError."""
-    run = RunFolder(Path(experiment.train.teacher))
     try:
-        teacher = load_json(Experiment, run.config)
-    except (OSError, ConfigError) as error:
+        teacher = load_json(Experiment, RunFolder(experiment.train.teacher).config)
+    except (OSError, ConfigError, RunFolderError) as error:
         raise ConfigError(
             f"train.teacher = {experiment.train.teacher!r}: is not a run whose config can be read ({error}); give the "
             "path of a run's folder"
@@ -175,7 +174,7 @@ def restore(
     tokenizer: Tokenizer,
     step: int | None = None,
     *,
-    frozen: Path | None = None,
+    frozen: epath.PathLike | None = None,
     warn: Callable[[str], None] = print,
 ) -> Restored | None:
     """Return the train state of the newest good checkpoint (or of `step`) on this program's mesh, or None.
@@ -209,7 +208,7 @@ def load_weights(
     tokenizer: Tokenizer,
     step: int | None = None,
     *,
-    frozen: Path | None = None,
+    frozen: epath.PathLike | None = None,
     warn: Callable[[str], None] = print,
 ) -> Weights | None:
     """Return the weights (the average where the run keeps one) of the newest good checkpoint, or of `step`, or None.

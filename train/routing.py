@@ -6,8 +6,6 @@ Shapes: L MoE layers, B batch, T time, R rows kept, N tokens, C choices of a tok
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from data.array_files import read_arrays, write_arrays
 from data.batch import Batch
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
@@ -73,11 +72,9 @@ class RouterProbe(Evaluator):
             path = self._run.routing / f"{step:08d}.npz"
             try:
                 self._run.routing.mkdir(exist_ok=True)
-                np.savez_compressed(path, choices=kept.reshape(len(kept), -1, kept.shape[-1]))
+                write_arrays(path, {"choices": kept.reshape(len(kept), -1, kept.shape[-1])}, compress=True)
             except OSError as error:
                 self._warn(f"the routers' choices at step {step} were not written ({error})")
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
         return []
 
 
@@ -97,8 +94,7 @@ def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None)
     found = {}
     for path in sorted(run.routing.glob("*.npz")) if run.routing.is_dir() else ():
         try:
-            with np.load(io.BytesIO(path.read_bytes())) as file:  # of a torn file numpy would leave its own open
-                choices = file["choices"].astype(np.int32)
+            choices = read_arrays(path)["choices"].astype(np.int32)
             if choices.ndim != 3:
                 raise ValueError(f"choices of shape {choices.shape}")
             found[int(path.stem)] = choices

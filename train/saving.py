@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from data.pipeline import TrainBatches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpointer, CheckpointError
-from train.frozen import FOLDER, keep_frozen
+from train.frozen import keep_frozen
 from train.hooks import Recorder
 from train.program import Program, load_weights, restore, with_teacher
 from train.records import RunFolder
@@ -36,12 +35,12 @@ def start_or_resume(
     recorder: Recorder, rows: Rows,
 ) -> Start:  # fmt: skip
     """Return the newest good checkpoint's state, with the data stream at its position, or a new state."""
-    folder, tokenizer = run.path / FOLDER, prepared.tokenizer
-    restored = restore(program, checkpoints, tokenizer, frozen=folder, warn=recorder.warn)
+    tokenizer = prepared.tokenizer
+    restored = restore(program, checkpoints, tokenizer, frozen=run.frozen, warn=recorder.warn)
     if restored is None:
         counts = rows.counts
         recorder.log(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
-        state, kept = _with_frozen(program, jax.jit(program.make_state)(program.hyper), folder, tokenizer, recorder)
+        state, kept = _with_frozen(program, jax.jit(program.make_state)(program.hyper), run, tokenizer, recorder)
         recorder.event(
             0, "started", f"{counts.total:,} parameters", parameters_total=counts.total,
             parameters_active=counts.active, mfu_convention=rows.convention, flops_per_token=rows.flops_per_token,
@@ -55,25 +54,25 @@ def start_or_resume(
     recorder.event(restored.step, "resumed", f"from step {restored.step}")
     kept = restored.metadata.get("frozen", "")
     if not kept:  # a start from weights alone
-        state, kept = _with_frozen(program, state, folder, tokenizer, recorder)
+        state, kept = _with_frozen(program, state, run, tokenizer, recorder)
     return Start(state, restored.step, restored.metadata["seconds"], kept)
 
 
 def _with_frozen(
-    program: Program, state: TrainState, folder: Path, tokenizer: Tokenizer, recorder: Recorder
+    program: Program, state: TrainState, run: RunFolder, tokenizer: Tokenizer, recorder: Recorder
 ) -> tuple[TrainState, str]:
     """Return (the state with its teacher, the digest of its frozen weights or ''); these are then on disk."""
     if program.teacher is not None:
-        run = RunFolder(Path(program.experiment.train.teacher))
-        with Checkpointer(str(run.checkpoints), read_only=True, warn=recorder.warn) as checkpoints:
-            weights = load_weights(
-                program.teacher, checkpoints, tokenizer, frozen=run.path / FOLDER, warn=recorder.warn
-            )
+        teacher = RunFolder(program.experiment.train.teacher)
+        with Checkpointer(teacher.checkpoints, read_only=True, warn=recorder.warn) as checkpoints:
+            weights = load_weights(program.teacher, checkpoints, tokenizer, frozen=teacher.frozen, warn=recorder.warn)
         if weights is None:
-            raise CheckpointError(f"train.teacher = {str(run.path)!r}: the run has no checkpoint yet; train it first")
-        recorder.log(f"teacher: {run.path} at step {weights.step}")
+            raise CheckpointError(
+                f"train.teacher = {str(teacher.path)!r}: the run has no checkpoint yet; train it first"
+            )
+        recorder.log(f"teacher: {teacher.path} at step {weights.step}")
         state = with_teacher(state, jax.tree.map(lambda w: w.astype(jnp.float32), weights.model))
-    return state, "" if state.frozen is None else keep_frozen(folder, state.frozen, recorder.warn)
+    return state, "" if state.frozen is None else keep_frozen(run.frozen, state.frozen, recorder.warn)
 
 
 class Saver:

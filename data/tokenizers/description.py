@@ -4,22 +4,24 @@ template."""
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import Any
 
+from data.paths import parse_path
 from data.tokenizers.protocol import Tokenizer
 
 DESCRIPTION = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def write_description(directory: str | Path, kind: str, tokenizer: Tokenizer, **more: Any) -> None:
+def write_description(directory: str | os.PathLike[str], kind: str, tokenizer: Tokenizer, **more: Any) -> None:
     """Writes the description and the chat template into a folder, which is made."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    folder = parse_path(directory, "tokenizer")
+    folder.mkdir(parents=True, exist_ok=True)
     description = {"kind": kind, "identity": tokenizer.identity, **more}
-    Path(directory, DESCRIPTION).write_text(json.dumps(description) + "\n", encoding="utf-8")
-    template = Path(directory, CHAT_TEMPLATE)
+    (folder / DESCRIPTION).write_bytes(json.dumps(description).encode() + b"\n")
+    template = folder / CHAT_TEMPLATE
     if tokenizer.chat_template is not None:
-        template.write_text(tokenizer.chat_template, encoding="utf-8", newline="")
+        template.write_bytes(tokenizer.chat_template.encode("utf-8"))
     else:
         template.unlink(missing_ok=True)  # of another tokenizer that was saved here

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from data.config import DataError, TokenizerConfig
+from data.paths import PathError, parse_path
 from data.tokenizers import huggingface, published, ranks, sentencepieces
 from data.tokenizers.description import CHAT_TEMPLATE, DESCRIPTION
 from data.tokenizers.huggingface import HFTokenizer
@@ -18,13 +22,17 @@ from data.tokenizers.sentencepieces import PublishedSentencePiece
 from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Read a saved tokenizer. Raises DataError naming the file that is missing, damaged or of another tokenizer."""
-    path = Path(directory, DESCRIPTION)
+    try:
+        folder = parse_path(directory, "tokenizer")
+    except PathError as error:
+        raise DataError(str(error)) from error
+    path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_bytes())
         identity = description["identity"]
-        tokenizer = _READERS[description["kind"]](Path(directory), description)
+        tokenizer = _READERS[description["kind"]](folder, description)
     except DataError:
         raise
     except OSError as error:
@@ -85,24 +93,26 @@ def special_tokens(config: TokenizerConfig) -> SpecialTokens:
     return saved_tokenizer(config).special if config.kind == "saved" else SpecialTokens()
 
 
-def _template(directory: Path) -> str | None:
+def _template(directory: epath.Path) -> str | None:
     path = directory / CHAT_TEMPLATE
     return path.read_bytes().decode("utf-8") if path.is_file() else None
 
 
-def _byte(directory: Path, description: dict[str, Any]) -> Tokenizer:
+def _byte(directory: epath.Path, description: dict[str, Any]) -> Tokenizer:
     tokenizer = ByteTokenizer()
     tokenizer.chat_template = _template(directory)
     return tokenizer
 
 
-def _sentencepiece(directory: Path, description: dict[str, Any]) -> Tokenizer:
+def _sentencepiece(directory: epath.Path, description: dict[str, Any]) -> Tokenizer:
     tokenizer = SentencePieceTokenizer((directory / "tokenizer.model").read_bytes())
     tokenizer.chat_template = _template(directory)
     return tokenizer
 
 
-def _foreign(make: Callable[..., Tokenizer], file: str, directory: Path, description: dict[str, Any]) -> Tokenizer:
+def _foreign(
+    make: Callable[..., Tokenizer], file: str, directory: epath.Path, description: dict[str, Any]
+) -> Tokenizer:
     content = (directory / file).read_bytes()
     more = {"kind": description["tiktoken"]} if make is TiktokenTokenizer else {}
     return make(
@@ -115,7 +125,7 @@ def _foreign(make: Callable[..., Tokenizer], file: str, directory: Path, descrip
     )
 
 
-_READERS: dict[str, Callable[[Path, dict[str, Any]], Tokenizer]] = {
+_READERS: dict[str, Callable[[epath.Path, dict[str, Any]], Tokenizer]] = {
     "byte": _byte,
     "sentencepiece": _sentencepiece,
     "huggingface": partial(_foreign, HFTokenizer, huggingface.FILE),

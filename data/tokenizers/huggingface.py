@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.config import DataError
+from data.paths import parse_path
 from data.tokenizers.description import write_description
 from data.tokenizers.extras import needed
 from data.tokenizers.protocol import BytesTable, SpecialTokens, Stream
@@ -98,9 +99,10 @@ class HFTokenizer(BytesTable):
     def stream(self) -> Stream:
         return super().stream() if self._spelling.joined else PieceStream(self._spelling, self.token_bytes)
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, FILE).write_text(self.text, encoding="utf-8", newline="")
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = parse_path(directory, "tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_bytes(self.text.encode("utf-8"))
         write_description(
             directory, "huggingface", self, special=self.special._asdict(), stops=self.stops, names=self.names
         )  # fmt: skip

@@ -4,10 +4,10 @@ character."""
 from __future__ import annotations
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -108,7 +108,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer into a folder, for `load_tokenizer`."""
         ...
 

@@ -14,11 +14,11 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from data.config import DataError
+from data.paths import parse_path
 from data.tokenizers.description import write_description
 from data.tokenizers.extras import needed
 from data.tokenizers.protocol import BytesTable, SpecialTokens
@@ -157,9 +157,10 @@ class TiktokenTokenizer(BytesTable):
     def _normal(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if KINDS[self.kind].composed else text
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, FILE).write_bytes(self.content)
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = parse_path(directory, "tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_bytes(self.content)
         write_description(
             directory,
             "tiktoken",

@@ -10,12 +10,12 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from data.config import DataError
+from data.paths import parse_path
 from data.tokenizers.description import write_description
 from data.tokenizers.protocol import BytesTable, SpecialTokens, Stream
 
@@ -102,9 +102,10 @@ class PublishedSentencePiece(BytesTable):
             self.token_bytes,
         )
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, FILE).write_bytes(self.model)
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = parse_path(directory, "tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_bytes(self.model)
         write_description(
             directory,
             "published_sentencepiece",

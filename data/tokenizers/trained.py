@@ -13,13 +13,13 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
+from data.paths import parse_path
 from data.tokenizers.description import write_description
 from data.tokenizers.protocol import BytesTable, Tokenizer
 
@@ -46,7 +46,7 @@ class ByteTokenizer(BytesTable):
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | os.PathLike[str]) -> None:
         write_description(directory, "byte", self)
 
 
@@ -92,9 +92,10 @@ class SentencePieceTokenizer(BytesTable):
         encoded = iter(self._processor.encode(plain, return_type="numpy", num_threads=os.cpu_count()) if plain else ())
         return [self.encode(text) if _SPACE_MARK in text else next(encoded) for text in texts]
 
-    def save(self, directory: str | Path) -> None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        Path(directory, "tokenizer.model").write_bytes(self.model)
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        folder = parse_path(directory, "tokenizer")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.model").write_bytes(self.model)
         write_description(directory, "sentencepiece", self)
 
 

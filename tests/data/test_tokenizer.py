@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
 from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_tokenizer, train_tokenizer
+from tests.fake_bucket import use_fake_bucket
 
 CONFIG = TokenizerConfig(vocab_size=400)
 # Specials and byte pieces as text, in the training text too: they must stay text.
@@ -154,3 +155,15 @@ def test_damaged_tokenizers_are_named(tmp_path):
 def test_a_vocabulary_too_large_for_the_text_is_refused():
     with pytest.raises(DataError, match=r"vocab_size = 4096 .*value <= "):
         train_tokenizer(TokenizerConfig(), ["only a few words"])
+
+
+def test_a_tokenizer_is_saved_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    use_fake_bucket()
+    folder = "gs://bucket/test_tokenizer/tokenizer"
+    ByteTokenizer().save(folder)
+    assert load_tokenizer(folder).identity == ByteTokenizer().identity and list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="no tokenizer in gs://bucket/absent"):
+        load_tokenizer("gs://bucket/absent")
+    with pytest.raises(DataError, match="not s3://"):
+        load_tokenizer("s3://bucket/tokenizer")

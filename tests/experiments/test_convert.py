@@ -45,6 +45,7 @@ TINY = {
     "data.sequence_length": 32,
     "data.batch_size": 8,
     "train.steps": 2,
+    "optimizer.warmup_steps": 2,
     "train.eval_every": 0,
     "train.eval_windows": 2,
     "train.log_every": 1,

@@ -21,7 +21,7 @@ from train.records import open_run, read_metrics
 from train.signals import StopSignal
 
 ROOT = Path(__file__).parents[2]
-TINY = ["model.num_layers=1", "train.steps=2", "samples.count=0"]
+TINY = ["model.num_layers=1", "train.steps=2", "samples.count=0", "optimizer.warmup_steps=1"]
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
 """The report shows what the folder holds, whatever is missing, and nothing of it as markup."""
 
+import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from experiments.plot_style import smooth, thin
 from experiments.report import write_report
 from experiments.routing import study
 from tests.experiments.synthetic_run import make_run
-from train.records import MetricsWriter, RunFolder, RunFolderError, write_samples
+from train.records import MetricsWriter, RunFolder, RunFolderError, write_environment, write_samples
 
 VOID = {"meta", "img", "source"}
 
@@ -42,8 +45,8 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def checked(run) -> Checker:
-    page = write_report(run.path).read_bytes().decode()
+def checked(run, **options) -> Checker:
+    page = write_report(run.path, **options).read_bytes().decode()
     assert "://" not in page and "@import" not in page and "url(" not in page
     return Checker(page)
 
@@ -53,6 +56,7 @@ def test_a_whole_run_tells_everything(tmp_path):
     began = time.perf_counter()
     page = checked(run)
     assert time.perf_counter() - began < 15  # seconds; about 2 on an idle core
+    assert "Note:" not in page.text
     for word in (
         "quickstart",
         "Does a small mixture",
@@ -86,7 +90,7 @@ def test_a_whole_run_tells_everything(tmp_path):
         )
     }
     raw = run.report.read_text()
-    assert re.search(r"class=set><td>model.num_layers<", raw) and not re.search(r"class=set><td>name<", raw)
+    assert re.search(r'class="set"><td>model.num_layers<', raw) and not re.search(r'class="set"><td>name<', raw)
 
 
 def test_what_routers_chose_is_studied_against_the_last_step(tmp_path):
@@ -149,10 +153,12 @@ def test_nothing_a_run_says_becomes_markup(tmp_path_factory, a, b, c):
     run = make_run(tmp_path_factory.mktemp("run"), steps=0, name=a, question=b, finished=False)
     write_samples(run, [{"prompt": a, "completion": b, "reference": c, "file": c}])
     with MetricsWriter(run) as writer:
-        writer.write({"kind": "event", "step": 1, "event": a, "message": b})
-    page = checked(run)
+        writer.write({"kind": "event", "step": c, "event": a, "message": b})
+        writer.write({"kind": "eval", "step": 1, "set": a, "bits_per_byte": 1.0, "loss": None})
+    write_environment(run, {"devices": {a: b}, "command": [c, 1], "start_time": a, "git_commit": b})
+    page = checked(run, themes=())
     assert "script" not in page.tags and "img" not in page.tags
-    assert page.text.count(a) >= 2 and b in page.text
+    assert page.text.count(a) >= 4 and b in page.text and c in page.text and "Note:" not in page.text
 
 
 @given(st.lists(st.floats(-100, 100) | st.just(float("nan")), max_size=50), st.floats(1, 20))
@@ -173,3 +179,130 @@ def test_thinning_keeps_the_mean_of_equal_groups_and_the_order(length, points):
     thinned, values = thin(steps, steps * 2, points)
     assert len(thinned) == min(length, points)
     assert np.all(np.diff(thinned) > 0) and np.allclose(values, 2 * thinned)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run whose files are garbled in copies; few steps, so that a report takes milliseconds."""
+    return make_run(tmp_path_factory.mktemp("small"), steps=4, layers=2, experts=4)
+
+
+DAMAGED = ("config.json", "environment.json", "overrides.json", "samples.jsonl", "routing/00000002.npz")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("damage", ["cut", "empty", "not text", "another type", "nested", "a folder"])
+def test_a_damaged_file_costs_its_part_of_the_page_and_is_named(small_run, tmp_path, name, damage):
+    run = RunFolder(Path(shutil.copytree(small_run.path, tmp_path / "run")))
+    path = run.path / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(
+            {
+                "cut": content[: len(content) // 2],
+                "empty": b"",
+                "not text": b"\xff\xfe\x00" + content,
+                "another type": b"12\n",
+                "nested": b"[" * 200_000 + b"]" * 200_000,
+            }[damage]
+        )
+    lines: list[str] = []
+    page = checked(run, themes=("light",) if "npz" in name else (), log=lines.append)
+    if (name, damage) != ("samples.jsonl", "empty"):  # which is a run without completions
+        assert any(path.name in line for line in lines) and path.name in page.text
+    assert "quickstart" in page.text or name == "config.json"
+    assert "Events" not in page.text and "Summary" in page.text
+
+
+WRONG = (
+    b"null",
+    b"1e999",
+    b'"<b>"',
+    b"[]",
+    b"{}",
+    b"-1",
+    b"\n",
+    b'{"kind": "eval", "step": 1}\n',
+    b'"\\ud800"',
+    b"9" * 30,
+)
+
+
+def garbled(draw, content: bytes) -> bytes:
+    """`content` with junk in up to three places, and perhaps cut."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(content)))
+        content[at : at + draw(st.integers(0, 40))] = draw(st.binary(max_size=6) | st.sampled_from(WRONG))
+    return bytes(content[: draw(st.integers(0, len(content)) | st.just(len(content)))])
+
+
+def survives(small_run, folder, name: str, data, themes) -> None:
+    run = RunFolder(Path(shutil.copytree(small_run.path, folder / "run")))
+    path = run.path / name
+    path.write_bytes(garbled(data.draw, path.read_bytes()))
+    try:
+        checked(run, themes=themes)
+    except RunFolderError as error:
+        assert name == "metrics.jsonl" and "\n" not in str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from((*DAMAGED[:4], "metrics.jsonl")), st.data())
+def test_no_bytes_in_any_file_end_the_report_with_another_error(small_run, tmp_path_factory, name, data):
+    survives(small_run, tmp_path_factory.mktemp("fuzz"), name, data, ())
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(("config.json", "metrics.jsonl", "routing/00000002.npz")), st.data())
+def test_no_bytes_in_any_file_end_the_figures_with_another_error(small_run, tmp_path_factory, name, data):
+    survives(small_run, tmp_path_factory.mktemp("fuzz"), name, data, ("light",))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "eval", "step": 3},
+        {"kind": "train", "step": "<i>"},
+        {"kind": "train", "step": 5, "loss": "much", "grad_norm": [1], "expert_load": [[1], [1, 2]]},
+        {"kind": "final", "step": 5, "sets": {"s": {"bits_per_byte": "low"}}},
+        {"kind": "final", "step": 5, "sets": [1]},
+        {"kind": "final", "step": 5, "wall_seconds": "long"},
+        {"kind": "event", "step": {"a": "<script>"}, "event": ["<script>"], "time": {}},
+        {"kind": ["<b>"], "step": 1},
+    ],
+)
+def test_rows_of_other_types_cost_what_they_would_have_shown(small_run, tmp_path, row):
+    run = RunFolder(Path(shutil.copytree(small_run.path, tmp_path / "run")))
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    try:
+        page = checked(run, themes=("light",))
+    except RunFolderError as error:
+        assert "metrics.jsonl" in str(error)
+        return
+    assert "script" not in page.tags and "i" not in page.tags
+    assert "Note:" in page.text or row["kind"] in ("event", "final")
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**9, "8", None, [8], True])
+def test_an_impossible_number_of_experts_is_noted(small_run, tmp_path, number):
+    run = RunFolder(Path(shutil.copytree(small_run.path, tmp_path / "run")))
+    run.config.write_text(json.dumps({"model": {"moe": {"num_experts": number}}}))
+    page = checked(run, themes=("light",))
+    assert "Note: routing/ left out" in page.text
+
+
+def test_a_report_that_cannot_be_written_is_a_clear_error(small_run, tmp_path):
+    run = RunFolder(Path(shutil.copytree(small_run.path, tmp_path / "run")))
+    run.report.mkdir()
+    with pytest.raises(RunFolderError, match=r"report\.html cannot be written .*fix the permissions"):
+        write_report(run.path, themes=())
+    assert not list(run.path.glob("*.tmp"))
+    run.report.rmdir()
+    run.plots.write_text("a file where a folder should be")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        write_report(run.path, themes=("light",))

@@ -26,7 +26,11 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("place")
     write_folder(root / "corpus")
     settings = [word for word in tiny_overrides(root) if word != "--set"]
-    experiment = resolve("smoke", [*settings, "model.moe=none", "model.mlp.hidden_dim=32", "train.steps=2"], None)
+    experiment = resolve(
+        "smoke",
+        [*settings, "model.moe=none", "model.mlp.hidden_dim=32", "train.steps=2", "optimizer.warmup_steps=2"],
+        None,
+    )
     prepared = prepare_data(experiment, lambda text: None)
     program = build(experiment)
     with open_run(root / "runs" / "dense", experiment) as run, use_mesh(program.mesh):
@@ -100,3 +104,12 @@ def test_it_trains_from_step_0_like_any_other_run(place, told, capsys):
     assert final_row(place / "runs" / "fine")["step"] == 2
     events = [row["event"] for row in read_metrics(place / "runs" / "fine" / "metrics.jsonl") if row["kind"] == "event"]
     assert events == ["started", "resumed"]
+
+
+def test_without_held_out_text_the_logits_are_not_compared_and_it_says_so(place, capsys):
+    tokenizer = ("--set", "data.tokenizer.kind=saved", "--set", "data.tokenizer.path=runs/dense/tokenizer")
+    code, out, err = call(
+        capsys, "upcycle", "dense", "--run", "blind", *FINE, *tokenizer, "--set", "data.holdout_fraction=0"
+    )
+    assert code == 0, err
+    assert "the logits were not compared" in out and "blind is ready" in out

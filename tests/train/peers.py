@@ -49,9 +49,10 @@ def checkpoints(folder: Path) -> None:
     wide = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
     warnings: list[str] = []
     free = [1e12, 1e12, 10.0]
-    with Checkpointer(folder, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
+    with Checkpointer(folder, warn=warnings.append, free_bytes=lambda: free.pop(0), retry_waits=(0.1,)) as checkpointer:
         for step in (1, 2):
             assert checkpointer.save(step, make_state(tall, step), metadata={"position": step})
+        checkpointer.verify(2, make_state(tall, 0))
         restored = checkpointer.restore(make_state(wide, 0))
         assert restored.step == 2 and restored.metadata == {"position": 2}
         assert same(restored.state, make_state(wide, 2))
@@ -72,6 +73,16 @@ def checkpoints(folder: Path) -> None:
             raise AssertionError("another state was accepted")
         except CheckpointError as error:
             assert "(absent)" in str(error)
+        commit = folder / "2" / "commit.json"
+        if jax.process_index() == 0:
+            commit.rename(folder / "kept")
+            commit.symlink_to(commit)
+        jax.experimental.multihost_utils.sync_global_devices("unreadable")
+        try:
+            checkpointer.restore(make_state(wide, 0))
+            raise AssertionError("an older step was taken for one that cannot be read")
+        except CheckpointError as error:
+            assert "step 2" in str(error) and "not be read in 2 tries" in str(error), error
     print("checkpoints held", flush=True)
 
 

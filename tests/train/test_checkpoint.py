@@ -8,18 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.checkpoint import COMMIT_FILE, STAGING_SUFFIX, Checkpointer, CheckpointError
+from train.checkpoint_folder import CheckpointFolder
+from train.checkpoint_reader import CheckpointReader
+from train.commit import DamagedError, UnreadableError
 from train.leaves import checksums, named_leaves
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +111,7 @@ def restore_copy(good_folder: Path, tmp_path: Path, damage) -> tuple:
     shutil.copytree(good_folder, tmp_path / "copy")
     damage(tmp_path / "copy" / "2")
     warnings: list[str] = []
-    with Checkpointer(tmp_path / "copy", warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path / "copy", warn=warnings.append, retry_waits=()) as checkpointer:
         return checkpointer.restore(random_state(0)), warnings
 
 
@@ -275,7 +281,7 @@ def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
 
 
 def test_garbage_commit_file_is_named(good_folder, tmp_path):
-    for garbage in (b"", b"{", b"\xff\xfe", b"[]", b'{"body": {}, "crc32": 1}'):
+    for garbage in (b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000, b"1" * 9999, b'{"body": {}, "crc32": 1}'):
         restored, (warning,) = restore_copy(
             good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g)
         )
@@ -336,6 +342,207 @@ def test_another_state_is_refused_with_a_table(good_folder, change, row):
     ):
         checkpointer.restore(template)
     assert not warnings
+
+
+# ---------------------------------------------------------------------------------------------------- odd folders
+
+
+def test_a_step_copied_under_another_name_is_damaged(good_folder, tmp_path):
+    restored, (warning,) = restore_copy(good_folder, tmp_path, lambda two: shutil.copytree(two, two.with_name("37")))
+    assert restored.step == 2 and "step 37, commit.json belongs to step 2" in warning and "back to step 2" in warning
+
+
+def test_only_plain_numbers_are_steps(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    for name in ("\u0663", "\u00b2", "007", "3.damaged", "+5", "99999999999", "3000000000"):
+        shutil.copytree(good_folder / "2", tmp_path / name)
+    (tmp_path / "9").write_text("a file")
+    warnings: list[str] = []
+    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+        assert checkpointer.steps() == [1, 2] and checkpointer.restore(random_state(0)).step == 2
+        assert checkpointer.save(8, random_state(8), metadata={}, wait=True)
+    assert warnings == [] and (tmp_path / "9").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: [],
+        lambda body: None,
+        lambda body: body | {"step": "2"},
+        lambda body: body | {"files": []},
+        lambda body: body | {"files": {"a": 3}},
+        lambda body: body | {"files": body["files"] | {"../1/manifest.ocdbt": {"size": 1}}},
+        lambda body: body | {"leaves": {"w": {}}},
+        lambda body: body | {"metadata": None},
+        lambda body: body | {"metric": "low"},
+        lambda body: {key: value for key, value in body.items() if key != "format"},
+    ],
+)
+def test_a_commit_file_of_another_shape_is_damage(good_folder, tmp_path, change):
+    def edit(step):
+        body = change(json.loads((step / COMMIT_FILE).read_text())["body"])
+        crc32 = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+        (step / COMMIT_FILE).write_text(json.dumps({"crc32": crc32, "body": body}))
+
+    restored, (warning,) = restore_copy(good_folder, tmp_path, edit)
+    assert restored.step == 1 and "step 2, commit.json does not describe a checkpoint" in warning
+
+
+# ---------------------------------------------------------------------------------------------------- read errors
+
+
+def make_unreadable(file: Path) -> None:
+    """The kernel fails to open it (ELOOP), for root, too; what it held is kept beside it."""
+    file.rename(file.with_name(f"{file.name}.kept"))
+    file.symlink_to(file)
+
+
+def make_readable(file: Path) -> None:
+    file.unlink()
+    file.with_name(f"{file.name}.kept").rename(file)
+
+
+@pytest.mark.parametrize("name", [COMMIT_FILE, "manifest.ocdbt", "the largest"])
+def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_path, name):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    files = [file for file in (tmp_path / "2").rglob("*") if file.is_file()]
+    file = tmp_path / "2" / name if name != "the largest" else max(files, key=lambda file: file.stat().st_size)
+    make_unreadable(file)
+    warnings: list[str] = []
+    with Checkpointer(tmp_path, warn=warnings.append, retry_waits=(0, 0)) as checkpointer:
+        with pytest.raises(CheckpointError, match=rf"(?s)step 2 .*not be read in 3 tries: .*{file.name}.*nothing was"):
+            checkpointer.restore(random_state(0))
+        with pytest.raises(CheckpointError, match="already holds step 2"):  # no way around it
+            checkpointer.save(1, random_state(1), metadata={})
+    make_readable(file)
+    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+        assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
+    assert warnings == []
+
+
+def test_a_passing_read_error_is_tried_again(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "2" / COMMIT_FILE
+    make_unreadable(file)
+    timer = threading.Timer(0.1, make_readable, [file])
+    with Checkpointer(tmp_path, warn=pytest.fail, retry_waits=(0.05, 0.2, 5)) as checkpointer:
+        timer.start()
+        assert checkpointer.restore(random_state(0)).step == 2
+    timer.join()
+
+
+class FailingHandler:
+    """Orbax, as TensorStore fails it: with each of `messages` in turn, then not at all."""
+
+    def __init__(self, *messages: str):
+        self.messages = list(messages)
+
+    def restore(self, path, args):
+        if self.messages:
+            raise ValueError(self.messages.pop(0))
+        return {name: np.ones(leaf.shape, leaf.dtype) for name, leaf in args.item.items()}
+
+
+def read_with(handler, folder: Path) -> dict:
+    leaves = {"w": np.ones(3, np.float32)}
+    body = {"leaves": {"w": {"checksum": checksums(leaves)["w"]}}}
+    steps = CheckpointFolder(epath.Path(folder), local=True, keep_last=1, keep_best=0, best_mode="min", warn=print)
+    return CheckpointReader(steps, handler, (0, 0)).read_verified(2, leaves, body)
+
+
+def test_arrays_are_damaged_only_when_their_files_can_be_read(good_folder, tmp_path):
+    assert (read_with(FailingHandler("UNAVAILABLE: try later", "odd"), good_folder)["w"] == 1).all()
+    for message in ("PERMISSION_DENIED: no", "Error: DEADLINE_EXCEEDED reading d/12"):
+        with pytest.raises(UnreadableError, match=message):
+            read_with(FailingHandler(*[message] * 3), good_folder)
+    with pytest.raises(DamagedError, match="DATA_LOSS"):
+        read_with(FailingHandler(*["DATA_LOSS: checksum"] * 3), good_folder)
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    make_unreadable(tmp_path / "2" / "manifest.ocdbt")
+    with pytest.raises(UnreadableError, match=r"manifest\.ocdbt"):
+        read_with(FailingHandler(*["DATA_LOSS: checksum"] * 3), tmp_path)
+
+
+def test_a_step_whose_metric_cannot_be_read_is_not_deleted(tmp_path):
+    with Checkpointer(tmp_path, keep_last=1, keep_best=1, warn=pytest.fail) as checkpointer:
+        assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, metric=1.0, wait=True)
+        make_unreadable(tmp_path / "1" / COMMIT_FILE)
+        for step in (2, 3, 4):
+            assert checkpointer.save(step, {"x": np.int32(step)}, metadata={}, metric=float(step), wait=True)
+        make_readable(tmp_path / "1" / COMMIT_FILE)
+        assert checkpointer.steps() == [1, 2, 4]
+        assert checkpointer.restore({"x": np.int32(0)}, step=1).step == 1
+
+
+# ---------------------------------------------------------------------------------------------------- verifying
+
+
+def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
+    shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    with Checkpointer(tmp_path, retry_waits=(0,)) as checkpointer:
+        checkpointer.verify(2, as_template(random_state(0), None))
+        with pytest.raises(CheckpointError, match=r"step 3 of .* is not whole: commit\.json is missing"):
+            checkpointer.verify(3, random_state(0))
+        make_unreadable(tmp_path / "1" / COMMIT_FILE)
+        with pytest.raises(CheckpointError, match=r"step 1 .*not be read in 2 tries"):
+            checkpointer.verify(1, random_state(0))
+    big = {"a": jnp.ones((600, 600)), "b": jax.random.normal(jax.random.key(1), (600, 600)), "empty": jnp.zeros((0,))}
+    with Checkpointer(tmp_path / "big") as checkpointer:
+        assert checkpointer.save(1, big, metadata={}, wait=True)
+        checkpointer.verify(1, big)
+        row = np.asarray(big["b"])[300].tobytes()
+        files = [path for path in (tmp_path / "big" / "1").rglob("*") if path.is_file()]
+        (file,) = (path for path in files if row in path.read_bytes())
+        content = bytearray(file.read_bytes())
+        content[content.index(row)] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"step 1 of .* is not whole: b: checksum mismatch"):
+            checkpointer.verify(1, big)
+
+
+# ---------------------------------------------------------------------------------------------------- object stores
+
+
+def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path):
+    """A folder that cannot be renamed, as a bucket's: `local=False` on a disk."""
+    warnings: list[str] = []
+    with Checkpointer(tmp_path, local=False, keep_last=2, warn=warnings.append) as checkpointer:
+        for step in (1, 2):
+            assert checkpointer.save(step, random_state(step), metadata={"position": step}, wait=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
+    shutil.copytree(tmp_path / "2", tmp_path / "3")  # a save that was killed: all arrays, no commit.json
+    (tmp_path / "3" / COMMIT_FILE).unlink()
+    with Checkpointer(tmp_path, local=False, read_only=True) as checkpointer:
+        assert checkpointer.steps() == [1, 2] and (tmp_path / "3").exists()
+    with Checkpointer(tmp_path, local=False, warn=warnings.append) as checkpointer:
+        assert not (tmp_path / "3").exists()
+        assert checkpointer.restore(random_state(0)).step == 2
+        assert checkpointer.save(3, random_state(3), metadata={}, wait=True)
+        assert checkpointer.steps() == [2, 3]
+    assert warnings == []
+
+
+def test_in_a_bucket_a_save_that_fails_stops_counting_before_its_files_change(tmp_path):
+    """The same step again, cut short: neither its old commit.json nor its new arrays may pass for a checkpoint."""
+    warnings: list[str] = []
+    big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(tmp_path, local=False, warn=warnings.append) as checkpointer:
+        assert checkpointer.save(1, big, metadata={}, wait=True) and checkpointer.save(2, big, metadata={}, wait=True)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            assert not checkpointer.save(2, big, metadata={}, wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpointer.steps() == [1] and checkpointer.restore(big).step == 1
+        assert "save of step 2 failed: " in warnings[0] and warnings[0].endswith("last good step 1")
+
+
+def test_a_path_of_another_scheme_is_refused():
+    with pytest.raises(CheckpointError, match=r"checkpoints = 's3://bucket/run': .* gs://"):
+        Checkpointer("s3://bucket/run")
 
 
 # ---------------------------------------------------------------------------------------------------- failed saves
@@ -423,27 +630,49 @@ def test_a_run_that_did_not_restore_does_not_overwrite(good_folder, tmp_path):
         assert checkpointer.steps() == [1, 2]
 
 
-def test_after_a_fallback_the_damaged_step_is_replaced_or_dropped(good_folder, tmp_path):
+@pytest.mark.parametrize("local", [True, False])
+def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, local):
     for next_step, left in ((2, [1, 2]), (3, [1, 3])):
         folder = tmp_path / str(next_step)
         shutil.copytree(good_folder, folder)
-        (folder / "2" / COMMIT_FILE).unlink()
-        with Checkpointer(folder, warn=lambda message: None) as checkpointer:
+        os.truncate(folder / "2" / "manifest.ocdbt", 10)
+        with Checkpointer(folder, warn=lambda message: None, local=local) as checkpointer:
             assert checkpointer.restore(random_state(0)).step == 1
             assert checkpointer.save(next_step, random_state(9), metadata={}, wait=True)
             assert checkpointer.steps() == left
             assert same_bits(checkpointer.restore(random_state(0)).state, random_state(9))
-        assert sorted(path.name for path in folder.iterdir()) == [str(step) for step in left]
+        with Checkpointer(folder, warn=lambda message: pytest.fail(message), local=local) as checkpointer:
+            assert checkpointer.steps() == left
+        aside = folder / ("2.damaged" if local else "2")
+        assert (aside / "manifest.ocdbt").stat().st_size == 10 or (next_step == 2 and not local)
 
 
-def test_rewinding_drops_the_steps_ahead_once_the_new_one_is_safe(good_folder, tmp_path):
+@pytest.mark.parametrize("local", [True, False])
+def test_rewinding_sets_the_steps_ahead_aside_once_the_new_one_is_safe(good_folder, tmp_path, local):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2.abandoned").mkdir()  # from another time
     warnings: list[str] = []
-    with Checkpointer(tmp_path, warn=warnings.append, keep_last=5) as checkpointer:
+    with Checkpointer(tmp_path, warn=warnings.append, keep_last=5, local=local) as checkpointer:
         checkpointer.restore(random_state(0), step=1)
         assert checkpointer.save(1, random_state(8), metadata={}, wait=True) and checkpointer.steps() == [1]
-        assert len(warnings) == 1 and "dropping steps 2" in warnings[0]
+        assert len(warnings) == 1 and "set aside steps 2" in warnings[0]
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(8))
+        if local:  # a person may take it back
+            (tmp_path / "2.abandoned-1").rename(tmp_path / "2")
+        else:
+            (tmp_path / "2" / "set_aside").unlink()
+        assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
+
+
+def test_a_clean_up_that_fails_is_not_a_failed_save(tmp_path):
+    warnings: list[str] = []
+    with Checkpointer(tmp_path / "run", warn=warnings.append, keep_last=1) as checkpointer:
+        assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, wait=True)
+        (tmp_path / "run" / "1").rename(tmp_path / "elsewhere")
+        (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that cannot be removed as one
+        assert checkpointer.save(2, {"x": np.int32(2)}, metadata={}, wait=True)
+    (warning,) = warnings
+    assert "step 2 is saved, but" in warning and "1 could not be removed" in warning and "failed:" not in warning
 
 
 # ---------------------------------------------------------------------------------------------------- kill -9

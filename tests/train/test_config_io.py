@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.fake_bucket import use_fake_bucket
 from train.config_io import (
     ABSENT,
     ConfigError,
@@ -176,6 +177,13 @@ def test_overrides_by_example():
         ("sources.-1.path=x", ["'sources.-1'"]),
         ("model.num_layers=1e3", ["model.num_layers = 1e3", "int like 4"]),
         ("model.num_layers=none", ["model.num_layers = none", "int like 4"]),
+        ("model.num_layers=\u0664", ["model.num_layers = \u0664", "int like 4"]),
+        ("model.num_layers=\uff14", ["int like 4"]),
+        (f"model.num_layers={'9' * 9999}", ["model.num_layers = 999", "(9999 characters)", "int like 4"]),
+        ("model.pattern=1,\u0664", ["comma-separated list"]),
+        ("rate=\u0664.5", ["float like"]),
+        ("rate=1e999", ["float like"]),
+        ("name=\udcff", ["name = \udcff", "str like text"]),
         ("model.tied=yes", ["model.tied = yes", "bool like true"]),
         ("rate=nan", ["rate = nan", "float like"]),
         ("rate=inf", ["rate = inf", "float like"]),
@@ -231,6 +239,41 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change, words):
         load_json(Root, path)
     for word in [str(path), *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[" * 100_000, ["nested too deep"]),
+        ('{"model": ' * 1000 + "1" + "}" * 1000, []),
+        ('{"name": ' + "[" * 900 + "]" * 900 + "}", ["name = [[["]),
+        ('{"model": {"num_layers": ' + "9" * 5000 + "}}", ["not a config in JSON"]),
+        ('{"rate": 1' + "0" * 400 + "}", ["rate = 1000", "float"]),
+        ('{"rate": 1e999}', ["rate = inf", "float"]),
+        ('{"rate": NaN}', ["rate = nan", "float"]),
+        ("[]", ["the config = []", "name, rate, model"]),
+        ("3", ["the config = 3"]),
+        ('{"name": "\\ud800"}', ["name = ", "str like text"]),
+        ('{"name": ' + str(list(range(999))) + "}", ["characters)"]),
+        ("\xff", []),
+    ],
+)
+def test_a_file_of_odd_content_is_named_in_a_paragraph(tmp_path, content, words):
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError) as caught:
+        load_json(Root, path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_configs_path_is_local_or_in_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    use_fake_bucket()
+    save_json(Root(rate=0.5), "gs://bucket/test_config_io/config.json")
+    assert load_json(Root, "gs://bucket/test_config_io/config.json") == Root(rate=0.5)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_round_trip_and_missing_keys_take_defaults(tmp_path):

@@ -16,7 +16,7 @@ from tests.models import random_model, tiny_config
 from tests.train.batches import packed_batch, weighted
 from tests.train.small_runs import TINY, StopAt, bits, experiment, run
 from train.config_io import ConfigError, save_json
-from train.frozen import FOLDER, Frozen
+from train.frozen import Frozen
 from train.objectives import Distillation, divergence
 from train.program import build
 
@@ -102,7 +102,7 @@ def test_a_run_learns_from_a_teacher_and_resumes_bit_for_bit(place, tmp_path):
     with StopAt(4) as stop:
         run(program, prepared, tmp_path / "two", stop=stop)
     text = (tmp_path / "two" / "metrics.jsonl").read_text()
-    assert '"distillation_loss"' in text and (tmp_path / "two" / FOLDER / "0").is_dir()
+    assert '"distillation_loss"' in text and (tmp_path / "two" / "frozen" / "0").is_dir()
     resumed = run(program, prepared, tmp_path / "two")
     assert bits(resumed.state) == bits(whole.state)
     assert bits(whole.state.frozen.teacher) != bits(whole.state.model)

@@ -19,7 +19,7 @@ from tests.train.batches import packed_batch
 from tests.train.small_runs import StopAt, bits, experiment, run, train_rows
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
-from train.frozen import FOLDER, network, rejoin, train_last
+from train.frozen import network, rejoin, train_last
 from train.program import Program, build, build_network, load_weights
 from train.step import TrainState
 
@@ -132,7 +132,7 @@ def undisturbed(program, prepared, tmp_path_factory):
 
 def test_frozen_weights_are_saved_once_and_a_resumed_run_is_the_same(program, prepared, undisturbed, tmp_path):
     folder, trained = undisturbed
-    assert [path.name for path in (folder / FOLDER).iterdir()] == ["0"]
+    assert [path.name for path in (folder / "frozen").iterdir()] == ["0"]
     saved = size(trained.state._replace(frozen=None, key=None))
     for step in (folder / "checkpoints").iterdir():
         stored = sum(file.stat().st_size for file in step.rglob("d/*"))
@@ -147,7 +147,7 @@ def test_weights_are_read_back_whole_without_an_optimizer(program, prepared, und
     folder, trained = undisturbed
     lone = build_network(program.experiment, devices=jax.devices()[:1])
     with Checkpointer(str(folder / "checkpoints"), read_only=True) as checkpoints:
-        weights = load_weights(lone, checkpoints, prepared[1].tokenizer, frozen=folder / FOLDER)
+        weights = load_weights(lone, checkpoints, prepared[1].tokenizer, frozen=folder / "frozen")
     assert weights.finished and jax.tree.structure(weights.model) == jax.tree.structure(lone.abstract_model)
     assert bits(weights.model) == bits(rejoin(trained.model))
 
@@ -157,12 +157,12 @@ def test_changed_frozen_weights_are_refused(program, prepared, undisturbed, tmp_
         run(program, prepared[1], tmp_path, stop=stop)
     state = jax.jit(program.make_state)()
     other = jax.tree.map(lambda w: w + 1e-3, state.frozen)
-    (tmp_path / FOLDER).rename(tmp_path / "kept")
+    (tmp_path / "frozen").rename(tmp_path / "kept")
     with pytest.raises(CheckpointError, match="is missing"):
         run(program, prepared[1], tmp_path)
     from train.frozen import keep_frozen
 
-    keep_frozen(tmp_path / FOLDER, other, print)
+    keep_frozen(tmp_path / "frozen", other, print)
     with pytest.raises(CheckpointError, match="the frozen weights changed"):
         run(program, prepared[1], tmp_path)
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fake_bucket import use_fake_bucket
 from train.config_io import load_json
 from train.records import (
     MetricsWriter,
@@ -77,26 +80,7 @@ def test_a_live_job_keeps_its_folder_and_a_killed_one_gives_it_up(tmp_path):
         with open_run(folder, Config(), notice=notices.append):
             pass
         job.wait()
-    assert len(notices) == 1 and f"process {job.pid}, dead" in notices[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "taken_over"),
-    [({"start": "1"}, True), ({"pid": 2**22 + 1}, True), ({"host": "elsewhere"}, False), ({}, False), (None, False)],
-)
-def test_who_may_take_over_a_lock(tmp_path, change, taken_over):
-    """A reused pid and a dead one are taken over; another host, a live process and a garbled lock are not."""
-    with open_run(tmp_path, Config()) as run:
-        holder = json.loads(run.lock.read_text())
-    run.lock.write_text("garbage" if change is None else json.dumps(holder | change))
-    notices = []
-    if taken_over:
-        with open_run(tmp_path, Config(), notice=notices.append):
-            assert json.loads(run.lock.read_text())["pid"] == os.getpid()
-        assert len(notices) == 1
-    else:
-        with pytest.raises(RunFolderError, match=r"in use .* delete .*\.lock"):
-            open_run(tmp_path, Config()).__enter__()
+    assert len(notices) == 1 and f"process {job.pid} on " in notices[0] and "dead on this host" in notices[0]
 
 
 def test_another_config_is_refused_with_its_difference_unless_accepted(tmp_path):
@@ -136,6 +120,11 @@ def test_environment_says_what_ran_and_keeps_earlier_starts(tmp_path):
 
 
 # ---- metrics ----
+
+
+def commit(run, step):
+    (run.checkpoints / str(step)).mkdir(parents=True, exist_ok=True)
+    (run.checkpoints / str(step) / "commit.json").write_text("{}")
 
 
 def rows_of(tmp_path, *rows):
@@ -212,6 +201,7 @@ def test_a_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
 def test_a_resumed_run_reads_as_if_it_had_never_stopped(tmp_path_factory, sessions):
     """Each session resumes at a step not beyond the last, overwrites, runs on; the reader sees one timeline."""
     run, now, truth, events = RunFolder(tmp_path_factory.mktemp("run")), 0, {}, 0
+    run.checkpoints.mkdir()
     with MetricsWriter(run) as writer:
         for number, (back, forward) in enumerate(sessions):
             now = max(0, now - back)
@@ -232,6 +222,10 @@ def test_a_resumed_run_reads_as_if_it_had_never_stopped(tmp_path_factory, sessio
     assert sum(r["kind"] == "event" for r in rows) == events
     steps = [r["step"] for r in rows if r["kind"] == "train"]
     assert steps == sorted(set(steps))
+    assert not run.finished  # its last checkpoint is not there
+    commit(run, now - 1)
+    assert not run.finished
+    commit(run, now)
     assert run.finished == bool(sessions)
 
 
@@ -239,6 +233,156 @@ def test_rows_written_twice_keep_the_last_and_two_events_of_one_step_stay(tmp_pa
     event = {"kind": "event", "step": 1, "event": "stopped"}
     rows = rows_of(tmp_path, {"kind": "train", "step": 1, "x": 1}, event, event, {"kind": "train", "step": 1, "x": 2})
     assert [(r["kind"], r.get("x")) for r in rows] == [("event", None), ("event", None), ("train", 2)]
+
+
+def test_threads_write_whole_rows_and_a_full_disk_takes_no_row_of_another(tmp_path, monkeypatch):
+    """The thread of a checkpoint warns while the loop writes; one of them meets a full disk again and again."""
+    run, write = RunFolder(tmp_path), os.write
+    failing = threading.local()
+
+    def full_for_one(file, data):
+        if not getattr(failing, "full", False) or len(data) > 40:
+            return write(file, data[:40])
+        time.sleep(0.001)  # the other thread's turn
+        raise OSError(28, "No space left on device")
+
+    def fail(writer):
+        failing.full = True
+        for step in range(100):
+            with pytest.raises(OSError, match="No space left"):
+                writer.write({"kind": "event", "step": step})
+
+    monkeypatch.setattr(os, "write", full_for_one)
+    with MetricsWriter(run) as writer:
+        thread = threading.Thread(target=fail, args=(writer,))
+        thread.start()
+        for step in range(300):
+            writer.write({"kind": "train", "step": step, "text": "x" * 50})
+        thread.join()
+    monkeypatch.undo()
+    assert [row["step"] for row in read_metrics(run.metrics)] == list(range(300))
+
+
+def test_a_bucket_gets_events_at_once_and_the_rest_in_time(tmp_path):
+    use_fake_bucket()
+    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    with MetricsWriter(run, rewrite_seconds=3600) as writer:
+        writer.write({"kind": "train", "step": 1})
+        assert not run.metrics.exists()
+        writer.write({"kind": "event", "step": 1, "event": "warning"})
+        assert [row["kind"] for row in read_metrics(run.metrics)] == ["train", "event"]
+        writer.write({"kind": "train", "step": 2})
+    assert len(read_metrics(run.metrics)) == 3
+    run.metrics.write_bytes(run.metrics.read_bytes()[:-5])  # a torn line, as another tool may leave
+    with MetricsWriter(run, rewrite_seconds=0.02) as writer:
+        writer.write({"kind": "train", "step": 3})
+        deadline = time.monotonic() + 10
+        while len(read_metrics(run.metrics)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [row["step"] for row in read_metrics(run.metrics)] == [1, 1, 3]
+
+
+def test_a_bucket_that_fails_is_reported_and_its_rows_come_with_the_next_upload(tmp_path):
+    use_fake_bucket()
+    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    with MetricsWriter(run, rewrite_seconds=3600) as writer:
+        run.metrics.mkdir()  # no object can have this name now
+        with pytest.raises(OSError, match="was not uploaded"):
+            writer.write({"kind": "event", "step": 1})
+        run.metrics.rmdir()
+        writer.write({"kind": "event", "step": 2})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
+    with pytest.raises(OSError, match="was not uploaded"), MetricsWriter(run, rewrite_seconds=3600) as writer:
+        writer.write({"kind": "train", "step": 3})
+        run.metrics.unlink()
+        run.metrics.mkdir()
+
+
+def test_a_run_in_a_bucket_opens_and_opens_again(tmp_path):
+    use_fake_bucket()
+    path = f"gs://bucket/{tmp_path.name}/runs/a"
+    for _ in range(2):
+        with open_run(path, Config(rate=0.3), overrides=["rate=0.3"]) as run:
+            assert load_json(Config, run.config) == Config(rate=0.3)
+            write_samples(run, [{"prompt": "a", "completion": "", "reference": "", "file": "f.py"}])
+            write_environment(run, {"start_time": 1})
+            with MetricsWriter(run) as writer:
+                writer.write({"kind": "train", "step": 1})
+    assert len(json.loads(run.environment.read_bytes())["earlier"]) == 1
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("x" * 300, "300 bytes; file systems take at most 255"), ("s3://b/a", "not s3://"), ("a\0b", "no file has")],
+)
+def test_a_path_that_cannot_name_a_run_is_refused(tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFolderError, match=f"run = .*{words}"):
+        open_run(path, Config()).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recorded_steps_without_a_checkpoint_are_a_warning(tmp_path):
+    with open_run(tmp_path, Config()) as run, MetricsWriter(run) as writer:
+        writer.write({"kind": "train", "step": 40})
+    commit(run, 40)
+    notices: list[str] = []
+    with open_run(tmp_path, Config(), notice=notices.append):
+        pass
+    assert notices == []
+    shutil.rmtree(run.checkpoints)
+    with open_run(tmp_path, Config(), notice=notices.append):
+        pass
+    assert len(notices) == 1 and "records steps up to 40" in notices[0] and "starts at step 0" in notices[0]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"earlier": 3}', '"text"', "{", "[" * 100_000, b"\xff"])
+def test_an_environment_of_another_shape_is_named(tmp_path, content):
+    run = RunFolder(tmp_path)
+    run.environment.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunFolderError, match=r"environment\.json: not an environment .* delete it"):
+        write_environment(run, {"start_time": 1})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", "3", '{"kind": []}', '{"kind": "train", "step": {}}', '{"kind": "event", "event": "resumed"}', "[" * 9999],
+)
+def test_a_line_of_another_shape_is_named(tmp_path, line):
+    rows_of(tmp_path, {"kind": "train", "step": 0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + line + "\n" + path.read_text())
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl, line 2: not a metrics row"):
+        read_metrics(path)
+
+
+def test_two_runs_of_one_name_have_ids_of_their_own_which_stay(tmp_path, monkeypatch):
+    """Weights & Biases merges runs of one id; folders of one name in two places are two runs."""
+    seen = []
+
+    class Module:
+        @staticmethod
+        def init(**fields):
+            seen.append(fields)
+
+            class Job:
+                log = staticmethod(lambda row, step: None)
+                finish = staticmethod(lambda: None)
+
+            return Job
+
+    monkeypatch.setitem(sys.modules, "wandb", Module)
+    for place in ("a", "b", "a"):
+        run = RunFolder(tmp_path / place / "smoke")
+        run.path.mkdir(parents=True, exist_ok=True)
+        with MetricsWriter(run, sinks=["wandb"]):
+            pass
+    first, second, again = (fields["id"] for fields in seen)
+    assert first == again != second and {fields["name"] for fields in seen} == {"smoke"}
+    run.wandb_id.write_text("../x\n")
+    with pytest.raises(RunFolderError, match="not an id of Weights & Biases"):
+        MetricsWriter(run, sinks=["wandb"])
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,0 +1,122 @@
+"""Paths of runs, checkpoints and records: `etils.epath.Path`, on a local disk or in a bucket of Google Cloud Storage.
+
+A text becomes a path here and nowhere else, because `pathlib` turns "gs://bucket" into the local folder "gs:/bucket".
+A bucket has neither append nor rename nor locks: an object appears whole when its upload ends, and a folder is nothing
+but the names of its objects. What depends on the difference asks `is_local`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+
+from etils import epath
+
+MAX_NAME_BYTES = 255  # of one part of a local path, on every common file system
+
+
+class PathError(ValueError):
+    """A path that cannot be used; the message names the field, the value and the fix."""
+
+
+def parse_path(value: str | os.PathLike[str], field: str = "path") -> epath.Path:
+    """Return the path that a user wrote as `value` of `field`: local, or gs://BUCKET/NAME. Touches no disk.
+
+    Raises PathError for another scheme, an address without a bucket, and a name that no file system takes.
+    """
+    text = os.fspath(value)
+    shown = text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        if scheme != "gs":
+            raise PathError(
+                f"{field} = {shown!r}: only local folders and gs:// are supported, not {scheme}://. "
+                f"Try gs://BUCKET/NAME or a local path"
+            )
+        bucket = rest.partition("/")[0]
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or "//" in rest:
+            raise PathError(
+                f"{field} = {shown!r}: a path in a bucket is written gs://BUCKET/NAME. Try gs://BUCKET/runs/a"
+            )
+    elif mangled := re.match(r"(gs|s3|az|hf|https?|file):/", text):
+        raise PathError(
+            f"{field} = {shown!r}: {mangled[0]} lacks one of its two slashes and would be a local folder. "
+            f"Try gs://BUCKET/NAME or a local path"
+        )
+    if "\0" in text or not text:
+        raise PathError(f"{field} = {shown!r}: no file has this name. Try a name of letters, digits, '-' and '_'")
+    if longest := max((len(os.fsencode(part)) for part in text.split("/")), default=0):
+        if longest > MAX_NAME_BYTES:
+            raise PathError(
+                f"{field} = {shown!r}: a name of {longest} bytes; file systems take at most {MAX_NAME_BYTES}. "
+                f"Try a shorter name"
+            )
+    return epath.Path(text)
+
+
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path lies on a file system of this machine, with append, rename and locks."""
+    return "://" not in os.fspath(path)
+
+
+def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
+    """Return `path` if this machine has what reads and writes it. Raises PathError where gcsfs is missing."""
+    if not is_local(path):
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class("gcs")
+        except ImportError as error:
+            raise PathError(
+                f"{field} = {os.fspath(path)!r}: Google Cloud Storage needs gcsfs, which is not installed. "
+                f"Try pip install gcsfs, or a local path"
+            ) from error
+    return path
+
+
+def forget_listings(path: epath.Path) -> None:
+    """Drop what the client of a bucket remembers of its folders, since other processes and libraries write there."""
+    if not is_local(path):
+        import fsspec
+
+        # The very instance that epath uses: fsspec returns one instance for equal arguments.
+        fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()
+
+
+def list_names(folder: epath.Path) -> list[str]:
+    """Return the sorted names in a folder, none for one that does not exist. Raises OSError for any other failure."""
+    forget_listings(folder)
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:  # an empty folder of a bucket does not exist
+        return []
+
+
+def file_size(file: epath.Path) -> int:
+    """Return the bytes of a file. Raises OSError. (A local `epath` stat fails for a user without a name.)"""
+    return os.stat(file).st_size if is_local(file) else file.stat().length
+
+
+def write_whole(file: str | os.PathLike[str], content: str | bytes, *, local: bool | None = None) -> None:
+    """Write a file so that a reader, even after a crash, finds the old content or the new one. Raises OSError.
+
+    local: whether `file` lies on a file system that renames (default: read off the path).
+    """
+    path = parse_path(file)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not (is_local(path) if local is None else local):
+        path.write_bytes(data)  # an object is replaced when its upload ends
+        return
+    temporary = os.path.join(path.parent, f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

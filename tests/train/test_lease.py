@@ -1,0 +1,118 @@
+"""The lease on a run folder: a live holder is never robbed, a dead one never locks anybody out."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from tests.fake_bucket import use_fake_bucket
+from train.lease import LeaseTiming, hold_lease
+from train.run_folder import RunFolder, RunFolderError
+
+QUICK = LeaseTiming(heartbeat=0.05, lease=0.4)
+
+
+@pytest.fixture(params=["local", "bucket"])
+def run(request, tmp_path):
+    if request.param == "bucket":
+        use_fake_bucket()
+        return RunFolder(f"gs://bucket/{tmp_path.name}")
+    return RunFolder(tmp_path)
+
+
+def take(run, **more):
+    """Whether the lease could be taken, with the notices."""
+    notices: list[str] = []
+    with hold_lease(run, notices.append, timing=QUICK, **more):
+        record = json.loads(run.lock.read_bytes())
+        assert record["pid"] == os.getpid()
+    assert run.lock.read_bytes().strip() == b""
+    return notices
+
+
+def record_of(run) -> dict:
+    with hold_lease(run, print, timing=QUICK):
+        return json.loads(run.lock.read_bytes())
+
+
+def test_a_holder_is_named_while_it_holds_and_frees_the_folder(run):
+    with hold_lease(run, print, timing=QUICK):
+        with pytest.raises(RunFolderError, match=rf"in use by process {os.getpid()} on .* since 2.* delete .*\.lock"):
+            take(run)
+    assert take(run) == []
+
+
+@pytest.mark.parametrize("change", [{"start": "1"}, {"pid": 2**22 + 1}])
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(run, change):
+    """A pid that was used again, and one that nobody has."""
+    run.lock.write_text(json.dumps(record_of(run) | change))
+    before = time.monotonic()
+    (notice,) = take(run)
+    assert "dead on this host, taken over" in notice and time.monotonic() - before < QUICK.lease + 0.9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"host": "elsewhere"},
+        {"machine": "a container of the same name"},
+        "garbage",
+        "[]",
+        '{"pid": "x"}',
+        '{"pid": -1, "start": null, "host": "h", "since": 1}',
+        '{"pid": 1, "start": null, "host": "h", "since": 1e99}',
+        "[" * 100_000,
+        "\0\0",
+    ],
+)
+def test_a_silent_holder_elsewhere_or_one_that_cannot_be_read_is_taken_over_after_the_lease(run, change):
+    run.lock.write_text(json.dumps(record_of(run) | change) if isinstance(change, dict) else change)
+    before = time.monotonic()
+    watching, taken = take(run)
+    assert "watching its heartbeat" in watching and "without a heartbeat" in taken
+    assert time.monotonic() - before >= QUICK.lease
+
+
+def test_a_live_holder_elsewhere_is_refused_as_soon_as_its_heart_beats(run):
+    record = record_of(run) | {"host": "elsewhere"}
+    run.lock.write_text(json.dumps(record))
+    timer = threading.Timer(0.1, lambda: run.lock.write_text(json.dumps(record | {"beat": 1})))
+    timer.start()
+    with pytest.raises(RunFolderError, match=r"on elsewhere .*which is alive"):
+        take(run)
+    timer.join()
+    assert json.loads(run.lock.read_bytes())["beat"] == 1
+
+
+def test_a_holder_of_older_code_sends_no_heartbeat_and_is_not_taken_over(run):
+    record = {"pid": 1, "start": None, "host": "elsewhere", "since": 1.0}
+    run.lock.write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match=r"no heartbeat; .* delete .*\.lock"):
+        take(run)
+
+
+def test_the_heart_beats_and_survives_the_deletion_of_the_file(run):
+    beats = set()
+    with hold_lease(run, print, timing=QUICK):
+        deadline = time.monotonic() + 10
+        while len(beats) < 3 and time.monotonic() < deadline:
+            beats.add(json.loads(run.lock.read_bytes())["beat"])
+            time.sleep(0.02)
+        run.lock.unlink()
+        while not run.lock.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(beats) >= 3 and json.loads(run.lock.read_bytes())["pid"] == os.getpid()
+
+
+def test_a_holder_that_slept_through_its_lease_learns_it_and_leaves_the_new_one_alone(run):
+    lost: list[str] = []
+    with hold_lease(run, print, timing=QUICK, on_lost=lost.append):
+        other = json.loads(run.lock.read_bytes()) | {"id": "another", "host": "elsewhere"}
+        run.lock.write_text(json.dumps(other))
+        deadline = time.monotonic() + 10
+        while not lost and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert len(lost) == 1 and "taken over by process" in lost[0] and "on elsewhere" in lost[0]
+    assert json.loads(run.lock.read_bytes()) == other

@@ -1,0 +1,270 @@
+"""The lease on a run folder: one job writes there at a time, and a job that died does not lock the next one out.
+
+The holder writes a record into `.lock` and renews it every HEARTBEAT_SECONDS from a thread. A job that finds another's
+record decides by what it can see:
+
+- the holder is a process of the same machine: it is alive or dead, which the kernel says at once;
+- the holder is elsewhere, or the record cannot be read: its heartbeat is watched. A change means a live holder, and the
+  job is refused. No change for LEASE_SECONDS means a dead one, and the folder is taken over.
+
+Clocks of two machines are never compared. A holder that was stopped for so long that its folder was taken over (a
+suspended machine, a hung file system) finds the other record at its next heartbeat and ends its process.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from data.paths import forget_listings, is_local
+from train.run_folder import RunFolder, RunFolderError
+
+HEARTBEAT_SECONDS = 10.0
+LEASE_SECONDS = 60.0  # without a heartbeat: a holder elsewhere counts as dead
+LOST_EXIT = 75  # EX_TEMPFAIL
+_RECORD_BYTES = 512  # fixed, so that a heartbeat overwrites its record in place even on a full disk
+
+
+@dataclass(frozen=True)
+class LeaseTiming:
+    """How often a holder shows that it lives, and how long a silent one is waited for, in seconds."""
+
+    heartbeat: float = HEARTBEAT_SECONDS
+    lease: float = LEASE_SECONDS
+
+
+def _exit_process(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(LOST_EXIT)
+
+
+@contextlib.contextmanager
+def hold_lease(
+    run: RunFolder,
+    notice: Callable[[str], None],
+    *,
+    timing: LeaseTiming | None = None,
+    on_lost: Callable[[str], None] = _exit_process,
+) -> Iterator[None]:
+    """Hold the folder's lease for the block. Raises RunFolderError while another job holds it.
+
+    on_lost: called by the heartbeat's thread with a message once another job has taken over; it must end the writing.
+    """
+    timing = timing or LeaseTiming()
+    file, me = _LockFile(run.lock), _describe_process()
+    _take(run, file, me, notice, timing)
+    done = threading.Event()
+
+    def beat() -> None:
+        for count in range(1, sys.maxsize):
+            if done.wait(timing.heartbeat):
+                return
+            with contextlib.suppress(OSError):  # a network that fails now may work at the next heartbeat
+                holder = file.renew(me, count)
+                if holder is not None:
+                    on_lost(
+                        f"run folder {run.path} was taken over by {_name(holder)} while this process was stopped for "
+                        f"more than {timing.lease:.0f} s; nothing more is written"
+                    )
+                    return
+
+    thread = threading.Thread(target=beat, name="run-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with contextlib.suppress(OSError):
+            file.release(me)
+
+
+# ---- taking it ----
+
+
+def _take(
+    run: RunFolder, file: "_LockFile", me: dict[str, Any], notice: Callable[[str], None], timing: LeaseTiming
+) -> None:
+    found, watched_since = file.take(me, None), time.monotonic()
+    if found is None:
+        return
+    seen, holder = found, _parse(found)
+    where = f"run folder {run.path} is in use by {_name(holder)}"
+    fix = f"wait for it, stop it, use another folder with --run, or delete {run.lock} if that job is gone"
+    if holder is not None and _is_here(holder, me):
+        if _alive(holder):
+            raise RunFolderError(f"{where}; {fix}")
+        dead = f"lock of {_name(holder)}, dead on this host, taken over"
+    elif holder is not None and "beat" not in holder:
+        raise RunFolderError(f"{where}, which sends no heartbeat; {fix}")
+    else:
+        notice(f"{where}; watching its heartbeat for up to {timing.lease:.0f} s")
+        while time.monotonic() - watched_since < timing.lease:
+            time.sleep(min(timing.heartbeat, timing.lease) / 4)
+            if (now := file.read()) != seen:
+                if not now:
+                    break  # released
+                raise RunFolderError(f"{where}, which is alive; {fix}")
+        dead = f"lock of {_name(holder)}, without a heartbeat for {timing.lease:.0f} s, taken over"
+    if (taken := file.take(me, seen)) is not None:
+        raise RunFolderError(f"run folder {run.path} was just taken over by {_name(_parse(taken))}; {fix}")
+    notice(dead)
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    """Return the record in a lock file, None where it is not one."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    kinds: dict[str, tuple[type, ...]]
+    kinds = {"pid": (int,), "start": (str, type(None)), "host": (str,), "since": (int, float)}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+        return None
+    return record if 0 < record["pid"] < 2**31 and 0 <= record["since"] < 2**33 else None
+
+
+def _name(holder: dict[str, Any] | None) -> str:
+    if holder is None:
+        return "a job whose lock cannot be read"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+    return f"process {holder['pid']} on {holder['host']} since {since}"
+
+
+def _describe_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "pid": pid,
+        "start": _process_start(pid),
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "since": time.time(),
+        "id": secrets.token_hex(8),
+        "beat": 0,
+    }
+
+
+def _machine() -> str:
+    """Return what tells apart machines, and containers of one machine, that share a host name."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _is_here(holder: dict[str, Any], me: dict[str, Any]) -> bool:
+    return holder["host"] == me["host"] and holder.get("machine", me["machine"]) == me["machine"]
+
+
+def _process_start(pid: int) -> str | None:
+    """Return the kernel's start time of a process, which differs when a pid is used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no such process, or a system without /proc
+        return None
+    return "zombie" if fields[0] == "Z" else fields[19]
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, under another user
+    return _process_start(holder["pid"]) in (holder["start"], None)
+
+
+# ---- the file ----
+
+
+class _LockFile:
+    """`.lock` on a disk, where flock makes a look and a write one act, or in a bucket, where a second look must do."""
+
+    def __init__(self, path: epath.Path):
+        self._path, self._local = path, is_local(path)
+
+    def read(self) -> bytes:
+        """Return the record without its padding; empty when nobody holds the lease."""
+        if self._local:
+            with self._locked() as descriptor:
+                return os.pread(descriptor, 1 << 16, 0).strip()
+        forget_listings(self._path)
+        try:
+            return self._path.read_bytes().strip()
+        except FileNotFoundError:
+            return b""
+
+    def take(self, me: dict[str, Any], expected: bytes | None) -> bytes | None:
+        """Write `me` if nobody holds the lease, or if the record is `expected`; else return the record found."""
+        if self._local:
+            with self._locked() as descriptor:
+                found = os.pread(descriptor, 1 << 16, 0).strip()
+                if found and found != expected:
+                    return found
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, _padded(me), 0)
+            return None
+        found = self.read()
+        if found and found != expected:
+            return found
+        self._path.write_bytes(_padded(me))
+        time.sleep(0.5)  # another job that also found it free has written by now; the last one holds it
+        now = self.read()
+        return None if _identity(now) == me["id"] else now
+
+    def renew(self, me: dict[str, Any], beat: int) -> dict[str, Any] | None:
+        """Write the next heartbeat; return the record of another job instead where one has taken over."""
+        record = _padded(me | {"beat": beat})
+        if self._local:
+            with self._locked() as descriptor:
+                other = _other(os.pread(descriptor, 1 << 16, 0), me)
+                if other is None:
+                    os.pwrite(descriptor, record, 0)
+                return other
+        other = _other(self.read(), me)
+        if other is None:
+            self._path.write_bytes(record)
+        return other
+
+    def release(self, me: dict[str, Any]) -> None:
+        if self._local:
+            with self._locked() as descriptor:
+                if _identity(os.pread(descriptor, 1 << 16, 0)) == me["id"]:
+                    os.ftruncate(descriptor, 0)
+        elif _identity(self.read()) == me["id"]:
+            self._path.write_bytes(b"")
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def _padded(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode().ljust(_RECORD_BYTES - 1) + b"\n"
+
+
+def _identity(content: bytes) -> str | None:
+    record = _parse(content)
+    return None if record is None else record.get("id")
+
+
+def _other(content: bytes, me: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of another job, None where the file holds ours, nothing (it was deleted), or no record."""
+    record = _parse(content)
+    return record if record is not None and record.get("id") != me["id"] else None
