@@ -74,8 +74,7 @@ def upcycle_run(
 ) -> float:
     """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
     `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data
-    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned; NaN
-    where the run holds no text out to compare on.
+    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned.
 
     The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run`
     cannot be read or the logits differ.
@@ -92,11 +91,7 @@ def upcycle_run(
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
-        far = math.nan
-        if prepared.heldout_names:
-            far = _compare(experiment, dense, run, trained.step, new, prepared, say)
-        else:
-            say("the logits were not compared with the dense run's: data.holdout_fraction = 0 holds no text out")
+        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
     return far
 
