@@ -39,10 +39,13 @@ class RouterProbe(Evaluator):
 
     at_end = True
 
-    def __init__(self, network: Network, prepared: Prepared, run: RunFolder, warn: Callable[[str], None]):
+    def __init__(
+        self, network: Network, prepared: Prepared, run: RunFolder, warn: Callable[[str], None],
+        tokens: int = PROBE_TOKENS,
+    ):  # fmt: skip
         self._network, self._run, self._warn = network, run, warn
         data, mesh = network.experiment.data, network.mesh
-        self.rows = max(1, min(data.batch_size, PROBE_TOKENS // data.sequence_length))
+        self.rows = max(1, min(data.batch_size, tokens // data.sequence_length))
         slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in network.experiment.sharding.activations.batch)
         size = min(data.batch_size, -(-self.rows // slices) * slices)  # the fewest rows that the mesh divides
         self.batch = next(

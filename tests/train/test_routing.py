@@ -32,11 +32,11 @@ def prepared(tmp_path_factory) -> tuple[DataConfig, Prepared]:
     return data, prepare(data)
 
 
-def probe_of(prepared, folder, mesh: MeshConfig, devices: int, warnings: list[str]) -> RouterProbe:
+def probe_of(prepared, folder, mesh: MeshConfig, devices: int, warnings: list[str], tokens: int = 2048) -> RouterProbe:
     data, text = prepared
     experiment = Experiment(name="probe", model=CONFIG, data=replace(data, batch_size=8), mesh=mesh)
     network = build_network(experiment, devices=jax.devices()[:devices])
-    return RouterProbe(network, text, RunFolder(folder), warnings.append)
+    return RouterProbe(network, text, RunFolder(folder), warnings.append, tokens)
 
 
 def test_choices_are_those_of_the_network_on_the_same_tokens_every_time(prepared, tmp_path):
@@ -52,12 +52,11 @@ def test_choices_are_those_of_the_network_on_the_same_tokens_every_time(prepared
     assert found[5].min() >= 0 and found[5].max() <= 4  # 4: padding
 
 
-def test_only_the_rows_that_are_kept_leave_the_devices(prepared, tmp_path, monkeypatch):
+def test_only_the_rows_that_are_kept_leave_the_devices(prepared, tmp_path):
     """On a mesh: the same choices as on one device, and the probe sends what it keeps, not the batch."""
-    monkeypatch.setattr("train.routing.PROBE_TOKENS", 64)  # two rows of 32
     model = random_model(CONFIG)
-    alone = probe_of(prepared, tmp_path / "one", MeshConfig(), 1, [])
-    spread = probe_of(prepared, tmp_path / "eight", MeshConfig(fsdp=8), 8, [])
+    alone = probe_of(prepared, tmp_path / "one", MeshConfig(), 1, [], 64)  # two rows of 32
+    spread = probe_of(prepared, tmp_path / "eight", MeshConfig(fsdp=8), 8, [], 64)
     assert alone.rows == spread.rows == 2
     for probe, folder in ((alone, "one"), (spread, "eight")):
         (tmp_path / folder).mkdir()
