@@ -1,6 +1,6 @@
 """Batches: the endless training stream, which depends on seed and step alone, and the held-out windows in order.
 
-Letters: B windows of a batch (of this host), T predicted tokens; arrays of tokens hold T + 1.
+Letters: B windows of a batch (of this host), T predicted tokens; a window holds T + 1.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Self
 import grain
 import numpy as np
 
+from data.batch import Batch
 from data.config import DataConfig, DataError
-from data.packing import cut, positions_of, split_offsets, target_weights
+from data.packing import cut, split_offsets
 from data.prepare import Prepared
-
-Batch = dict[str, np.ndarray]
 
 
 def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
@@ -50,7 +49,7 @@ def _batch_at(
     tokens, segment_ids = (
         np.stack([arrays[source][part][window] for source, window in chosen]).astype(np.int32) for part in (0, 1)
     )
-    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+    return Batch.of_windows(tokens, segment_ids)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -150,7 +149,7 @@ def _release(live: list[grain.DatasetIterator]) -> None:
 def train_batches(
     prepared: Prepared, config: DataConfig, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
 ) -> TrainBatches:
-    """Return endless batches of one host: `tokens`, `segment_ids`, `positions`, each int32 [B, T + 1].
+    """Return the endless stream of one host's batches, rows of [B, T].
 
     Global batch t is windows t * batch_size onwards of a mixture of sources, each reshuffled every epoch; host p of P
     has its p-th contiguous slice of the rows. Segment 0 is padding. Close it, or use it in `with`, to stop its thread.
@@ -169,15 +168,13 @@ def heldout_windows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Return batches of a source's held-out documents in order.
+    """Return batches of a source's held-out documents in order, rows of [B, T].
 
-    A batch holds `tokens`, `segment_ids` and `positions`, int32 [B, T + 1], and `weights`, float32 [B, T].
-
-    Every token but each document's opening `<end>` has weight 1 exactly once, so that the scored tokens spell exactly
-    the held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last `stride`
-    targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly spread:
-    count their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as in
-    training. Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the
+    Every token but each document's opening `<end>` has loss weight 1 exactly once, so that the scored tokens spell
+    exactly the held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last
+    `stride` targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly
+    spread: count their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as
+    in training. Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the
     hosts.
     """
     length = prepared.sequence_length + 1
@@ -213,6 +210,6 @@ def _heldout_batches(
         tokens, segment_ids = np.zeros((2, rows, length), np.int32)
         if len(mine):
             tokens[: len(mine)], segment_ids[: len(mine)] = cut(stream, starts, mine, length)
-        weights = target_weights(segment_ids)
-        weights[: len(mine), : length - 1 - stride] *= (mine == 0)[:, None]  # only the first window has no predecessor
-        yield {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids), "weights": weights}
+        scored = np.ones((rows, length - 1), np.float32)
+        scored[: len(mine), : length - 1 - stride] *= (mine == 0)[:, None]  # only the first window has no predecessor
+        yield Batch.of_windows(tokens, segment_ids, scored)

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         # Seconds of imports, which a command that could raise these has already paid.
         from train.checkpoint import CheckpointError
-        from train.loop import NonfiniteError
+        from train.hooks import NonfiniteError
 
         if not isinstance(error, CheckpointError | NonfiniteError):
             raise

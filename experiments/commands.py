@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.memory import memory_here
+from experiments.meshes import fit_mesh
 from experiments.named import EXPERIMENTS
 from experiments.resolve import (
     find_run,
@@ -148,7 +149,7 @@ def eval_command(args: argparse.Namespace) -> int:
     from data.compressors import compressed_sizes
     from data.prepare import heldout_files
     from experiments.run import heldout_table, open_trained, prepare_data
-    from train.loop import evaluate_all
+    from train.evaluate import evaluate_all
 
     use_compilation_cache()
     run = find_run(args.subject)
@@ -335,9 +336,15 @@ def use_compilation_cache() -> None:
 
 
 def _load(name: str, overrides: Sequence[str], *, training: bool = False) -> Experiment:
-    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here."""
-    run = find_run(name)
-    return _checked(lambda: resolve_from(load_experiment(run), overrides, memory=memory_here, training=training))
+    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here. Unless for
+    `training`, a mesh that does not fit them is replaced."""
+    experiment = load_experiment(find_run(name))
+
+    def resolved() -> Experiment:
+        fitted = experiment if training else fit_mesh(experiment, overrides)
+        return resolve_from(fitted, overrides, memory=memory_here, training=training)
+
+    return _checked(resolved)
 
 
 def _console() -> Console:

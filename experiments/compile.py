@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
+from data.batch import Batch
 from experiments.memory import Memory as DeviceMemory
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
 from pallas_kernels.ahead_of_time import devices_of, uncached
@@ -30,7 +31,7 @@ from sharding.mesh import lay_out, use_mesh
 from sharding.peak import peak_flops
 from train.config import Experiment
 from train.config_io import ConfigError
-from train.loop import Program, build
+from train.program import Program, build
 from train.progress import count
 
 # What the compiler lets a program use of a JAX device's memory, bytes: read from its refusals (libtpu 0.0.52). A chip
@@ -162,10 +163,13 @@ def compile_step(experiment: Experiment, topology: str) -> Compiled:
 def _compile(program: Program, mesh: Mesh, folder: str) -> jax.stages.Compiled:
     data = program.experiment.data
     rows = NamedSharding(mesh, program.batch_spec)
-    ids = jax.ShapeDtypeStruct((data.batch_size, data.sequence_length + 1), jnp.int32, sharding=rows)
-    batch = dict.fromkeys(("tokens", "segment_ids", "positions"), ids)
+    ids, weights = (
+        jax.ShapeDtypeStruct((data.batch_size, data.sequence_length), dtype, sharding=rows)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    batch = Batch(ids, ids, loss_weights=weights, positions=ids, segment_ids=ids)
     with use_mesh(mesh), uncached():
-        traced = jax.jit(program.step, donate_argnums=0).trace(program.abstract_state, batch)
+        traced = jax.jit(program.step, donate_argnums=0).trace(program.abstract_state, batch, program.hyper)
         lowered = traced.lower(lowering_platforms=("tpu",))
         return lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
 

@@ -52,7 +52,9 @@ def estimate(experiment: Experiment, device_count: int, *, training: bool = True
     model, data, train = experiment.model, experiment.data, experiment.train
     spread = devices("weights", *vars(experiment.sharding.weights))
     # Training keeps weights in float32, beside the optimizer's state; sampling may keep them in half precision.
-    each = 4 + OPTIMIZER_BYTES.get(experiment.optimizer.name, 0) if training else 2
+    # Frozen weights have no such state, and how many are frozen is left open: the estimate is the least.
+    moments = 0 if train.trainable_layers is not None else OPTIMIZER_BYTES.get(experiment.optimizer.name, 0)
+    each = 4 + moments if training else 2
     what = "weights and optimizer state" if training else "weights"
     parts = [
         Part(f"{what} of the {name}", number * each // spread, fields)

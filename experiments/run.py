@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +20,20 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
 from decode.text import text_of
+from experiments.meshes import fit_mesh
 from experiments.processes import all_processes
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
 from model.cost import count_parameters
+from model.transformer import Transformer
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
 from train.config_io import ConfigError, config_hash
-from train.loop import Program, Trained, build, evaluate_all, restore, train
+from train.evaluate import evaluate_all
+from train.loop import Trained, train
+from train.program import Network, Program, Weights, build, build_network, load_weights
 from train.progress import duration
 from train.records import (
     MetricsWriter,
@@ -39,6 +44,7 @@ from train.records import (
     write_environment,
     write_samples,
 )
+from train.signals import StopSignal
 
 
 def run_experiment(
@@ -49,7 +55,8 @@ def run_experiment(
     override: bool,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Trains or resumes the experiment in its folder and finishes it; False if it was asked to stop before the end.
+    """Train or resume the experiment in its folder and finish it; return whether it was finished, not stopped by a
+    signal before its end.
 
     Raises ValueErrors, RunFolderError, CheckpointError and NonfiniteError with one paragraph for the user.
     """
@@ -63,13 +70,13 @@ def run_experiment(
             write_environment(run, describe_environment())
             _keep_tokenizer(run, prepared.tokenizer)
         program = build(experiment)
-        trained = train(program, prepared, run, notice=say)
-        if trained.finished:
-            finish(program, prepared, run, trained, say)
+        with StopSignal() as stop:
+            trained = train(program, prepared, run, log=say, stop=stop)
+            finished = trained.finished and finish(program, prepared, run, trained, say, stop)
         if jax.process_index() == 0:
             report = write_report(run.path)
             say(f"report: {report}  (after {duration(time.monotonic() - started)})")
-        return trained.finished
+        return finished
 
 
 def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
@@ -164,29 +171,59 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def finish(program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None]) -> None:
-    """The figures and the texts a run ends with: held-out bits per byte beside compressors, completions."""
-    experiment = program.experiment
+class _StoppedError(Exception):
+    """A signal arrived between two batches of an evaluation."""
+
+
+def finish(
+    program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None], stop: StopSignal
+) -> bool:
+    """Evaluate and sample at the end of a run and record the figures; return False if `stop` ended that.
+
+    The figures are held-out bits per byte beside compressors; the texts are completions of held-out files.
+    """
     say("evaluating on all held-out files")
-    results = evaluate_all(program, trained.model, prepared, full=True)
-    sets = {}
+    asked = itertools.count(trained.step + 1)  # every process asks after each batch, and all stop at the same one
+
+    def poll() -> None:
+        if stop.agreed(next(asked)):
+            raise _StoppedError
+
     with MetricsWriter(run, process_index=jax.process_index()) as metrics:
+        try:
+            results = evaluate_all(program, trained.model, prepared, full=True, between=poll)
+        except _StoppedError:
+            message = "stopped in the evaluation after the last step; the same command continues with it"
+            metrics.write({"kind": "event", "step": trained.step, "event": "stopped", "message": message})
+            say(message)
+            return False
+        sets = {}
         for name, result in results.items():
             compressors = compressed_sizes([text.encode() for _, text in heldout_files(prepared, name)])
             sets[name] = {**result.row(), "compressors": compressors}
             metrics.write({"kind": "eval", "step": trained.step, "set": name, **result.row()})
             say(heldout_table(name, sets[name]))
-        rows = complete_heldout(program, trained, prepared)
+        rows = complete_heldout(program, trained.model, prepared)
         if jax.process_index() == 0:
             write_samples(run, rows)
-        counts = count_parameters(experiment.model)
-        tokens = experiment.data.batch_size * experiment.data.sequence_length * trained.step
-        metrics.write({
-            "kind": "final", "step": trained.step, "sets": sets, "wall_seconds": trained.seconds, "tokens": tokens,
-            "parameters_total": counts.total, "parameters_active": counts.active,
-        })  # fmt: skip
+        metrics.write(final_row(program.experiment, trained, sets))
     for row in rows:
-        say(f"\n--- {row['file']}\n{row['prompt']}\n>>> the model goes on:\n{row['completion']}")
+        say(f"\n--- {row['file']}\n{row['prompt']}\n>>> the model continues:\n{row['completion']}")
+    return True
+
+
+def final_row(experiment: Experiment, trained: Trained, sets: dict[str, dict]) -> dict[str, Any]:
+    """Return the row that ends metrics.jsonl."""
+    counts = count_parameters(experiment.model)
+    return {
+        "kind": "final",
+        "step": trained.step,
+        "sets": sets,
+        "wall_seconds": trained.seconds,
+        "tokens": experiment.data.batch_size * experiment.data.sequence_length * trained.step,
+        "parameters_total": counts.total,
+        "parameters_active": counts.active,
+    }
 
 
 def heldout_table(name: str, figures: dict) -> str:
@@ -197,12 +234,12 @@ def heldout_table(name: str, figures: dict) -> str:
     return "\n".join([f"held-out {name}, {figures['bytes']:,} bytes, bits per byte:", *lines])
 
 
-def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> list[dict[str, str]]:
-    """Completions of held-out files: the prompt ends at a line's end near the middle of the file."""
-    config, tokenizer = program.experiment.samples, prepared.tokenizer
-    if config.count == 0 or program.experiment.model.attention.mask == "bidirectional":
+def complete_heldout(network: Network, model: Transformer, prepared: Prepared) -> list[dict[str, str]]:
+    """Return completions of held-out files: the prompt ends at a line's end near the middle of the file."""
+    config, tokenizer, mesh = network.experiment.samples, prepared.tokenizer, network.mesh
+    if config.count == 0 or network.experiment.model.attention.mask == "bidirectional":
         return []
-    spread = program.mesh is not None and program.mesh.shape["sequence"] > 1
+    spread = mesh is not None and mesh.shape["sequence"] > 1
     if jax.process_count() > 1 or spread:
         return []  # `generate` does it afterwards, on one host and another mesh
     cases = _cases(prepared, config)
@@ -215,8 +252,8 @@ def complete_heldout(program: Program, trained: Trained, prepared: Prepared) -> 
         )
         for i in range(len(cases))
     ]  # fmt: skip
-    with use_mesh(program.mesh):
-        results = generate(trained.model, [[tokenizer.special.document_start, *ids] for _, ids, _ in cases], params)
+    with use_mesh(mesh):
+        results = generate(model, [[tokenizer.special.document_start, *ids] for _, ids, _ in cases], params)
     return [
         {
             "file": file,
@@ -252,17 +289,21 @@ def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int
 
 
 def open_trained(
-    run: RunFolder, experiment: Experiment, tokenizer: Tokenizer, step: int | None = None
-) -> tuple[Program, Trained]:
-    """A run's program and its weights of `step` (default: the newest good checkpoint), for evaluation and sampling."""
-    program = build(experiment)
-    with (
-        Checkpointer(str(run.checkpoints), read_only=True, warn=print) as checkpoints,
-        use_mesh(program.mesh),
-    ):
-        restored = restore(program, checkpoints, tokenizer, step, training=False)
-    if restored is None:
+    run: RunFolder,
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    *,
+    log: Callable[[str], None] = print,
+) -> tuple[Network, Weights]:
+    """Return a run's network and its weights of `step` (default: the newest good checkpoint), for evaluation, sampling
+    and export: no optimizer is built. A mesh that does not fit the devices that are here is replaced by one that does.
+    """
+    network = build_network(fit_mesh(experiment, log=log))
+    with Checkpointer(run.checkpoints, read_only=True, warn=log) as checkpoints, use_mesh(network.mesh):
+        weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.frozen, warn=log)
+    if weights is None:
         raise CheckpointError(
             f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}"
         )
-    return program, Trained(restored.state, restored.step, restored.step >= experiment.train.steps, math.nan)
+    return network, weights

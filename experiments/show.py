@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from model.cost import CONVENTION, abstract_model, count_parameters, train_flops_per_token
+from model.weights import named_weights
 from sharding.rules import MESH_AXES
 from train.config import Experiment
 from train.config_io import flatten
-from train.optimizers import parameter_name
 from train.progress import count
 
 
@@ -60,13 +60,14 @@ def _print_network(experiment: Experiment, devices: int, console: Console) -> No
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
     with jax.sharding.use_abstract_mesh(mesh):
         model = abstract_model(experiment.model, experiment.sharding)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+    for name, weight in named_weights(model):
+        leaf: Any = weight.value  # a shape with its sharding
         per_device = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += per_device
         spec = ", ".join(
             "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in leaf.sharding.spec
         )
-        table.add_row(parameter_name(path), str(leaf.shape), str(leaf.dtype), f"({spec})", f"{per_device:,}")
+        table.add_row(name.replace(".", "/"), str(leaf.shape), str(leaf.dtype), f"({spec})", f"{per_device:,}")
     console.print()
     console.print(table)
 

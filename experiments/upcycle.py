@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from data.batch import Batch
 from data.pipeline import heldout_windows, train_batches
 from data.prepare import Prepared
 from experiments.memory import memory_here
@@ -24,8 +25,8 @@ from sharding.mesh import put_batch, use_mesh
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment
 from train.config_io import ConfigError
-from train.loop import Trained, build
-from train.optimizers import make_optimizer
+from train.frozen import keep_frozen
+from train.program import Weights, build
 from train.records import (
     MetricsWriter,
     RunFolder,
@@ -34,7 +35,7 @@ from train.records import (
     open_run,
     write_environment,
 )
-from train.step import TrainState, init_state
+from train.step import TrainState
 
 TOLERANCE = 1e-5  # of the largest logit; float32 rounding gives 1e-6
 
@@ -44,6 +45,11 @@ def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
     field."""
     if dense.model.moe is not None:
         raise ConfigError(f"run of {dense.name!r}: its model has experts already; upcycling starts from a dense run")
+    if dense.train.teacher:
+        raise ConfigError(
+            f"run of {dense.name!r}: its objective has a teacher, which an upcycled run cannot take over; upcycle a "
+            "run with another objective"
+        )
     base = replace(
         dense,
         question=f"What does {dense.name} gain when its MLPs become experts?",
@@ -68,8 +74,7 @@ def upcycle_run(
 ) -> float:
     """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
     `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data
-    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned; NaN
-    where the run holds no text out to compare on.
+    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned.
 
     The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run`
     cannot be read or the logits differ.
@@ -86,18 +91,14 @@ def upcycle_run(
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
-        far = math.nan
-        if prepared.heldout_names:
-            far = _compare(experiment, dense, run, trained.step, new, prepared, say)
-        else:
-            say("the logits were not compared with the dense run's: data.holdout_fraction = 0 holds no text out")
+        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
     return far
 
 
 def _write(
     experiment: Experiment,
-    trained: Trained,
+    trained: Weights,
     prepared: Prepared,
     new: RunFolder,
     origin: dict,
@@ -122,7 +123,10 @@ def _write(
             "seconds": 0.0,
             "upcycled_from": origin,
         }
-        if not checkpoints.save(0, _state(experiment, trained.model), metadata=metadata, wait=True):
+        state = _state(experiment, trained.model)
+        if state.frozen is not None:
+            metadata["frozen"] = keep_frozen(new.frozen, state.frozen, say)
+        if not checkpoints.save(0, state._replace(frozen=None), metadata=metadata, wait=True):
             raise CheckpointError(
                 f"{new.path}: the checkpoint was not written (the warning above says why); free the disk"
             )
@@ -137,12 +141,10 @@ def _write(
 def _state(experiment: Experiment, dense: Transformer) -> TrainState:
     """The state before the first step, on the experiment's mesh, whose network has the dense one's weights."""
     program = build(experiment)
-    optimizer = make_optimizer(experiment.optimizer, experiment.model, experiment.train.steps)
 
     def make(dense: Transformer) -> TrainState:
-        router_key, state_key = jax.random.split(jax.random.key(experiment.train.seed))
-        model = upcycle(dense, experiment.model, router_key, experiment.sharding)
-        return init_state(state_key, model, optimizer, experiment.train)
+        router_key, _ = jax.random.split(jax.random.key(experiment.train.seed))
+        return program.begin(upcycle(dense, experiment.model, router_key, experiment.sharding))
 
     with use_mesh(program.mesh):
         return jax.jit(make)(dense)
@@ -162,32 +164,35 @@ def _compare(
     _, before = load(old, dense, step)
 
     @jax.jit
-    def differences(
-        models: tuple[Transformer, Transformer], batch: dict[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        given, segments, positions = (batch[name][:, :-1] for name in ("tokens", "segment_ids", "positions"))
-        first, second = (
-            logits(model, forward(model, given, segment_ids_BT=segments, positions_BT=positions).hidden_BTD)
-            for model in models
-        )
-        seen = segments[..., None] > 0
+    def differences(models: tuple[Transformer, Transformer], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        given = {"positions_BT": batch.positions, "segment_ids_BT": batch.segment_ids}
+        first, second = (logits(model, forward(model, batch.tokens, **given).hidden_BTD) for model in models)
+        seen = batch.segment_ids[..., None] > 0
         return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
 
     mesh = program.mesh
     slices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in experiment.sharding.activations.batch)
     rows = max(slices, 2)
-    batch = next(iter(heldout_windows(prepared, prepared.heldout_names[0], batch_size=rows, max_windows=rows)))
-    batch.pop("weights")
+    batch, what = _windows(experiment, prepared, rows)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))
     say(
-        f"largest difference of the logits from the dense run's, {rows} held-out windows: {far:.1e} (logits up to "
+        f"largest difference of the logits from the dense run's, {rows} {what} windows: {far:.1e} (logits up to "
         f"{largest:.3g})"
     )
     if not far <= TOLERANCE * max(1.0, largest):
         raise CheckpointError(
             f"upcycled logits differ from those of {old.path} by {far:.3g} where {TOLERANCE * max(1.0, largest):.1g} "
-            f"is rounding: "
-            "nothing was kept; report it with the two configs"
+            f"is rounding: nothing was kept; report it with the two configs"
         )
     return far
+
+
+def _windows(experiment: Experiment, prepared: Prepared, rows: int) -> tuple[Batch, str]:
+    """Return (windows to compare on, what they are): held-out ones, or where nothing is held out the first of
+    training."""
+    if prepared.heldout_names:
+        windows = heldout_windows(prepared, prepared.heldout_names[0], batch_size=rows, max_windows=rows)
+        return next(iter(windows)), "held-out"
+    with train_batches(prepared, replace(experiment.data, batch_size=rows)) as batches:
+        return batches.batch_at(0), "training"

@@ -97,10 +97,24 @@ def concrete_shardings(tree, mesh: Mesh | None):
     return jax.tree.map(bind, tree)
 
 
-def put_batch(batch: dict, mesh: Mesh | None, spec: PartitionSpec | None):
-    """Host-local rows of a global batch (numpy [B_local, ...]) as global arrays sharded on the first dimension."""
+def put_batch(batch, mesh: Mesh | None, spec: PartitionSpec | None):
+    """Return a pytree of host-local rows of a global batch (NumPy [B_local, ...]) as global arrays that are sharded on
+    the first dimension."""
     if mesh is None:
         return jax.device_put(batch)
     assert spec is not None, "on a mesh the rows need a spec"
     sharding = NamedSharding(mesh, spec)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def put_replicated(tree, mesh: Mesh | None):
+    """Return a pytree of NumPy values, the same on every process, as arrays that every device holds whole."""
+    if mesh is None:
+        return jax.device_put(tree)
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(value):
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree)

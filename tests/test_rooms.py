@@ -13,7 +13,7 @@ ARROWS = {
     "model": {"model", "sharding", "pallas_kernels", "jax", "flax", "numpy", "jaxtyping"},
     "interop": {"interop", "model", "sharding", "jax", "flax", "numpy", "jaxtyping", "gguf"},
     "compression": {"compression", "model", "interop", "data", "jax", "flax", "numpy", "jaxtyping"},
-    "data": {"data", "etils", "fsspec", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
+    "data": {"data", "jax", "etils", "fsspec", "grain", "sentencepiece", "numpy", "gguf", "jinja2"},
     "train": {"train", "model", "sharding", "data"},
     "decode": {"decode", "model", "sharding", "data", "jax", "flax", "numpy", "jaxtyping"},
     "experiments": {"experiments", "train", "decode", "interop", "model", "sharding", "data", "pallas_kernels"},

@@ -9,7 +9,7 @@ from typing import Literal
 from data.config import DataConfig
 from data.tokenizer import special_tokens
 from model.attention import attention_variant
-from model.config import ModelConfig
+from model.config import ModelConfig, MoEConfig
 from sharding.mesh import MeshConfig
 from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
 
@@ -57,7 +57,11 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 1000
     seed: int = 0  # of the weights, dropout and objectives
-    objective: Literal["next_token", "masked", "fill_in_middle", "prefix"] = "next_token"
+    trainable_layers: int | None = None  # last layers, trained with the final norm and the head; none: everything
+    objective: Literal["next_token", "masked", "fill_in_middle", "prefix", "distillation"] = "next_token"
+    teacher: str = ""  # distillation: the run whose predictions are matched, a path
+    distillation_temperature: float = 2.0  # of both softmaxes (Hinton et al. 2015, sec. 2)
+    distillation_mix: float = 0.5  # weight of the teacher's predictions; the targets have the rest
     mask_rate: float = 0.15  # masked: tokens that are predicted (Devlin et al. 2019)
     fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
     fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
@@ -90,7 +94,16 @@ class TrainConfig:
             raise ValueError(f"train.steps = {self.steps}: steps are counted in 32 bits; use at most 2**31 - 1")
         if self.seed >= 2**32:
             raise ValueError(f"train.seed = {self.seed}: set it between 0 and 2**32 - 1")
-        for name in ("mask_rate", "fim_rate", "fim_spm_rate"):
+        if not 0 < self.distillation_temperature < math.inf:
+            raise ValueError(
+                f"train.distillation_temperature = {self.distillation_temperature}: must be above 0; 2 is common"
+            )
+        if (self.objective == "distillation") != bool(self.teacher):
+            raise ValueError(
+                f"train.objective = {self.objective!r} and train.teacher = {self.teacher!r}: the objective "
+                "'distillation' takes the run of a teacher; set both, or neither"
+            )
+        for name in ("mask_rate", "fim_rate", "fim_spm_rate", "distillation_mix"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
         if self.loss_chunk is not None and self.loss_chunk < 1:
@@ -144,6 +157,12 @@ class Experiment:
             )
         if self.model.moe is not None:
             self.model.moe.validate_length(self.data.sequence_length)
+        layers = self.train.trainable_layers
+        if layers is not None and not 1 <= layers <= self.model.num_layers:
+            raise ValueError(
+                f"train.trainable_layers = {layers}: between 1 and model.num_layers = {self.model.num_layers}, or none "
+                "to train everything"
+            )
         if training and self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps}: longer than the run, train.steps = "
@@ -247,20 +266,8 @@ class Experiment:
                         f"{field} = {size}: does not divide over the {devices(side, axis)} devices of mesh axes "
                         f"{getattr(getattr(self.sharding, side), axis)} (sharding.{side}.{axis}); change one of them"
                     )
-        if moe is not None:  # experts' weights enter shard_map spread over the axes of both sides
-            for field, axis, size in (
-                ("num_experts", "expert", moe.num_experts),
-                ("hidden_dim", "mlp", moe.hidden_dim),
-            ):
-                both = {
-                    name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)
-                }
-                count = math.prod(mesh[name] for name in both)
-                if size % count:
-                    raise ValueError(
-                        f"model.moe.{field} = {size}: does not divide over the {count} devices of the mesh axes that "
-                        f"sharding.weights.{axis} and sharding.activations.{axis} name together; change one of them"
-                    )
+        if moe is not None:
+            self._validate_expert_mesh(moe, mesh)
         rows = devices("activations", "batch") * self.train.microbatches
         if self.data.batch_size % rows:
             raise ValueError(
@@ -268,3 +275,14 @@ class Experiment:
                 f"{self.train.microbatches} slices for {devices('activations', 'batch')} devices; make it a multiple "
                 f"of {rows}"
             )
+
+    def _validate_expert_mesh(self, moe: MoEConfig, mesh: dict[str, int]) -> None:
+        """Experts' weights enter shard_map spread over the axes of both sides."""
+        for field, axis, size in (("num_experts", "expert", moe.num_experts), ("hidden_dim", "mlp", moe.hidden_dim)):
+            both = {name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)}
+            count = math.prod(mesh[name] for name in both)
+            if size % count:
+                raise ValueError(
+                    f"model.moe.{field} = {size}: does not divide over the {count} devices of the mesh axes that "
+                    f"sharding.weights.{axis} and sharding.activations.{axis} name together; change one of them"
+                )

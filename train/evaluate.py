@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from data.batch import Batch
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
 from data.tokenizer import byte_lengths
-from model.balance import max_violation
 from model.transformer import Transformer
-from sharding.mesh import put_batch
+from sharding.mesh import put_batch, use_mesh
 from train.objectives import Objective
+
+if TYPE_CHECKING:
+    from train.program import Network
 
 ROUTED = ("load_LE", "dropped_L")  # means over the routed tokens of a batch
 
@@ -51,7 +54,7 @@ class Score(NamedTuple):
 
 
 def evaluate(
-    score: Callable[[Transformer, dict], Score],
+    score: Callable[[Transformer, Batch], Score],
     model: Transformer,
     prepared: Prepared,
     name: str,
@@ -106,25 +109,59 @@ def evaluate(
     if total.load_LE is None or total.dropped_L is None:
         return found
     return found._replace(
-        max_violation=float(max_violation(total.load_LE).mean()),
+        max_violation=float(max_violation(np.asarray(total.load_LE)).mean()),
         dropped_fraction=float((total.dropped_L / total.routed).mean()),
     )
 
 
-def make_score(objective: Objective) -> Callable[[Transformer, dict], Score]:
-    """`score(model, batch)` by the objective without its auxiliary losses."""
+def evaluate_all(
+    network: Network,
+    model: Transformer,
+    prepared: Prepared,
+    *,
+    full: bool,
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, Evaluation]:
+    """Return the figures of every held-out set: of `train.eval_windows` windows of each, or of all."""
+    config = network.experiment.train
+    with use_mesh(network.mesh):
+        return {
+            name: evaluate(
+                network.score,
+                model,
+                prepared,
+                name,
+                batch_size=network.experiment.data.batch_size,
+                stride=config.eval_stride,
+                max_windows=None if full else config.eval_windows,
+                mesh=network.mesh,
+                spec=network.batch_spec,
+                between=between,
+            )
+            for name in prepared.heldout_names
+        }
 
-    def score(model, batch):
+
+def make_score(objective: Objective) -> Callable[[Transformer, Batch], Score]:
+    """Return `score(model, batch)` by the objective without its auxiliary losses."""
+
+    def score(model: Transformer, batch: Batch) -> Score:
         # The objectives that draw at random draw the same for every batch of an evaluation.
-        loss = objective(model, batch, jax.random.key(0))
-        routed = (batch["segment_ids"][:, :-1] > 0).sum().astype(jnp.float32)
-        load, dropped = (loss.metrics.get(name) for name in ("expert_load", "expert_dropped"))
-        return Score(loss.metrics["loss"] * loss.count, loss.count, routed, load, dropped)
+        loss = objective(model, None, batch, jax.random.key(0))
+        routed = (batch.segment_ids > 0).sum().astype(jnp.float32)
+        dropped = loss.metrics.get("expert_dropped")
+        return Score(loss.metrics["loss"] * loss.count, loss.count, routed, loss.expert_load, dropped)
 
     return score
 
 
-def _add_targets(batch: dict, lengths: np.ndarray, size: int, targets: int) -> tuple[int, int]:
-    """`size` and `targets` with the bytes and the number of the batch's scored tokens added."""
-    scored = batch["weights"] > 0
-    return size + int((lengths[batch["tokens"][:, 1:]] * scored).sum()), targets + int(scored.sum())
+def max_violation(load_LE: np.ndarray) -> np.ndarray:
+    """Return MaxVio (Wang et al. 2024, eq. 4) of each layer on the host: the greatest load over the mean load, less
+    1."""
+    return load_LE.max(-1) / load_LE.mean(-1) - 1.0
+
+
+def _add_targets(batch: Batch, lengths: np.ndarray, size: int, targets: int) -> tuple[int, int]:
+    """Return `size` and `targets` with the bytes and the number of the batch's scored tokens added."""
+    scored = batch.loss_weights > 0
+    return size + int((lengths[batch.targets] * scored).sum()), targets + int(scored.sum())

@@ -1,33 +1,35 @@
-"""What is learned: functions (model, batch, key) -> Loss, a sum over tokens and their count.
+"""What is learned: frozen dataclasses, called as `objective(trainable, frozen, batch, key) -> Loss`.
 
-Sums over counts, so that microbatches add up to the large batch exactly. A batch holds int32 [B, T+1] `tokens`,
-`segment_ids` (0 is padding) and `positions`, and may hold float32 [B, T] `weights` of its targets.
+A loss is a sum over tokens and their count, so that microbatches add up to the large batch exactly. Which targets
+count, `batch.loss_weights` says (data/batch.py); an objective may only lower them.
 
-Shapes: B batch, T time, D width, V vocabulary, L MoE layers, E experts.
+Shapes: B batch, T time, W = T + 1, D width, V vocabulary, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from data.batch import Batch
 from data.config import SPECIAL_PIECES
 from data.tokenizer import SpecialTokens
-from model.transformer import Output, Transformer, forward, head_weight
+from model.transformer import Output, Transformer, forward, head_weight, logits
 from sharding.rules import no_mesh
 from train.config import TrainConfig
 from train.cross_entropy import cross_entropy
+from train.frozen import Frozen, network
+from train.hyper import COEFFICIENTS, Hyper
 
-Batch = dict[str, Array]
 OWN = SpecialTokens()  # of the tokenizers that we train
 
-ROUTER_METRICS = {  # metric, field of RouterStats: the mean over the MoE layers is told
+ROUTER_METRICS = {  # metric, field of RouterStats, of which it is the mean over the MoE layers
     "load_balance_loss": "load_balance", "router_z_loss": "z", "router_entropy": "entropy",
     "router_confidence": "confidence", "dropped_fraction": "dropped",
 }  # fmt: skip
@@ -36,16 +38,33 @@ ROUTER_METRICS = {  # metric, field of RouterStats: the mean over the MoE layers
 class Loss(NamedTuple):
     total: Float[Array, ""]  # what is differentiated: the sum over tokens, auxiliary losses included
     count: Float[Array, ""]  # type: ignore[assignment]  # tokens (by weight) the sum is over; hides tuple.count
-    metrics: dict[str, Array]  # means over the batch
+    metrics: dict[str, Array]  # means over the batch, for people: nothing is computed from them
+    expert_load: Float[Array, "L E"] | None = None  # share of each expert in its layer's choices: moves router biases
 
 
-Objective = Callable[[Transformer, Batch, PRNGKeyArray], Loss]
+class Objective(Protocol):
+    """A frozen dataclass that computes a loss. `trainable` is what is differentiated; `frozen` holds the rest of the
+    network and, for some objectives, a second network."""
+
+    def __call__(
+        self,
+        trainable: Transformer,
+        frozen: Frozen | None,
+        batch: Batch,
+        key: Any,  # PRNGKeyArray; None: no dropout
+    ) -> Loss: ...
+
+    def with_hyper(self, hyper: Hyper) -> Objective:
+        """Return the objective with traced coefficients."""
+        ...
 
 
 def token_losses(
     model: Transformer, hidden_BTD: Array, targets_BT: Array, chunk: int | None = None
 ) -> tuple[Array, Array]:
-    """Negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T], nats.
+    """Return the negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T],
+    nats.
+
     `chunk`: as TrainConfig.loss_chunk."""
     head_DV, cap = head_weight(model), model.config.final_softcap
     if model.head is None:  # turned back into the embedding's own layout: a loop over chunks would else copy it
@@ -53,76 +72,172 @@ def token_losses(
     return cross_entropy(hidden_BTD, head_DV, targets_BT, softcap=cap, chunk=chunk)
 
 
-def next_token(
-    model: Transformer, batch: Batch, key: PRNGKeyArray | None, *, z_loss: float = 0.0, share: float = 1.0,
-    chunk: int | None = None,
-) -> Loss:  # fmt: skip
-    """Predict each token from those before it in its segment. `share`: the part of the tokens that `weights` leaves on
-    average."""
-    segments = batch["segment_ids"]
-    weights_BT = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).astype(jnp.float32)
-    if "weights" in batch:
-        weights_BT = weights_BT * batch["weights"]
-    out = forward(
-        model,
-        batch["tokens"][:, :-1],
-        positions_BT=batch["positions"][:, :-1],
-        segment_ids_BT=segments[:, :-1],
-        prefix_BT=batch.get("prefix"),
-        dropout_key=key,
-    )
-    routed = share * (segments[:, :-1] > 0).sum()
-    return _loss(model, out, batch["tokens"][:, 1:], weights_BT, z_loss, routed, chunk)
+@dataclass(frozen=True, kw_only=True)
+class TokenObjective:
+    """What every objective over tokens has: the coefficients of the auxiliary losses, numbers or traced scalars."""
+
+    z_loss: float | Array = 0.0  # of the mean of logsumexp(logits)^2
+    load_balance: float | Array | None = None  # None: as model.moe says
+    router_z_loss: float | Array | None = None  # None: as model.moe says
+    loss_chunk: int | None = None  # as TrainConfig.loss_chunk
+    dropout: bool = True  # False: for scoring
+
+    def with_hyper(self, hyper: Hyper) -> Self:
+        """Return the objective with the coefficients that `hyper` holds."""
+        given = {name: getattr(hyper, name) for name in COEFFICIENTS if hasattr(self, name)}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def run(self, model: Transformer, batch: Batch, key: PRNGKeyArray | None, prefix_BT: Array | None = None) -> Output:
+        """Return the network's output on the batch's inputs."""
+        return forward(
+            model,
+            batch.tokens,
+            positions_BT=batch.positions,
+            segment_ids_BT=batch.segment_ids,
+            prefix_BT=prefix_BT,
+            dropout_key=key if self.dropout else None,
+        )
+
+    def loss(
+        self,
+        model: Transformer,
+        out: Output,
+        batch: Batch,
+        share: float = 1.0,
+        soft_BT: Array | None = None,
+        mix: float | Array = 0.0,
+    ) -> Loss:
+        """Return the loss of predicting `batch.targets`, weighted by `batch.loss_weights`.
+
+        The router's mean losses are multiplied by `share` of the routed tokens: it grows with them, not with the
+        targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch.
+        `share`: the part of the tokens that the weights leave on average. `soft_BT`: a loss of each token that counts
+        by `mix`, and the targets by the rest.
+        """
+        nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, batch.targets, self.loss_chunk)
+        count = batch.loss_weights.sum()
+        nll = (nll_BT * batch.loss_weights).sum()
+        metrics = {"loss": nll / jnp.maximum(count, 1.0)}
+        total = nll
+        if soft_BT is not None:
+            soft = (soft_BT * batch.loss_weights).sum()
+            metrics["distillation_loss"] = soft / jnp.maximum(count, 1.0)
+            total = (1.0 - mix) * nll + mix * soft
+        if not (isinstance(self.z_loss, int | float) and self.z_loss == 0):
+            total = total + self.z_loss * (jnp.square(log_total_BT) * batch.loss_weights).sum()
+        return self.with_router(Loss(total, count, metrics), model, out, share * (batch.segment_ids > 0).sum())
+
+    def with_router(self, loss: Loss, model: Transformer, out: Output, routed: Array) -> Loss:
+        """Return `loss` with the router's losses and figures added."""
+        if out.router is None:
+            return loss
+        moe = model.config.moe
+        assert moe is not None
+        balance = moe.load_balance if self.load_balance is None else self.load_balance
+        z = moe.z_loss if self.router_z_loss is None else self.router_z_loss
+        total = loss.total + routed * (balance * out.router.load_balance.sum() + z * out.router.z.sum())
+        metrics = loss.metrics | {name: getattr(out.router, field).mean() for name, field in ROUTER_METRICS.items()}
+        layers = jnp.stack([getattr(out.router, field) for field in ROUTER_METRICS.values()], 1)
+        metrics |= {"expert_load": out.router.load_E, "expert_dropped": out.router.dropped, "router_layers": layers}
+        return Loss(total, loss.count, metrics, out.router.load_E)
 
 
-def masked(
-    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, special: SpecialTokens, ids: int,
-    z_loss: float = 0.0, dropout: bool = True, chunk: int | None = None,
-) -> Loss:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class NextToken(TokenObjective):
+    """Predict each token from those before it in its document."""
+
+    def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray | None) -> Loss:
+        model = network(trainable, frozen)
+        return self.loss(model, self.run(model, batch, key), batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masked(TokenObjective):
     """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1): of the chosen, 80 % become <mask>, 10 % a
     random one of the tokenizer's `ids`, 10 % stay."""
-    tokens_BT, segments_BT = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
-    pick_key, kind_key, random_key, dropout_key = jax.random.split(key, 4)
-    shape = tokens_BT.shape
-    chosen_BT = (_as_rows(jax.random.uniform(pick_key, shape), tokens_BT) < rate) & (segments_BT > 0)
-    kind_BT = _as_rows(jax.random.uniform(kind_key, shape), tokens_BT)
-    random_BT = _as_rows(jax.random.randint(random_key, shape, first_text_id(special), ids), tokens_BT)
-    noised_BT = jnp.where(kind_BT < 0.8, special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
-    out = forward(
-        model,
-        jnp.where(chosen_BT, noised_BT, tokens_BT),
-        positions_BT=batch["positions"][:, :-1],
-        segment_ids_BT=segments_BT,
-        dropout_key=dropout_key if dropout else None,
-    )
-    routed = rate * (segments_BT > 0).sum()
-    return _loss(model, out, tokens_BT, chosen_BT.astype(jnp.float32), z_loss, routed, chunk)
+
+    rate: float
+    special: SpecialTokens
+    ids: int
+
+    def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
+        model, tokens_BT, segments_BT = network(trainable, frozen), batch.tokens, batch.segment_ids
+        pick_key, kind_key, random_key, dropout_key = jax.random.split(key, 4)
+        shape = tokens_BT.shape
+        chosen_BT = (_as_rows(jax.random.uniform(pick_key, shape), tokens_BT) < self.rate) & (segments_BT > 0)
+        kind_BT = _as_rows(jax.random.uniform(kind_key, shape), tokens_BT)
+        random_BT = _as_rows(jax.random.randint(random_key, shape, first_text_id(self.special), self.ids), tokens_BT)
+        noised_BT = jnp.where(kind_BT < 0.8, self.special.mask, jnp.where(kind_BT < 0.9, random_BT, tokens_BT))
+        noised = replace(batch, tokens=jnp.where(chosen_BT, noised_BT, tokens_BT))
+        out = self.run(model, noised, dropout_key)
+        targets = replace(batch, targets=tokens_BT, loss_weights=chosen_BT.astype(jnp.float32))
+        return self.loss(model, out, targets, self.rate)
 
 
-def fill_in_middle(
-    model: Transformer, batch: Batch, key: PRNGKeyArray, *, rate: float, spm_rate: float, special: SpecialTokens,
-    z_loss: float = 0.0, chunk: int | None = None,
-) -> Loss:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class FillInMiddle(TokenObjective):
     """Next-token loss on rows of which a part is rearranged so that the middle comes last (Bavarian et al. 2022)."""
-    move_key, dropout_key = jax.random.split(key)
-    tokens = rearrange_middle(batch["tokens"], batch["segment_ids"], move_key, rate, spm_rate, special)
-    return next_token(model, {**batch, "tokens": tokens}, dropout_key, z_loss=z_loss, chunk=chunk)
+
+    rate: float  # rows that are rearranged
+    spm_rate: float  # of those, suffix-prefix-middle
+    special: SpecialTokens
+
+    def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
+        model = network(trainable, frozen)
+        move_key, dropout_key = jax.random.split(key)
+        moved_BW = rearrange_middle(*batch.window(), move_key, self.rate, self.spm_rate, self.special)
+        batch = batch.with_window(moved_BW)
+        return self.loss(model, self.run(model, batch, dropout_key), batch)
 
 
-def prefix_lm(
-    model: Transformer, batch: Batch, key: PRNGKeyArray, *, z_loss: float = 0.0, chunk: int | None = None
-) -> Loss:
-    """Next-token loss on what follows a prefix of uniformly drawn length, which is seen from both sides (Raffel et al.
-    2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the segments; those before it are all prefix.
+@dataclass(frozen=True, kw_only=True)
+class PrefixLM(TokenObjective):
+    """Next-token loss on what follows a prefix of uniformly drawn length, which is visible from both sides (Raffel et
+    al. 2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the documents; those before it are all
+    prefix."""
+
+    def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
+        model = network(trainable, frozen)
+        cut_key, dropout_key = jax.random.split(key)
+        B, T = batch.tokens.shape
+        cut_B = _as_rows(jax.random.randint(cut_key, (B,), 0, T), batch.tokens)
+        prefix_BT = jnp.arange(T) < cut_B[:, None]
+        # The last token of the prefix predicts the first one after it.
+        kept_BT = (jnp.arange(1, T + 1) >= cut_B[:, None]).astype(jnp.float32)
+        batch = replace(batch, loss_weights=batch.loss_weights * kept_BT)
+        return self.loss(model, self.run(model, batch, dropout_key, prefix_BT), batch, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(TokenObjective):
+    """Match a teacher's predictions (Hinton et al. 2015, sec. 2): (1 - mix) times the next-token loss, plus mix times
+    temperature^2 times KL(teacher || student) of both softmaxes at `temperature`. The teacher is `frozen.teacher`."""
+
+    temperature: float | Array
+    mix: float | Array
+
+    def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray | None) -> Loss:
+        assert frozen is not None and frozen.teacher is not None, "distillation has a teacher"
+        model = network(trainable, frozen)
+        out = self.run(model, batch, key)
+        taught = replace(self, dropout=False).run(frozen.teacher, batch, None)
+        soft_BT = divergence(
+            jax.lax.stop_gradient(logits(frozen.teacher, taught.hidden_BTD)),
+            logits(model, out.hidden_BTD),
+            self.temperature,
+        )
+        return self.loss(model, out, batch, soft_BT=soft_BT, mix=self.mix)
+
+
+def divergence(
+    teacher_BTV: Float[Array, "B T V"], student_BTV: Float[Array, "B T V"], temperature: float | Array
+) -> Float[Array, "B T"]:
+    """Return temperature^2 * KL(teacher || student) of the softmaxes of logits / temperature, nats.
+
+    The factor keeps the size of the gradient whatever the temperature.
     """
-    cut_key, dropout_key = jax.random.split(key)
-    B, W = batch["tokens"].shape
-    cut_B = _as_rows(jax.random.randint(cut_key, (B,), 0, W - 1), batch["tokens"])
-    prefix_BT = jnp.arange(W - 1) < cut_B[:, None]
-    # The last token of the prefix predicts the first one after it.
-    weights_BT = (jnp.arange(1, W) >= cut_B[:, None]).astype(jnp.float32) * batch.get("weights", 1.0)
-    batch = {**batch, "prefix": prefix_BT, "weights": weights_BT}
-    return next_token(model, batch, dropout_key, z_loss=z_loss, share=0.5, chunk=chunk)
+    teacher, student = (jax.nn.log_softmax(x / temperature, axis=-1) for x in (teacher_BTV, student_BTV))
+    return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
 
 
 def rearrange_middle(
@@ -193,53 +308,26 @@ def first_text_id(special: SpecialTokens) -> int:
 
 
 def make_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
-    """The configured objective for a tokenizer of so many ids and these specials."""
-    z_loss, chunk = config.z_loss, config.loss_chunk
+    """Return the configured objective for a tokenizer of `ids` ids and these special tokens."""
+    common: dict[str, Any] = {"z_loss": config.z_loss, "loss_chunk": config.loss_chunk}
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=special, ids=ids, z_loss=z_loss, chunk=chunk)
+        return Masked(rate=config.mask_rate, special=special, ids=ids, **common)
     if config.objective == "fill_in_middle":
-        rates = config.fim_rate, config.fim_spm_rate
-        return partial(fill_in_middle, rate=rates[0], spm_rate=rates[1], special=special, z_loss=z_loss, chunk=chunk)
-    return partial(prefix_lm if config.objective == "prefix" else next_token, z_loss=z_loss, chunk=chunk)
+        return FillInMiddle(rate=config.fim_rate, spm_rate=config.fim_spm_rate, special=special, **common)
+    if config.objective == "distillation":
+        return Distillation(temperature=config.distillation_temperature, mix=config.distillation_mix, **common)
+    return PrefixLM(**common) if config.objective == "prefix" else NextToken(**common)
 
 
 def scoring_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
-    """What held-out text is scored by, without dropout: the masked objective, or the next tokens in their order."""
-    chunk = config.loss_chunk
+    """Return what held-out text is scored by, without dropout: the masked objective, or the next tokens in order."""
     if config.objective == "masked":
-        return partial(masked, rate=config.mask_rate, special=special, ids=ids, dropout=False, chunk=chunk)
-    return lambda model, batch, key: next_token(model, batch, None, chunk=chunk)
-
-
-def _loss(
-    model: Transformer,
-    out: Output,
-    targets_BT: Array,
-    weights_BT: Array,
-    z_loss: float,
-    routed: Array,
-    chunk: int | None,
-) -> Loss:
-    """`routed`: what the router's mean losses are multiplied by. It grows with the tokens that were routed, not with
-    the
-    targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch."""
-    nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, targets_BT, chunk)
-    count = weights_BT.sum()
-    nll = (nll_BT * weights_BT).sum()
-    total = nll + z_loss * (jnp.square(log_total_BT) * weights_BT).sum() if z_loss else nll
-    metrics = {"loss": nll / jnp.maximum(count, 1.0)}
-    if out.router is not None:
-        moe = model.config.moe
-        assert moe is not None
-        total = total + routed * (moe.load_balance * out.router.load_balance.sum() + moe.z_loss * out.router.z.sum())
-        metrics |= {name: getattr(out.router, field).mean() for name, field in ROUTER_METRICS.items()}
-        layers = jnp.stack([getattr(out.router, field) for field in ROUTER_METRICS.values()], 1)
-        metrics |= {"expert_load": out.router.load_E, "expert_dropped": out.router.dropped, "router_layers": layers}
-    return Loss(total, count, metrics)
+        return Masked(rate=config.mask_rate, special=special, ids=ids, dropout=False, loss_chunk=config.loss_chunk)
+    return NextToken(dropout=False, loss_chunk=config.loss_chunk)
 
 
 def _as_rows(x: Array, rows: Array) -> Array:
-    """`x` [B, ...] spread over the devices as the `rows` of the batch are."""
+    """Return `x` [B, ...] spread over the devices as the `rows` of the batch are."""
     if no_mesh():
         return x
     return jax.sharding.reshard(x, P(jax.typeof(rows).sharding.spec[0], *(None,) * (x.ndim - 1)))

@@ -1,70 +1,94 @@
-"""What routers choose for the same held-out tokens as training goes on: kept in the run folder at every evaluation, for
-the report (experiments/routing.py).
+"""What routers choose for the same held-out tokens as training proceeds: kept in the run folder at every evaluation,
+for the report (experiments/routing.py).
 
-Shapes: L MoE layers, B batch, T time, N tokens, C choices of a token.
+Shapes: L MoE layers, B batch, T time, R rows kept, N tokens, C choices of a token.
 """
 
 from __future__ import annotations
 
-import io
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
-from data.array_files import write_arrays
+from data.array_files import read_arrays, write_arrays
+from data.batch import Batch
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
 from model.transformer import Transformer, forward
-from sharding.mesh import put_batch
-from train.config import Experiment
+from sharding.mesh import put_batch, use_mesh
+from sharding.rules import no_mesh
+from train.hooks import Evaluator
+from train.program import Network
 from train.records import RunFolder
 
 PROBE_TOKENS = 2048
 
 
-def make_probe(
-    experiment: Experiment, prepared: Prepared, run: RunFolder, mesh: Mesh | None, spec: PartitionSpec
-) -> Callable[[Transformer, int], None]:
-    """`probe(model, step)` writes the choices for the first windows of the first held-out set to RUN/routing/STEP.npz:
-    `choices` int16 [L, N, C], the number of experts where a token has none (padding, or less than C)."""
-    T = experiment.data.sequence_length
-    rows = max(1, min(experiment.data.batch_size, PROBE_TOKENS // T))
-    batch = next(
-        heldout_windows(
-            prepared,
-            prepared.heldout_names[0],
-            batch_size=experiment.data.batch_size,
-            max_windows=experiment.data.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-    )
+class RouterProbe(Evaluator):
+    """Writes the choices for the first windows of the first held-out set to RUN/routing/STEP.npz: `choices` int16
+    [L, N, C], the number of experts where a token has none (padding, or fewer than C).
 
-    @jax.jit
-    def choices(model: Transformer, batch: dict[str, jax.Array]) -> jax.Array:
-        out = forward(
-            model,
-            batch["tokens"][:, :-1],
-            positions_BT=batch["positions"][:, :-1],
-            segment_ids_BT=batch["segment_ids"][:, :-1],
+    Only the rows that are kept leave the devices. A full disk costs the file, not the run.
+    """
+
+    at_end = True
+
+    def __init__(
+        self, network: Network, prepared: Prepared, run: RunFolder, warn: Callable[[str], None],
+        tokens: int = PROBE_TOKENS,
+    ):  # fmt: skip
+        self._network, self._run, self._warn = network, run, warn
+        data, mesh = network.experiment.data, network.mesh
+        self.rows = max(1, min(data.batch_size, tokens // data.sequence_length))
+        slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in network.experiment.sharding.activations.batch)
+        size = min(data.batch_size, -(-self.rows // slices) * slices)  # the fewest rows that the mesh divides
+        self.batch = next(
+            heldout_windows(
+                prepared,
+                prepared.heldout_names[0],
+                batch_size=size,
+                max_windows=data.batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
         )
+        self.choices = jax.jit(self._choices)
+
+    def _choices(self, model: Transformer, batch: Batch) -> Array:
+        """Return [L, R, T, C], whole on every device."""
+        out = forward(model, batch.tokens, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
         assert out.router is not None
-        return out.router.choices_BTC
+        return first_rows(out.router.choices_BTC, self.rows)
 
-    def probe(model: Transformer, step: int) -> None:
-        found_LBTC = choices(model, put_batch(batch, mesh, spec))
-        if jax.process_count() > 1:
-            found_LBTC = multihost_utils.process_allgather(found_LBTC, tiled=True)
-        kept = np.asarray(found_LBTC)[:, :rows].astype(np.int16)
+    def __call__(self, model: Transformer, step: int) -> list[dict[str, Any]]:
+        network = self._network
+        with use_mesh(network.mesh):
+            found_LRTC = self.choices(model, put_batch(self.batch, network.mesh, network.batch_spec))
+        kept = np.asarray(found_LRTC).astype(np.int16)
         if jax.process_index() == 0:
-            run.routing.mkdir(exist_ok=True)
-            arrays = {"choices": kept.reshape(len(kept), -1, kept.shape[-1])}
-            write_arrays(run.routing / f"{step:08d}.npz", arrays, compress=True)
+            path = self._run.routing / f"{step:08d}.npz"
+            try:
+                self._run.routing.mkdir(exist_ok=True)
+                write_arrays(path, {"choices": kept.reshape(len(kept), -1, kept.shape[-1])}, compress=True)
+            except OSError as error:
+                self._warn(f"the routers' choices at step {step} were not written ({error})")
+        return []
 
-    return probe
+
+def first_rows(x_LBTC: Array, rows: int) -> Array:
+    """Return the first `rows` of the second dimension, whole on every device: no other row is sent."""
+    if no_mesh():
+        return x_LBTC[:, :rows]
+    # Each device contributes the rows it holds, and the sum over devices is of the size of the result.
+    pick_RB = jnp.arange(rows)[:, None] == jnp.arange(x_LBTC.shape[1])
+    picked = jnp.where(pick_RB[None, :, :, None, None], x_LBTC[:, None], 0).sum(2)
+    return jax.sharding.reshard(picked, P(*(None,) * picked.ndim))
 
 
 def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None) -> dict[int, np.ndarray]:
@@ -73,8 +97,7 @@ def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None)
     found = {}
     for path in sorted(run.routing.glob("*.npz")) if run.routing.is_dir() else ():
         try:
-            with np.load(io.BytesIO(path.read_bytes())) as file:  # of a torn file numpy would leave its own open
-                choices = file["choices"].astype(np.int32)
+            choices = read_arrays(path)["choices"].astype(np.int32)
             if choices.ndim != 3:
                 raise ValueError(f"choices of shape {choices.shape}")
             found[int(path.stem)] = choices

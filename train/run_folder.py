@@ -49,6 +49,7 @@ class RunFolder:
     samples = property(lambda self: self.path / "samples.jsonl")
     report = property(lambda self: self.path / "report.html")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    frozen = property(lambda self: self.path / "frozen")  # weights that no step changes
     tokenizer = property(lambda self: self.path / "tokenizer")
     plots = property(lambda self: self.path / "plots")
     routing = property(lambda self: self.path / "routing")  # choices of the experts, by step

@@ -1,4 +1,4 @@
-"""The train step: one pure function of the state and a batch."""
+"""The train step: one pure function of the state, a batch and the scalar hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,57 +10,78 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from data.batch import Batch
 from model.balance import update_biases
 from model.transformer import Transformer, compute_dtype
 from train.config import TrainConfig
-from train.objectives import Batch, Loss, Objective
+from train.frozen import Frozen, network
+from train.hyper import Hyper
+from train.objectives import Loss, Objective
+from train.optimizers import applied_updates
 
 SMALLEST_LOSS_SCALE = 2.0**-24  # below 1, since gradients are of a sum over tokens
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps after which a float16 loss scale doubles (Micikevicius et al. 2018)
 
+Step = Callable[..., tuple["TrainState", dict[str, Array]]]  # (state, batch, hyper=None) -> (state, metrics)
+
 
 class TrainState(NamedTuple):
-    """All that the next step depends on, but for the batch."""
+    """All that the next step depends on, but for the batch and the scalar hyperparameters."""
 
     step: Int[Array, ""]  # updates tried so far
     key: PRNGKeyArray  # folded with the step for dropout and objectives
-    model: Transformer
+    model: Transformer  # what is trained: the network, or its trained part with None for the rest
     optimizer: optax.OptState
-    ema: Transformer | None
+    ema: Transformer | None  # average of `model`
     loss_scale: Float[Array, ""]  # 1 but for float16
     finite_steps: Int[Array, ""]  # since the loss scale last changed
     nonfinite: Int[Array, ""]  # updates refused, a float16 overflow left out
+    frozen: Frozen | None = None  # what is never updated; not part of a step's checkpoint
+
+    @property
+    def weights(self) -> Transformer:
+        """The network to evaluate and to sample from: the average where there is one, and the frozen layers."""
+        return network(self.model if self.ema is None else self.ema, self.frozen)
 
 
 def init_state(
-    key: PRNGKeyArray, model: Transformer, optimizer: optax.GradientTransformation, config: TrainConfig
+    key: PRNGKeyArray,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    frozen: Frozen | None = None,
 ) -> TrainState:
-    """The state before the first step. Under an explicit mesh everything takes its parameter's sharding."""
+    """Return the state before the first step. Under an explicit mesh everything takes its parameter's sharding."""
     scale = 2.0**15 if compute_dtype(model.config) == jnp.float16 else 1.0
     ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, model)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, key, model, optimizer.init(model), ema, jnp.float32(scale), zero, zero)
-
-
-def weights_alone(model: Transformer) -> TrainState:
-    """A state to evaluate and to sample from: there is no optimizer."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, jax.random.key(0), model, optax.EmptyState(), None, jnp.float32(1.0), zero, zero)
+    return TrainState(zero, key, model, optimizer.init(model), ema, jnp.float32(scale), zero, zero, frozen)
 
 
 def make_step(
-    objective: Objective, optimizer: optax.GradientTransformation, rate: optax.Schedule, config: TrainConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    objective: Objective,
+    optimizer: Callable[[Hyper | None], optax.GradientTransformation],
+    rate: Callable[[Hyper | None], optax.Schedule],
+    config: TrainConfig,
+) -> Step:
+    """Return `step(state, batch, hyper=None) -> (state, metrics)`, to be jitted with the state donated.
 
+    `optimizer` and `rate` give the optimizer and its schedule for traced hyperparameters; None: those of the config.
     A gradient that is not finite changes nothing but the counters: the last good weights are never overwritten. With
     config.nonfinite == 'stop' neither does any later step, so that the state can still be saved as it was.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        moe = state.model.config.moe
+    def step(state: TrainState, batch: Batch, hyper: Hyper | None = None) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads = summed_gradients(objective, state.model, batch, key, config.microbatches, state.loss_scale)
+        loss, grads = summed_gradients(
+            objective if hyper is None else objective.with_hyper(hyper),
+            state.model,
+            state.frozen,
+            batch,
+            key,
+            config.microbatches,
+            state.loss_scale,
+        )
         count = jnp.maximum(loss.count, 1.0)
         grads = jax.tree.map(lambda g: g / (count * state.loss_scale), grads)
         norm = optax.tree.norm(grads)
@@ -68,10 +89,8 @@ def make_step(
         halted = (state.nonfinite > 0) & (config.nonfinite == "stop")
 
         def update():
-            updates, opt_state = optimizer.update(grads, state.optimizer, state.model)
-            model = optax.apply_updates(state.model, updates)
-            if moe is not None and moe.bias_rate is not None:
-                model = update_biases(model, loss.metrics["expert_load"], moe)
+            updates, opt_state = optimizer(hyper).update(grads, state.optimizer, state.model)
+            model = balanced(optax.apply_updates(state.model, updates), state.frozen, loss)
             ema = state.ema
             if ema is not None:
                 ema = optax.incremental_update(model, ema, 1.0 - config.ema_decay)
@@ -85,27 +104,48 @@ def make_step(
         nonfinite = state.nonfinite + (~finite & ~overflow).astype(jnp.int32)
         metrics = loss.metrics | {
             "grad_norm": norm,
-            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
-            "tokens": (batch["segment_ids"][:, 1:] > 0).sum().astype(jnp.float32),
+            # Of the update itself: after refused updates the schedule is behind the steps.
+            "learning_rate": jnp.asarray(rate(hyper)(applied_updates(state.optimizer)), jnp.float32),
+            "tokens": (batch.segment_ids > 0).sum().astype(jnp.float32),
             "loss_scale": state.loss_scale,
             "nonfinite": nonfinite,
         }
-        return TrainState(state.step + 1, state.key, model, opt_state, ema, scale, finite_steps, nonfinite), metrics
+        after = TrainState(
+            state.step + 1, state.key, model, opt_state, ema, scale, finite_steps, nonfinite, state.frozen
+        )
+        return after, metrics
 
     return step
 
 
-def summed_gradients(
-    objective: Objective, model: Transformer, batch: Batch, key: PRNGKeyArray, microbatches: int, scale: Array
-) -> tuple[Loss, Transformer]:
-    """Loss of the batch and the gradient of its sum times `scale`, over `microbatches` interleaved slices of the rows.
+def balanced(model: Transformer, frozen: Frozen | None, loss: Loss) -> Transformer:
+    """Return the trained part with the biases of its routers moved by the load of their experts."""
+    moe = model.config.moe
+    if moe is None or moe.bias_rate is None:
+        return model
+    assert loss.expert_load is not None, "experts report their load"
+    moved = update_biases(network(model, frozen), loss.expert_load, moe)
+    return jax.tree.map(lambda old, new: None if old is None else new, model, moved, is_leaf=lambda x: x is None)
 
-    Sums and counts add up to those of the whole batch; metrics are averaged by count. A load-balance loss over
-    'batch' sees one slice at a time (balance_scope='sequence' does not depend on the slicing).
+
+def summed_gradients(
+    objective: Objective,
+    model: Transformer,
+    frozen: Frozen | None,
+    batch: Batch,
+    key: PRNGKeyArray,
+    microbatches: int,
+    scale: Array,
+) -> tuple[Loss, Transformer]:
+    """Return the loss of the batch and the gradient, by the trained part `model` alone, of its sum times `scale`.
+
+    The rows are taken in `microbatches` interleaved slices. Sums and counts add up to those of the whole batch; metrics
+    are averaged by count. A load-balance loss over 'batch' sees one slice at a time (balance_scope='sequence' does not
+    depend on the slicing).
     """
 
     def scaled(model, batch, key):
-        loss = objective(model, batch, key)
+        loss = objective(model, frozen, batch, key)
         return loss.total * scale, loss
 
     gradient = jax.grad(scaled, has_aux=True)
@@ -119,14 +159,20 @@ def summed_gradients(
     def one(carry, scanned):
         index, part = scanned
         grads, loss = gradient(model, part, jax.random.fold_in(key, index))
-        weighted = loss._replace(metrics=jax.tree.map(lambda m: m * loss.count, loss.metrics))
+        weighted = _map_figures(lambda m: m * loss.count, loss)
         return jax.tree.map(jnp.add, carry, (weighted, grads)), None
 
     parts = (jnp.arange(microbatches), jax.tree.map(slices, batch))
     shapes = jax.eval_shape(lambda part: gradient(model, part, key)[1], jax.tree.map(lambda p: p[0], parts[1]))
     zeros = (jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), jax.tree.map(jnp.zeros_like, model))
     (loss, grads), _ = jax.lax.scan(one, zeros, parts)
-    return loss._replace(metrics=jax.tree.map(lambda m: m / jnp.maximum(loss.count, 1.0), loss.metrics)), grads
+    return _map_figures(lambda m: m / jnp.maximum(loss.count, 1.0), loss), grads
+
+
+def _map_figures(f: Callable[[Array], Array], loss: Loss) -> Loss:
+    """Return `loss` with `f` of each of its means over the batch."""
+    metrics, load = jax.tree.map(f, (loss.metrics, loss.expert_load))
+    return loss._replace(metrics=metrics, expert_load=load)
 
 
 def next_loss_scale(state: TrainState, finite: Array) -> tuple[Array, Array, Array]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from data.batch import Batch
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from train.config import Experiment, OptimizerConfig, TrainConfig
 
@@ -48,11 +49,10 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH + 1)).astype(np.int32)
 
 
-def batch() -> dict[str, np.ndarray]:
+def batch() -> Batch:
     """`tokens` as the train step takes them: one document a row."""
     ids = tokens()
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    return {"tokens": ids, "segment_ids": np.ones_like(ids), "positions": np.ascontiguousarray(positions)}
+    return Batch.of_windows(ids, np.ones_like(ids))
 
 
 def prompts(rows: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 from experiments.bench.contest import serve
 from experiments.bench.models import DENSE, MOE, batch, experiment
 from train.host_memory import keep_freed_memory
-from train.loop import build
+from train.program import build
 
 
 def main(kind: str) -> None:
@@ -18,7 +18,7 @@ def main(kind: str) -> None:
     program = build(experiment({"dense": DENSE, "moe": MOE}[kind]))
     state, rows = jax.jit(program.make_state)(), jax.device_put(batch())
     start = time.perf_counter()
-    step = jax.jit(program.step, donate_argnums=0).lower(state, rows).compile()
+    step = jax.jit(program.step, donate_argnums=0).lower(state, rows, program.hyper).compile()
     compile_seconds = time.perf_counter() - start
     memory = step.memory_analysis()
     assert memory is not None
@@ -32,7 +32,7 @@ def main(kind: str) -> None:
 
     def work() -> None:
         nonlocal state
-        state, metrics = step(state, rows)
+        state, metrics = step(state, rows, program.hyper)
         jax.block_until_ready(metrics)
         facts["loss"] = float(metrics["loss"])
 

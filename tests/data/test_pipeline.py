@@ -9,9 +9,11 @@ import sys
 import threading
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
+from data.batch import Batch
 from data.config import DataError
 from data.pipeline import heldout_windows, mixture, train_batches
 from data.prepare import heldout_files, prepare
@@ -27,17 +29,45 @@ def take(stream, count):
 def assert_equal(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+        for name, array in a.arrays().items():
+            np.testing.assert_array_equal(array, getattr(b, name))
+
+
+def joined(parts):
+    """The rows of several hosts' batches of one step as one batch."""
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+
+
+def windows_of(batch):
+    """The rows as windows of T + 1 tokens."""
+    return np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
 
 
 def test_batches_are_windows_of_ids(two_sources):
     prepared, config = two_sources
     for batch in take(train_batches(prepared, config), 3):
-        assert batch.keys() == {"tokens", "segment_ids", "positions"}
-        assert all(array.shape == (8, 33) and array.dtype == np.int32 for array in batch.values())
-        assert batch["tokens"].max() < prepared.vocab_size
+        for name, array in batch.arrays().items():
+            assert array.shape == (8, 32) and array.dtype == (np.float32 if name == "loss_weights" else np.int32)
+        assert batch.tokens.max() < prepared.vocab_size
+        np.testing.assert_array_equal(batch.targets[:, :-1], batch.tokens[:, 1:])
+
+
+def test_which_tokens_count_is_decided_once():
+    """A target counts if it is in its input's document; a window gives back what it was cut from."""
+    tokens = np.array([[5, 6, 7, 8, 9, 0]], np.int32)
+    segment_ids = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
+    batch = Batch.of_windows(tokens, segment_ids)
+    np.testing.assert_array_equal(batch.targets, [[6, 7, 8, 9, 0]])
+    np.testing.assert_array_equal(batch.loss_weights, [[1, 0, 1, 1, 0]])
+    np.testing.assert_array_equal(batch.positions, [[0, 1, 0, 1, 2]])
+    half = Batch.of_windows(tokens, segment_ids, np.full((1, 5), 0.5, np.float32))
+    np.testing.assert_array_equal(half.loss_weights, [[0.5, 0, 0.5, 0.5, 0]])
+    for got, given in zip(batch.window(), (tokens, segment_ids), strict=True):
+        np.testing.assert_array_equal(got, given)
+    moved = batch.with_window(np.arange(6)[None])
+    np.testing.assert_array_equal(moved.tokens, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(moved.targets, [[1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(moved.loss_weights, batch.loss_weights)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -45,8 +75,7 @@ def test_hosts_together_see_what_one_sees(two_sources, hosts):
     prepared, config = two_sources
     alone = take(train_batches(prepared, config), 5)
     parts = [take(train_batches(prepared, config, process_index=i, process_count=hosts), 5) for i in range(hosts)]
-    joined = [{k: np.concatenate([p[t][k] for p in parts]) for k in alone[0]} for t in range(5)]
-    assert_equal(joined, alone)
+    assert_equal([joined([p[t] for p in parts]) for t in range(5)], alone)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
@@ -97,24 +126,24 @@ def one_source(tmp_path, **changes):
 def test_every_epoch_is_another_permutation_of_all_windows(tmp_path, packing):
     prepared, config = one_source(tmp_path, packing=packing, batch_size=1, prefetch=0)
     windows = [row.tobytes() for row in prepared.array("train.s.tokens").astype(np.int32)]
-    rows = [batch["tokens"][0].tobytes() for batch in take(train_batches(prepared, config), 3 * len(windows))]
+    rows = [windows_of(batch)[0].tobytes() for batch in take(train_batches(prepared, config), 3 * len(windows))]
     epochs = [rows[i * len(windows) : (i + 1) * len(windows)] for i in range(3)]
     for epoch in epochs:
         assert Counter(epoch) == Counter(windows)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != windows
     reseeded = dataclasses.replace(config, seed=1)
-    assert [b["tokens"][0].tobytes() for b in take(train_batches(prepared, reseeded), len(windows))] != epochs[0]
+    assert [windows_of(b)[0].tobytes() for b in take(train_batches(prepared, reseeded), len(windows))] != epochs[0]
 
 
 def test_one_window_is_enough(tmp_path):
     prepared, config = one_source(tmp_path, sequence_length=100_000, batch_size=2)
     batch = take(train_batches(prepared, config), 2)[1]
-    assert prepared.counts("s").windows == 1 and np.array_equal(batch["tokens"][0], batch["tokens"][1])
+    assert prepared.counts("s").windows == 1 and np.array_equal(batch.tokens[0], batch.tokens[1])
 
 
 def shares_seen(prepared, config, steps=200):
     small = {row.tobytes() for row in prepared.array("train.small.tokens").astype(np.int32)}
-    rows = [row.tobytes() for b in take(train_batches(prepared, config), steps) for row in b["tokens"]]
+    rows = [row.tobytes() for b in take(train_batches(prepared, config), steps) for row in windows_of(b)]
     return sum(row in small for row in rows) / len(rows)
 
 
@@ -168,31 +197,27 @@ def test_heldout_windows_score_every_byte_once(two_sources, stride):
     for name in prepared.heldout_names:
         counts = prepared.counts(name)
         batches = list(heldout_windows(prepared, name, batch_size=4, stride=stride))
-        targets = [b["tokens"][:, 1:][b["weights"] > 0] for b in batches]
+        targets = [b.targets[b.loss_weights > 0] for b in batches]
         scored = np.concatenate(targets)
         assert len(scored) == counts.heldout_tokens - counts.heldout_documents
         assert lengths[scored].sum() == counts.heldout_bytes
         # In order, the scored targets spell the files themselves.
         assert prepared.tokenizer.decode(scored) == "".join(text for _, text in heldout_files(prepared, name))
         for batch in batches:
-            assert batch["weights"].dtype == np.float32 and batch["weights"].shape == (4, 32)
-            assert batch["tokens"].shape == batch["segment_ids"].shape == batch["positions"].shape == (4, 33)
+            assert {array.shape for array in batch.arrays().values()} == {(4, 32)}
         if stride in (7, 1):  # all but the first window see at least T - stride tokens, unless a document begins there
-            inner = batches[1]
-            scored_at = inner["positions"][:, 1:][inner["weights"] > 0]
-            assert len(scored_at) and np.all(
-                np.argmax(inner["weights"] > 0, axis=1)[inner["weights"].any(1)] >= 32 - stride
-            )
+            weights = batches[1].loss_weights
+            assert weights.any() and np.all(np.argmax(weights > 0, axis=1)[weights.any(1)] >= 32 - stride)
 
 
 def test_heldout_windows_in_part_and_over_hosts(two_sources):
     prepared, _ = two_sources
     whole = list(heldout_windows(prepared, "large", batch_size=4))
     parts = [list(heldout_windows(prepared, "large", batch_size=4, process_index=i, process_count=2)) for i in range(2)]
-    assert_equal([{k: np.concatenate([p[t][k] for p in parts]) for k in whole[0]} for t in range(len(whole))], whole)
+    assert_equal([joined([p[t] for p in parts]) for t in range(len(whole))], whole)
     some = list(heldout_windows(prepared, "large", batch_size=4, max_windows=6))
-    rows = {row.tobytes() for batch in whole for row in batch["tokens"]}
-    assert len(some) == 2 and sum(row.tobytes() in rows for batch in some for row in batch["tokens"] if row.any()) == 6
+    rows = {row.tobytes() for batch in whole for row in batch.tokens}
+    assert len(some) == 2 and sum(row.tobytes() in rows for batch in some for row in batch.tokens if row.any()) == 6
 
 
 def test_heldout_errors_name_the_value(two_sources):

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from data.batch import Batch
 from data.config import DataConfig
-from data.packing import positions_of
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
-from sharding.mesh import make_mesh
-from train import loop
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
+from train.program import build
 
 ROWS, WIDTH, VOCAB = 8, 33, 64
 
@@ -39,7 +38,7 @@ LOSSES = (
 )  # fmt: skip
 
 
-def batch(step: int) -> dict[str, np.ndarray]:
+def batch(step: int) -> Batch:
     """Two documents a row, of tokens that mostly follow from the one before; from NumPy's PCG64, whose stream is
     fixed."""
     draw = np.random.default_rng([20, step])
@@ -50,18 +49,16 @@ def batch(step: int) -> dict[str, np.ndarray]:
         tokens[:, t] = np.where(noise, draw.integers(0, VOCAB, ROWS), (5 * tokens[:, t - 1] + 3) % VOCAB)
     border = draw.integers(4, WIDTH - 4, (ROWS, 1))
     segment_ids = (1 + (np.arange(WIDTH) >= border)).astype(np.int32)
-    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+    return Batch.of_windows(tokens, segment_ids)
 
 
 def losses(experiment: Experiment) -> list[float]:
     experiment.validate(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
-        program = loop.build(experiment)
-    state, step = jax.jit(program.make_state)(), jax.jit(program.step, donate_argnums=0)
+    program = build(experiment, devices=jax.devices()[:1])
+    state, step = jax.jit(program.make_state)(program.hyper), jax.jit(program.step, donate_argnums=0)
     found = []
     for i in range(experiment.train.steps):
-        state, metrics = step(state, batch(i))
+        state, metrics = step(state, batch(i), program.hyper)
         found.append(float(metrics["loss"]))
     return found
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.batch import Batch
 from interop.families import FAMILIES as READERS
 from interop.load import abstract, load, named
 from interop.published import Published, open_published
@@ -26,7 +27,7 @@ from sharding.rules import ShardingRules
 from tests.parity import families as reference
 from tests.parity.families import BY_NAME, FAMILIES, B, Family, T
 from tests.tolerance import close
-from train.objectives import next_token
+from train.objectives import NextToken
 
 # Units of tests/tolerance.py. Measured: up to 21 of logits and losses, 56 of gradients, which pass through the layers
 # twice and are sums over all tokens besides. A tensor's own largest gradient is its scale: they range over 1e-4 to 3.
@@ -117,11 +118,10 @@ def test_names_and_shapes_on_disk_are_those_that_transformers_writes(family: Fam
 @jax.jit
 def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, Transformer]:
     """Of what training minimizes."""
-    ones, places = jnp.ones_like(tokens_BT), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
-    batch = {"tokens": tokens_BT, "segment_ids": ones, "positions": places}
+    batch = Batch.of_windows(tokens_BT, np.ones(tokens_BT.shape, np.int32))
 
     def mean(model: Transformer) -> jax.Array:
-        loss = next_token(model, batch, None)
+        loss = NextToken()(model, None, batch, None)
         return loss.total / loss.count
 
     return jax.value_and_grad(mean)(model)

@@ -17,10 +17,11 @@ from model.balance import router_stats as stats_of
 from model.moe_config import MoEConfig
 from model.routers import Routing, route
 from model.transformer import forward
+from model.weights import named_weights
 from tests.model.reference import router_stats, softmax
 from tests.models import random_model, tiny_config, weight_names
 from train.config import OptimizerConfig
-from train.optimizers import make_optimizer, matrix_kind
+from train.optimizers import make_optimizer
 
 
 @partial(jax.jit, static_argnames=("config", "slices"))  # one program, not dozens of single operations
@@ -263,8 +264,5 @@ def test_no_optimizer_moves_the_bias(name):
 
 def test_shared_experts_and_the_noise_are_matrices_for_decay_and_muon():
     model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, router="noisy_top_k", shared_experts=2)))
-    kinds = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): matrix_kind(path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]
-    }
-    assert {"shared/up", "shared/down", "mlp/router_noise"} <= set(kinds.values())
+    roles = {weight.name: weight.role for _, weight in named_weights(model)}
+    assert roles["shared.up"] == roles["shared.down"] == "matrix" and roles["mlp.router_noise"] == "router"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from data.packing import positions_of
+from data.batch import Batch
 
 FIRST_TEXT_ID = 11  # ids below are specials
 
 
-def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | None = None) -> dict[str, np.ndarray]:
-    """`tokens`, `segment_ids`, `positions` int32 [rows, width]: segments of random sizes up to `longest`, padding at
-    some ends."""
+def packed_windows(
+    seed: int, rows: int, width: int, vocab: int, longest: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segment_ids), int32 [rows, width]: segments of random sizes up to `longest`, padding at some ends."""
     draw = np.random.default_rng(seed)
     segment_ids = np.zeros((rows, width), np.int32)
     for row in segment_ids:
@@ -22,15 +25,25 @@ def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | No
             row[at : min(at + size, end)] = segment
             at, segment = at + size, segment + 1
     tokens = draw.integers(FIRST_TEXT_ID, vocab, (rows, width)).astype(np.int32)
-    return {
-        "tokens": np.where(segment_ids > 0, tokens, 0),
-        "segment_ids": segment_ids,
-        "positions": positions_of(segment_ids),
-    }
+    return np.where(segment_ids > 0, tokens, 0), segment_ids
 
 
-def whole_rows(seed: int, rows: int, width: int, vocab: int) -> dict[str, np.ndarray]:
-    """As `packed_batch`, each row one segment."""
+def whole_windows(seed: int, rows: int, width: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `packed_windows`, each row one segment."""
     tokens = np.random.default_rng(seed).integers(FIRST_TEXT_ID, vocab, (rows, width)).astype(np.int32)
-    segment_ids = np.ones((rows, width), np.int32)
-    return {"tokens": tokens, "segment_ids": segment_ids, "positions": positions_of(segment_ids)}
+    return tokens, np.ones((rows, width), np.int32)
+
+
+def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | None = None) -> Batch:
+    """The batch of `packed_windows`."""
+    return Batch.of_windows(*packed_windows(seed, rows, width, vocab, longest))
+
+
+def whole_rows(seed: int, rows: int, width: int, vocab: int) -> Batch:
+    """The batch of `whole_windows`."""
+    return Batch.of_windows(*whole_windows(seed, rows, width, vocab))
+
+
+def weighted(batch: Batch, weights_BT: np.ndarray | float = 1.0) -> Batch:
+    """`batch` with its loss weights multiplied."""
+    return replace(batch, loss_weights=batch.loss_weights * np.float32(weights_BT))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -13,7 +15,9 @@ from data.prepare import Prepared
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from train import loop
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
+from train.program import Program
 from train.records import RunFolder, read_metrics
+from train.signals import StopSignal
 
 TINY = ModelConfig(
     vocab_size=272,
@@ -45,7 +49,7 @@ def experiment(data: DataConfig, **train: object) -> Experiment:
     )
 
 
-def with_train(program: loop.Program, **changes: object) -> loop.Program:
+def with_train(program: Program, **changes: object) -> Program:
     """The same compiled program with other settings of the loop (not of the step)."""
     e = program.experiment
     return dataclasses.replace(
@@ -53,11 +57,26 @@ def with_train(program: loop.Program, **changes: object) -> loop.Program:
     )
 
 
-def run(program: loop.Program, prepared: Prepared, folder: Path, notices: list[str] | None = None) -> loop.Trained:
-    """Starts or resumes the run in `folder`."""
+def run(
+    program: Program, prepared: Prepared, folder: Path, messages: list[str] | None = None, **parts: object
+) -> loop.Trained:
+    """Starts or resumes the run in `folder`; `parts` as `loop.train` takes them."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    notice = (lambda text: None) if notices is None else notices.append
-    return loop.train(program, prepared, RunFolder(folder), notice=notice, show_progress=False)
+    log = (lambda text: None) if messages is None else messages.append
+    return loop.train(program, prepared, RunFolder(folder), log=log, show_progress=False, **parts)
+
+
+class StopAt(StopSignal):
+    """Sends this process SIGTERM while step `when` is under way."""
+
+    def __init__(self, when: int):
+        super().__init__()
+        self._when = when
+
+    def agreed(self, step: int) -> bool:
+        if step == self._when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().agreed(step)
 
 
 def train_rows(folder: Path) -> list[tuple]:

@@ -17,7 +17,7 @@ from tests.data.conftest import byte_config, write_corpus
 from tests.models import put, random_model, tiny_config
 from train.config import TrainConfig
 from train.evaluate import evaluate, make_score
-from train.objectives import next_token, scoring_objective
+from train.objectives import NextToken, scoring_objective
 
 T = 32
 
@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def score():
-    return jax.jit(make_score(next_token))
+    return jax.jit(make_score(NextToken(dropout=False)))
 
 
 def bits_by_hand(model, prepared, name: str) -> tuple[float, int, int]:
@@ -131,7 +131,7 @@ def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
         )
         router = network.stacks[0][0].mlp.router
         put(network.stacks[0][0].mlp, "router", jnp.zeros_like(router.value))
-        found.append(evaluate(jax.jit(make_score(next_token)), network, prepared, "code", batch_size=8))
+        found.append(evaluate(jax.jit(make_score(NextToken(dropout=False))), network, prepared, "code", batch_size=8))
     assert [f.max_violation for f in found] == pytest.approx([6 / 2 - 1] * 2, rel=1e-6)
     assert found[0].dropped_fraction == 0
     assert found[1].dropped_fraction == pytest.approx(0.5, abs=0.05)

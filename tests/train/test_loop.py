@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,15 +15,19 @@ import numpy as np
 import pytest
 
 from data.config import SourceConfig
+from data.pipeline import TrainBatches
 from data.prepare import prepare
-from sharding.mesh import MeshConfig, make_mesh, use_mesh
+from sharding.mesh import MeshConfig, use_mesh
 from tests.data.conftest import byte_config, write_corpus
-from tests.train.small_runs import bits, experiment, run, train_rows, with_train
-from train import loop
+from tests.train.small_runs import StopAt, bits, experiment, run, train_rows, with_train
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config_io import save_json
-from train.loop import NonfiniteError
-from train.records import read_metrics
+from train.hooks import NonfiniteError
+from train.objectives import Objective, make_objective
+from train.optimizers import schedule
+from train.program import build, restore
+from train.records import MetricsWriter, read_metrics
+from train.signals import Watchdog
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -44,42 +46,30 @@ def data(prepared):
     return byte_config(root, *(SourceConfig(name=name, path=str(root / name)) for name in ("large", "small")))
 
 
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """An objective whose loss is NaN where a batch has the poison token."""
+
+    objective: Objective
+
+    def __call__(self, trainable, frozen, batch, key):
+        loss = self.objective(trainable, frozen, batch, key)
+        factor = jnp.where((batch.tokens == POISON).any(), jnp.nan, 1.0)
+        return loss._replace(total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor})
+
+    def with_hyper(self, hyper):
+        return Poisoned(self.objective.with_hyper(hyper))
+
+
 @pytest.fixture(scope="module")
 def programs(data):
-    """Programs by policy, on one device; each is compiled once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
-        objective = loop.make_objective
-
-        def poisoned(config, ids, special):
-            def total(model, batch, key):
-                loss = objective(config, ids, special)(model, batch, key)
-                factor = jnp.where((batch["tokens"] == POISON).any(), jnp.nan, 1.0)
-                return loss._replace(
-                    total=loss.total * factor, metrics=loss.metrics | {"loss": loss.metrics["loss"] * factor}
-                )
-
-            return total
-
-        patch.setattr(loop, "make_objective", poisoned)
-        return {policy: loop.build(experiment(data, nonfinite=policy)) for policy in ("stop", "skip")}
-
-
-@pytest.fixture(autouse=True)
-def compiled_once(monkeypatch, compilations):
-    compile_step = loop._compile
-
-    def remembered(program, state, batch, notice):
-        if program.step not in compilations:
-            compilations[program.step] = compile_step(program, state, batch, notice)
-        return compilations[program.step]
-
-    monkeypatch.setattr(loop, "_compile", remembered)
-
-
-@pytest.fixture(scope="module")
-def compilations():
-    return {}
+    """Programs by policy, on one device; each compiles its step once for all tests."""
+    made = {}
+    for policy in ("stop", "skip"):
+        config = experiment(data, nonfinite=policy)
+        objective = Poisoned(make_objective(config.train, config.data.tokenizer.ids))
+        made[policy] = build(config, devices=jax.devices()[:1], objective=objective)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -89,41 +79,26 @@ def undisturbed(programs, prepared, tmp_path_factory):
     return folder, run(programs["stop"], prepared, folder)
 
 
-def stop_at(monkeypatch, when: int) -> None:
-    """Sends this process SIGTERM while step `when` is under way."""
-
-    class Stop(loop.StopSignal):
-        def agreed(self, step):
-            if step == when:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().agreed(step)
-
-    monkeypatch.setattr(loop, "StopSignal", Stop)
+def stopped_at(when: int, program, prepared, folder):
+    """The run in `folder`, stopped by SIGTERM at step `when`."""
+    with StopAt(when) as stop:
+        return run(program, prepared, folder, stop=stop)
 
 
-def poison(monkeypatch, *steps: int) -> list[dict]:
-    """Puts the poison token into the batches of these steps of a run; returns where they are collected."""
-    poisoned = []
-    stream = loop.train_batches
+def poisoned_batches(prepared, data, *steps: int):
+    """(batches with the poison token at these steps, where those are collected)."""
+    collected = []
 
-    def streams(*args, **kwargs):
-        batches = stream(*args, **kwargs)
-        following = batches.__next__
+    class PoisonedBatches(TrainBatches):
+        def __next__(self):
+            step = self.get_state()["step"] + 1
+            batch = super().__next__()
+            if step in steps:
+                batch.tokens[0, 3] = POISON
+                collected.append({name: rows.copy() for name, rows in batch.arrays().items()})
+            return batch
 
-        class Poisoned(type(batches)):
-            def __next__(self):
-                step = self.get_state()["step"] + 1
-                batch = following()
-                if step in steps:
-                    batch["tokens"][0, 3] = POISON
-                    poisoned.append({name: rows.copy() for name, rows in batch.items()})
-                return batch
-
-        batches.__class__ = Poisoned
-        return batches
-
-    monkeypatch.setattr(loop, "train_batches", streams)
-    return poisoned
+    return PoisonedBatches(prepared, data, 0, 0, 1), collected
 
 
 def evals(folder: Path) -> dict:
@@ -149,10 +124,8 @@ def test_an_undisturbed_run_learns_and_records(undisturbed):
 
 
 @pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.slow), 4, 10])  # 4: an evaluation, 10: a checkpoint
-def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undisturbed, tmp_path, monkeypatch, when):
-    with monkeypatch.context() as patch:
-        stop_at(patch, when)
-        stopped = run(programs["stop"], prepared, tmp_path)
+def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undisturbed, tmp_path, when):
+    stopped = stopped_at(when, programs["stop"], prepared, tmp_path)
     assert (stopped.step, stopped.finished) == (when, False)
     assert events(tmp_path) == ["started", "stopped"]
     resumed = run(programs["stop"], prepared, tmp_path)
@@ -192,10 +165,10 @@ def test_weights_restored_onto_another_mesh_are_the_same_bits(data, prepared, un
         rules = dataclasses.replace(
             rules, **{s: dataclasses.replace(getattr(rules, s), kv_heads=()) for s in ("weights", "activations")}
         )
-    program = loop.build(dataclasses.replace(e, mesh=mesh, sharding=rules))
+    program = build(dataclasses.replace(e, mesh=mesh, sharding=rules))
     assert program.mesh is not None
     with use_mesh(program.mesh), Checkpointer(str(undisturbed[0] / "checkpoints"), read_only=True) as checkpoints:
-        restored = loop.restore(program, checkpoints, prepared.tokenizer)
+        restored = restore(program, checkpoints, prepared.tokenizer)
     assert bits(restored.state) == bits(undisturbed[1].state)
     for x, y in zip(jax.tree.leaves(restored.state), jax.tree.leaves(program.abstract_state), strict=True):
         assert x.sharding == y.sharding
@@ -207,7 +180,7 @@ def test_weights_of_another_tokenizer_are_refused(programs, undisturbed):
 
     with Checkpointer(str(undisturbed[0] / "checkpoints"), read_only=True) as checkpoints:
         with pytest.raises(CheckpointError, match="do not belong together"):
-            loop.restore(programs["stop"], checkpoints, Other())
+            restore(programs["stop"], checkpoints, Other())
 
 
 # ---------------------------------------------------------------------------------------------------- faults
@@ -226,31 +199,47 @@ def test_a_damaged_newest_checkpoint_is_passed_over(programs, prepared, undistur
     assert bits(resumed.state) == bits(undisturbed[1].state)
 
 
-def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undisturbed, tmp_path, monkeypatch):
-    free = iter([1e12, 0.0, 1e12])  # saves of steps 5, 10 and 12
-    monkeypatch.setattr(loop, "Checkpointer", partial(Checkpointer, free_bytes=lambda: next(free)))
+def checkpointer(folder: Path, warnings: list[str], free: list[float]) -> Checkpointer:
+    """One that finds this much free space at each save."""
+    return Checkpointer(str(folder / "checkpoints"), keep_last=3, warn=warnings.append, free_bytes=lambda: free.pop(0))
+
+
+def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undisturbed, tmp_path):
     notices: list[str] = []
-    trained = run(programs["stop"], prepared, tmp_path, notices)
+    checkpoints = checkpointer(tmp_path, notices, [1e12, 0.0, 1e12])  # saves of steps 5, 10 and 12
+    trained = run(programs["stop"], prepared, tmp_path, checkpoints=checkpoints)
     assert sum("save of step 10 failed: no space left" in n and "last good step 5" in n for n in notices) == 1
     assert bits(trained.state) == bits(undisturbed[1].state)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "5"]
+
+
+@pytest.mark.parametrize("when", [None, 4])
+def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(programs, prepared, undisturbed, tmp_path, when):
+    """Neither at its end nor where it is asked to stop; with space again the same command ends as the undisturbed."""
+    warnings: list[str] = []
+    free = [0.0] if when else [1e12, 1e12, 0.0]
+    with StopAt(when or 0) as stop, pytest.raises(CheckpointError) as error:
+        run(programs["stop"], prepared, tmp_path, checkpoints=checkpointer(tmp_path, warnings, free), stop=stop)
+    lost, last = (4, "no step was saved") if when else (12, "step 10 is the last good one")
+    assert f"checkpoint of step {lost} was not written" in str(error.value) and last in str(error.value)
+    resumed = run(programs["stop"], prepared, tmp_path)
+    assert resumed.finished and bits(resumed.state) == bits(undisturbed[1].state)
 
 
 def test_a_disk_too_full_for_metrics_costs_rows_not_training(programs, prepared, tmp_path, monkeypatch):
     def full(self, row):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.MetricsWriter, "write", full)
+    monkeypatch.setattr(MetricsWriter, "write", full)
     told: list[str] = []
     trained = run(with_train(programs["stop"], steps=3), prepared, tmp_path, told)
     assert trained.finished and any("metrics of step" in text and "No space left" in text for text in told)
 
 
-def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, prepared, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        batches = poison(patch, 7)
-        with pytest.raises(NonfiniteError) as error:
-            run(programs["stop"], prepared, tmp_path)
+def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, prepared, data, tmp_path):
+    stream, batches = poisoned_batches(prepared, data, 7)
+    with pytest.raises(NonfiniteError) as error:
+        run(programs["stop"], prepared, tmp_path, batches=stream)
     message = str(error.value)
     assert "\n" not in message and "step 7" in message and "train.nonfinite=skip" in message
     with np.load(tmp_path / "nonfinite_step_7_process_0.npz") as saved:
@@ -270,44 +259,46 @@ def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, 
         assert checkpoints.restore(programs["stop"].abstract_state, step=5).step == 5
 
 
-def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, prepared, tmp_path, monkeypatch):
-    poison(monkeypatch, 7, 12)
-    skipped = run(programs["skip"], prepared, tmp_path / "skip")
+def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, prepared, data, tmp_path):
+    poisoned = lambda: poisoned_batches(prepared, data, 7, 12)[0]
+    skipped = run(programs["skip"], prepared, tmp_path / "skip", batches=poisoned())
     assert skipped.finished and int(skipped.state.nonfinite) == 2
     assert events(tmp_path / "skip") == ["started", "nonfinite", "nonfinite"]
     assert np.isfinite(weights_of(skipped.state.model)).all()
 
     with pytest.raises(NonfiniteError):
-        run(programs["stop"], prepared, tmp_path / "stop")
-    resumed = run(programs["skip"], prepared, tmp_path / "stop")
+        run(programs["stop"], prepared, tmp_path / "stop", batches=poisoned())
+    resumed = run(programs["skip"], prepared, tmp_path / "stop", batches=poisoned())
     # The two policies are two programs, whose sums may be rounded differently.
     losses = [[row[:3] for row in train_rows(tmp_path / name) if row[0] not in (7, 12)] for name in ("skip", "stop")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert len(losses[0]) == 10 and int(resumed.state.step) == STEPS
     np.testing.assert_allclose(weights_of(skipped.state.model), weights_of(resumed.state.model), rtol=1e-3, atol=1e-5)
+    # The rate that is told is the one of the update: a refused one is not counted.
+    rates = dict(row[0::3] for row in train_rows(tmp_path / "skip"))
+    rate = schedule(programs["skip"].experiment.optimizer, STEPS)
+    assert [rates[step] for step in (6, 7, 8, 11)] == pytest.approx([float(rate(n)) for n in (5, 6, 6, 9)], rel=1e-6)
 
 
 def weights_of(tree) -> np.ndarray:
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
 
 
-def test_a_refusal_at_the_last_step_is_not_saved_as_if_it_were_good(programs, prepared, tmp_path, monkeypatch):
-    poison(monkeypatch, STEPS)
+def test_a_refusal_at_the_last_step_is_not_saved_as_if_it_were_good(programs, prepared, data, tmp_path):
     with pytest.raises(NonfiniteError, match=f"step {STEPS}"):
-        run(programs["stop"], prepared, tmp_path)
+        run(programs["stop"], prepared, tmp_path, batches=poisoned_batches(prepared, data, STEPS)[0])
     with Checkpointer(str(tmp_path / "checkpoints"), read_only=True) as checkpoints:
         assert np.isfinite(weights_of(checkpoints.restore(programs["stop"].abstract_state).state.model)).all()
 
 
-def test_the_watchdog_hears_of_every_step_and_evaluation(programs, prepared, tmp_path, monkeypatch):
+def test_the_watchdog_hears_of_every_step_and_evaluation(programs, prepared, tmp_path):
     beats = []
 
-    class Watch(loop.Watchdog):
+    class Watch(Watchdog):
         def beat(self):
             beats.append(1)
 
-    monkeypatch.setattr(loop, "Watchdog", Watch)
-    run(with_train(programs["stop"], watchdog_seconds=60.0, steps=9, eval_windows=8), prepared, tmp_path)
+    run(with_train(programs["stop"], steps=9, eval_windows=8), prepared, tmp_path, watchdog=Watch(60.0))
     assert len(beats) >= 9 + 2 * 2  # two evaluations of two sets of at least a batch
 
 
@@ -342,7 +333,7 @@ def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
     """SIGTERM to one of two: both save the same step; the pair resumed ends as one process does on the same mesh."""
     save_json(data, tmp_path / "two.data.json")
     e = dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8))
-    one = run(loop.build(e), prepared, tmp_path / "one")
+    one = run(build(e), prepared, tmp_path / "one")
     stopped = finish(start_peers(tmp_path / "two", term_at=5))
     steps = [line.split()[1] for output in stopped for line in output.splitlines() if line.startswith("stopped")]
     assert len(steps) == 2 and len(set(steps)) == 1 and int(steps[0]) < STEPS, stopped
@@ -375,3 +366,16 @@ def finish(peers: list[subprocess.Popen]) -> list[str]:
             peer.kill()
     assert [peer.returncode for peer in peers] == [0, 0], outputs
     return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resuming_is_exact_with_the_compiler_as_users_run_it(tmp_path, devices):
+    write_corpus(tmp_path / "large", 30)
+    write_corpus(tmp_path / "small", 8)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.exact_resume", str(tmp_path)],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.endswith("exact\n"), done.stderr

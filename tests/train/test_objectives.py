@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import positions_of
+from data.batch import Batch
 from data.tokenizer import SpecialTokens
 from model.config import AttentionConfig, MoEConfig
 from model.transformer import Output, forward, logits
+from model.weights import Weight
 from tests.models import random_model, tiny_config
-from tests.train.batches import FIRST_TEXT_ID, packed_batch, whole_rows
+from tests.train.batches import FIRST_TEXT_ID, packed_batch, packed_windows, weighted, whole_rows, whole_windows
 from train import objectives
 from train.config import TrainConfig
-from train.objectives import make_objective, masked, next_token, rearrange_middle
+from train.objectives import Masked, NextToken, make_objective, rearrange_middle
 
 VOCAB, ROWS, WIDTH = 64, 4, 13
 SPECIAL = SpecialTokens()
@@ -31,22 +34,15 @@ few = settings(max_examples=20, deadline=None)
 def network():
     """(model, jitted next-token loss with z-loss, jitted logits) of a dense network."""
     model = random_model(tiny_config())
-    loss = jax.jit(lambda batch: next_token(model, batch, None, z_loss=0.01))
+    objective = NextToken(z_loss=0.01)
+    loss = jax.jit(lambda batch: objective(model, None, batch, None))
 
     @jax.jit
     def predict(batch):
-        inputs = {name: batch[name][:, :-1] for name in ("tokens", "positions", "segment_ids")}
-        out = forward(model, inputs["tokens"], positions_BT=inputs["positions"], segment_ids_BT=inputs["segment_ids"])
+        out = forward(model, batch.tokens, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
         return logits(model, out.hidden_BTD)
 
     return model, loss, predict
-
-
-def weighted(batch: dict, weights: np.ndarray | None = None) -> dict:
-    rows, width = batch["tokens"].shape
-    return batch | {
-        "weights": np.ones((rows, width - 1), np.float32) if weights is None else weights.astype(np.float32)
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- next token
@@ -55,18 +51,19 @@ def weighted(batch: dict, weights: np.ndarray | None = None) -> dict:
 @few
 @given(seeds)
 def test_the_sum_is_cross_entropy_over_targets_within_segments(network, seed):
-    batch = packed_batch(seed, ROWS, WIDTH, VOCAB, longest=6)
+    tokens, segment_ids = packed_windows(seed, ROWS, WIDTH, VOCAB, longest=6)
+    batch = Batch.of_windows(tokens, segment_ids)
     weights = np.random.default_rng(seed).choice([0.0, 0.5, 1.0], (ROWS, WIDTH - 1))
     _, loss, predict = network
     logits_BTV = np.asarray(predict(batch), np.float64)
     total = count = nll = 0.0
     for b in range(ROWS):
         for t in range(WIDTH - 1):
-            if batch["segment_ids"][b, t + 1] == 0 or batch["segment_ids"][b, t] != batch["segment_ids"][b, t + 1]:
+            if segment_ids[b, t + 1] == 0 or segment_ids[b, t] != segment_ids[b, t + 1]:
                 continue
             row = logits_BTV[b, t]
             log_z = row.max() + np.log(np.exp(row - row.max()).sum())
-            nll += weights[b, t] * (log_z - row[batch["tokens"][b, t + 1]])
+            nll += weights[b, t] * (log_z - row[tokens[b, t + 1]])
             total += weights[b, t] * 0.01 * log_z**2
             count += weights[b, t]
     found = loss(weighted(batch, weights))
@@ -88,10 +85,7 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(network, seed, documen
         rows[0, 0, at : at + size] = rows[1, d, :size] = draw.integers(FIRST_TEXT_ID, VOCAB, size)
         ids[0, 0, at : at + size], ids[1, d, :size] = d + 1, 1
         at += size
-    packed, alone = (
-        loss(weighted({"tokens": r, "segment_ids": s, "positions": positions_of(s)}))
-        for r, s in zip(rows, ids, strict=True)
-    )
+    packed, alone = (loss(Batch.of_windows(r, s)) for r, s in zip(rows, ids, strict=True))
     assert packed.count == alone.count == WIDTH - documents
     np.testing.assert_allclose(packed.total, alone.total, rtol=1e-5, atol=1e-4)
 
@@ -100,15 +94,14 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(network, seed, documen
 @given(seeds)
 def test_padding_and_borders_never_count(network, seed):
     _, loss, _ = network
-    batch = weighted(packed_batch(seed, ROWS, WIDTH, VOCAB, longest=6))
+    tokens, segment_ids = packed_windows(seed, ROWS, WIDTH, VOCAB, longest=6)
     noise = np.random.default_rng(seed).integers(0, VOCAB, (ROWS, WIDTH)).astype(np.int32)
-    other = batch | {"tokens": np.where(batch["segment_ids"] > 0, batch["tokens"], noise)}
+    batch, other = (Batch.of_windows(rows, segment_ids) for rows in (tokens, np.where(segment_ids > 0, tokens, noise)))
     assert loss(batch).total == loss(other).total
 
 
 def test_nothing_to_predict_is_zero_not_nan(network):
-    empty = {name: np.zeros((ROWS, WIDTH), np.int32) for name in ("tokens", "segment_ids", "positions")}
-    found = network[1](weighted(empty))
+    found = network[1](Batch.of_windows(*np.zeros((2, ROWS, WIDTH), np.int32)))
     assert found.total == found.count == found.metrics["loss"] == 0
 
 
@@ -116,11 +109,8 @@ def test_nothing_to_predict_is_zero_not_nan(network):
 @given(seeds)
 def test_halves_add_up_to_the_whole(network, seed):
     _, loss, _ = network
-    batch = weighted(packed_batch(seed, ROWS, WIDTH, VOCAB))
-    halves = [
-        loss(batch | {"weights": batch["weights"] * keep[:, None]})
-        for keep in np.eye(2, dtype=np.float32)[:, np.arange(ROWS) % 2]
-    ]
+    batch = packed_batch(seed, ROWS, WIDTH, VOCAB)
+    halves = [loss(weighted(batch, keep[:, None])) for keep in np.eye(2, dtype=np.float32)[:, np.arange(ROWS) % 2]]
     whole = loss(batch)
     np.testing.assert_allclose(sum(h.total for h in halves), whole.total, rtol=1e-6, atol=1e-4)
     assert sum(h.count for h in halves) == whole.count
@@ -129,7 +119,7 @@ def test_halves_add_up_to_the_whole(network, seed):
 def test_auxiliary_losses_enter_by_their_coefficients():
     moe = MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.3, z_loss=0.2)
     model = random_model(tiny_config(moe=moe))
-    found = jax.jit(lambda batch: next_token(model, batch, None))(whole_rows(0, ROWS, WIDTH, VOCAB))
+    found = jax.jit(lambda batch: NextToken()(model, None, batch, None))(whole_rows(0, ROWS, WIDTH, VOCAB))
     m = {name: np.asarray(value, np.float64) for name, value in found.metrics.items()}
     expected = m["loss"] + 2 * (
         0.3 * m["load_balance_loss"] + 0.2 * m["router_z_loss"]
@@ -145,7 +135,7 @@ def test_auxiliary_losses_enter_by_their_coefficients():
 def seen(monkeypatch):
     """Runs `masked` with a network that records its input; a target costs 1 if its input differs from it, else 1000."""
 
-    def run(batch: dict, rate: float, seed: int = 0):
+    def run(batch: Batch, rate: float, seed: int = 0):
         inputs = []
 
         def fake_forward(model, tokens_BT, **_):
@@ -158,7 +148,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(objectives, "forward", fake_forward)
         monkeypatch.setattr(objectives, "token_losses", fake_losses)
         model = random_model(tiny_config(vocab_size=4096))
-        return inputs, masked(model, batch, jax.random.key(seed), rate=rate, special=SPECIAL, ids=VOCAB)
+        return inputs, Masked(rate=rate, special=SPECIAL, ids=VOCAB)(model, None, batch, jax.random.key(seed))
 
     return run
 
@@ -167,7 +157,7 @@ def seen(monkeypatch):
 def test_masked_chooses_at_the_rates_of_the_paper(seen, rate):
     batch = packed_batch(1, 128, 513, 4096)
     (inputs,), loss = seen(batch, rate)
-    tokens, valid = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1] > 0
+    tokens, valid = batch.tokens, batch.segment_ids > 0
     changed = inputs != tokens
     to_mask = changed & (inputs == SPECIAL.mask)
     kept = (float(loss.total) - changed.sum()) / 1000  # chosen and left as they were
@@ -197,10 +187,10 @@ def test_masked_tokens_are_predicted_from_both_sides():
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="bidirectional")
     model = random_model(tiny_config(attention=attention))
     objective = make_objective(TrainConfig(objective="masked", mask_rate=0.3), VOCAB)
-    loss = jax.jit(lambda batch, key: objective(model, batch, key))
+    loss = jax.jit(lambda batch, key: objective(model, None, batch, key))
     batch = whole_rows(0, 1, WIDTH, VOCAB)
-    changed = batch | {"tokens": batch["tokens"].copy()}
-    changed["tokens"][0, -2] = 11 + (changed["tokens"][0, -2] - 10) % 50
+    changed = replace(batch, tokens=batch.tokens.copy())
+    changed.tokens[0, -1] = 11 + (changed.tokens[0, -1] - 10) % 50
     pairs = [(loss(batch, jax.random.key(i)), loss(changed, jax.random.key(i))) for i in range(8)]
     assert all(a.count == b.count for a, b in pairs)
     assert sum(float(a.total) != float(b.total) for a, b in pairs if a.count) >= 6
@@ -215,7 +205,7 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
     model = random_model(tiny_config(attention=attention))
     objective = make_objective(TrainConfig(objective="prefix"), VOCAB)
     batch = whole_rows(0, ROWS, WIDTH, VOCAB)
-    loss = jax.jit(lambda weights, key: objective(model, batch | {"weights": weights}, key))
+    loss = jax.jit(lambda weights, key: objective(model, None, replace(batch, loss_weights=weights), key))
     counted = np.zeros((ROWS, WIDTH - 1))
     for row in range(ROWS):
         for t in range(WIDTH - 1):
@@ -230,11 +220,12 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
 
     def gradient(weights):  # of the weighted losses by each input token's embedding, row by row
         def total(shift):
-            return objective(shifted(shift), batch | {"weights": weights}, jax.random.key(3)).total
+            return objective(shifted(shift), None, replace(batch, loss_weights=weights), jax.random.key(3)).total
 
         def shifted(shift):
             copy = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
-            copy.positions = shift
+            table = Weight(shift, name="positions", axes=(None, "embed"), inputs=1, role="embedding")
+            copy.positions = nnx.data(table)
             return copy
 
         return jax.grad(total)(jnp.zeros((WIDTH - 1, 32)))
@@ -272,8 +263,7 @@ def parse(body: list[int]) -> tuple[list[int], list[int], list[int]]:
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.sampled_from([(4, 24), (1, 9), (3, 40)]), st.integers(4, 40), st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_rearranged_segment_parses_back_to_its_document(seed, shape, longest, spm_rate):
-    batch = packed_batch(seed, *shape, VOCAB, longest=longest)
-    tokens, ids = batch["tokens"], batch["segment_ids"]
+    tokens, ids = packed_windows(seed, *shape, VOCAB, longest=longest)
     moved = np.asarray(jitted_rearrange(tokens, ids, jax.random.key(seed), 1.0, spm_rate))
     for before, after, row_ids in zip(tokens, moved, ids, strict=True):
         start, size = longest_segment(row_ids)
@@ -295,8 +285,7 @@ jitted_rearrange = jax.jit(lambda *args: rearrange_middle(*args, SPECIAL))
 
 def test_rates_and_cuts_of_the_rearrangement():
     rows, width = 2000, 34
-    batch = whole_rows(0, rows, width, VOCAB)
-    tokens, ids = batch["tokens"], batch["segment_ids"]
+    tokens, ids = whole_windows(0, rows, width, VOCAB)
     moved = np.asarray(jitted_rearrange(tokens, ids, jax.random.key(0), 0.3, 0.25))
     chosen = (moved != tokens).any(1)
     assert abs(chosen.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / rows)
@@ -312,8 +301,7 @@ def test_rates_and_cuts_of_the_rearrangement():
 
 def test_shared_spm_keeps_prefix_before_middle():
     """In SPM what follows <fim_middle> is prefix then middle: the text itself up to the suffix."""
-    batch = whole_rows(3, 50, 34, VOCAB)
-    tokens, ids = batch["tokens"], batch["segment_ids"]
+    tokens, ids = whole_windows(3, 50, 34, VOCAB)
     moved = np.asarray(jitted_rearrange(tokens, ids, jax.random.key(1), 1.0, 1.0))
     for before, after in zip(tokens, moved, strict=True):
         _, both, _ = parse(after[1:].tolist())
@@ -323,8 +311,7 @@ def test_shared_spm_keeps_prefix_before_middle():
 @few
 @given(seeds, seeds)
 def test_rate_zero_is_the_identity_and_a_key_decides_all(seed, other):
-    batch = packed_batch(seed, 4, 24, VOCAB)
-    tokens, ids = batch["tokens"], batch["segment_ids"]
+    tokens, ids = packed_windows(seed, 4, 24, VOCAB)
     rearrange = partial(jitted_rearrange, tokens, ids)
     assert (rearrange(jax.random.key(other), 0.0, 0.5) == tokens).all()
     assert (rearrange(jax.random.key(other), 0.5, 0.5) == rearrange(jax.random.key(other), 0.5, 0.5)).all()
@@ -332,9 +319,9 @@ def test_rate_zero_is_the_identity_and_a_key_decides_all(seed, other):
 
 def test_fill_in_middle_is_the_next_token_loss_of_the_rearranged_rows(network):
     model, loss, _ = network
-    batch, key = whole_rows(0, ROWS, WIDTH, VOCAB), jax.random.key(5)
+    (tokens, ids), key = whole_windows(0, ROWS, WIDTH, VOCAB), jax.random.key(5)
     objective = make_objective(TrainConfig(objective="fill_in_middle", fim_rate=0.7, z_loss=0.01), VOCAB)
-    moved = jitted_rearrange(batch["tokens"], batch["segment_ids"], jax.random.split(key)[0], 0.7, 0.5)
-    assert (moved != batch["tokens"]).any()
-    found = jax.jit(lambda batch: objective(model, batch, key))(batch)
-    np.testing.assert_allclose(found.total, loss(weighted(batch | {"tokens": np.asarray(moved)})).total, rtol=1e-6)
+    moved = jitted_rearrange(tokens, ids, jax.random.split(key)[0], 0.7, 0.5)
+    assert (moved != tokens).any()
+    found = jax.jit(lambda batch: objective(model, None, batch, key))(Batch.of_windows(tokens, ids))
+    np.testing.assert_allclose(found.total, loss(Batch.of_windows(np.asarray(moved), ids)).total, rtol=1e-6)

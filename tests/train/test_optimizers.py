@@ -13,12 +13,13 @@ import pytest
 
 from model.config import AttentionConfig, MoEConfig, NormConfig, PositionConfig
 from model.transformer import Transformer, forward
+from model.weights import named_weights
 from sharding.rules import ShardingRules
 from tests.models import random_model, tiny_config, weight_names
 from tests.train.batches import whole_rows
 from train.config import OptimizerConfig
-from train.objectives import next_token
-from train.optimizers import make_optimizer, matrix_kind, schedule
+from train.objectives import NextToken
+from train.optimizers import make_optimizer, schedule
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
 # Everything a decay mask must tell apart: norms with biases, q/k norms, attention biases, sinks, experts, learned
@@ -239,10 +240,9 @@ def test_mup_slows_hidden_matrices_alone(full):
         np.testing.assert_allclose(mup[path], plain[path] * (0.25 if hidden else 1.0), rtol=1e-6, err_msg=path)
 
 
-def test_every_weight_is_a_known_matrix_or_a_vector(full):
-    for path, _ in jax.tree_util.tree_flatten_with_path(full)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        assert (matrix_kind(path) is None) == is_vector(name), name
+def test_every_weight_is_a_matrix_or_a_vector_by_its_role(full):
+    for name, weight in named_weights(full):
+        assert (weight.role in ("vector", "buffer")) == is_vector(name), name
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_coordinate_check():
         optimizer = make_optimizer(constant_rate("adamw", learning_rate=0.01), config, steps=5)
 
         def objective(model):
-            loss = next_token(model, batch, None)
+            loss = NextToken()(model, None, batch, None)
             return loss.total / loss.count
 
         @jax.jit
@@ -270,7 +270,7 @@ def test_coordinate_check():
         def residual(model):  # before the final norm, whose output has a fixed scale
             model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
             model.final_norm = lambda x: x
-            return forward(model, batch["tokens"]).hidden_BTD
+            return forward(model, batch.tokens).hidden_BTD
 
         before, state = jax.jit(residual)(model), optimizer.init(model)
         for _ in range(4):

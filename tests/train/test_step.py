@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,13 @@ import pytest
 from data.config import DataConfig
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from model.transformer import Transformer
-from sharding.mesh import MeshConfig, make_mesh, put_batch, use_mesh
+from sharding.mesh import MeshConfig, put_batch, use_mesh
 from tests.models import random_model, tiny_config, weight_names
-from tests.train.batches import packed_batch, whole_rows
-from train import loop, step
+from tests.train.batches import packed_batch, weighted, whole_rows
+from train import step
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
-from train.objectives import next_token
+from train.objectives import NextToken
+from train.program import Program, build
 from train.step import TrainState, init_state, make_step, summed_gradients
 
 VOCAB, ROWS, WIDTH = 64, 8, 17
@@ -27,16 +27,15 @@ RATE = optax.constant_schedule(0.01)
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
 
 
-def weighted(batch: dict, value: float = 1.0) -> dict:
-    rows, width = batch["tokens"].shape
-    return batch | {"weights": np.full((rows, width - 1), value, np.float32)}
-
-
-BATCH = weighted(whole_rows(0, ROWS, WIDTH, VOCAB))
+BATCH = whole_rows(0, ROWS, WIDTH, VOCAB)
 
 
 def start(config: ModelConfig, train: TrainConfig) -> TrainState:
     return jax.jit(lambda model: init_state(jax.random.key(1), model, ADAM, train))(random_model(config))
+
+
+def adam_step(train: TrainConfig) -> step.Step:
+    return make_step(NextToken(), lambda hyper: ADAM, lambda hyper: RATE, train)
 
 
 def bits(tree) -> list[bytes]:
@@ -68,12 +67,12 @@ def test_microbatches_equal_the_large_batch(moe, counts):
     """Though their slices hold unequal numbers of targets."""
     model = random_model(tiny_config(moe=moe))
     batch = packed_batch(3, ROWS, WIDTH, VOCAB, longest=12)
-    objective = partial(next_token, z_loss=0.01)
+    objective = NextToken(z_loss=0.01)
     results = {}
     for microbatches in (1, *counts):
         gradients = jax.jit(
             lambda model, batch, n=microbatches: summed_gradients(
-                objective, model, batch, jax.random.key(0), n, jnp.float32(1)
+                objective, model, None, batch, jax.random.key(0), n, jnp.float32(1)
             )
         )
         results[microbatches] = gradients(model, batch)
@@ -94,7 +93,7 @@ def noisy(request):
     config = tiny_config(dropout=0.2)
     train = TrainConfig(ema_decay=0.9, nonfinite=request.param)
     state = start(config, train)
-    function = jax.jit(make_step(next_token, ADAM, RATE, train), donate_argnums=0)
+    function = jax.jit(adam_step(train), donate_argnums=0)
     return request.param, function.lower(state, BATCH).compile(), lambda: jax.tree.map(jnp.copy, state)
 
 
@@ -165,9 +164,7 @@ def float16():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "LOSS_SCALE_GROWTH_STEPS", 2)
         state = start(tiny_config(dtype="float16"), TrainConfig(nonfinite="stop"))
-        compiled = (
-            jax.jit(make_step(next_token, ADAM, RATE, TrainConfig(nonfinite="stop"))).lower(state, BATCH).compile()
-        )
+        compiled = jax.jit(adam_step(TrainConfig(nonfinite="stop"))).lower(state, BATCH).compile()
     return compiled, state
 
 
@@ -201,7 +198,7 @@ def test_float16_trains_like_float32_whatever_the_scale(float16):
     after = [compiled(state._replace(loss_scale=jnp.float32(2.0**s)), BATCH) for s in (6, 12)]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(after[0][1][name], after[1][1][name], rtol=2e-3)
-    exact = jax.jit(make_step(next_token, ADAM, RATE, TrainConfig()))(start(tiny_config(), TrainConfig()), BATCH)[1]
+    exact = jax.jit(adam_step(TrainConfig()))(start(tiny_config(), TrainConfig()), BATCH)[1]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(after[0][1][name], exact[name], rtol=1e-2)
 
@@ -215,7 +212,7 @@ def test_a_nan_in_float16_at_scale_one_is_an_event(float16):
 def test_bfloat16_computes_and_float32_remembers():
     train = TrainConfig()
     state = start(tiny_config(dtype="bfloat16"), train)
-    function = jax.jit(make_step(next_token, ADAM, RATE, train))
+    function = jax.jit(adam_step(train))
     text = function.lower(state, BATCH).as_text()
     assert "xbf16>" in text, "matmuls in bfloat16"
     losses = []
@@ -244,19 +241,18 @@ def experiment(mesh: MeshConfig, optimizer: str = "adamw", moe: bool = False) ->
     )  # fmt: skip
 
 
-def built(config: Experiment, devices: int, monkeypatch) -> loop.Program:
+def built(config: Experiment, devices: int) -> Program:
     config.validate(devices)
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
-    return loop.build(config)
+    return build(config, devices=jax.devices()[:devices])
 
 
-def laid_out(state: TrainState, program: loop.Program) -> TrainState:
+def laid_out(state: TrainState, program: Program) -> TrainState:
     """A copy of `state` as the program lays its own out: what it would make itself (the last test), without its
     compilation."""
     return jax.tree.map(lambda x, there: jax.device_put(jnp.copy(x), there.sharding), state, program.abstract_state)
 
 
-def three_steps(program: loop.Program, state: TrainState) -> tuple[list[tuple[float, float]], TrainState]:
+def three_steps(program: Program, state: TrainState) -> tuple[list[tuple[float, float]], TrainState]:
     with use_mesh(program.mesh):
         function = jax.jit(program.step, donate_argnums=0)
         losses = []
@@ -286,9 +282,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("mesh", "optimizer", "moe", "expected"), CASES)
-def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimizer, moe, expected, monkeypatch):
-    lone_program = built(experiment(MeshConfig(), optimizer, moe), 1, monkeypatch)
-    program = built(experiment(mesh, optimizer, moe), 8, monkeypatch)
+def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimizer, moe, expected):
+    lone_program = built(experiment(MeshConfig(), optimizer, moe), 1)
+    program = built(experiment(mesh, optimizer, moe), 8)
     first = jax.jit(lone_program.make_state)()
     losses, state = three_steps(program, laid_out(first, program))
     single, lone = three_steps(lone_program, first)
@@ -320,7 +316,7 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
         pytest.param("prefix", "prefix", marks=pytest.mark.slow),
     ],
 )
-def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
+def test_objectives_draw_the_same_on_a_mesh(objective, mask):
     """Also over microbatches, and as an evaluation scores, which draws too where tokens are masked or a prefix is
     seen."""
     found, first = [], None
@@ -332,7 +328,7 @@ def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
             data=dataclasses.replace(base.data, batch_size=2 * ROWS),
             train=TrainConfig(objective=objective, microbatches=2, steps=10, fim_rate=0.9),
         )
-        program = built(config, devices, monkeypatch)
+        program = built(config, devices)
         first = jax.jit(program.make_state)() if first is None else first
         with use_mesh(program.mesh):
             state = laid_out(first, program)
@@ -343,12 +339,12 @@ def test_objectives_draw_the_same_on_a_mesh(objective, mask, monkeypatch):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
-def test_weights_are_the_same_on_every_mesh(monkeypatch):
+def test_weights_are_the_same_on_every_mesh():
     """The initial values depend on the seed, not on the layout; and the layout is the one that was asked for."""
     config = dataclasses.replace(experiment(MeshConfig()), train=TrainConfig())
     states = []
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
-        program = built(dataclasses.replace(config, mesh=mesh), devices, monkeypatch)
+        program = built(dataclasses.replace(config, mesh=mesh), devices)
         with use_mesh(program.mesh):
             states.append(jax.jit(program.make_state)())
     for x, y in zip(jax.tree.leaves(states[1]), jax.tree.leaves(program.abstract_state), strict=True):

@@ -8,9 +8,9 @@ import pytest
 
 from model.config import MoEConfig
 from tests.models import random_model, tiny_config
-from tests.train.batches import whole_rows
+from tests.train.batches import weighted, whole_rows
 from train.config import OptimizerConfig, TrainConfig
-from train.objectives import next_token
+from train.objectives import NextToken
 from train.optimizers import make_optimizer, schedule
 from train.step import init_state, make_step
 
@@ -36,7 +36,7 @@ def run(request):
     )
     made = make_optimizer(optimizer, config, 100)
     state = jax.jit(lambda model: init_state(jax.random.key(1), model, made, TRAIN))(random_model(config))
-    return jax.jit(make_step(next_token, made, schedule(optimizer, 100), TRAIN)), state
+    return jax.jit(make_step(NextToken(), lambda hyper: made, lambda hyper: schedule(optimizer, 100), TRAIN)), state
 
 
 def biases(state) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_a_refused_update_moves_no_bias(run):
     step, state = run
     state, _ = step(state, whole_rows(0, 8, 33, 64))
     before = biases(state)
-    bad = whole_rows(1, 8, 33, 64) | {"weights": np.full((8, 32), np.nan, np.float32)}
+    bad = weighted(whole_rows(1, 8, 33, 64), np.nan)
     state, metrics = step(state, bad)
     assert int(metrics["nonfinite"]) == 1
     np.testing.assert_array_equal(biases(state), before)

@@ -16,26 +16,27 @@ from data.config import DataConfig
 from data.prepare import prepare
 from sharding.mesh import MeshConfig
 from tests.train.small_runs import experiment, run
-from train import loop
 from train.config_io import load_json
 from train.peer_watch import join
+from train.program import build
+from train.signals import StopSignal
 
 
 def main(address: str, rank: int, folder: Path, term_at: int) -> None:
     join(2, rank, address=address)
     data = load_json(DataConfig, folder.with_suffix(".data.json"))
 
-    class Stop(loop.StopSignal):
-        def agreed(self, step: int) -> bool:
+    class Stop(StopSignal):
+        def agreed(self, step):
             if term_at:
                 time.sleep(0.2)  # time for the peers to agree before the run is over
             if rank == 1 and step == term_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().agreed(step)
 
-    loop.StopSignal = Stop  # type: ignore[misc]
-    program = loop.build(dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8)))
-    trained = run(program, prepare(data), folder)
+    program = build(dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8)))
+    with Stop() as stop:
+        trained = run(program, prepare(data), folder, stop=stop)
     print("finished" if trained.finished else "stopped", trained.step, flush=True)
 
 

@@ -1,0 +1,77 @@
+"""The end of a run: stopped in its last evaluation, without held-out text, on other devices than it was trained on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.resolve import resolve
+from experiments.run import prepare_data, run_experiment
+from sharding.mesh import use_mesh
+from tests.experiments.command_line import final_row, tiny_overrides, write_folder
+from train.checkpoint import Checkpointer
+from train.program import build
+from train.records import open_run, read_metrics
+from train.signals import StopSignal
+
+ROOT = Path(__file__).parents[2]
+TINY = ["model.num_layers=1", "train.steps=2", "samples.count=0", "optimizer.warmup_steps=1"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    write_folder(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tiny(place, *settings: str):
+    return resolve("smoke", [*(word for word in tiny_overrides(place) if word != "--set"), *TINY, *settings], None)
+
+
+def test_a_signal_in_the_last_evaluation_leaves_the_run_unfinished_and_the_same_command_ends_it(place):
+    experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if "evaluating on all held-out files" in text and not any("stopped" in line for line in lines):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    start = lambda: run_experiment(experiment, place / "run", overrides=[], override=False, say=say)
+    assert start() is False and StopSignal.last_number == signal.SIGTERM
+    rows = read_metrics(place / "run" / "metrics.jsonl")
+    assert rows[-1]["event"] == "stopped" and not any(row["kind"] == "final" for row in rows)
+    assert start() is True
+    assert final_row(place / "run")["step"] == 2 and StopSignal.last_number is None
+
+
+def test_a_run_with_experts_and_no_held_out_text_ends(place):
+    lines: list[str] = []
+    experiment = tiny(place, "data.holdout_fraction=0")
+    assert experiment.model.moe is not None
+    assert run_experiment(experiment, place / "run", overrides=[], override=False, say=lines.append)
+    assert final_row(place / "run")["sets"] == {} and any("no text is held out" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_of_eight_devices_is_sampled_and_evaluated_on_one(place):
+    experiment = tiny(place, "mesh.fsdp=4", "mesh.data=2")
+    prepared, program = prepare_data(experiment, lambda text: None), build(experiment)
+    with open_run(place / "runs" / "mine", experiment) as run, use_mesh(program.mesh):
+        prepared.tokenizer.save(run.tokenizer)
+        with Checkpointer(str(run.checkpoints)) as checkpoints:
+            metadata = {"data": {}, "tokenizer": prepared.tokenizer.identity, "seconds": 1.0}
+            checkpoints.save(2, jax.jit(program.make_state)(), metadata=metadata)
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    for words in (["generate", "mine", "--prompt", "x", "--max-new-tokens", "2"], ["eval", "mine"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments", *words], cwd=place, env=environment, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "does not fit 1 devices; using one device" in done.stdout

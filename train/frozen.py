@@ -1,0 +1,113 @@
+"""The part of a run's weights that is never updated: layers of the network, or a second network of the loss.
+
+It is written once, to RUN/frozen, and read beside every checkpoint, which holds its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from model.config import segments
+from model.transformer import Transformer, split_layers, unstack, with_stacks
+from model.weights import Weight, merge, repeats, split
+from train.checkpoint import Checkpointer, CheckpointError
+from train.leaves import checksums, named_leaves, to_storable
+
+
+class Frozen(NamedTuple):
+    """Weights that a step reads and never changes; no gradient, moment or average exists for them."""
+
+    model: Transformer | None = None  # the rest of the network, with None where a weight is trained
+    teacher: Transformer | None = None  # the network whose predictions are distilled
+
+
+def network(trainable: Transformer, frozen: Frozen | None) -> Transformer:
+    """Return the whole network of a trainable part and its frozen rest."""
+    return trainable if frozen is None or frozen.model is None else merge(trainable, frozen.model)
+
+
+def train_last(model: Transformer, layers: int | None) -> tuple[Transformer, Frozen | None]:
+    """Return (the last `layers` layers with the final norm and the head, the rest); None: everything is trained.
+
+    The stacks are cut so that both sides are whole arrays. An embedding that is also the head stays frozen: training
+    it would take the gradient through every layer.
+    """
+    if layers is None:
+        return model, None
+    model = split_layers(model, layers)
+    below, first = model.config.num_layers - layers, 0
+    while below > 0:
+        unit = model.stacks[first]
+        below, first = below - len(unit) * repeats(unit), first + 1
+
+    def trained(path: str, weight: Weight, part: str) -> bool:
+        top, *inside = path.split(".")
+        return int(inside[0]) >= first if top == "stacks" else top in ("final_norm", "head")
+
+    trainable, rest = split(model, trained)
+    return trainable, Frozen(model=rest)
+
+
+def rejoin(model: Transformer) -> Transformer:
+    """Return a network whose stacks were cut with the stacks that its config gives it."""
+    layers = [unit[0] for unit in unstack(model).stacks]
+    stacks, first = [], 0
+    for segment in segments(model.config):
+        period, last = len(segment.unit), first + len(segment.unit) * segment.repeats
+        units = (layers[first + i : last : period] for i in range(period))
+        stacks.append([jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks) for blocks in units])
+        first = last
+    return with_stacks(model, stacks)
+
+
+def digest(frozen: Frozen) -> str:
+    """Return a hash of every bit of the frozen weights and their names, the same on every mesh."""
+    sums = checksums({name: to_storable(leaf) for name, leaf in named_leaves(frozen).items()})
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], None]) -> str:
+    """Write the frozen weights of a run that begins, and return their digest.
+
+    What an earlier beginning wrote stays if it is the same. Raises CheckpointError if it is not, or cannot be written.
+    """
+    name = digest(frozen)
+    with Checkpointer(folder, keep_last=1, warn=warn) as checkpoints:
+        if checkpoints.steps():
+            _check(checkpoints.restore(frozen).state, name, folder)  # type: ignore[union-attr]
+        elif not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
+            raise CheckpointError(f"{folder}: the frozen weights were not written; free the disk and start again")
+    return name
+
+
+def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Callable[[str], None]) -> Any:
+    """Return the frozen weights of a run as `template` lays them out. Raises CheckpointError if they are missing or
+    not those that its checkpoints were trained with (`expected`)."""
+    if not epath.Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is missing: the run's frozen weights are there; copy it with the run")
+    with Checkpointer(folder, read_only=True, warn=warn) as checkpoints:
+        restored = checkpoints.restore(template, part=True)
+    if restored is None:
+        raise CheckpointError(f"{folder} holds no weights: the run's frozen weights are there; copy it with the run")
+    if restored.metadata["digest"] != expected:
+        raise CheckpointError(_changed(folder, restored.metadata["digest"], expected))
+    return restored.state
+
+
+def _check(found: Frozen, expected: str, folder: epath.PathLike) -> None:
+    if (name := digest(found)) != expected:
+        raise CheckpointError(_changed(folder, name, expected))
+
+
+def _changed(folder: epath.PathLike, found: str, expected: str) -> str:
+    return (
+        f"{folder}: the frozen weights changed (digest {found}, the run has {expected}); put the folder back, or start "
+        "a new run with --run NEWNAME"
+    )

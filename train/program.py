@@ -1,0 +1,255 @@
+"""What a run computes with, made from its config before any data is read, and weights read back from checkpoints.
+
+`build_network` is enough to evaluate and to sample; `build` adds the optimizer and the train step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh, PartitionSpec
+
+from data.batch import Batch
+from data.tokenizer import SpecialTokens, Tokenizer, special_tokens
+from model.transformer import Transformer
+from model.weights import merge
+from sharding.mesh import concrete_shardings, make_mesh, use_mesh
+from train.checkpoint import Checkpointer, CheckpointError, Restored
+from train.config import OBJECTIVE_MARKS, Experiment
+from train.config_io import ConfigError, load_json
+from train.evaluate import Score, make_score
+from train.frozen import Frozen, read_frozen, rejoin, train_last
+from train.hyper import Hyper, hyper_of
+from train.objectives import Objective, make_objective, scoring_objective
+from train.optimizers import make_optimizer, schedule
+from train.run_folder import RunFolder, RunFolderError
+from train.step import Step, TrainState, init_state, make_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What evaluation and sampling compute with."""
+
+    experiment: Experiment
+    mesh: Mesh | None
+    batch_spec: PartitionSpec
+    abstract_model: Transformer  # shapes, dtypes, shardings of the whole network
+    score: Callable[[Transformer, Batch], Score]  # jitted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program(Network):
+    """What training computes with."""
+
+    abstract_state: TrainState  # shapes, dtypes, shardings
+    make_state: Callable[..., TrainState]  # (hyper=None): the state before the first step, weights drawn by the seed
+    begin: Callable[..., TrainState]  # (model, hyper=None): the same, of a network that has its weights
+    step: Step  # not jitted
+    hyper: Hyper  # the config's, as NumPy
+    teacher: Network | None = None  # of a distillation
+    executables: dict[str, Any] = field(default_factory=dict)  # programs compiled so far, shared by replaced copies
+
+
+class Weights(NamedTuple):
+    """A network's weights as read from a checkpoint."""
+
+    model: Transformer
+    step: int
+    finished: bool  # whether the run was at its last step
+
+
+def build_network(
+    experiment: Experiment, mesh: Mesh | None = None, *, devices: Sequence[jax.Device] | None = None
+) -> Network:
+    """Return the network of a resolved experiment (its vocabulary known) without weights and without an optimizer.
+
+    It lies on the experiment's mesh over `devices` (default: all), or on `mesh`, whose devices may be a topology's, for
+    which programs can only be compiled. Raises ConfigError.
+    """
+    mesh = make_mesh(experiment.mesh, None if devices is None else list(devices)) if mesh is None else mesh
+    return _network_on(mesh, experiment)
+
+
+def _network_on(mesh: Mesh | None, experiment: Experiment) -> Network:
+    """Return the network of an experiment on `mesh`; None: on one device."""
+    config = experiment.train
+    slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in experiment.sharding.activations.batch)
+    if slices % jax.process_count():
+        raise ConfigError(
+            f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs whole "
+            "slices; raise mesh.data or mesh.fsdp, and lower mesh.tensor or mesh.sequence"
+        )
+    with use_mesh(mesh):
+        abstract_model = concrete_shardings(
+            jax.eval_shape(lambda: Transformer(jax.random.key(0), experiment.model, experiment.sharding)), mesh
+        )
+    score = jax.jit(make_score(scoring_objective(config, experiment.data.tokenizer.ids, _special(experiment))))
+    spec = experiment.sharding.spec("activations", ("batch", None))
+    return Network(experiment=experiment, mesh=mesh, batch_spec=spec, abstract_model=abstract_model, score=score)
+
+
+def build(
+    experiment: Experiment,
+    mesh: Mesh | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    objective: Objective | None = None,
+) -> Program:
+    """Return the program of a resolved experiment; as `build_network`, with the optimizer and the train step.
+
+    `objective` replaces the configured one. Raises ConfigError.
+    """
+    network = build_network(experiment, mesh, devices=devices)
+    model, config = experiment.model, experiment.train
+    optimizer = lambda hyper: make_optimizer(experiment.optimizer, model, config.steps, hyper)
+    rate = lambda hyper: schedule(experiment.optimizer, config.steps, hyper)
+
+    def keys(hyper: Hyper | None) -> jax.Array:
+        return jax.random.split(jax.random.key(config.seed if hyper is None else hyper.seed))
+
+    def begin(network: Transformer, hyper: Hyper | None = None) -> TrainState:
+        network = jax.tree.map(lambda w: w.astype(jnp.float32), network)
+        trainable, frozen = train_last(network, config.trainable_layers)
+        return init_state(keys(hyper)[1], trainable, optimizer(None), config, frozen)
+
+    def make_state(hyper: Hyper | None = None) -> TrainState:
+        return begin(Transformer(keys(hyper)[0], model, experiment.sharding), hyper)
+
+    with use_mesh(network.mesh):
+        abstract_state = concrete_shardings(jax.eval_shape(make_state), network.mesh)
+    teacher = _teacher(experiment, network.mesh) if config.teacher else None
+    if teacher is not None:
+        abstract_state = with_teacher(abstract_state, teacher.abstract_model)
+    if objective is None:
+        objective = make_objective(config, experiment.data.tokenizer.ids, _special(experiment))
+    return Program(
+        **{f.name: getattr(network, f.name) for f in fields(Network)},
+        abstract_state=abstract_state,
+        make_state=make_state,
+        begin=begin,
+        step=make_step(objective, optimizer, rate, config),
+        hyper=hyper_of(experiment),
+        teacher=teacher,
+    )
+
+
+def _teacher(experiment: Experiment, mesh: Mesh | None) -> Network:
+    """Return the network of `train.teacher`, laid out as the student is. Raises ConfigError."""
+    try:
+        teacher = load_json(Experiment, RunFolder(experiment.train.teacher).config)
+    except (OSError, ConfigError, RunFolderError) as error:
+        raise ConfigError(
+            f"train.teacher = {experiment.train.teacher!r}: is not a run whose config can be read ({error}); give the "
+            "path of a run's folder"
+        ) from error
+    if teacher.model.vocab_size != experiment.model.vocab_size:
+        raise ConfigError(
+            f"train.teacher = {experiment.train.teacher!r}: has model.vocab_size = {teacher.model.vocab_size}, this "
+            f"network {experiment.model.vocab_size}; both must be equal"
+        )
+    return _network_on(mesh, replace(teacher, mesh=experiment.mesh, sharding=experiment.sharding))
+
+
+def with_teacher(state: TrainState, teacher: Transformer) -> TrainState:
+    """Return the state with a second network among its frozen weights."""
+    return state._replace(frozen=(state.frozen or Frozen())._replace(teacher=teacher))
+
+
+def _special(experiment: Experiment) -> SpecialTokens:
+    """Return the special tokens, which only objectives with marks read from a saved tokenizer: the others compile where
+    its folder is missing."""
+    marked = experiment.train.objective in OBJECTIVE_MARKS
+    return special_tokens(experiment.data.tokenizer) if marked else SpecialTokens()
+
+
+def restore(
+    program: Program,
+    checkpoints: Checkpointer,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    *,
+    frozen: epath.PathLike | None = None,
+    warn: Callable[[str], None] = print,
+) -> Restored | None:
+    """Return the train state of the newest good checkpoint (or of `step`) on this program's mesh, or None.
+
+    `frozen`: the folder of the run's frozen weights. A checkpoint of weights alone (metadata 'weights': their dtype)
+    begins a training; its state has no teacher. Raises CheckpointError, also for the weights of another tokenizer.
+    """
+
+    def template(metadata: dict[str, Any]) -> Any:
+        if "weights" in metadata:
+            return _weights_alone(program, metadata)
+        return program.abstract_state._replace(frozen=None)
+
+    restored = checkpoints.restore(template, step=step)
+    if restored is None:
+        return None
+    _check_tokenizer(restored, tokenizer)
+    if isinstance(restored.state, TrainState):
+        if program.abstract_state.frozen is None:
+            return restored
+        assert frozen is not None, "the program has frozen weights"
+        kept = read_frozen(frozen, program.abstract_state.frozen, restored.metadata["frozen"], warn)
+        return replace(restored, state=restored.state._replace(frozen=kept))
+    begin = jax.jit(program.begin, donate_argnums=0 if restored.metadata["weights"] == "float32" else ())
+    return replace(restored, state=begin(restored.state["model"]))
+
+
+def load_weights(
+    network: Network,
+    checkpoints: Checkpointer,
+    tokenizer: Tokenizer,
+    step: int | None = None,
+    *,
+    frozen: epath.PathLike | None = None,
+    warn: Callable[[str], None] = print,
+) -> Weights | None:
+    """Return the weights (the average where the run keeps one) of the newest good checkpoint, or of `step`, or None.
+
+    `frozen`: the folder of the run's frozen weights. No optimizer is built.
+    """
+    config = network.experiment.train
+    name, layers = "model" if config.ema_decay is None else "ema", config.trainable_layers
+    with use_mesh(network.mesh):
+        cut = jax.eval_shape(lambda: train_last(Transformer(jax.random.key(0), *_shape(network)), layers))
+    trainable, rest = concrete_shardings(cut, network.mesh)
+
+    def template(metadata: dict[str, Any]) -> Any:
+        return _weights_alone(network, metadata) if "weights" in metadata else {name: trainable}
+
+    restored = checkpoints.restore(template, step=step, part=True)
+    if restored is None:
+        return None
+    _check_tokenizer(restored, tokenizer)
+    (model,) = restored.state.values()
+    if rest is not None and "weights" not in restored.metadata:
+        assert frozen is not None, "the network has frozen weights"
+        kept = read_frozen(frozen, {"model": rest.model}, restored.metadata["frozen"], warn)
+        model = jax.jit(lambda a, b: rejoin(merge(a, b)))(model, kept["model"])
+    return Weights(model, restored.step, restored.step >= config.steps)
+
+
+def _shape(network: Network) -> tuple[Any, Any]:
+    return network.experiment.model, network.experiment.sharding
+
+
+def _weights_alone(network: Network, metadata: dict[str, Any]) -> dict[str, Transformer]:
+    """Return the template of a checkpoint that holds weights of one dtype and no optimizer."""
+    dtype, model = metadata["weights"], network.abstract_model
+    return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), model)}
+
+
+def _check_tokenizer(restored: Restored, tokenizer: Tokenizer) -> None:
+    if restored.metadata["tokenizer"] != tokenizer.identity:
+        raise CheckpointError(
+            f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, this one "
+            f"is {tokenizer.identity[:12]}; they do not belong together: restore the data config (and the text the "
+            "tokenizer was trained on), or start a new run with --run NEWNAME"
+        )

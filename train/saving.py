@@ -1,0 +1,115 @@
+"""A run's checkpoints: what is saved with a train state, and what a run starts from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from data.pipeline import TrainBatches
+from data.prepare import Prepared
+from data.tokenizer import Tokenizer
+from train.checkpoint import Checkpointer, CheckpointError
+from train.frozen import keep_frozen
+from train.hooks import Recorder
+from train.program import Program, load_weights, restore, with_teacher
+from train.records import RunFolder
+from train.rows import Rows
+from train.step import TrainState
+
+
+class Start(NamedTuple):
+    """Where a run begins or continues."""
+
+    state: TrainState
+    step: int
+    seconds: float  # of training, evaluation and saving before this start
+    frozen: str = ""  # digest of the frozen weights
+
+
+def start_or_resume(
+    program: Program, run: RunFolder, checkpoints: Checkpointer, prepared: Prepared, batches: TrainBatches,
+    recorder: Recorder, rows: Rows,
+) -> Start:  # fmt: skip
+    """Return the newest good checkpoint's state, with the data stream at its position, or a new state."""
+    tokenizer = prepared.tokenizer
+    restored = restore(program, checkpoints, tokenizer, frozen=run.frozen, warn=recorder.warn)
+    if restored is None:
+        counts = rows.counts
+        recorder.log(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
+        state, kept = _with_frozen(program, jax.jit(program.make_state)(program.hyper), run, tokenizer, recorder)
+        recorder.event(
+            0, "started", f"{counts.total:,} parameters", parameters_total=counts.total,
+            parameters_active=counts.active, mfu_convention=rows.convention, flops_per_token=rows.flops_per_token,
+        )  # fmt: skip
+        return Start(state, 0, 0.0, kept)
+    # A refusal that ended the run before does not end this one before it begins.
+    state = restored.state._replace(nonfinite=jnp.zeros_like(restored.state.nonfinite))
+    if "data" in restored.metadata:
+        batches.set_state(restored.metadata["data"])
+    recorder.log(f"resuming from step {restored.step}")
+    recorder.event(restored.step, "resumed", f"from step {restored.step}")
+    kept = restored.metadata.get("frozen", "")
+    if not kept:  # a start from weights alone
+        state, kept = _with_frozen(program, state, run, tokenizer, recorder)
+    return Start(state, restored.step, restored.metadata["seconds"], kept)
+
+
+def _with_frozen(
+    program: Program, state: TrainState, run: RunFolder, tokenizer: Tokenizer, recorder: Recorder
+) -> tuple[TrainState, str]:
+    """Return (the state with its teacher, the digest of its frozen weights or ''); these are then on disk."""
+    if program.teacher is not None:
+        teacher = RunFolder(program.experiment.train.teacher)
+        with Checkpointer(teacher.checkpoints, read_only=True, warn=recorder.warn) as checkpoints:
+            weights = load_weights(program.teacher, checkpoints, tokenizer, frozen=teacher.frozen, warn=recorder.warn)
+        if weights is None:
+            raise CheckpointError(
+                f"train.teacher = {str(teacher.path)!r}: the run has no checkpoint yet; train it first"
+            )
+        recorder.log(f"teacher: {teacher.path} at step {weights.step}")
+        state = with_teacher(state, jax.tree.map(lambda w: w.astype(jnp.float32), weights.model))
+    return state, "" if state.frozen is None else keep_frozen(run.frozen, state.frozen, recorder.warn)
+
+
+class Saver:
+    """Saves train states with the position of the data, the tokenizer's identity, the seconds spent and the digest of
+    the frozen weights, which are saved once for all steps."""
+
+    def __init__(
+        self, checkpoints: Checkpointer, batches: TrainBatches, prepared: Prepared, start: Start,
+        resting: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self._checkpoints, self._batches, self._tokenizer = checkpoints, batches, prepared.tokenizer
+        self._seconds_before, self._began = start.seconds, time.monotonic()
+        self._frozen = {"frozen": start.frozen} if start.frozen else {}
+        self._resting = resting
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, evaluation and saving, over all the run's starts."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def save(self, state: TrainState, step: int, metric: float | None = None, wait: bool = False) -> bool:
+        """Start to save `state` as `step`; return whether that succeeded (with `wait`: whether it was written)."""
+        metadata = {
+            "data": {**self._batches.get_state(), "step": step},
+            "tokenizer": self._tokenizer.identity,
+            "seconds": self.seconds,
+            **self._frozen,
+        }
+        self._resting()
+        return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)
+
+    def require(self, step: int, written: bool) -> None:
+        """Raise CheckpointError unless `step` is on disk: a run whose last weights are lost is not finished."""
+        steps = self._checkpoints.steps()
+        if not written or step not in steps:
+            last = f"step {steps[-1]} is the last good one" if steps else "no step was saved"
+            raise CheckpointError(
+                f"the checkpoint of step {step} was not written, and its weights are lost; {last}. Free the disk and "
+                "start the same command again: it continues from there"
+            )
