@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # Eight simulated devices for tests; the command line of experiments uses the devices that are there.
 TEST_WORKERS ?= 2
 
-.PHONY: install train test test-all bench parity lint clean
+.PHONY: install train test test-slow test-all bench parity lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,8 +30,10 @@ test: install ## lint, types and every test but the slow ones, on 8 simulated de
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
-test-all: install ## the slow tests too
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
+test-slow: install ## the slow tests alone (about 15 minutes on 2 CPU cores)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m slow
+
+test-all: test test-slow ## both tiers, as .ci/run
 
 lint: install ## format and lint
 	$(BIN)/ruff check --fix .

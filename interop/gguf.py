@@ -180,7 +180,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _short(value: float) -> float:
+def _short(value: float | np.floating) -> float:
     """The decimal that a float32 of the metadata was written from: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 

@@ -170,9 +170,9 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(folder: Path, log: Callable[[str], object] = print) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, of this process alone, that takes its place if all goes well and is removed
-    if not. First remove what killed processes left of earlier attempts, and `log` it."""
+def staged(folder: Any, log: Callable[[str], object] = print) -> Iterator[Any]:
+    """Yield a new folder beside `folder` (a path of pathlib or etils), of this process alone, that takes its place if
+    all goes well and is removed if not. First remove what killed processes left of earlier attempts, and `log` it."""
     remove_leftovers(folder, log)
     staging, held = _held_folder(folder)
     try:
@@ -185,7 +185,7 @@ def staged(folder: Path, log: Callable[[str], object] = print) -> Iterator[Path]
         os.close(held)
 
 
-def remove_leftovers(folder: Path, log: Callable[[str], object] = print) -> None:
+def remove_leftovers(folder: Any, log: Callable[[str], object] = print) -> None:
     """Remove the folders beside `folder` in which processes that no longer run were writing it; `log` each. Those of
     living processes stay: each holds a lock on its own. Where the file system has no locks, only `log` what is there.
     """
@@ -212,7 +212,7 @@ def remove_leftovers(folder: Path, log: Callable[[str], object] = print) -> None
             os.close(held)
 
 
-def _held_folder(folder: Path) -> tuple[Path, int]:
+def _held_folder(folder: Any) -> tuple[Any, int]:
     """Return a new staging folder for `folder`, and the descriptor whose lock says that its writer lives."""
     while True:
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")

@@ -119,7 +119,7 @@ def attend_cached(
     k_BKSH: Float[Array, "B K S H"],
     v_BKSV: Float[Array, "B K S V"],
     offset_B: Int[Array, "B"],
-    prefix_BT: Bool[Array, "B T"] | None = None,
+    prefix_BT: Bool[Array, "B P"] | None = None,
     visible_BS: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N V"]:
     """Return the attention of T new tokens over keys that are in a cache already, their own among them.

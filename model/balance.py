@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from model.moe_config import MoEConfig
@@ -105,7 +106,7 @@ def z_loss(log_total_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> F
     return jnp.square(jnp.where(valid_BT, log_total_BT, 0.0)).sum() / jnp.maximum(valid_BT.sum(), 1)
 
 
-def max_violation(load_E: Float[Array, "*lead E"]) -> Float[Array, "*lead"]:
+def max_violation(load_E: Float[Array | np.ndarray, "*lead E"]) -> Float[Array | np.ndarray, "*lead"]:
     """MaxVio (Wang et al. 2024, eq. 4): the greatest load over the mean load, less 1. 0 at balance, E / k - 1 where k
     experts
     take everything. Of a batch's load it is their MaxVio_batch, of the load of all evaluated text MaxVio_global."""

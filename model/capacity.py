@@ -16,7 +16,7 @@ from sharding.rules import no_mesh
 
 
 def positions_in_experts(
-    indices_BTC: Int[Array, "B T C"], num_experts: int, capacity: int
+    indices_BTC: Int[Array, "B T C"], num_experts: int, capacity: int | Array
 ) -> tuple[Int[Array, "B T C"], Int[Array, "B T C"]]:
     """(indices, place of each choice among those of its expert in its sequence). What comes at place `capacity` or
     later is
@@ -38,7 +38,7 @@ def positions_in_experts(
     return jax.sharding.reshard(kept_BTC, spec), jax.sharding.reshard(position_BTC, spec)
 
 
-def _positions(indices_BTC: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
+def _positions(indices_BTC: Array, num_experts: int, capacity: int | Array) -> tuple[Array, Array]:
     E = num_experts
     chosen_BTE = (indices_BTC[..., None] == jnp.arange(E)).sum(2, dtype=jnp.int32)  # compared and summed in one pass
     before_BTE = jnp.cumsum(chosen_BTE, axis=1) - chosen_BTE

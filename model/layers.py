@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from model.attention import attention_variant
 from model.balance import RouterStats
@@ -78,7 +78,7 @@ class RunLayers(Protocol):
         x_BTD: Float[Array, "B T D"],
         ctx: ForwardContext,
         caches: Caches | None,
-        keys: PRNGKeyArray | None,
+        keys: Key[Array, "L"] | None,
     ) -> tuple[Float[Array, "B T D"], Caches | None, RouterStats | None]:
         """Return (hidden states, caches with this call's tokens, statistics with a leading axis over the MoE layers).
 
@@ -93,7 +93,7 @@ def scan_layers(
     x_BTD: Float[Array, "B T D"],
     ctx: ForwardContext,
     caches: Caches | None,
-    keys: PRNGKeyArray | None,
+    keys: Key[Array, "L"] | None,
 ) -> tuple[Float[Array, "B T D"], Caches | None, RouterStats | None]:
     """`RunLayers` by one scan over the repetitions of each stack."""
     new_caches, stats, layer = [], [], 0

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from model.moe_config import SIGMOID, MoEConfig
 from sharding.rules import no_mesh
@@ -235,7 +235,7 @@ def dense(s: Scores) -> Choice:
     return jnp.broadcast_to(jnp.arange(s.values_BTE.shape[-1]), s.values_BTE.shape), s.values_BTE
 
 
-def hash_scores(ids_BT: Int[Array, "B T"], num_experts: int) -> Float[Array, "B T E"]:
+def hash_scores(ids_BT: Integer[Array, "B T"], num_experts: int) -> Float[Array, "B T E"]:
     """A number in [0, 1) for each token id and expert, the same in every layer and run. The k experts of the greatest
     are a
     draw without replacement that each id keeps (random hashing of Roller et al. 2021, sec. 3.1)."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -90,12 +91,12 @@ def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
 
 def forward(
     model: Transformer,
-    tokens_BT: Int[Array, "B T"],
+    tokens_BT: Int[Array | np.ndarray, "B T"],
     *,
-    positions_BT: Int[Array, "B T"] | None = None,
-    segment_ids_BT: Int[Array, "B T"] | None = None,
-    prefix_BT: Bool[Array, "B T"] | None = None,
-    valid_BT: Bool[Array, "B T"] | None = None,
+    positions_BT: Int[Array | np.ndarray, "B T"] | None = None,
+    segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
+    prefix_BT: Bool[Array | np.ndarray, "B P"] | None = None,
+    valid_BT: Bool[Array | np.ndarray, "B T"] | None = None,
     cache: Cache | None = None,
     dropout_key: PRNGKeyArray | None = None,
     run_layers: RunLayers = scan_layers,
@@ -133,7 +134,7 @@ def forward(
 
 
 def _context(
-    model: Transformer, tokens_BT: Array, positions_BT, segment_ids_BT, prefix_BT, valid_BT, cache: Cache | None
+    model: Transformer, tokens_BT, positions_BT, segment_ids_BT, prefix_BT, valid_BT, cache: Cache | None
 ) -> ForwardContext:
     B, T = tokens_BT.shape
     if cache is not None:
@@ -146,8 +147,8 @@ def _context(
         _check_room(cache, T)
     start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
 
-    def rows(y_BT: Array) -> Array:
-        return reshard(y_BT, model.rules, "batch", "sequence")
+    def rows(y_BT: Array | np.ndarray) -> Array:
+        return reshard(jnp.asarray(y_BT), model.rules, "batch", "sequence")
 
     tokens_BT, index_BT = rows(tokens_BT), rows(start_B[:, None] + jnp.arange(T, dtype=jnp.int32))
     positions_BT = index_BT if positions_BT is None else rows(positions_BT)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
     """A row for each way: median seconds and quartiles, or why it would not run. Every way has `rounds` turns, a turn
     as
     many calls as fill `seconds`."""
-    rows, running = [], {}
+    rows: list[dict[str, Any]] = []
+    running: dict[str, tuple[jax.stages.Compiled, int, list[float], dict[str, Any]]] = {}
     for name, way in contest.ways.items():
         row = {"contest": contest.name, "way": name, "flops": contest.flops, "bytes": contest.bytes, **contest.notes}
         rows.append(row)

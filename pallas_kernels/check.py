@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,8 @@ def grouped(case, implementation: str) -> list[np.ndarray]:
 def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
     """(case, implementation, error or the reason of a refusal, bound)."""
     platform, kind = target()
+    run: Callable[[Any, str], list[np.ndarray]]
+    cases: tuple[Any, ...]
     if operation == "flash_attention":
         run, cases, names = flash, FLASH_CASES, [*flash_attention.best_implementation(platform, kind)]
         names += ["hopper"] if "H100" in kind or "H200" in kind else []

@@ -12,18 +12,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 
-def varying_axes(x: Array) -> frozenset[str]:
+def varying_axes(x: Array | np.ndarray) -> frozenset[str]:
     """Mesh axes over which `x` differs between devices; empty outside shard_map."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary(x: Array, axes: frozenset[str]) -> Array:
+def vary(x: Array | np.ndarray, axes: frozenset[str]) -> Array:
     """`x` typed as varying over `axes` too. Its gradient is then summed over the axes that were added."""
     missing = tuple(sorted(axes - varying_axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
+    return jax.lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
 
 
 def reduce_scatter_is_safe() -> bool:

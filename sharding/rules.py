@@ -134,6 +134,6 @@ def activation_spec(rules: ShardingRules, *axes: str | None) -> P | None:
     return None if no_mesh() else rules.spec("activations", axes)
 
 
-def reshard(x: jax.Array, rules: ShardingRules, *axes: str | None) -> jax.Array:
+def reshard(x: jax.Array | np.ndarray, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """`x` laid out as an activation of logical `axes`. For a weight: gathered over the axes it is only stored on."""
     return x if no_mesh() else jax.sharding.reshard(x, rules.spec("activations", axes))

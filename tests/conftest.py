@@ -1,10 +1,15 @@
 """Set before jax is imported: eight CPU devices in one process, quick compilation, programs kept on disk between
-runs."""
+runs, and annotations that are checked."""
 
 import gc
 import os
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+
+import pytest
+
+from tests import checked, closeness
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax-tests"
 
@@ -25,3 +30,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # garbage for every 50,000 new objects, not 700. Together a tenth of the CPU time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 gc.set_threshold(50_000, 50, 100)
+
+checked.install()
+closeness.log_margins()
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(request):
+    """Tests marked `unchecked` give values that annotations exclude, to see the error that users see."""
+    with checked.unchecked() if request.node.get_closest_marker("unchecked") else nullcontext():
+        yield

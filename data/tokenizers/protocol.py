@@ -93,7 +93,7 @@ class Tokenizer(Protocol):
         """What `encode_marked` finds."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """Text of ids; specials spell nothing, broken UTF-8 becomes U+FFFD. Raises DataError for an id out of range."""
         ...
 
@@ -153,7 +153,7 @@ class BytesTable:
     def stream(self) -> Stream:
         return ByteStream(self)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         stream = self.stream()
         return "".join([stream.push(int(token)) for token in ids]) + stream.flush()
 

@@ -19,12 +19,13 @@ import dataclasses
 import importlib
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.merge import merge
-from pallas_kernels.decode_attention.spec import EIGHT_BITS, MASKED, Cache, Spec
+from pallas_kernels.decode_attention.spec import EIGHT_BITS, MASKED, Cache, Shaped, Spec
 from pallas_kernels.target import target
 
 __all__ = ["IMPLEMENTATIONS", "MASKED", "MAX_QUERIES", "best_implementation", "decode_attention", "merge"]
@@ -50,7 +51,7 @@ def decode_attention(
     scale: float | None = None,
     splits: int | None = None,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
     return_lse: bool = False,
     slots_innermost: bool = False,
     finite: bool = False,
@@ -72,7 +73,8 @@ def decode_attention(
     the device; on TPUs one for each core that a device has (2 on v4 and v5p, else 1), since within a core parts run in
     turn.
     `implementation`: None takes the backend's kernel where it can run the call, else the reference; a named one that
-    cannot raises ValueError. `interpret` runs a named kernel on the CPU, slowly, for tests.
+    cannot raises ValueError. `interpret` (True, or an interpreter's
+    parameters) runs a named kernel on the CPU, slowly, for tests.
 
     `finite`: a promise that slots which no query sees hold finite numbers, which spares the reference a copy of the
     values.
@@ -131,7 +133,7 @@ def best_implementation(platform: str) -> tuple[str, ...]:
     )
 
 
-def _choose(implementation: str | None, spec: Spec, q_BTNH: Array, cache: Cache) -> str:
+def _choose(implementation: str | None, spec: Spec, q_BTNH: Shaped, cache: Cache) -> str:
     if implementation is None:
         if spec.interpret:
             raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu' or 'gpu'")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,9 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
         yield Contest(case.name, flops, float(case.cache_bytes), dtype, tuple(arrays.values()), ways, None, notes)
 
 
-def _call(names: tuple[str, ...], choices: dict, *arrays: jax.Array) -> jax.Array:
-    return decode_attention(**dict(zip(names, arrays, strict=True)), **choices)
+def _call(names: tuple[str, ...], choices: dict, *arrays: jax.Array) -> Any:
+    arguments: dict[str, Any] = dict(zip(names, arrays, strict=True))
+    return decode_attention(**arguments, **choices)
 
 
 def _arrays(case: Case) -> dict[str, jax.Array]:

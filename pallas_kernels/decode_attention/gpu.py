@@ -55,7 +55,7 @@ def block_slots(cache: Cache) -> int:
     return 128 if width <= 128 else 64 if width <= 256 and cache.k.dtype.itemsize <= 2 else 32
 
 
-def default_splits(q_BTNH: Array, cache: Cache) -> int:
+def default_splits(q_BTNH: Shaped, cache: Cache) -> int:
     """Parts that give each multiprocessor PROGRAMS_PER_CORE programs, as far as the cache is long enough."""
     B, T, N, _ = q_BTNH.shape
     K = cache.k.shape[1]
@@ -64,7 +64,7 @@ def default_splits(q_BTNH: Array, cache: Cache) -> int:
     return min(max(pl.cdiv(PROGRAMS_PER_CORE * cores_of(target()[1]), programs), 1), most)
 
 
-def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
+def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
     """Why the kernel cannot run a call."""
     H, V = cache.k.shape[-1], cache.v.shape[-1]
     if max(H, V) > MAX_WIDTH:
@@ -90,7 +90,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     inputs = {"lengths": lengths_B, "q": q_BKRH, "k": cache.k, "v": cache.v}
     if cache.page_table_BP is not None:
         inputs["table"] = cache.page_table_BP
-    if cache.k_scales is not None:
+    if cache.k_scales is not None and cache.v_scales is not None:
         inputs["ks"], inputs["vs"] = cache.k_scales, cache.v_scales
     if alibi_N is not None:
         inputs["alibi"] = jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R)

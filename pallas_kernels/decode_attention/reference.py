@@ -8,10 +8,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.decode_attention.spec import MASKED, Cache, Spec, first_slot
+from pallas_kernels.decode_attention.spec import MASKED, Cache, Shaped, Spec, first_slot
 
 
-def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
+def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
     """The reference runs everything, on one part."""
     return None if spec.splits == 1 else f"splits = {spec.splits}: the reference has no parts; leave it out"
 

@@ -14,13 +14,14 @@ the values, S slots of a row, P pages of a row, C parts of the cache length.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 MASKED = -1e30  # finite, so that a row that sees nothing gives zeros, never NaN
+Shaped = Array | jax.ShapeDtypeStruct  # for choices that go by shape and dtype alone
 EIGHT_BITS = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -33,7 +34,7 @@ class Spec:
     window: int | None
     softcap: float | None
     splits: int
-    interpret: bool
+    interpret: Any  # a bool, or the parameters of an interpreter
     slots_innermost: bool = False  # how caches lie on a TPU whose H is no multiple of 128
     finite: bool = False  # slots that no query sees hold numbers: the reference cleans no copy of the values
 
@@ -90,7 +91,7 @@ def compute_dtype(q_dtype, cache_dtype):
     return jnp.dtype(jnp.float32)
 
 
-def traffic(spec: Spec, q_BTNH: Array, cache: Cache) -> tuple[int, int, int]:
+def traffic(spec: Spec, q_BTNH: Shaped, cache: Cache) -> tuple[int, int, int]:
     """(FLOPs, exponentials, bytes) of a step whose rows fill their caches, or the window: an upper bound, since lengths
     are data. FLOPs count 2 (H + V) for each query head, query and slot; bytes are keys, values and scales once, queries
     and

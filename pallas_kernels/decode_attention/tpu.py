@@ -74,12 +74,12 @@ class Plan:
         return self.chunk * self.pages
 
 
-def default_splits(q_BTNH: Array, cache: Cache) -> int:
+def default_splits(q_BTNH: Shaped, cache: Cache) -> int:
     """One part for each core of a device."""
     return 2 if target()[1] in MEGACORES else 1
 
 
-def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
+def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
     """Why the kernel cannot run a call."""
     if cache.k.dtype == jnp.float16:
         return "caches of float16: the compiler for TPUs has no float16 arithmetic; use bfloat16"
@@ -102,7 +102,7 @@ def unsupported(spec: Spec, q_BTNH: Array, cache: Cache) -> str | None:
     return None
 
 
-def plan(spec: Spec, q_BTNH: Array, cache: Cache) -> Plan | None:
+def plan(spec: Spec, q_BTNH: Shaped, cache: Cache) -> Plan | None:
     """The most heads that fit, and blocks of about BLOCK_BYTES; None where nothing fits."""
     K = cache.k.shape[1]
     chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
@@ -126,7 +126,7 @@ def _slot_bytes(spec: Spec, cache: Cache) -> int:
     return (width(cache.k) + width(cache.v)) * cache.k.dtype.itemsize
 
 
-def _turned(spec: Spec, x: Array) -> bool:
+def _turned(spec: Spec, x: Shaped) -> bool:
     """Whether a cache lies with its slots innermost, in whole tiles."""
     return spec.slots_innermost and x.shape[2] % LANES == 0 and x.shape[3] % LANES != 0
 
@@ -135,7 +135,7 @@ def _lanes(n: int) -> int:
     return pl.cdiv(n, LANES) * LANES
 
 
-def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Array, cache: Cache) -> int:
+def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Shaped, cache: Cache) -> int:
     """VMEM that a call asks for: buffers, scratch, and an estimate of one head's temporaries."""
     H, V = _lanes(cache.k.shape[-1]), _lanes(cache.v.shape[-1])
     wide = compute_dtype(q_BTNH.dtype, cache.k.dtype).itemsize
@@ -168,7 +168,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     k, v = (x.swapaxes(2, 3) if turned else x for x, turned in ((cache.k, cut.k_turned), (cache.v, cut.v_turned)))
     in_two = lambda *shape: pltpu.VMEM((2, cut.heads, *shape), cache.k.dtype)
 
-    inputs = {"lengths": (lengths_B, None)}
+    inputs: dict[str, tuple[Array, pl.BlockSpec | None]] = {"lengths": (lengths_B, None)}
     if cache.page_table_BP is not None:  # flat: scalar memory would pad each row to 128
         inputs["table"] = (cache.page_table_BP.reshape(-1), None)
     scalars = len(inputs)
@@ -183,7 +183,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
         "k_buf": in_two(H, cut.block) if cut.k_turned else in_two(cut.block, H),
         "v_buf": in_two(V, cut.block) if cut.v_turned else in_two(cut.block, V),
     }
-    if cache.k_scales is not None:
+    if cache.k_scales is not None and cache.v_scales is not None:
         for name, scales in (("ks", cache.k_scales), ("vs", cache.v_scales)):
             if cache.page_table_BP is None:  # a copy is of whole lanes
                 scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[2] % LANES)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +55,8 @@ def flash_attention(
     segment_ids: Int[Array, "B T"] | Pair | None = None,
     positions: Int[Array, "B T"] | Pair | None = None,
     prefix_BS: Bool[Array, "B S"] | None = None,
-    blocks_BNIJ: Bool[Array, "B|1 N|1 I J"] | None = None,
-    bias_BNTS: Float[Array, "B|1 N|1 T S"] | None = None,
+    blocks_BNIJ: Bool[Array, "#B #N I J"] | None = None,
+    bias_BNTS: Float[Array, "#B #N T S"] | None = None,
     alibi_N: Float[Array, "N"] | None = None,
     softcap: float | None = None,
     scale: float | None = None,
@@ -64,7 +65,7 @@ def flash_attention(
     seed: Int[Array, ""] | None = None,
     tiles: Tiles = DEFAULT_TILES,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """softmax(scale * q k^T ...) v over the keys that each query sees.
@@ -84,7 +85,7 @@ def flash_attention(
     same seed drops the same weights in every implementation and tiling.
     `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises
     ValueError.
-    `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
+    `interpret` (True, or an interpreter's parameters) runs a named Pallas kernel on the CPU, slowly, for tests.
     Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
 
     Differentiable with respect to q, k, v, bias and sinks, through both results; not to alibi. Memory beside inputs and
@@ -151,7 +152,7 @@ def flash_attention_backward(
     alibi_N: Float[Array, "N"] | None = None,
     tiles: Tiles = DEFAULT_TILES,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
     """The gradients (dq, dk, dv) that these keys contribute, where `out`, `lse` and `dout` belong to whole rows, which
     may see other keys too: summed over all parts of the keys they are the gradients of the whole. Arguments as in

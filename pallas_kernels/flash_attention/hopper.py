@@ -26,12 +26,12 @@ from jaxtyping import Array
 
 from pallas_kernels.flash_attention import hopper_backward, hopper_forward, triton
 from pallas_kernels.flash_attention.hopper_parts import TILE
-from pallas_kernels.flash_attention.spec import Extra, Spec, Tiles
+from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec, Tiles
 
 FIXED = {"q": TILE, "q_dkv": hopper_backward.STEP, "k_dkv": TILE, "q_dq": TILE, "k_dq": hopper_backward.STEP}
 
 
-def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
     """Why the call cannot run here, or None."""
     H, V, block = q.shape[-1], v.shape[-1], spec.mask.block_shape
     if extra.bias_BNTS is not None:

@@ -164,7 +164,7 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
 
     sees_Q = total_Q > 0
     total_Q = jnp.where(sees_Q, total_Q, 1.0)
-    out_smem, lse_smem = shared.get("out", shared["q"]).at[warpgroup], shared["lse"].at[warpgroup]
+    out_smem, lse_smem = shared["out" if "out" in shared else "q"].at[warpgroup], shared["lse"].at[warpgroup]
     out_smem[...] = (acc_QV * parts.spread(1.0 / ((1.0 - spec.dropout) * total_Q), (ROWS, V), 0)).astype(half)
     lse_smem[...] = jnp.where(sees_Q, top_Q * math.log(2) + jnp.log(total_Q), MASKED)
     plgpu.commit_smem()

@@ -74,7 +74,7 @@ def side_arrays(spec: Spec, extra: Extra, T_padded: int, S_padded: int) -> dict[
         "k_prefix": (data.prefix_BS, S_padded),
     }
     arrays = {name: pad(x.astype(jnp.int32), 1, length) for name, (x, length) in found.items() if x is not None}
-    if not isinstance(data.offset, int):
+    if data.offset is not None and not isinstance(data.offset, int):
         arrays["offset"] = data.offset
     if extra.alibi_N is not None:
         arrays["alibi"] = extra.alibi_N
@@ -185,11 +185,14 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
     `partial`: whether the tile needs the mask. A pair unseen, or a key beyond S, gets MASKED. `offset`: that of the
     call where it is static.
     """
-    axes, indices, slots = (q_axis, 1 - q_axis), None, None
+    axes = (q_axis, 1 - q_axis)
+    first: tuple[Any, Any] = (None, None)  # None where nothing needs them
+    indices: tuple[Any, Any] = (None, None)
+    slots: tuple[Any, Any] = (None, None)
     if partial or spec.dropout or "alibi" in memory:
         first = firsts()
         place = lambda axis: placed(lax.broadcasted_iota(jnp.int32, s.shape, axis), None, spec.interpret)
-        indices = tuple(place(axis) + start for axis, start in zip(axes, first, strict=True))
+        indices = place(axes[0]) + first[0], place(axes[1]) + first[1]
         slots = indices[0] + (memory["offset"][batch] if "offset" in memory else offset), indices[1]
     slope = None
     if spec.softcap is not None:

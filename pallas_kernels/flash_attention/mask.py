@@ -59,7 +59,7 @@ class MaskData(NamedTuple):
     q_positions_BT: Int[Array, "B T"] | None = None  # of `strided`; None: slots
     k_positions_BS: Int[Array, "B S"] | None = None
     prefix_BS: Bool[Array, "B S"] | None = None  # keys that every query of their segment sees
-    blocks_BNIJ: Bool[Array, "B|1 N|1 I J"] | None = None  # blocks of `Mask.block_shape` that may be seen
+    blocks_BNIJ: Bool[Array, "#B #N I J"] | None = None  # blocks of `Mask.block_shape` that may be seen
 
 
 def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_position=None, k_position=None, prefix=None):
@@ -95,7 +95,7 @@ def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_positi
 
 def tile_kinds(
     mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int
-) -> Int[np.ndarray, "B|1 N|1 I J"] | Int[Array, "B|1 N|1 I J"]:
+) -> Int[np.ndarray, "#B #N I J"] | Int[Array, "#B #N I J"]:
     """EMPTY, PARTIAL or FULL for each tile of queries and keys, int32; a NumPy array when only static parts decide.
 
     EMPTY and FULL are promises; PARTIAL makes none. The last tiles may reach beyond T and S: keys beyond S are not
@@ -144,7 +144,7 @@ def tile_kinds(
     return kinds_BNIJ
 
 
-def _tiles(x_BL: Array, tile: int, fill) -> Array:
+def _tiles(x_BL: Array | np.ndarray, tile: int, fill) -> Array:
     """[B, L] as [B, tiles, tile]; a last tile that is too short is filled with `fill`."""
     B, L = x_BL.shape
     x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % tile)), constant_values=fill)

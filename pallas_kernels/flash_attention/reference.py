@@ -11,10 +11,10 @@ from jaxtyping import Array
 
 from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import MASKED, visible
-from pallas_kernels.flash_attention.spec import Extra, Spec
+from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
 
-def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
     """The reference runs everything."""
     return None
 
@@ -37,12 +37,16 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
     lse_BNT = jnp.where(sees, top + jnp.log(total), MASKED)[..., 0]
     p = p / total
     if spec.dropout:
-        index = [jnp.arange(n, dtype=jnp.int32).reshape(shape) for n, shape in
-                 ((B, (B, 1, 1, 1)), (N, (N, 1, 1)), (T, (T, 1)), (k_BSKH.shape[1], (1, -1)))]  # fmt: skip
-        p = jnp.where(keep(extra.seed, *index, spec.dropout), p / (1.0 - spec.dropout), 0.0)
+        p = jnp.where(_keep(spec, extra, B, N, T, k_BSKH.shape[1]), p / (1.0 - spec.dropout), 0.0)
     v = jnp.repeat(v_BSKV.astype(p.dtype), N // v_BSKV.shape[2], axis=2)
     out_BTNV = jnp.einsum("bnts,bsnv->btnv", p, v, precision="highest")
     return out_BTNV.astype(q_BTNH.dtype), lse_BNT
+
+
+def _keep(spec: Spec, extra: Extra, B: int, N: int, T: int, S: int) -> Array:
+    """Return which weights dropout keeps, [B, N, T, S]."""
+    index = lambda n, axis: jnp.expand_dims(jnp.arange(n, dtype=jnp.int32), [a for a in range(4) if a != axis])
+    return keep(extra.seed, index(B, 0), index(N, 1), index(T, 2), index(S, 3), spec.dropout)
 
 
 def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> tuple[Array, Array]:
@@ -55,7 +59,7 @@ def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> t
     if spec.softcap is not None:
         logits = spec.softcap * jnp.tanh(logits / spec.softcap)
     data = extra.data
-    q_slot = jnp.atleast_1d(data.offset)[:, None, None, None] + jnp.arange(T)[:, None]
+    q_slot = jnp.asarray(data.offset).reshape(-1, 1, 1, 1) + jnp.arange(T)[:, None]
     k_slot = jnp.arange(S)[None, :]
     if extra.bias_BNTS is not None:
         logits = logits + extra.bias_BNTS
@@ -89,11 +93,7 @@ def backward(spec: Spec, q, k, v, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
     dp = jnp.einsum("btnv,bsnv->bnts", dout, v_N, precision="highest")
     kept = p
     if spec.dropout:
-        index = [
-            jnp.arange(n, dtype=jnp.int32).reshape(shape)
-            for n, shape in ((q.shape[0], (-1, 1, 1, 1)), (N, (N, 1, 1)), (q.shape[1], (-1, 1)), (k.shape[1], (1, -1)))
-        ]
-        keeps = keep(extra.seed, *index, spec.dropout)
+        keeps = _keep(spec, extra, q.shape[0], N, q.shape[1], k.shape[1])
         kept, dp = (jnp.where(keeps, x / (1.0 - spec.dropout), 0.0) for x in (p, dp))
     dlogits = p * (dp - delta_BNT[..., None])
     dv_N = jnp.einsum("bnts,btnv->bsnv", kept, dout, precision="highest")

@@ -70,7 +70,7 @@ class Case:
         if self.sinks:
             kwargs["sinks_N"] = r.normal(size=N).astype(np.float32)
         if self.dropout:
-            kwargs |= {"dropout": self.dropout, "seed": np.int32(seed + 17)}
+            kwargs |= {"dropout": self.dropout, "seed": np.array(seed + 17, np.int32)}
         return (q, k, v), kwargs
 
 

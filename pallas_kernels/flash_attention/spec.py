@@ -14,11 +14,14 @@ exp(logit - lse).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention.mask import Mask, MaskData
+
+Shaped = Array | jax.ShapeDtypeStruct  # for choices that go by shape and dtype alone
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,14 @@ class Spec:
     softcap: float | None = None
     dropout: float = 0.0
     tiles: Tiles = Tiles()
-    interpret: bool = False
+    interpret: Any = False  # a bool, or the parameters of an interpreter
 
 
 class Extra(NamedTuple):
     """The arrays of a call beside q, k and v; None where a feature is not used."""
 
     data: MaskData = MaskData()
-    bias_BNTS: Float[Array, "B|1 N|1 T S"] | None = None  # added to the logits after the soft cap
+    bias_BNTS: Float[Array, "#B #N T S"] | None = None  # added to the logits after the soft cap
     alibi_N: Float[Array, "N"] | None = None  # float32 slopes: slope * |query slot - key slot| is taken from the logits
     sinks_N: Float[Array, "N"] | None = None  # float32 logit of a key that is always seen and whose value is zero
     seed: Int[Array, ""] | None = None  # int32, of the dropout

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.flash_attention import tpu_pairs
-from pallas_kernels.flash_attention.spec import Extra, Spec
+from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 from pallas_kernels.flash_attention.tpu_backward import backward_call
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, Job, forward_call
 from pallas_kernels.flash_attention.tpu_pairs import MOST_HEADS, MOST_TILES, MOST_WORDS, Pairs
@@ -23,7 +23,7 @@ from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, backward_cut, f
 from pallas_kernels.target import target
 
 
-def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
     if target()[0] != "tpu" and not spec.interpret:
         return f"needs a TPU, not a {target()[0]}; interpret=True runs it there, slowly"

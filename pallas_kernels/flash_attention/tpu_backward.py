@@ -48,6 +48,8 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     q_ref, k_ref, v_ref, do_ref = (inputs[name] for name in ("q", "k", "v", "do"))
     lse_ref, delta_ref = inputs["lse"], inputs["delta"]
     spec, cut = job.spec, job.cut
+    multiply = job.multiply
+    assert multiply is not None  # only the forward kernel scales late
     row, kv_head, number, shared = (pl.program_id(axis) for axis in range(4))
     word = word_at(job, words_ref, row, kv_head, number, count, kv_heads)
     n = kv_head * job.group + tpu_pairs.head(word) + shared
@@ -70,7 +72,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
             a, b, dims, preferred_element_type=jnp.float32, precision=job.precision
         )
         q_qH, do_qV, k_kH = q_ref[q0:q1, :], do_ref[q0:q1, :], k_ref[k0:k1, :]
-        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * job.multiply
+        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * multiply
         if spec.softcap is not None:
             t_kq = jnp.tanh(s_kq)
             s_kq = t_kq * (spec.softcap * LOG2E)

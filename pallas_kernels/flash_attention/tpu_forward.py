@@ -61,7 +61,7 @@ class Job:
         return self.S % self.cut.k != 0
 
 
-def positions(job: Job, numbers_ref, row, word, shape: tuple[int, int], q_from: int, k_from: int, q_axis: int):
+def positions(job: Job, numbers_ref, row, word, shape: tuple[int, ...], q_from: int, k_from: int, q_axis: int):
     """Indices of the queries and keys of a piece, each spread over `shape`, and the slot of the first query of the
     call."""
     q_index = tpu_pairs.q_tile(word) * job.cut.q + q_from + lax.broadcasted_iota(jnp.int32, shape, q_axis)
@@ -92,7 +92,11 @@ def when_kind(job: Job, word, offset, do) -> None:
         shift = offset + tpu_pairs.q_tile(word) * cut.q - tpu_pairs.k_tile(word) * cut.k
         other = kind == PARTIAL
         for known in job.shifts:
-            pl.when((kind == PARTIAL) & (shift == known))(lambda known=known: do(steps(known), True))
+
+            @pl.when((kind == PARTIAL) & (shift == known))
+            def _(known=known):
+                do(steps(known), True)
+
             other = other & (shift != known)
         if not job.only_shifts:
             pl.when(other)(lambda: do(steps(None), True))

@@ -111,7 +111,7 @@ def pairs(
         | ((minor % G) << (2 * TILE_BITS + 5))
     )
     static = xp is np
-    visited = some.any(2) if backward else None
+    visited = xp.any(some, 2) if backward else None
     if visited is not None and static and visited.all():
         visited = None
     return Pairs(

@@ -23,12 +23,12 @@ from jaxtyping import Array
 
 from pallas_kernels.flash_attention import triton_kernels as kernels
 from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, tile_kinds
-from pallas_kernels.flash_attention.spec import Extra, Spec
+from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
 LEAST_TILE, MOST_COLUMNS = 16, 256
 
 
-def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
     """Why the call cannot run here, or None."""
     if extra.bias_BNTS is not None:
         return (
@@ -163,6 +163,7 @@ class _Call:
             by_row = name == "offset"
             return pl.BlockSpec((1,) if by_row else shape, lambda i, n, b: (b if by_row else 0,))
         up = lambda n, to: -(-n // to) * to
+        block: tuple[int | None, ...]
         whole_q, whole_k = up(p.T, p.tile_q), up(p.S, p.tile_k)
         if name in ("lse", "delta"):
             block = (None, p.N, whole_q)

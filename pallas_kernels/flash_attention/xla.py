@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import EMPTY, MASKED, tile_kinds, visible
-from pallas_kernels.flash_attention.spec import Extra, Spec
+from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 from pallas_kernels.target import target
 
 TILE = 512  # queries and keys a step, on accelerators
@@ -29,7 +29,7 @@ CPU_TILE, CPU_BYTES = (
 )  # on CPUs, between these: as many as keep the float32 logits of a step in the cache
 
 
-def unsupported(spec: Spec, q: Array, k: Array, v: Array, extra: Extra) -> str | None:
+def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
     """It runs everything."""
     return None
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.grouped_matmul.spec import Activation, Spec, Tiles
 from pallas_kernels.target import runs_triton, target
@@ -31,14 +32,14 @@ DEFAULT_TILES = Tiles()
 
 def grouped_matmul(
     lhs_MK: Float[Array, "M K"],
-    rhs_EKN: Float[Array, "E K N"],
+    rhs_EKN: Num[Array, "E K N"] | Num[Array, "E N K"],
     sizes_E: Int[Array, "E"],
     *,
     scale_EN: Float[Array, "E N"] | None = None,
     transpose: bool = False,
     tiles: Tiles = DEFAULT_TILES,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "M N"]:
     """lhs[m] @ rhs[e] for every row m of group e; rows after the last group are zero.
 
@@ -47,7 +48,7 @@ def grouped_matmul(
     `transpose`: rhs is [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
     `implementation`: None takes the best for the backend that can run the call. Where none can, or a named one cannot,
     ValueError says why.
-    `interpret` runs a named Pallas kernel on the CPU, slowly, for tests.
+    `interpret` (True, or an interpreter's parameters) runs a named Pallas kernel on the CPU, slowly, for tests.
     Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
 
     Differentiable with respect to lhs and rhs. Raises ValueError on arguments that do not fit, naming them.
@@ -64,14 +65,14 @@ def grouped_matmul(
 
 def grouped_glu(
     lhs_MK: Float[Array, "M K"],
-    rhs_EKGN: Float[Array, "E K G N"],
+    rhs_EKGN: Num[Array, "E K G N"],
     sizes_E: Int[Array, "E"],
     activation: Activation,
     *,
     scale_EGN: Float[Array, "E G N"] | None = None,
     tiles: Tiles = DEFAULT_TILES,
     implementation: str | None = None,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Float[Array, "M N"]:
     """activation(lhs[m] @ rhs[e, :, 0], ...) of the G products, which need not reach memory: the first half of a gated
     MLP (Shazeer 2020), or of a plain one where G is 1.

@@ -79,7 +79,8 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
             )
 
 
-def _arrays(size: Size, dtype: str) -> tuple[Array, Array, Array]:
+def _arrays(size: Size, dtype: str) -> tuple[Array, ...]:
+    """Return rows, weights up and weights down."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((size.M, size.D), (size.E, size.D, 2, size.F), (size.E, size.F, size.D))
     scales = (1.0, size.D**-0.5, size.F**-0.5)

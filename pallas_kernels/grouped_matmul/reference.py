@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.grouped_matmul.spec import Spec, sum_dtype
+from pallas_kernels.grouped_matmul.spec import Shaped, Spec, sum_dtype
 
 
-def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
+def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
     """Why the call cannot run here; None: it can."""
     if spec.tiles != type(spec.tiles)():
         return f"tiles = {spec.tiles}: it has none"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array
 
 Activation = Callable[..., Array]  # of as many arrays [M, F] as there are gates: f(h) or f(gate, up)
+Shaped = Array | jax.ShapeDtypeStruct  # for choices that go by shape and dtype alone
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Spec:
     transpose: bool = False  # rhs is [E, N, K]
     activation: Activation | None = None  # applied to the gates; None: the matmul alone, with one gate
     tiles: Tiles = Tiles()
-    interpret: bool = False
+    interpret: Any = False  # a bool, or the parameters of an interpreter
 
 
 def sum_dtype(dtype) -> jax.numpy.dtype:

@@ -225,7 +225,7 @@ def ragged_dot(target: str, E: int) -> dict[str, Any]:
     M, K, N = 1024, 256, 512
     lhs, rhs = jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16)
     compiled = ahead_of_time.compile_for(target, jax.lax.ragged_dot, lhs, rhs, jax.ShapeDtypeStruct((E,), jnp.int32))
-    cost = compiled.cost_analysis()
+    cost = compiled.cost_analysis() or {}
     return {
         "target": target,
         "kernel": "jax.lax.ragged_dot",

@@ -16,14 +16,14 @@ from jaxtyping import Array
 
 from pallas_kernels.flash_attention.tpu_tiles import generation
 from pallas_kernels.grouped_matmul import tpu_tiles, tpu_walk
-from pallas_kernels.grouped_matmul.spec import Spec
+from pallas_kernels.grouped_matmul.spec import Shaped, Spec
 from pallas_kernels.grouped_matmul.tpu_forward import forward_call
 from pallas_kernels.grouped_matmul.tpu_gradient import gradient_call
 from pallas_kernels.grouped_matmul.tpu_tiles import Call, Cut
 from pallas_kernels.target import target
 
 
-def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
+def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
     if target()[0] != "tpu" and not spec.interpret:
         return f"needs a TPU, not a {target()[0]}; interpret=True runs it there, slowly"
@@ -82,11 +82,11 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
     return gradient_call(cut, lhs, dout, words, visits, E, spec.interpret, int(tpu_tiles.gradient_bytes(call, cut)))
 
 
-def _forward_cut(spec: Spec, lhs: Array, rhs: Array, keep: bool) -> tuple[Call, Cut]:
+def _forward_cut(spec: Spec, lhs: Shaped, rhs: Shaped, keep: bool) -> tuple[Call, Cut]:
     G, N = (1, rhs.shape[1]) if spec.transpose else rhs.shape[2:]
     b = 2 if lhs.dtype == jnp.bfloat16 else 4
     wb = 1 if rhs.dtype.itemsize == 1 else b
-    call = Call(*lhs.shape[:1], rhs.shape[0], lhs.shape[1], N, G, b, wb, keep)
+    call = Call(lhs.shape[0], rhs.shape[0], lhs.shape[1], N, G, b, wb, keep)
     return call, tpu_tiles.forward_cut(generation(), call, spec.tiles)
 
 

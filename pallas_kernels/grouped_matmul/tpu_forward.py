@@ -9,6 +9,8 @@ Shapes: M rows, E groups, K contraction, N columns, G gates; m, n, k as suffixes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,7 +42,10 @@ def for_parts(cut: Cut, start, stop, do) -> None:
         done = lax.div(count, 2 * bit) * 2 * bit
         at = pl.multiple_of(begin + done * least, ROWS)
         here = lax.rem(lax.div(count, bit), 2) == 1
-        pl.when(here)(lambda at=at, size=size, done=done: do(at, size, done == 0))
+
+        @pl.when(here)
+        def _(at=at, size=size, done=done):
+            do(at, size, done == 0)
 
 
 def for_pieces(cut: Cut, do) -> None:
@@ -120,7 +125,7 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
 def forward_call(
     spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array,
     G: int, N: int, keep: bool, moved: int,
-) -> list[Array]:  # fmt: skip
+) -> Sequence[Array]:  # fmt: skip
     """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a
     multiple of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""
     M, K = lhs_MK.shape

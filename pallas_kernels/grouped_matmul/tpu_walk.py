@@ -22,7 +22,7 @@ def most_visits(M: int, E: int, tile: int) -> int:
     return -(-M // tile) + E - 1
 
 
-def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[Int[Array, "4V"], Int[Array, ""]]:
+def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[Int[Array, "words"], Int[Array, ""]]:
     """(words, number of visits). words: all visits' tiles of rows, then their groups, then their first row and the row
     after their last, counted within the tile; int32.
 

@@ -15,6 +15,7 @@ Shapes: M rows, E groups, K contraction, G gates, N columns, V visits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul import triton_kernels as kernels
-from pallas_kernels.grouped_matmul.spec import Spec
+from pallas_kernels.grouped_matmul.spec import Shaped, Spec
 from pallas_kernels.target import target
 
 LEAST_TILE, MOST_GATES = 16, 8
@@ -41,7 +42,7 @@ class Sizes(NamedTuple):
     stages: int
 
 
-def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
+def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
     """Why the call cannot run here, or None."""
     if target()[0] not in ("gpu", "cuda") and not spec.interpret:
         return f"needs a GPU, not a {target()[0]}; interpret=True runs it there, slowly"
@@ -95,7 +96,7 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
 
 def _call(
     kernel: Any, p: kernels.Plan, s: Sizes, grid: tuple[int, ...], inputs: dict[str, Array], outputs: list[Any]
-) -> list[Array]:
+) -> Sequence[Array]:
     anywhere = pl.no_block_spec
     return pl.pallas_call(
         partial(kernel, p),

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.grouped_matmul.spec import Spec, sum_dtype
+from pallas_kernels.grouped_matmul.spec import Shaped, Spec, sum_dtype
 
 BLOCKS = (256, 64, 16)  # rows; a matmul of 16 rows still runs at more than half of the rate of a large one
 Carry = TypeVar("Carry")
 
 
-def unsupported(spec: Spec, lhs: Array, rhs: Array, scale: Array | None) -> str | None:
+def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
     """Why the call cannot run here; None: it can."""
     for name in ("n", "k"):
         if getattr(spec.tiles, name) is not None:

@@ -126,6 +126,7 @@ def test_a_template_sees_nothing_of_this_process(monkeypatch):
             ChatTemplate("{{ (" + inside + ").name.name }}").render(HELLO)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     "messages", [["hello"], [{"role": "user", "content": object()}], [{"role": "user", "content": b"x"}]]
 )
@@ -156,6 +157,7 @@ def test_no_strangers_role_can_forge_a_special(role):
         assert tokenizer.special.end in encode_chat(tokenizer, template, [{**message, "role": trusted}])
 
 
+@pytest.mark.unchecked
 def test_tools_and_documents_cannot_forge_a_special():
     tokenizer = ByteTokenizer()
     template = ChatTemplate("{{ tools | tojson }}{{ documents[0].text }}{{ mine }}")

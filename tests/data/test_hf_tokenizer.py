@@ -148,7 +148,8 @@ def test_every_id_by_itself_and_after_another_spells_what_it_does_there(read, na
 def test_texts_and_streams_are_the_packages(read, name, data):
     ours, package = read[name], PACKAGE[name]
     some = st.integers(0, ours.vocab_size - 1) | st.sampled_from(ours.encode("é 🦜 x▁").tolist())
-    ids = data.draw(st.lists(some) | st.text().map(lambda text: ours.encode(text).tolist()))
+    drawn = data.draw(st.lists(some) | st.text())
+    ids = ours.encode(drawn).tolist() if isinstance(drawn, str) else drawn
     expected = package.decode(ids, skip_special_tokens=True)
     assert ours.decode(ids) == expected
     stream = ours.stream()

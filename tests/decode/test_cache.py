@@ -11,6 +11,7 @@ import pytest
 
 from model.config import ModelConfig, MoEConfig, NormConfig, PositionConfig, RopeScalingConfig
 from model.transformer import forward, init_cache, logits, unstack
+from tests.closeness import assert_close
 from tests.models import TINY_ATTENTION, random_model, tiny_config
 
 
@@ -76,7 +77,7 @@ def test_cached_logits_equal_uncached(name):
     real, prefix_BP = slots[:WIDTH] < LENGTHS[:, None], None if prefix is None else prefix[:, :WIDTH]
     got, cache = cached(model, init_cache(model, 3, CAPACITY), padded, real, prefix_BP)
     expected = uncached(model, slots < LENGTHS[:, None])
-    np.testing.assert_allclose(got[rows, LENGTHS - 1], expected[rows, LENGTHS - 1], atol=1e-5)
+    assert_close(got[rows, LENGTHS - 1], expected[rows, LENGTHS - 1], 1e-5)
 
     lengths = LENGTHS
     cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
@@ -85,7 +86,7 @@ def test_cached_logits_equal_uncached(name):
         got, cache = cached(model, cache, tokens[rows[:, None], places], None, wide_prefix)
         lengths = lengths + steps
         expected = uncached(model, slots < lengths[:, None])
-        np.testing.assert_allclose(got, expected[rows[:, None], places], atol=1e-5)
+        assert_close(got, expected[rows[:, None], places], 1e-5)
         assert (np.asarray(cache.length_B) == lengths).all()
     assert np.abs(expected).max() > 0.5
 
@@ -107,6 +108,6 @@ def test_a_prompt_is_answered_the_same_in_any_bucket_where_experts_have_a_capaci
         got, dropped = prefill(model, padded, np.arange(width)[None] < 8)
         assert float(dropped.max()) == 0
         found.append(np.asarray(got)[:, :8])
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    assert_close(found[0], found[1], 1e-5)
     dropped = jax.jit(lambda model, tokens_BT: forward(model, tokens_BT).router.dropped)(model, prompt)
     assert float(dropped.max()) > 0.1, "the same sequence, scored, drops"

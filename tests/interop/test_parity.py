@@ -138,8 +138,8 @@ def test_over_layers_transformers_multiplies_sums_where_we_add_products(case: Ca
     layers = [want["logits"], want["logits_second"]]
     probs = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in layers]
     chosen = [np.eye(case.moe.num_experts)[np.argsort(-x, axis=-1)[:, : case.moe.top_k]].sum(1) for x in layers]
-    count_LE, probs_LE = (np.stack([x.sum(0) for x in y]).astype(np.float32) for y in (chosen, probs))
-    tokens_L = np.full(2, B * T, np.float32)
+    count_LE, probs_LE = (jnp.asarray(np.stack([x.sum(0) for x in y]), jnp.float32) for y in (chosen, probs))
+    tokens_L = jnp.full(2, B * T, jnp.float32)
     pooled = load_balance(count_LE.sum(0), probs_LE.sum(0), tokens_L.sum(), per="token")
     close(pooled, want["load_balance_layers"], UNITS)
     assert abs(load_balance(count_LE, probs_LE, tokens_L, per="token").mean() - pooled) > 1e-3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from model.config import MoEConfig
+from model.context import ForwardContext
 from model.cost import forward_flops_per_token
 from model.layers import run_unit
 from model.transformer import Transformer, forward, init_cache, logits
@@ -44,14 +45,13 @@ def test_a_variant_of_ones_own_is_the_papers_formula_and_goes_everywhere():
     layer = jax.tree.map(lambda w: w[0], model.stacks[0][0].attention)
     norm = jax.tree.map(lambda w: w[0], model.stacks[0][0].attention_norm)
     x = np.asarray(model.embedding.value)[TOKENS]
-    x = np.asarray(norm(x))
+    x = np.asarray(norm(jnp.asarray(x)))
     flat = replace(CONFIG, position=replace(CONFIG.position, kind="none"))
     layer.config = flat
 
-    class Context:
-        positions_BT, segment_ids_BT, prefix_BT = jnp.zeros(TOKENS.shape, jnp.int32), None, None
-
-    got = np.asarray(layer(x, Context, None)[0], np.float64)
+    zeros, rows = jnp.zeros(TOKENS.shape, jnp.int32), jnp.full(len(TOKENS), TOKENS.shape[1], jnp.int32)
+    ctx = ForwardContext(jnp.asarray(TOKENS), zeros, zeros == 0, zeros, None, None, rows)
+    got = np.asarray(layer(jnp.asarray(x), ctx, None)[0], np.float64)
     q, k, v, out = (np.asarray(getattr(layer, n).value, np.float64) for n in ("q", "k", "v", "out"))
     want = np.zeros_like(got)
     for b in range(len(x)):

@@ -77,12 +77,11 @@ def test_the_convention_of_transformers_is_k_at_balance():
     top = np.argsort(-p, -1)[..., :k]
     mask = (top[..., None] == np.arange(E)).reshape(L * N, k, E)
     theirs = E * (mask.mean(0) * p.reshape(L * N, E).mean(0)).sum()
-    counts, sums = mask.sum((0, 1)).astype(np.float32), p.sum((0, 1)).astype(np.float32)
-    ours = load_balance(counts, sums, np.float32(L * N), per="token")
+    counts, sums, total = (jnp.asarray(x, jnp.float32) for x in (mask.sum((0, 1)), p.sum((0, 1)), L * N))
+    ours = load_balance(counts, sums, total, per="token")
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    np.testing.assert_allclose(load_balance(counts, sums, np.float32(L * N)), theirs / k, rtol=1e-6)
-    even = np.full(E, 5.0, np.float32)
-    tokens = np.float32(4 * 5 / k)
+    np.testing.assert_allclose(load_balance(counts, sums, total), theirs / k, rtol=1e-6)
+    even, tokens = jnp.full(E, 5.0), jnp.float32(4 * 5 / k)
     np.testing.assert_allclose(load_balance(even, even / k, tokens, per="token"), k, rtol=1e-6)
     np.testing.assert_allclose(load_balance(even, even / k, tokens), 1, rtol=1e-6)
 
@@ -153,18 +152,18 @@ def test_z_loss_is_the_square_of_ln_e_at_zero_and_its_gradient_2_lse_softmax():
 
 
 def test_max_violation_is_0_at_balance_and_e_over_k_less_1_at_collapse():
-    load = np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.4, 0.3, 0.2, 0.1]])
-    np.testing.assert_allclose(max_violation(load), [0, 1, 3, 0.6])
+    load = jnp.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.4, 0.3, 0.2, 0.1]])
+    np.testing.assert_allclose(max_violation(load), [0, 1, 3, 0.6], atol=1e-6)
 
 
 def test_saturation_and_co_activation_by_hand():
-    early = np.array([[0, 1], [2, 3], [0, 2], [1, 3]])
-    late = np.array([[1, 0], [2, 0], [4, 1], [1, 3]])  # 4: dropped
+    early = jnp.array([[0, 1], [2, 3], [0, 2], [1, 3]])
+    late = jnp.array([[1, 0], [2, 0], [4, 1], [1, 3]])  # 4: dropped
     assert saturation(late, late, 4) == 1 and saturation(early, late, 4) == pytest.approx(5 / 7)
-    assert saturation(early, late, 4, np.array([True, True, False, False])) == pytest.approx(3 / 4)
+    assert saturation(early, late, 4, jnp.array([True, True, False, False])) == pytest.approx(3 / 4)
     expected = np.array([[1, 1 / 2, 1 / 2, 0], [1 / 3, 1, 0, 1 / 3], [1, 0, 1, 0], [0, 1, 0, 1]])
     np.testing.assert_allclose(co_activation(late, 4), expected, rtol=1e-6)
-    np.testing.assert_allclose(co_activation(late, 4, np.array([True, False, False, False]))[2:], 0)
+    np.testing.assert_allclose(co_activation(late, 4, jnp.array([True, False, False, False]))[2:], 0)
 
 
 # ---------------------------------------------------------------------------------------------------- the bias
@@ -207,7 +206,7 @@ def test_biases_move_by_the_sign_of_the_load_layer_by_layer():
     load[np.arange(4), np.arange(4)] = 0.4
     far = model
     for _ in range(12):
-        far = update_biases(far, load, BIASED.moe)
+        far = update_biases(far, jnp.asarray(load), BIASED.moe)
     after = np.asarray(run(far))
     assert (after[np.arange(4), np.arange(4)] == 0).all() and (after[~np.eye(4, dtype=bool)] > 0).all()
 

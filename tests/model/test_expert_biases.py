@@ -215,7 +215,9 @@ def test_the_clamped_activation_is_compiled_into_kernels():
     rng = np.random.default_rng(3)
     x, up = rng.standard_normal((16, 128)).astype(np.float32), rng.standard_normal((2, 128, 2, 128)).astype(np.float32)
     sizes = np.array([5, 9], np.int32)
-    found = grouped_glu(x, up, sizes, ACTIVATIONS["swiglu_clamped"], implementation="tpu", interpret=True)
+    found = grouped_glu(
+        *map(jnp.asarray, (x, up, sizes)), ACTIVATIONS["swiglu_clamped"], implementation="tpu", interpret=True
+    )
     expert = np.repeat([0, 1], sizes)
     h = np.einsum("md,mdgf->mgf", x[:14].astype(np.float64), up[expert].astype(np.float64))
     assert (np.abs(h) > 7).mean() > 0.3

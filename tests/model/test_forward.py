@@ -16,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 
 from model.config import MLPConfig, MoEConfig, NormConfig, PositionConfig, layer_specs, segments
 from model.transformer import compute_dtype, dropout, forward, logits, unstack
+from tests.closeness import assert_close
 from tests.model.reference import sees
 from tests.model.test_reference import packed, prefixed, tokens
 from tests.models import TINY_ATTENTION, random_model, tiny_config
@@ -115,7 +116,7 @@ def test_packed_rows_equal_rows_of_their_own(position):
     ours, stats = predict(model, together)
     theirs, stats_apart = predict(model, apart)
     for row, (b, where) in enumerate(places):
-        np.testing.assert_allclose(ours[b, where], theirs[row, : len(where)], atol=1e-5)
+        assert_close(ours[b, where], theirs[row, : len(where)], 1e-5)
     for row, (b, where) in enumerate(places):
         np.testing.assert_array_equal(stats.choices_BTC[:, b, where], stats_apart.choices_BTC[:, row, : len(where)])
     told, told_apart = (s._replace(choices_BTC=None) for s in (stats, stats_apart))
@@ -272,7 +273,7 @@ def test_unstacked_equals_stacked():
     loose = unstack(model)
     assert len(loose.stacks) == DEEP.num_layers > len(model.stacks)
     for a, b in zip(jax.tree.leaves(predict(model, batch)), jax.tree.leaves(predict(loose, batch)), strict=True):
-        np.testing.assert_allclose(b, a, atol=1e-5)
+        assert_close(b, a, 1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.06), ("float16", 0.01)])

@@ -28,6 +28,7 @@ from model.cost import abstract_model, count_parameters, forward_flops_per_token
 from model.transformer import forward, init_cache, logits, unstack
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
+from tests.closeness import assert_close
 from tests.model.reference import flat_weights, transformer
 from tests.model.test_reference import changed, packed, tokens
 from tests.models import random_model, tiny_config, weight_names
@@ -73,7 +74,7 @@ def test_logits_and_slope_equal_the_reference_and_every_choice_matters():
     gradient, ours = jax.device_get(run(model))
     w, d = flat_weights(model), flat_weights(direction)
     theirs, _ = transformer(w, FULL, **batch)
-    np.testing.assert_allclose(ours[real], theirs[real], atol=1e-4, rtol=0)
+    assert_close(ours[real], theirs[real], 1e-5)
     assert theirs.std() > 0.3
     for path, value in WRONG.items():
         wrong, _ = transformer(w, changed(FULL, path, value), **batch)
@@ -103,7 +104,7 @@ def test_without_a_latent_of_queries_and_no_gradient_from_the_future():
         return jax.grad(total, has_aux=True)(model)
 
     gradient, ours = jax.device_get(run(model))
-    np.testing.assert_allclose(ours, transformer(flat_weights(model), PLAIN, **batch)[0], atol=1e-4, rtol=0)
+    assert_close(ours, transformer(flat_weights(model), PLAIN, **batch)[0], 1e-5)
     row = batch["tokens_BT"][0]
     touched = np.abs(gradient.embedding.value).max(-1) > 0
     assert {int(t) for t in np.flatnonzero(touched)} == {int(t) for t in row[:8]}
@@ -125,13 +126,13 @@ def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
 
     prompt = 26 if full else 9
     got, cache = extended(model, init_cache(model, 2, 40), rows[:, :prompt])
-    np.testing.assert_allclose(got, want[:, :prompt], atol=1e-5)
+    assert_close(got, want[:, :prompt], 1e-5)
     lengths = np.array([prompt, prompt - 4])  # the second row forgets its last tokens and is given them again
     for steps in (1, 1, 3):
         cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
         places = lengths[:, None] + np.arange(steps)
         got, cache = extended(model, cache, np.take_along_axis(rows, places, 1))
-        np.testing.assert_allclose(got, np.take_along_axis(np.asarray(want), places[..., None], 1), atol=1e-5)
+        assert_close(got, np.take_along_axis(np.asarray(want), places[..., None], 1), 1e-5)
         lengths = lengths + steps
     held = sum(x.size for x in jax.tree.leaves(cache.stacks))
     assert held == config.num_layers * 2 * 40 * (16 + 4), (

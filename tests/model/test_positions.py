@@ -84,7 +84,7 @@ def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
     config = tiny_config(
         attention=replace(TINY_ATTENTION, head_dim=16), position=PositionConfig(rotary_fraction=fraction)
     )
-    x = np.random.default_rng(shift).standard_normal((1, 2, 1, 16)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(shift).standard_normal((1, 2, 1, 16)), jnp.float32)
 
     def product(positions):  # and the error it may have: an angle errs by 2^-24 of itself, a pair's part of it by that
         y = np.asarray(rotate(x, *rope_tables(config, jnp.array([positions])), interleaved))

@@ -132,6 +132,7 @@ def refused(case: Case, match: str, without: tuple[str, ...] = (), given: dict |
         jax.eval_shape(lambda arrays: decode_attention(**arrays, **choices), arrays)
 
 
+@pytest.mark.unchecked
 def test_refuses_what_does_not_fit():
     small, int8 = Case("small"), Case("int8", cache="int8")
     shape = lambda *dims, dtype="float32": jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))

@@ -282,6 +282,7 @@ X = jnp.zeros((2, 16, 4, 8))
 KV = jnp.zeros((2, 16, 2, 8))
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -315,6 +316,7 @@ def test_refusals_name_what_does_not_fit(change, words):
         flash_attention(**{"q_BTNH": X, "k_BSKH": KV, "v_BSKV": KV, **change})
 
 
+@pytest.mark.unchecked
 def test_parts_of_keys_refuse_what_they_cannot_take():
     lse = jnp.zeros((2, 4, 16))
     with pytest.raises(ValueError, match="no strided pattern and no blocks"):

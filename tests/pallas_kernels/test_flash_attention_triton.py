@@ -26,6 +26,7 @@ from pallas_kernels.flash_attention.mask import MaskData
 from pallas_kernels.flash_attention.shapes import CASES, Case
 from pallas_kernels.flash_attention.triton import list_tiles
 from pallas_kernels.flash_attention.triton_kernels import parts
+from tests.closeness import assert_close
 
 SMALL = Tiles(q=64, k=32, q_dkv=32, k_dkv=64, q_dq=32, k_dq=32)
 # Relative to the largest entry. bfloat16: weights and logit gradients are rounded to 8 bits before their products.
@@ -67,13 +68,15 @@ def outcome(case, implementation, tiles=SMALL, seed=0):
     return {name: np.asarray(x, np.float32) for name, x in found.items()}
 
 
-def agree(found, wanted, dtype):
+def agree(found, wanted, dtype, terms=0.0):
+    """`terms`: the size of what is summed for a gradient, where that may cancel to less."""
     for name, x in wanted.items():
         # What a masked row's lse is, all agree on exactly; it must not set the scale for the others.
         told = np.abs(x) < 1e29
         np.testing.assert_array_equal(found[name][~told], x[~told])
-        bound = (FORWARD if name in ("out", "lse") else BACKWARD)[dtype] * max(np.abs(x[told]).max(initial=0.0), 1e-6)
-        np.testing.assert_allclose(found[name][told], x[told], atol=bound, rtol=0, err_msg=name)
+        forward = name in ("out", "lse")
+        scale = max(np.abs(x[told]).max(initial=0.0), 1e-6 if forward else terms, 1e-6)
+        assert_close(found[name][told], x[told], (FORWARD if forward else BACKWARD)[dtype], scale=scale, what=name)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,9 @@ def calls(draw):
 @settings(max_examples=25, deadline=None)
 @given(calls(), st.sampled_from((Tiles(q=16, k=16, q_dkv=16, k_dkv=16, q_dq=16, k_dq=32), Tiles(k=16, q_dkv=16))))
 def test_equals_the_reference_whatever_the_call(case, tiles):
-    agree(outcome(case, "triton", tiles), outcome(case, "reference"), case.dtype)
+    """The gradient of a logit is p * (dout @ v - delta). For a query that sees one key the two cancel to rounding
+    errors of dout @ v, however small the result: a sum of V products of numbers of the order of one, about sqrt(V)."""
+    agree(outcome(case, "triton", tiles), outcome(case, "reference"), case.dtype, terms=(case.V / case.H) ** 0.5)
 
 
 def test_is_the_same_each_time():

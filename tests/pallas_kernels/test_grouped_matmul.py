@@ -116,6 +116,7 @@ def test_the_best_implementation_of_a_device(platform, kind, first):
 LHS, RHS, SIZES = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5])
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("arguments", "options", "wanted"),
     [
@@ -154,6 +155,7 @@ def test_says_why_none_of_a_device_takes_the_call(platform, kind, name):
         jax.eval_shape(partial(grouped_matmul, tiles=Tiles(n=8)), LHS, RHS, SIZES)
 
 
+@pytest.mark.unchecked
 def test_the_glu_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"must be \[E, K, G, N\]"):
         grouped_glu(LHS, RHS, SIZES, swiglu)

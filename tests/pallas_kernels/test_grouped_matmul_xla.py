@@ -80,8 +80,8 @@ def test_blocks_of_real_size(M, sizes):
 
 
 def test_tiles_say_the_rows_of_a_block():
-    lhs, rhs, dout = numbers(0, (50, K), (E, K, N), (50, N))
-    sizes = np.array([20, 0, 13, 17], np.int32)
+    lhs, rhs, dout = map(jnp.asarray, numbers(0, (50, K), (E, K, N), (50, N)))
+    sizes = jnp.array([20, 0, 13, 17])
     assert [xla._cuts(50, 2, rows) for rows in (None, 8, 32)] == [(50, 16), (8,), (32, 16)]
     assert (
         xla._cuts(16, 8, None) == (2,) and xla._cuts(8, 64, None) == (1,) and xla._cuts(3, 1, None) == (3,)
@@ -114,15 +114,13 @@ def test_half_precision_sums_in_float32(dtype, tolerance):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("gates", [1, 2])
 def test_quantized_weights(dtype, gates):
-    M, sizes = 30, np.array([7, 0, 11, 9], np.int32)
-    lhs, rhs, scale, dout = numbers(2, (M, K), (E, K, gates, N), (E, gates, N), (M, N))
-    weights = jnp.asarray(np.round(20 * rhs), dtype)
+    M, sizes = 30, jnp.array([7, 0, 11, 9])
+    lhs, rhs, scale, dout = map(jnp.asarray, numbers(2, (M, K), (E, K, gates, N), (E, gates, N), (M, N)))
+    weights = jnp.round(20 * rhs).astype(dtype)
 
     def run(how):
         def f(lhs):
-            return grouped_glu(
-                lhs, weights, sizes, ACTIVATIONS[gates], scale_EGN=jnp.asarray(scale), implementation=how
-            )
+            return grouped_glu(lhs, weights, sizes, ACTIVATIONS[gates], scale_EGN=scale, implementation=how)
 
         out, pull = jax.vjp(f, lhs)
         return out, pull(dout)[0], np.zeros(1)
@@ -136,8 +134,7 @@ def test_experts_without_rows_are_not_read():
     """In decoding most have none: their weights, here not finite, must cost nothing, not even a product with zero."""
     lhs, rhs = numbers(3, (2, K), (E, K, N))
     rhs[[0, 2]] = np.nan
-    sizes = np.array([0, 1, 0, 1], np.int32)
-    out = jax.jit(lambda: grouped_matmul(lhs, rhs, sizes, implementation="xla"))()
+    out = jax.jit(partial(grouped_matmul, implementation="xla"))(lhs, rhs, jnp.array([0, 1, 0, 1]))
     np.testing.assert_allclose(out, np.stack([lhs[0] @ rhs[1], lhs[1] @ rhs[3]]), rtol=1e-5)
 
 

@@ -336,6 +336,7 @@ def test_all_to_all_sends_each_device_only_its_heads():
 # ------------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     "attention, shapes, message",
     [
