@@ -16,9 +16,9 @@ from interop.families import family_of
 from model.config import ModelConfig, PositionConfig, RopeScalingConfig
 from model.positions import check_length
 from model.transformer import Transformer, forward, logits
+from tests.closeness import assert_close
 from tests.interop.hf_folder import CONFIG
 from tests.models import random_model
-from tests.tolerance import FLOAT32
 
 PUBLISHED, LONG = 16, 40
 
@@ -54,9 +54,8 @@ def test_past_its_published_length_dynamic_scaling_generates_what_an_uncached_fo
     logprobs = found - np.log(np.exp(found).sum(-1, keepdims=True))
     np.testing.assert_array_equal(found.argmax(-1), made.tokens)
     picked = logprobs[np.arange(new), made.tokens]
-    # Units of tests/tolerance.py, of the logits, which a log-probability is a difference of: 2 were measured.
-    bound = 16 * FLOAT32 * np.abs(found).max()
-    np.testing.assert_allclose(made.logprobs, picked, rtol=0, atol=bound)
+    # A log-probability is a difference of logits, whose size is its error's scale: 2 units in the last place of it.
+    assert_close(made.logprobs, picked, 16 * 2.0**-23, scale=np.abs(found).max())
     # And the scaling acts: without it the same tokens are predicted otherwise, past the published length alone.
     unscaled = replace(config, position=replace(config.position, scaling=None))
     moved = np.abs(np.asarray(last_logits(random_model(unscaled), rows, lengths)) - found).max(-1)

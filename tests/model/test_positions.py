@@ -16,7 +16,6 @@ from model.config import PositionConfig, RopeScalingConfig
 from model.positions import alibi_slopes, inverse_frequencies, rope_tables, rotate
 from tests.model.reference import rope_frequencies, slopes
 from tests.models import TINY_ATTENTION, tiny_config
-from tests.tolerance import FLOAT32
 
 LINEAR = RopeScalingConfig("linear", 4.0)
 DYNAMIC = RopeScalingConfig("dynamic_ntk", 4.0, 64)
@@ -90,7 +89,7 @@ def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
         y = np.asarray(rotate(x, *rope_tables(config, jnp.array([positions])), interleaved))
         np.testing.assert_array_equal(y[..., int(16 * fraction) :], x[..., int(16 * fraction) :])
         sizes = np.linalg.norm(y[0, 0, 0]) * np.linalg.norm(y[0, 1, 0])
-        return (y[0, 0, 0] * y[0, 1, 0]).sum(), sizes * (sum(positions) / 2 + 16) * FLOAT32
+        return (y[0, 0, 0] * y[0, 1, 0]).sum(), sizes * (sum(positions) / 2 + 16) * 2.0**-23
 
     (here, error_here), (there, error_there) = product([3, 8]), product([3 + shift, 8 + shift])
     assert abs(here - there) <= error_here + error_there

@@ -15,8 +15,8 @@ from model.transformer import Transformer, forward, logits
 from model.upcycle import upcycle
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import ShardingRules
+from tests.closeness import assert_close
 from tests.models import TINY_ATTENTION, random_model, tiny_config, weight_names
-from tests.tolerance import close
 
 RULES = ShardingRules()
 DENSE = tiny_config(mlp=MLPConfig(hidden_dim=48))
@@ -60,9 +60,9 @@ def with_experts(dense: ModelConfig, moe: MoEConfig, seed: int = 1) -> Transform
 def test_the_logits_are_those_of_the_dense_network(dense, moe):
     want = predict(random_model(dense))
     assert np.abs(want).max() > 0.5
-    # Units of tests/tolerance.py: up to 5 were measured. The logits reach 23, and the sum over the hidden width of an
-    # MLP is regrouped into one sum an expert.
-    close(predict(with_experts(dense, moe)), want, 16)
+    # 5 units in the last place of the largest logit (23) were measured: the sum over the hidden width of an MLP is
+    # regrouped into one sum an expert.
+    assert_close(predict(with_experts(dense, moe)), want, 16 * 2.0**-23)
 
 
 def test_a_fine_grained_router_takes_whole_copies_of_the_mlp():
