@@ -223,7 +223,7 @@ def test_tokens_and_vocabulary_over_one_mesh_axis_are_refused():
 def gradients(config, chunk: int | None, z_loss: float = 0.01):
     """Jitted (model, batch) -> (loss, gradients) of the configured objective."""
     objective = make_objective(TrainConfig(z_loss=z_loss, loss_chunk=chunk), config.vocab_size)
-    return jax.jit(jax.value_and_grad(lambda model, batch: objective(model, batch, None).total))
+    return jax.jit(jax.value_and_grad(lambda model, batch: objective(model, None, batch, None).total))
 
 
 def same(a, b, tolerance: float):
@@ -277,7 +277,7 @@ def test_the_config_reaches_every_objective():
         mask = {"prefix": "prefix", "masked": "bidirectional"}.get(objective, "causal")
         model.config = replace(config, attention=replace(config.attention, mask=mask))
         loss = make_objective(TrainConfig(objective=objective, loss_chunk=40), 104)
-        text = str(jax.make_jaxpr(lambda model, loss=loss: loss(model, batch, jax.random.key(0)).total)(model))
+        text = str(jax.make_jaxpr(lambda model, loss=loss: loss(model, None, batch, jax.random.key(0)).total)(model))
         assert "f32[30,40]" in text and "f32[30,104]" not in text and "f32[2,15,104]" not in text, objective
     whole = str(jax.make_jaxpr(partial(token_losses, model))(jnp.zeros((2, 15, 32)), jnp.zeros((2, 15), jnp.int32)))
     assert "f32[30,104]" in whole
