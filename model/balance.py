@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 
+HostOrDevice = Array | np.ndarray  # reports give NumPy
+
+
 class RouterStats(NamedTuple):
     """What a router did with the tokens of a batch, padding left out. Losses carry gradients; the rest does not."""
 
@@ -114,10 +117,10 @@ def max_violation(load_E: Float[Array | np.ndarray, "*lead E"]) -> Float[Array |
 
 
 def saturation(
-    early_NC: Int[Array, "*N C"],
-    late_NC: Int[Array, "*N C"],
+    early_NC: Int[HostOrDevice, "*N C"],
+    late_NC: Int[HostOrDevice, "*N C"],
     num_experts: int,
-    valid_N: Bool[Array, "*N"] | None = None,
+    valid_N: Bool[HostOrDevice, "*N"] | None = None,
 ) -> Float[Array, ""]:
     """The fraction of the choices of one checkpoint that another makes too, for the same tokens (OLMoE, Muennighoff et
     al. 2024,
@@ -130,7 +133,7 @@ def saturation(
 
 
 def co_activation(
-    indices_NC: Int[Array, "*N C"], num_experts: int, valid_N: Bool[Array, "*N"] | None = None
+    indices_NC: Int[HostOrDevice, "*N C"], num_experts: int, valid_N: Bool[HostOrDevice, "*N"] | None = None
 ) -> Float[Array, "E E"]:
     """P(j | i): of the tokens that chose expert i, the part that chose j too (OLMoE, sec. 5.2). The diagonal is 1, and
     0 like all

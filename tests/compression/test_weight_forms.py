@@ -145,10 +145,11 @@ def test_scales_of_blocks_and_zero_points(blocks):
     x = rng.standard_normal((3, 8)).astype(np.float32)
     repeat = lambda a: np.repeat(np.repeat(a, 8 // shape[0], 0), 4 // shape[1], 1).astype(np.float64)
     for point in (None, zero):
-        weight = Weight(jnp.asarray(value), scale, point, axes=(None, None), inputs=1)
+        held = (None if array is None else jnp.asarray(array) for array in (value, scale, point))
+        weight = Weight(*held, axes=(None, None), inputs=1)
         dense = (value - (0 if point is None else repeat(point))) * repeat(scale)
         close(weight.gathered(jnp.float32), dense, "gathered")
-        close(weight.dot(x, (None,)), x @ dense, "dot")
+        close(weight.dot(jnp.asarray(x), (None,)), x @ dense, "dot")
 
 
 @pytest.mark.parametrize("form", [with_lora, with_int8])
