@@ -31,11 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     from train.records import RunFolderError
 
     code = 1
+    failure: Exception | None = None
     try:
         commands.refuse_other_encodings(args)
         return getattr(commands, f"{args.command}_command")(args)
     except (ConfigError, DataError, RunFolderError, commands.UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
+        failure = error
     except RuntimeError as error:
         # Seconds of imports, which a command that could raise these has already paid.
         from train.checkpoint import CheckpointError
@@ -44,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, CheckpointError | NonfiniteError):
             raise
         print(f"error: {error}", file=sys.stderr)
+        failure = error
     except Stopped:
         print(STOPPED.format(name="SIGTERM"), file=sys.stderr)
         code = Stopped.code
@@ -52,6 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         code = 130
     if getattr(args, "distributed", False):
         # An orderly exit would wait for peers that wait for this process.
+        if failure is not None:
+            from train.peer_watch import say_farewell
+
+            say_farewell(failure)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -135,12 +135,12 @@ def _copied(run: RunFolder, path: Path) -> Path:
     import jax
 
     from experiments.convert import copy_import
-    from experiments.run import barrier
+    from experiments.processes import barrier
 
     if jax.process_index() == 0:
         with _written(path):
             copy_import(run, path)
-    barrier("imported run copied")
+    barrier()  # the imported run is copied
     return path
 
 

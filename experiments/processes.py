@@ -11,6 +11,7 @@ from jax._src import distributed  # the coordination service has no public clien
 
 from data.config import DataError
 from data.processes import ONE_PROCESS, Processes
+from train.config_io import ConfigError
 
 _numbers = itertools.count()
 
@@ -43,6 +44,30 @@ class JaxProcesses:
                     ) from error
             if timeout is not None and time.monotonic() - started > timeout:
                 raise TimeoutError(f"no answer to {key} in {timeout:g} s")
+
+
+def agree(digest: str, wrong: str, fix: str) -> None:
+    """Refuse to continue where the processes hold different things, as `wrong` says. Raises ConfigError on all of them.
+
+    The digests are compared in the key-value store: a collective could hang where the processes differ.
+    """
+    digests = [text[:8] for text in _exchange(digest)]
+    if len(set(digests)) > 1:
+        raise ConfigError(f"the processes {wrong} (hashes {', '.join(digests)} by process); {fix}")
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    _exchange("")
+
+
+def _exchange(text: str) -> list[str]:
+    """Return the text of every process, in their order."""
+    processes = all_processes()
+    if processes.count == 1:
+        return [text]
+    processes.send(str(processes.index), text)
+    return [processes.receive(str(index)) for index in range(processes.count)]
 
 
 def all_processes(poll_seconds: float = 1.0) -> Processes:

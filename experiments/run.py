@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data.compressors import compressed_sizes
 from data.config import DataError
@@ -21,7 +20,7 @@ from decode.generate import generate
 from decode.sampling import SamplingParams
 from decode.text import text_of
 from experiments.meshes import fit_mesh
-from experiments.processes import all_processes
+from experiments.processes import agree, all_processes, barrier
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
@@ -101,7 +100,7 @@ def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared
             f"the disk, "
             "fix the permissions, or set it to another folder"
         ) from error
-    _agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
+    agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
     return prepared
 
 
@@ -115,7 +114,7 @@ def _shared_run(
 ) -> Iterator[RunFolder]:
     """The run folder, opened by process 0 for all; every process must have come with the same config."""
     fix = "start every one with the same experiment and the same --set"
-    _agree(config_hash(experiment), "were started with different configs", fix)
+    agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:
         with open_run(
             path,
@@ -125,10 +124,10 @@ def _shared_run(
             override=override,
             notice=say,
         ) as run:
-            barrier("run folder open")
+            barrier()
             yield run
     else:
-        barrier("run folder open")
+        barrier()
         yield RunFolder(path)
 
 
@@ -153,26 +152,6 @@ def imported_from(run: RunFolder) -> str | None:
     """What published model a run has its first weights from."""
     rows = read_metrics(run.metrics) if run.metrics.exists() else []
     return next((row["imported_from"] for row in rows if "imported_from" in row), None)
-
-
-def _agree(digest: str, wrong: str, fix: str) -> None:
-    """Refuses to go on where the processes hold different things. Raises ConfigError on all of them."""
-    if jax.process_count() > 1:
-        hashes = multihost_utils.process_allgather(np.uint32(int(digest[:8], 16))).tolist()
-        if len(set(hashes)) > 1:
-            raise ConfigError(
-                f"the processes {wrong} (hashes {', '.join(f'{h:08x}' for h in hashes)} by process); {fix}"
-            )
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-class _StoppedError(Exception):
-    """A signal arrived between two batches of an evaluation."""
 
 
 def finish(

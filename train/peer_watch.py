@@ -189,6 +189,15 @@ def report_failure(error: BaseException) -> str | None:
     return describe(lost, _watch.count, first_line.rstrip("."))
 
 
+def say_farewell(error: Exception) -> None:
+    """Let the peers know that `error` ends this process, and leave them time to read it where this one coordinates."""
+    if _watch is None:
+        return
+    _watch.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    if _watch.index == 0:
+        time.sleep(5 * BEAT_SECONDS)
+
+
 def leave_lost(sentence: str) -> None:
     """End this process with the sentence as its last words."""
     _leave(sentence, EXIT_PEER_LOST)

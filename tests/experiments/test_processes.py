@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from data.config import SourceConfig
 from tests.data.conftest import byte_config, write_corpus
 
@@ -17,7 +19,8 @@ import json, os, pickle, sys
 import jax
 from data.config import DataError
 from data.prepare import prepare
-from experiments.processes import all_processes
+from experiments.processes import agree, all_processes, barrier
+from train.config_io import ConfigError
 
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 for path in sys.argv[3:]:
@@ -28,8 +31,53 @@ for path in sys.argv[3:]:
     except DataError as error:
         found = str(error)
     print(json.dumps([found, lines]), flush=True)
+barrier()
+for digest in ("0123456789abcdef", sys.argv[2] * 16):
+    try:
+        agree(digest, "were started with different configs", "start every one with the same --set")
+        found = "agreed"
+    except ConfigError as error:
+        found = str(error)
+    print(json.dumps([found, []]), flush=True)
 jax.distributed.shutdown()
 """
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_processes_of_different_configs_are_refused_with_a_sentence_each(tmp_path):
+    """Through the command line, before any data is read."""
+    address = free_address()
+    peers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments", "train", "smoke", "--run", str(tmp_path / "run"), "--distributed"]
+            + ["--set", f"train.seed={rank}"],
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(rank), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            },
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        errors = [peer.communicate(timeout=150)[1] for peer in peers]
+    finally:
+        for peer in peers:
+            with peer:
+                peer.kill()
+    assert [peer.returncode for peer in peers] == [1, 1], errors
+    assert all("error: the processes were started with different configs" in error for error in errors), errors
+    assert not any("Traceback" in error for error in errors), errors
 
 
 def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
@@ -40,9 +88,7 @@ def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
     }
     for name, config in configs.items():
         (tmp_path / name).with_suffix(".pickle").write_bytes(pickle.dumps(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     paths = [str((tmp_path / name).with_suffix(".pickle")) for name in configs]
     peers = [
         subprocess.Popen(
@@ -60,8 +106,19 @@ def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
         for peer in peers:
             with peer:
                 peer.kill()
-    (first, error), (waited, other) = (list(map(json.loads, output.splitlines())) for output in outputs)
+    (first, error, *compared), (waited, other, *also) = (
+        list(map(json.loads, output.splitlines())) for output in outputs
+    )
     assert first[0] == waited[0] and len(first[1]) == 2 and len(waited[1]) == 1
     assert waited[1][0].startswith("process 0 prepares the data")
     assert "source 'none' is empty" in error[0]
     assert other[0] == f"process 0 failed while it prepared the data: {error[0]}"
+    assert (
+        [text for text, _ in compared]
+        == [text for text, _ in also]
+        == [
+            "agreed",
+            "the processes were started with different configs (hashes 00000000, 11111111 by process); "
+            "start every one with the same --set",
+        ]
+    )
