@@ -21,6 +21,7 @@ from model.transformer import Transformer
 from sharding.mesh import put_batch, put_replicated, use_mesh
 from train.checkpoint import Checkpointer
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteError, NonfiniteGuard, Recorder, ShowProgress, StepResult
+from train.peer_watch import wait_for_peers
 from train.program import Program
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
@@ -155,6 +156,7 @@ class Trainer:
             )
         log(f"compiled the train step in {time.monotonic() - began:.1f} s{text}")
         executables["step"] = compiled
+        wait_for_peers("compiled")
 
 
 class StopMessage(Hook):

@@ -32,6 +32,7 @@ LOST_TEXTS = (
 REMEDY = "The last checkpoint is good; start the same command again on every host to resume."
 
 _watch: "PeerWatch | None" = None
+_meetings = itertools.count()
 
 
 def is_collective_failure(error: BaseException) -> bool:
@@ -187,6 +188,14 @@ def report_failure(error: BaseException) -> str | None:
         time.sleep(BEAT_SECONDS / 4)  # the watching thread may end the process first
     first_line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return describe(lost, _watch.count, first_line.rstrip("."))
+
+
+def wait_for_peers(reason: str, seconds: int = 3600) -> None:
+    """Wait until every process is here: compilation takes longer on some, and Gloo gives up on them after 30 s."""
+    if jax.process_count() > 1:
+        name = f"meshwork/meet/{reason}/{next(_meetings)}"  # every process meets in the same order
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(name, 1000 * seconds)
 
 
 def say_farewell(error: Exception) -> None:
