@@ -127,8 +127,7 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise DataError(
             "the tokenizer has no chat template: the model was not tuned for chats, or its chat_template.jinja is "
-            "missing; give "
-            "plain prompts, or save the template in the tokenizer's folder"
+            "missing; give plain prompts, or save the template in the tokenizer's folder"
         )
     return ChatTemplate(tokenizer.chat_template, tokenizer.names)
 

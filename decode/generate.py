@@ -114,8 +114,7 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
     if not no_mesh() and any(jax.sharding.get_abstract_mesh().shape[a] > 1 for a in model.rules.activations.sequence):
         raise ValueError(
             f"mesh.{model.rules.activations.sequence[0]} > 1: one new token at a time cannot lie on several devices; "
-            f"use a mesh "
-            "whose sequence axis is 1"
+            "use a mesh whose sequence axis is 1"
         )
     if not prompts:
         raise ValueError("prompts = []: give at least one prompt")

@@ -173,8 +173,8 @@ def generate_command(args: argparse.Namespace) -> int:
     """Continues prompts, or answers them, with a run's weights and the tokenizer in its folder."""
     use_compilation_cache()
     from data.tokenizer import load_tokenizer, prompt_ids
+    from decode.generate import for_decoding, stream
     from decode.generate import generate as generate_batch
-    from decode.generate import stream
     from decode.sampling import SamplingParams
     from decode.text import chat_prompts, continued, text_of
     from experiments.run import open_trained
@@ -203,14 +203,15 @@ def generate_command(args: argparse.Namespace) -> int:
         print(f"note: {notice}", file=sys.stderr)
     program, trained = open_trained(run, experiment, tokenizer, args.step)
     with use_mesh(program.mesh):
+        model = for_decoding(trained.model, donate=True)
         if args.stream:
             print(shown[0], end="", flush=True)
-            tokens = (token for token, _ in _checked(lambda: stream(trained.model, prompts[0], params)))
+            tokens = (token for token, _ in _checked(lambda: stream(model, prompts[0], params)))
             for piece in continued(tokenizer, prompts[0], tokens):
                 print(piece, end="", flush=True)
             print()
             return 0
-        results = _checked(lambda: generate_batch(trained.model, prompts, params))
+        results = _checked(lambda: generate_batch(model, prompts, params))
     for text, prompt, result in zip(shown, prompts, results, strict=True):
         print(text + "".join(continued(tokenizer, prompt, result.tokens)))
         if args.logprobs:

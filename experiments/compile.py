@@ -124,8 +124,7 @@ def memory_of(device: jax.Device) -> DeviceMemory | None:
 
 def compile_step(experiment: Experiment, topology: str) -> Compiled:
     """Compiles the train step of an experiment, resolved for the topology's devices. Raises ConfigError if that cannot
-    be:
-    DoesNotFit where the memory of a device does not suffice. The dtype 'auto' is bfloat16, as it is on a TPU."""
+    be: DoesNotFit where the memory of a device does not suffice. The dtype 'auto' is bfloat16, as it is on a TPU."""
     devices = topology_devices(topology)
     if experiment.model.dtype == "auto":  # which looks at the backend that is here
         experiment = replace(experiment, model=replace(experiment.model, dtype="bfloat16"))
@@ -203,10 +202,8 @@ def _refusal(message: str, topology: str) -> str:
     told = re.search(r"(Ran out of memory[^\n]*?)(?: HLO module:|\n|$)", message)
     return (
         f"--topology {topology}: the step does not fit into a device's memory. The compiler: "
-        f"{told[1] if told else message[:300]} "
-        "Take more devices, fewer rows (data.batch_size), more train.microbatches, model.remat=full, or a mesh that "
-        "holds less "
-        "(mesh.fsdp, mesh.expert)"
+        f"{told[1] if told else message[:300]} Take more devices, fewer rows (data.batch_size), more "
+        "train.microbatches, model.remat=full, or a mesh that holds less (mesh.fsdp, mesh.expert)"
     )
 
 
@@ -246,8 +243,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
     console.print(table)
     console.print(
         "put out: bytes of the results; sent: bytes that leave the device if rings and direct messages do it. Loops "
-        "count as often "
-        "as they go round",
+        "count as often as they go round",
         soft_wrap=True,
     )
     if c.traffic.most > 1.01 * c.traffic.put_out:
@@ -258,8 +254,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
     if c.traffic.open_loops:
         console.print(
             f"{c.traffic.open_loops} loops whose length depends on data, such as further rounds of an exchange of "
-            f"tokens, are not "
-            f"counted; a round of each puts out {_size(c.traffic.a_round)}",
+            f"tokens, are not counted; a round of each puts out {_size(c.traffic.a_round)}",
             soft_wrap=True,
         )
     seconds = (

@@ -102,8 +102,7 @@ def import_run(
     dry_run: bool, console: Console,
 ) -> None:  # fmt: skip
     """Writes the run folder `run_path`: the published model at `path` (a folder, or a GGUF file) with its weights
-    stored as
-    `dtype`, its tokenizer (or that at `tokenizer_path`) and an experiment that would train it further.
+    stored as `dtype`, its tokenizer (or that at `tokenizer_path`) and an experiment that would train it further.
 
     Read back, every weight is compared with the files bit by bit. The folder appears whole or not at all; `dry_run`
     reads headers alone and tells what would be done. Raises RunFolderError, ModelFilesError, UnsupportedModelError,

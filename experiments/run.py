@@ -84,8 +84,7 @@ def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
         if load_tokenizer(run.tokenizer).identity != tokenizer.identity:
             raise ConfigError(
                 f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave "
-                f"data.tokenizer and the "
-                "text it is learned from as they were, or start a new run with --run NEWNAME"
+                "data.tokenizer and the text it is learned from as they were, or start a new run with --run NEWNAME"
             )
     tokenizer.save(run.tokenizer)
 
@@ -97,8 +96,7 @@ def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free "
-            f"the disk, "
-            "fix the permissions, or set it to another folder"
+            "the disk, fix the permissions, or set it to another folder"
         ) from error
     agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
     return prepared
@@ -133,8 +131,7 @@ def _shared_run(
 
 def _may_differ(path: str | os.PathLike[str], experiment: Experiment) -> Callable[[str], bool]:
     """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave
-    the
-    network and its tokenizer what they are."""
+    the network and its tokenizer what they are."""
     run = RunFolder(path)
     if not untouched_import(run) or differences(
         architecture(load_experiment(run).model), architecture(experiment.model)

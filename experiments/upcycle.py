@@ -110,8 +110,8 @@ def _write(
     shards = mlp.hidden_dim // moe.hidden_dim
     told = (
         f"{counts.total:,} parameters ({counts.active:,} active per token) from {origin['run']} at step "
-        f"{origin['step']}: "
-        f"{moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its layer's MLP"
+        f"{origin['step']}: {moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its "
+        "layer's MLP"
     )
     say(told)
     with Checkpointer(str(new.checkpoints), warn=say) as checkpoints, MetricsWriter(new) as metrics:

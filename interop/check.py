@@ -77,9 +77,9 @@ def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
         if rows.any():
             raise ModelFilesError(
                 f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row "
-                f"{i + int(np.argmax(rows))} "
-                "on): one of both would be lost. If the model was trained with an output matrix of its own, set "
-                f"tie_word_embeddings to false in config.json; otherwise remove {head} from the files"
+                f"{i + int(np.argmax(rows))} on): one of both would be lost. If the model was trained with an output "
+                f"matrix of its own, set tie_word_embeddings to false in config.json; otherwise remove {head} from "
+                "the files"
             )
         source.release()
 
@@ -95,14 +95,12 @@ def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, w
         if wanted and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             lines.append(
                 f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to "
-                f"{shape[0]} if "
-                "that is what the tokenizer was made for, or take the matching config.json."
+                f"{shape[0]} if that is what the tokenizer was made for, or take the matching config.json."
             )
     if head in found.missing and not config.tied_embeddings:
         lines.append(
             f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true "
-            f"if the model "
-            f"uses {embedding.name} for its output, else a file is incomplete."
+            f"if the model uses {embedding.name} for its output, else a file is incomplete."
         )
     if found.undecoded:
         name, dtype = next(iter(found.undecoded.items()))

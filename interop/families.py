@@ -74,8 +74,7 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, 
 
 def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[str, Any]]:
     """(family, config.json) of a config: read back it must be the same network. Raises UnsupportedModelError, which
-    names
-    the fields that the family (None: the one that comes nearest) cannot say."""
+    names the fields that the family (None: the one that comes nearest) cannot say."""
     if family is not None and family not in FAMILIES:
         raise UnsupportedModelError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
     nearest: tuple[bool, int, str, list[str]] | None = None  # refused outright, fields lost, family, which

@@ -26,8 +26,7 @@ SCALES = ("float32", "bfloat16", "float16")
 
 def dequantize(source: Source, quantization: dict[str, Any]) -> Source:
     """`source` with each scaled tensor as float32 and without the scales. Of a tensor that is read, the host holds all
-    of it
-    as float32. Raises UnsupportedModelError, and ModelFilesError where scales do not fit their tensors."""
+    of it as float32. Raises UnsupportedModelError, and ModelFilesError where scales do not fit their tensors."""
     for key, allowed in SUPPORTED.items():
         if quantization.get(key) not in allowed:
             raise UnsupportedModelError(
@@ -63,8 +62,7 @@ class Float8:
                 if name + "_scale" in source.tensors:
                     raise UnsupportedModelError(
                         f"{info.file}: {name} has one scale, {name}_scale, and not one a block: such releases cannot "
-                        f"be read; take the "
-                        "model's release in bfloat16"
+                        "be read; take the model's release in bfloat16"
                     )
                 raise ModelFilesError(
                     f"{info.file}: {name} is {info.dtype}, and there is no {name}{SUFFIX}: a file with scales is "
@@ -76,10 +74,8 @@ class Float8:
         if len(info.shape) != 2 or scale.shape != wanted or info.dtype != "float8_e4m3fn" or scale.dtype not in SCALES:
             raise ModelFilesError(
                 f"{scale.file}: {name}{SUFFIX} is {scale.dtype}{list(scale.shape)}, for {name}, "
-                f"{info.dtype}{list(info.shape)}: blocks of "
-                f"{list(self.block)} need a matrix of float8_e4m3fn and scales {list(wanted)} of {', '.join(SCALES)}; "
-                f"take the files "
-                "and config.json of one release"
+                f"{info.dtype}{list(info.shape)}: blocks of {list(self.block)} need a matrix of float8_e4m3fn and "
+                f"scales {list(wanted)} of {', '.join(SCALES)}; take the files and config.json of one release"
             )
         return TensorInfo(info.shape, "float32", info.file)
 

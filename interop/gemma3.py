@@ -1,6 +1,5 @@
 """Gemma 3 (Gemma team 2025), the text part: Gemma 2 with norms of queries and keys for soft caps, five windows to a
-layer that
-sees all, and a base of RoPE for each of the two kinds."""
+layer that sees all, and a base of RoPE for each of the two kinds."""
 
 from __future__ import annotations
 

@@ -97,8 +97,7 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
 
 def published_name(name: str) -> str:
     """Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. One that is
-    not
-    known stays as it is."""
+    not known stays as it is."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         return name
@@ -129,8 +128,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     if keys.take("llama.expert_count", 0) or keys.take("llama.expert_used_count", 0):
         raise UnsupportedModelError(
             f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in "
-            f"GGUF are not "
-            "supported, dense Llamas are; give the model as a folder of safetensors"
+            "GGUF are not supported, dense Llamas are; give the model as a folder of safetensors"
         )
     keys.must("llama.attention.causal", True, default=True)
     keys.must("llama.use_parallel_residual", False, default=False)
@@ -213,8 +211,7 @@ def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: in
 
 def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[str, Any] | None:
     """The llama3 scaling that divides the frequencies so. The file gives its result alone: factor is the last divisor,
-    and
-    the ramp between wavelengths original / 4 and original / 1 is tried for original lengths of powers of two."""
+    and the ramp between wavelengths original / 4 and original / 1 is tried for original lengths of powers of two."""
     if divisors.shape != (dim // 2,):
         raise ModelFilesError(f"{where}: {_FACTORS} has shape {list(divisors.shape)}, heads of {dim} need {dim // 2}")
     if (divisors == 1).all():
@@ -230,6 +227,5 @@ def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[st
                 }  # fmt: skip
     raise UnsupportedModelError(
         f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's scaling of RoPE, the only one "
-        f"that is "
-        "supported so; give the model as a folder of safetensors"
+        "that is supported so; give the model as a folder of safetensors"
     )

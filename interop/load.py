@@ -156,14 +156,13 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if bad.any():
         raise ModelFilesError(
             f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: "
-            f"the file is "
-            "damaged, or the training that wrote it went astray; take another copy or an earlier checkpoint"
+            "the file is damaged, or the training that wrote it went astray; take another copy or an earlier "
+            "checkpoint"
         )
     largest = np.abs(values.astype(np.float64)).max()
     raise ModelFilesError(
-        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say ({float(jnp.finfo(dtype).max):g}); "
-        f"choose "
-        "bfloat16 or float32"
+        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say "
+        f"({float(jnp.finfo(dtype).max):g}); choose bfloat16 or float32"
     )
 
 

@@ -2,9 +2,8 @@
 releases the experts of gpt-oss, read as bfloat16, which holds every such number.
 
 On disk a tensor [E, K, N] is `<name>_blocks` uint8 [E, N, K / 32, 16], two numbers a byte and the first in the low
-bits, and
-`<name>_scales` uint8 [E, N, K / 32]: a number is its FP4 value (1 bit of sign, 2 of exponent, 1 of mantissa) times
-2^(scale - 127).
+bits, and `<name>_scales` uint8 [E, N, K / 32]: a number is its FP4 value (1 bit of sign, 2 of exponent, 1 of mantissa)
+times 2^(scale - 127).
 
 Letters: E experts, K inputs, N outputs.
 """
@@ -29,9 +28,8 @@ ROWS = 512  # of a matrix that are looked up at once
 
 def dequantize(source: Source, quantization: dict[str, Any]) -> Source:
     """`source` with each pair of blocks and scales as one bfloat16 tensor. Of a tensor that is read, the host holds all
-    of it as
-    bfloat16: 1.1 GB of gpt-oss-20b's largest. Raises UnsupportedModelError, and ModelFilesError where blocks and scales
-    do not fit."""
+    of it as bfloat16: 1.1 GB of gpt-oss-20b's largest. Raises UnsupportedModelError, and ModelFilesError where blocks
+    and scales do not fit."""
     method = quantization.get("quant_method")
     if method != "mxfp4":
         raise UnsupportedModelError(

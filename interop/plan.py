@@ -60,6 +60,5 @@ def _summary(published: Published) -> str:
     experts = f", {config.moe.num_experts} experts ({config.moe.top_k} a token)" if config.moe is not None else ""
     return (
         f"{config.num_layers} layers of width {config.embed_dim:,}, {a.num_heads} heads of "
-        f"{a.head_dim}{keys}{experts}, "
-        f"vocabulary {config.vocab_size:,}"
+        f"{a.head_dim}{keys}{experts}, vocabulary {config.vocab_size:,}"
     )

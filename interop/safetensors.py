@@ -59,8 +59,7 @@ class SafetensorsFolder:
                 if other is not entry:
                     raise ModelFilesError(
                         f"{folder}: {name} is both in {other.file.name} and in {file.name}: files of two checkpoints "
-                        f"are mixed; "
-                        "download the model again into an empty folder"
+                        "are mixed; download the model again into an empty folder"
                     )
         if index is not None:
             _check_index(folder, index, self.entries, self.notes)
@@ -207,15 +206,13 @@ def _choose(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, Any] 
     if files:
         raise ModelFilesError(
             f"{folder}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) and no {INDEX} that "
-            f"says which "
-            "belong to the model; keep one, or download the index"
+            "says which belong to the model; keep one, or download the index"
         )
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
     if pickles:
         raise ModelFilesError(
             f"{folder}: {pickles[0]} is a pickle: reading one runs whatever code it holds, so none is read. Take the "
-            f"model's "
-            "safetensors, or make them where you trust the file: there, load it with transformers and "
+            "model's safetensors, or make them where you trust the file: there, load it with transformers and "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
     raise ModelFilesError(f"{folder}: holds no model: {SINGLE} or {INDEX} with its shards are needed")
@@ -248,14 +245,12 @@ def _check_index(folder: Path, index: dict[str, Any], entries: dict[str, Entry],
         if name not in entries:
             raise ModelFilesError(
                 f"{folder / INDEX}: {name} should be in {file}, which does not hold it: index and shards are of two "
-                f"checkpoints; "
-                "download them again"
+                "checkpoints; download them again"
             )
         if entries[name].file.name != file:
             raise ModelFilesError(
                 f"{folder / INDEX}: {name} should be in {file} and is in {entries[name].file.name}: index and shards "
-                f"are of two "
-                "checkpoints; download them again"
+                "are of two checkpoints; download them again"
             )
     metadata, found = index.get("metadata"), sum(entry.size for entry in entries.values())
     total = metadata.get("total_size") if isinstance(metadata, dict) else None

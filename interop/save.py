@@ -63,8 +63,7 @@ def save_published(
     if not all(weight.is_fully_addressable for weight in weights.values()):
         raise ModelFilesError(
             f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the "
-            f"checkpoint on one "
-            "host (its memory must hold the weights) and export there"
+            "checkpoint on one host (its memory must hold the weights) and export there"
         )
     pieces = FAMILIES[family].pieces(config)
     check_cover(pieces, weights)
@@ -163,8 +162,7 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelFilesError(
                 f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a "
-                f"smaller dtype or "
-                "another disk. Nothing was kept"
+                "smaller dtype or another disk. Nothing was kept"
             ) from error
         raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
 

@@ -66,8 +66,7 @@ def _step(rows: int, most: int) -> int:
 
 def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
     """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error
-    in the
-    table of a family, not in a file. `weights`: by path, anything with a shape."""
+    in the table of a family, not in a file. `weights`: by path, anything with a shape."""
     boxes: dict[str, list[Box]] = defaultdict(list)
     tensors: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:

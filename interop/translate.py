@@ -205,8 +205,7 @@ def rope(
     keys: Keys, default_theta: float = 10_000.0, layer_type: str | None = None, theta: str = "rope_theta"
 ) -> tuple[float, RopeScalingConfig | None]:
     """Base and scaling of RoPE. `layer_type`: where transformers 5 keeps parameters for each kind of layer. `theta`:
-    the key of
-    the base, where one kind has its own, which `rope_scaling` then leaves alone."""
+    the key of the base, where one kind has its own, which `rope_scaling` then leaves alone."""
     base, parameters = keys.take(theta, float(default_theta)), keys.inside("rope_parameters")
     if parameters is not None and layer_type is not None:
         parameters = parameters.inside(layer_type)
@@ -229,8 +228,7 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     if scaling.values.get("attn_factor") is not None:
         raise UnsupportedModelError(
             f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers leaves it out, "
-            f"other readers multiply by it; "
-            "remove it to compute as transformers does, or say attention_factor"
+            "other readers multiply by it; remove it to compute as transformers does, or say attention_factor"
         )
     unknown = sorted(k for k, v in scaling.values.items() if k not in ROPE_KEYS and v is not None)
     if unknown:

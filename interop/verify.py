@@ -33,9 +33,8 @@ def verify(
     """Compares every weight with its tensor on disk, both as `dtype`: the same bits, each element once.
 
     Of a mesh over several hosts, each compares with what it holds whole; a weight that lies partly elsewhere is
-    refused.
-    `progress` is called after each piece with its elements. Raises ModelFilesError, which names the first tensor that
-    differs, how many of its elements do and by how much at most.
+    refused. `progress` is called after each piece with its elements. Raises ModelFilesError, which names the first
+    tensor that differs, how many of its elements do and by how much at most.
     """
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
@@ -60,11 +59,9 @@ def verify(
                 source.release()
             if wrong:
                 raise ModelFilesError(
-                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of the "
-                    f"weight "
-                    f"{piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory changed on "
-                    f"the way: repeat "
-                    "the conversion"
+                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of "
+                    f"the weight {piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory "
+                    "changed on the way: repeat the conversion"
                 )
             count += elements(piece)
             progress(piece, elements(piece))

@@ -58,8 +58,7 @@ class AttendSpec:
 
 def layer_mask(a: AttentionConfig, kind: str) -> Mask:
     """Return the mask of a layer of kind `kind`. Order and distance go by slots; blocks of a block-sparse pattern by
-    positions,
-    so that they start anew with each packed document."""
+    positions, so that they start anew with each packed document."""
     strided = Strided(*a.blocks) if kind == "block_sparse" else None
     return Mask(a.mask != "bidirectional", a.window if kind == "sliding" else None, strided)
 

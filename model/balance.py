@@ -91,8 +91,7 @@ def load_balance(
 ) -> Float[Array, "*S"]:
     """E * sum_e f_e P_e (Fedus et al. 2021, eq. 4-6; Shazeer et al. 2017 had the square of the variation): f_e the
     fraction of choices (`count_SE` of them, no gradient) that fall on expert e, P_e the mean of the router's
-    probabilities, which
-    `probs_SE` sums over `tokens_S` tokens.
+    probabilities, which `probs_SE` sums over `tokens_S` tokens.
 
     per 'choice': f sums to 1 and the loss is 1 at perfect balance (Switch, megablocks, OLMoE's paper); per 'token': f
     counts choices of a token and sums to k, as the loss is at balance (transformers' load_balancing_loss_func, which
@@ -111,8 +110,8 @@ def z_loss(log_total_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> F
 
 def max_violation(load_E: Float[Array | np.ndarray, "*lead E"]) -> Float[Array | np.ndarray, "*lead"]:
     """MaxVio (Wang et al. 2024, eq. 4): the greatest load over the mean load, less 1. 0 at balance, E / k - 1 where k
-    experts
-    take everything. Of a batch's load it is their MaxVio_batch, of the load of all evaluated text MaxVio_global."""
+    experts take everything. Of a batch's load it is their MaxVio_batch, of the load of all evaluated text
+    MaxVio_global."""
     return load_E.max(-1) / load_E.mean(-1) - 1.0
 
 
@@ -123,8 +122,7 @@ def saturation(
     valid_N: Bool[HostOrDevice, "*N"] | None = None,
 ) -> Float[Array, ""]:
     """The fraction of the choices of one checkpoint that another makes too, for the same tokens (OLMoE, Muennighoff et
-    al. 2024,
-    sec. 5.1). Choices with index `num_experts` are none. 0 to 1; chance gives k / E."""
+    al. 2024, sec. 5.1). Choices with index `num_experts` are none. 0 to 1; chance gives k / E."""
     real_NC = late_NC < num_experts
     if valid_N is not None:
         real_NC &= valid_N[..., None]
@@ -136,8 +134,7 @@ def co_activation(
     indices_NC: Int[HostOrDevice, "*N C"], num_experts: int, valid_N: Bool[HostOrDevice, "*N"] | None = None
 ) -> Float[Array, "E E"]:
     """P(j | i): of the tokens that chose expert i, the part that chose j too (OLMoE, sec. 5.2). The diagonal is 1, and
-    0 like all
-    its row for an expert that none chose."""
+    0 like all its row for an expert that none chose."""
     E = num_experts
     chosen_NE = (indices_NC[..., None] == jnp.arange(E)).any(-2)
     if valid_N is not None:

@@ -73,8 +73,8 @@ def buffered_experts(
 
 def _expert_spec(rules: ShardingRules, capacity: int) -> PartitionSpec:
     """How buffers [E, B, P, D] lie while experts work: experts over their axes, sequences over the other axes of the
-    batch, and
-    places over those of the sequence where these divide them (else devices of a sequence repeat each other's work)."""
+    batch, and places over those of the sequence where these divide them (else devices of a sequence repeat each other's
+    work)."""
     a, sizes = rules.activations, jax.sharding.get_abstract_mesh().shape
     batch = tuple(axis for axis in a.batch if axis not in a.expert)
     places = tuple(axis for axis in a.sequence if axis not in a.expert)
@@ -122,8 +122,7 @@ def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC
 
 def _slots(indices_BTC: Array, position_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
     """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C
-    where
-    it has none)."""
+    where it has none)."""
     B, T, C = indices_BTC.shape
     slots, pairs = E * B * P, B * T * C
     row_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]

@@ -77,8 +77,7 @@ class PositionConfig:
 @dataclass(frozen=True)
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small
-    vector a
-    token, which is all that the cache holds, beside one rotated key that the heads share."""
+    vector a token, which is all that the cache holds, beside one rotated key that the heads share."""
 
     q_rank: int | None = None  # queries too are read out of a vector of this size; None: out of the residual stream
     kv_rank: int = 512  # of the vector that keys and values are read out of
@@ -94,9 +93,8 @@ class LatentConfig:
                 raise ValueError(f"model.attention.latent.{name} = {size}: must be at least 1")
         if self.rope_dim % 2 or self.rope_dim >= a.head_dim:
             raise ValueError(
-                f"model.attention.latent.rope_dim = {self.rope_dim}: must be even and below model.attention.head_dim = "
-                f"{a.head_dim}, "
-                "which counts it in"
+                f"model.attention.latent.rope_dim = {self.rope_dim}: must be even and below model.attention.head_dim "
+                f"= {a.head_dim}, which counts it in"
             )
         # Field, value, and the values that go with it.
         for name, value, allowed in (
@@ -243,14 +241,12 @@ class ModelConfig:
             divisors = [str(d) for d in range(1, a.num_heads + 1) if a.num_heads % d == 0]
             raise ValueError(
                 f"model.attention.num_kv_heads = {a.num_kv_heads}: must divide model.attention.num_heads = "
-                f"{a.num_heads}; "
-                f"set it to {', '.join(divisors)}"
+                f"{a.num_heads}; set it to {', '.join(divisors)}"
             )
         if len(a.blocks) != 3 or min(a.blocks) < 1:
             raise ValueError(
-                f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last blocks "
-                f"that a "
-                "query sees (its own included), and every so many-th block; as in (64, 4, 8)"
+                f"model.attention.blocks = {a.blocks}: three numbers of at least 1: positions a block, the last "
+                "blocks that a query sees (its own included), and every so many-th block; as in (64, 4, 8)"
             )
         unknown = [kind for kind in a.layers if kind not in ("global", "sliding", "block_sparse") and ":" not in kind]
         if unknown:
@@ -304,8 +300,7 @@ class ModelConfig:
             if not any(spec.moe for spec in layer_specs(self)):
                 raise ValueError(
                     f"model.moe.layers = {m.layers}: none of the model.num_layers = {self.num_layers} layers is a "
-                    f"'moe' one; "
-                    "name it earlier, add layers, or set model.moe to none"
+                    "'moe' one; name it earlier, add layers, or set model.moe to none"
                 )
 
 

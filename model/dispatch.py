@@ -103,8 +103,8 @@ def _on_a_device(
     x_BTD, indices_BTC, weights_BTC, experts: ExpertWeights, *, run, rules: ShardingRules, factor: float | None
 ) -> Array:
     """Return what the device's tokens get from their experts. Each device computes with some experts, and some columns
-    of
-    them; it holds slices of those and gathers them here, so that their gradients are reduced and scattered in one."""
+    of them; it holds slices of those and gathers them here, so that their gradients are reduced and scattered in one.
+    """
     up, down, biases = experts.arrays(lambda weight: weight.local(x_BTD.dtype))
     activations = rules.activations
     if biases and (columns := tuple(a for a in activations.mlp if jax.lax.axis_size(a) > 1)):
@@ -140,8 +140,7 @@ def _rows(run, x_RD: Array, expert_R: Array, *weights: Array) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _total(y: Array, axes: tuple[str, ...]) -> Array:
     """`jax.lax.psum` whose gradient needs no communication: shard_map, unchecked, divides that of a result by the
-    devices
-    that hold copies of it, for a psum to put together again. Each has it all."""
+    devices that hold copies of it, for a psum to put together again. Each has it all."""
     return jax.lax.psum(y, axes)
 
 

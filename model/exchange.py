@@ -67,8 +67,7 @@ def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tup
 
 def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
     """Rows of the receiving buffer for an even share of `pairs`, times `factor`: for each peer whole tiles, or as many
-    as can
-    arrive where that is less (a token's choices are distinct)."""
+    as can arrive where that is less (a token's choices are distinct)."""
     most = tokens * min(choices, experts)
     share = -(-math.ceil(factor * pairs / peers) // ROW_MULTIPLE) * ROW_MULTIPLE
     return peers * max(1, min(share, most))
@@ -179,8 +178,8 @@ def _ragged(axes: tuple[str, ...], rows: int, r: int | Array, plan: Plan) -> _Wa
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def carry_ragged(axes: tuple[str, ...], size: int, rows: Array, there: tuple, home: tuple) -> Array:
     """`rows` sent as `there` says (input offsets, send sizes, output offsets, receive sizes of
-    `jax.lax.ragged_all_to_all`)
-    into a buffer of `size` rows, zero where nothing arrives. The gradient takes the way `home`."""
+    `jax.lax.ragged_all_to_all`) into a buffer of `size` rows, zero where nothing arrives. The gradient takes the way
+    `home`."""
     out = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
     return jax.lax.ragged_all_to_all(rows, out, *there, axis_name=axes)
 

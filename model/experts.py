@@ -75,8 +75,7 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
 @jax.custom_vjp
 def spread(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
     """x_SD: each token's row in the slots of its pairs; zero in a slot whose pair is N * C (none). A pair whose slot is
-    S has
-    none. Both directions are gathers, never scatters."""
+    S has none. Both directions are gathers, never scatters."""
     return _rows(x_ND, pair_S // slot_NC.shape[1])
 
 
@@ -167,8 +166,7 @@ def _runs(sizes_E: Array, S: int) -> Array:
 
 def _of_runs(run_SE: Array, bias_EX: Array) -> Array:
     """Each row's bias, zero where it has none, in float32 or wider. A matmul: of a gather the gradient would be a
-    scatter of rows
-    that are mostly the same, which accelerators add one after the other, in the dtype of the bias."""
+    scatter of rows that are mostly the same, which accelerators add one after the other, in the dtype of the bias."""
     wide = jnp.promote_types(bias_EX.dtype, jnp.float32)
     return jnp.dot(run_SE, bias_EX, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
 

@@ -115,8 +115,7 @@ def run_unit(
     unit: Sequence[Block], x_BTD: Array, ctx: ForwardContext, caches: Sequence[LayerCache] | None, keys: Array | None
 ) -> tuple[Array, tuple[LayerCache | None, ...] | None, RouterStats | None]:
     """Return one repetition of a unit of layers, whose weights have no leading R: (x, caches, statistics stacked over
-    its
-    MoE layers)."""
+    its MoE layers)."""
     new_caches, stats = [], []
     for i, block in enumerate(unit):
         cache = None if caches is None else caches[i]

@@ -121,8 +121,7 @@ class MoEConfig:
 
     def validate_length(self, tokens: int) -> None:
         """Refuses a capacity below one token in sequences of so many: it would be rounded up to one, which is not what
-        was
-        asked for. Raises ValueError."""
+        was asked for. Raises ValueError."""
         if not self.bounded:
             return
         factor = Fraction(1) if self.capacity_factor is None else Fraction(repr(self.capacity_factor))
@@ -131,9 +130,8 @@ class MoEConfig:
             least = math.ceil(1000 * self.num_experts / (self.top_k * tokens)) / 1000
             raise ValueError(
                 f"model.moe.capacity_factor = {self.capacity_factor}: with model.moe.top_k = {self.top_k} of "
-                f"{self.num_experts} "
-                f"experts and data.sequence_length = {tokens} an expert has room for {float(share):.3g} tokens, less "
-                f"than one; "
+                f"{self.num_experts} experts and data.sequence_length = {tokens} an expert has room for "
+                f"{float(share):.3g} tokens, less than one; "
                 f"use {least:g} or more" + (", or none" if self.router != "expert_choice" else "")
             )
 
@@ -147,8 +145,8 @@ class MoEConfig:
             )
             raise ValueError(
                 f"model.moe.router = {router!r}: {why}, so that a token's output tells of later ones, which a decoder "
-                f"is to "
-                "predict; use another router, or model.attention.mask='bidirectional' with train.objective='masked'"
+                "is to predict; use another router, or model.attention.mask='bidirectional' with "
+                "train.objective='masked'"
             )
         for name, needed in (("switch", 1), ("gshard", 2), ("dense", self.num_experts)):
             if router == name and k != needed:
@@ -160,29 +158,25 @@ class MoEConfig:
         if router not in WEIGHTED and self.weights not in allowed:
             raise ValueError(
                 f"model.moe.weights = {self.weights!r}: model.moe.router = {router!r} has weights of its own; leave "
-                f"this at "
-                f"renormalized, or use one of the routers {', '.join(WEIGHTED)}"
+                f"this at renormalized, or use one of the routers {', '.join(WEIGHTED)}"
             )
         if router in WEIGHTED and k == 1 < self.num_experts and self.weights in ALWAYS_ONE:
             raise ValueError(
                 f"model.moe.weights = {self.weights!r}: with model.moe.top_k = 1 every weight is 1 and the router "
-                f"learns nothing "
-                "from the loss; set weights to softmax (Switch) or sigmoid"
+                "learns nothing from the loss; set weights to softmax (Switch) or sigmoid"
             )
         if self.bias_rate is not None and not 0 <= self.bias_rate < math.inf:
             raise ValueError(f"model.moe.bias_rate = {self.bias_rate}: must be 0 or more, or none for no bias")
         if self.bias_rate is not None and router != "top_k":
             raise ValueError(
                 f"model.moe.bias_rate = {self.bias_rate}: only model.moe.router = 'top_k' has a bias on its choice, "
-                f"this is "
-                f"{router!r}; set bias_rate to none"
+                f"this is {router!r}; set bias_rate to none"
             )
         for name in ("jitter", "router_dropout"):
             if router in WITHOUT_LOGITS and getattr(self, name) > 0:
                 raise ValueError(
                     f"model.moe.{name} = {getattr(self, name)}: model.moe.router = {router!r} does not look at its "
-                    f"input; "
-                    "set it to 0"
+                    "input; set it to 0"
                 )
 
     def _validate_groups(self) -> None:
@@ -201,9 +195,8 @@ class MoEConfig:
             )
         if used * (E // count) < k:
             raise ValueError(
-                f"model.moe.groups = {groups}: {used} groups of {E // count} experts hold fewer than model.moe.top_k = "
-                f"{k}; use "
-                f"{-(-k // (E // count))} groups or more"
+                f"model.moe.groups = {groups}: {used} groups of {E // count} experts hold fewer than model.moe.top_k "
+                f"= {k}; use {-(-k // (E // count))} groups or more"
             )
         if count > 1 and self.router != "top_k":
             raise ValueError(
@@ -219,13 +212,12 @@ class MoEConfig:
             )
         if self.router == "soft" and (self.capacity_factor is not None or self.dispatch in ("gather", "einsum")):
             raise ValueError(
-                f"model.moe.router = 'soft': an expert's slots are model.moe.top_k of them, with "
-                f"model.moe.capacity_factor = "
-                f"{self.capacity_factor} and model.moe.dispatch = {self.dispatch!r}; set these to none and auto"
+                "model.moe.router = 'soft': an expert's slots are model.moe.top_k of them, with "
+                f"model.moe.capacity_factor = {self.capacity_factor} and model.moe.dispatch = {self.dispatch!r}; set "
+                "these to none and auto"
             )
         if self.router == "dense" and self.capacity_factor is not None:
             raise ValueError(
                 f"model.moe.capacity_factor = {self.capacity_factor}: model.moe.router = 'dense' sends every token to "
-                f"every "
-                "expert; set it to none"
+                "every expert; set it to none"
             )

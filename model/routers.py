@@ -155,8 +155,7 @@ def switch(s: Scores) -> Choice:
 
 def gshard(s: Scores, key: PRNGKeyArray | None) -> Choice:
     """The two best experts with weights g1, g2 that sum to one; in training (a key is given) a token goes to the second
-    with
-    probability min(1, 2 g2) alone, and g1 is then still g1 (Lepikhin et al. 2020, algorithm 1)."""
+    with probability min(1, 2 g2) alone, and g1 is then still g1 (Lepikhin et al. 2020, algorithm 1)."""
     E = s.values_BTE.shape[-1]
     indices_BTC = jax.lax.top_k(jax.lax.stop_gradient(s.values_BTE), 2)[1]
     weights_BTC = at(s.values_BTE, indices_BTC)
@@ -237,8 +236,7 @@ def dense(s: Scores) -> Choice:
 
 def hash_scores(ids_BT: Integer[Array, "B T"], num_experts: int) -> Float[Array, "B T E"]:
     """A number in [0, 1) for each token id and expert, the same in every layer and run. The k experts of the greatest
-    are a
-    draw without replacement that each id keeps (random hashing of Roller et al. 2021, sec. 3.1)."""
+    are a draw without replacement that each id keeps (random hashing of Roller et al. 2021, sec. 3.1)."""
     experts_E = _mix(jnp.arange(1, num_experts + 1, dtype=jnp.uint32))
     mixed_BTE = _mix(_mix(ids_BT.astype(jnp.uint32))[..., None] ^ experts_E)
     return (mixed_BTE >> 8).astype(jnp.float32) * 2.0**-24
@@ -246,9 +244,8 @@ def hash_scores(ids_BT: Integer[Array, "B T"], num_experts: int) -> Float[Array,
 
 def noisy_input(x_BTD: Float[Array, "B T D"], config: MoEConfig, key: PRNGKeyArray | None) -> Float[Array, "B T D"]:
     """The router's input in training: times uniform(1 - jitter, 1 + jitter) (Fedus et al. 2021, sec. 2.4, 'input
-    jitter'),
-    then with dropout (Zoph et al. 2022, table 3). Unchanged without a key. In the dtype of `x_BTD`, which is to be
-    router_dtype."""
+    jitter'), then with dropout (Zoph et al. 2022, table 3). Unchanged without a key. In the dtype of `x_BTD`, which is
+    to be router_dtype."""
     if key is None:
         return x_BTD
     jitter_key, dropout_key = jax.random.split(key)
@@ -271,8 +268,7 @@ def stochastic(config: MoEConfig | None) -> bool:
 
 def at(x_BTE: Float[Array, "B T E"], indices_BTC: Int[Array, "B T C"]) -> Float[Array, "B T C"]:
     """x_BTE[b, t, indices[b, t, c]]. A comparison with every expert, which XLA fuses with its sum: neither the gather
-    nor, in
-    the backward pass, the scatter that accelerators are slow at."""
+    nor, in the backward pass, the scatter that accelerators are slow at."""
     E = x_BTE.shape[-1]
     return jnp.where(indices_BTC[..., None] == jnp.arange(E), x_BTE[..., None, :], 0).sum(-1)
 
@@ -317,8 +313,8 @@ def _within_groups(ranked_BTE: Array, groups: tuple[int, ...], best: int) -> Arr
 
 def _without_logits(valid_BT: Array, config: MoEConfig, ids_BT, positions_BT, key) -> Routing:
     """hash: k distinct experts by the token's id. random: k distinct experts, drawn anew for each token in training (a
-    key is
-    given), else by a hash of its id and its position, so that scoring repeats and decoding with a cache agrees with it.
+    key is given), else by a hash of its id and its position, so that scoring repeats and decoding with a cache agrees
+    with it.
     """
     E, k = config.num_experts, config.top_k
     assert ids_BT is not None, f"router {config.router} needs ids_BT"

@@ -65,8 +65,7 @@ def upcycle(dense: Transformer, config: ModelConfig, key: PRNGKeyArray, rules: S
 
 def check(dense: ModelConfig, config: ModelConfig) -> int:
     """Into how many experts the MLP is cut (1: each is all of it). Raises ValueError that names field, value and fix
-    where
-    a network of `config` cannot start as one of `dense`."""
+    where a network of `config` cannot start as one of `dense`."""
     moe = config.moe
     if dense.moe is not None:
         raise ValueError("model.moe: the network to upcycle has experts already; give one whose model.moe is none")
@@ -88,21 +87,18 @@ def check(dense: ModelConfig, config: ModelConfig) -> int:
     if moe.capacity_factor is not None:
         raise ValueError(
             f"model.moe.capacity_factor = {moe.capacity_factor}: a token that finds no place loses its MLP; set it to "
-            f"none "
-            "(and model.moe.dispatch to auto)"
+            "none (and model.moe.dispatch to auto)"
         )
     if moe.router not in WHOLE:
         raise ValueError(
             f"model.moe.router = {moe.router!r}: the weights of a token's experts do not always sum to one, so that "
-            f"the logits "
-            f"would change; use one of {', '.join(WHOLE)}"
+            f"the logits would change; use one of {', '.join(WHOLE)}"
         )
     if moe.router in WEIGHTED and moe.weights not in ALWAYS_ONE:
         more = " and model.moe.top_k = 2 or more" if moe.top_k == 1 else ""
         raise ValueError(
             f"model.moe.weights = {moe.weights!r}: the weights of a token's experts do not sum to one, so that the "
-            f"logits would "
-            f"change; use one of {', '.join(ALWAYS_ONE)}{more}"
+            f"logits would change; use one of {', '.join(ALWAYS_ONE)}{more}"
         )
     return _check_shards(config)
 
@@ -114,8 +110,7 @@ def _check_shards(config: ModelConfig) -> int:
         divisors = [str(hidden // m) for m in range(1, 17) if hidden % m == 0]
         raise ValueError(
             f"model.moe.hidden_dim = {moe.hidden_dim}: does not divide model.mlp.hidden_dim = {hidden}, which the "
-            f"experts "
-            f"are cut from; set it to {', '.join(divisors)}"
+            f"experts are cut from; set it to {', '.join(divisors)}"
         )
     shards = hidden // moe.hidden_dim
     if shards == 1:
@@ -123,8 +118,8 @@ def _check_shards(config: ModelConfig) -> int:
     if moe.router not in TOGETHER:
         raise ValueError(
             f"model.moe.router = {moe.router!r}: does not choose the {shards} shards of an MLP together "
-            f"(model.moe.hidden_dim = "
-            f"{moe.hidden_dim} of {hidden}); use one of {', '.join(TOGETHER)}, or experts of width {hidden}"
+            f"(model.moe.hidden_dim = {moe.hidden_dim} of {hidden}); use one of {', '.join(TOGETHER)}, or experts of "
+            f"width {hidden}"
         )
     chosen = {"model.moe.num_experts": moe.num_experts} | (
         {} if moe.router == "dense" else {"model.moe.top_k": moe.top_k}
@@ -133,15 +128,13 @@ def _check_shards(config: ModelConfig) -> int:
         if count % shards:
             raise ValueError(
                 f"{name} = {count}: experts of width {moe.hidden_dim} are {shards} to an MLP of width {hidden}, and "
-                f"come by whole "
-                f"MLPs; set it to a multiple of {shards}, like {-(-count // shards) * shards}"
+                f"come by whole MLPs; set it to a multiple of {shards}, like {-(-count // shards) * shards}"
             )
     groups = moe.groups[0]
     if groups > 1 and moe.num_experts // groups % shards:
         raise ValueError(
             f"model.moe.groups = {moe.groups}: groups of {moe.num_experts // groups} experts would cut the {shards} "
-            f"shards of "
-            f"an MLP apart; use groups of a multiple of {shards} experts, or (1, 1)"
+            f"shards of an MLP apart; use groups of a multiple of {shards} experts, or (1, 1)"
         )
     return shards
 

@@ -3,9 +3,8 @@
 A `Weight` holds the stored array, and with it all that using it takes: the logical axes of its dimensions, how many of
 them are contracted, its role, and, if it has them, the scale of a quantised value and a low-rank adapter. Each weight
 is made on one line that reads: shape, logical axes, standard deviation, role. It is stored in float32, sharded as
-`rules.weights` says;
-`dot` and `gathered` cast it to the dtype of computation and lay it out as `rules.activations` says. No layer does that
-by hand.
+`rules.weights` says; `dot` and `gathered` cast it to the dtype of computation and lay it out as `rules.activations`
+says. No layer does that by hand.
 """
 
 from __future__ import annotations
@@ -201,8 +200,7 @@ class Weight:
 
     def _lay_out(self, w: Array, axes: Axes) -> Array:
         """`w` laid out as an activation. One dimension after the other: XLA makes an all-reduce of a gather along two
-        at
-        once, which sends twice as much."""
+        at once, which sends twice as much."""
         if no_mesh():
             return w
         axes = _fitting(axes, w.shape)
@@ -301,8 +299,7 @@ def dense_weights(model: Tree) -> Tree:
 
 def split(model: Tree, rule: Callable[[str, Weight, str], bool]) -> tuple[Tree, Tree]:
     """Return (what `rule(path, weight, part)` selects, the rest): two trees of the model's structure, with None where
-    an
-    array is in the other one. `path` is dotted; `part` is one of PARTS."""
+    an array is in the other one. `path` is dotted; `part` is one of PARTS."""
 
     def side(wanted: bool) -> Tree:
         def parts(path: str, weight: Weight) -> Weight:

@@ -179,8 +179,7 @@ def read_dump(folder: Path) -> dict[str, list[Region]]:
 
 def body(regions: list[Region], least: float = 0.5) -> list[Region]:
     """The innermost regions with at least `least` of the kernel's matrix multiplications: the bodies of its inner
-    loops, of
-    which one, or one after the other, runs for each tile. Longest first."""
+    loops, of which one, or one after the other, runs for each tile. Longest first."""
     with_work = [r for r in regions if r.occupancy["MATMUL"] * r.bundles > 0 and r.kind in ("pred_region", "loop_body")]
     most = max((r.occupancy["MATMUL"] * r.bundles for r in with_work), default=0.0)
     leaves = [r for r in with_work if not any(o.parent == r.number and o in with_work for o in regions)]

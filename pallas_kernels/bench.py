@@ -45,8 +45,7 @@ class Contest:
 
 def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
     """A row for each way: median seconds and quartiles, or why it would not run. Every way has `rounds` turns, a turn
-    as
-    many calls as fill `seconds`."""
+    as many calls as fill `seconds`."""
     rows: list[dict[str, Any]] = []
     running: dict[str, tuple[jax.stages.Compiled, int, list[float], dict[str, Any]]] = {}
     for name, way in contest.ways.items():

@@ -57,8 +57,7 @@ class Collective:
 @dataclass(frozen=True)
 class Traffic:
     """The collectives of a program. Where it branches, those of the branches that put out least; loops whose length the
-    text
-    does not say are left out."""
+    text does not say are left out."""
 
     collectives: tuple[Collective, ...]
     most: int  # bytes put out if it takes the branches that put out most

@@ -70,8 +70,8 @@ def sum_and_cut(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
 
 def gather_weight(w: Array, spread: tuple[tuple[str, ...], ...]) -> Array:
     """`w`, whose dimensions are spread over these mesh axes (`ShardingRules.gathered`), whole. Its gradient is
-    reduce-scattered:
-    a weight that is gathered outside of shard_map has its gradient all-reduced, and cut afterwards."""
+    reduce-scattered: a weight that is gathered outside of shard_map has its gradient all-reduced, and cut afterwards.
+    """
     for dimension, axes in enumerate(spread):
         if axes and jax.lax.axis_size(axes) > 1:
             # As a stack of matrices: of [E, D, G, F] along D, XLA:TPU all-reduces the whole gradient and cuts it.

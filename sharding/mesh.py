@@ -45,8 +45,7 @@ class MeshConfig:
             shape = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size != 1) or "1"
             raise ValueError(
                 f"mesh = ({shape}): needs {'a multiple of ' if wild else ''}{fixed} devices, but there are "
-                f"{device_count}; "
-                f"set mesh.* so that the product is {device_count}"
+                f"{device_count}; set mesh.* so that the product is {device_count}"
             )
         return tuple(sizes[name] for name in MESH_AXES)
 
@@ -60,8 +59,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh | None:
 
 def lay_out(sizes: tuple[int, ...], devices: list) -> Mesh:
     """A mesh with explicit axes of these sizes, in MESH_AXES order. On a TPU's torus neighbours in the mesh are linked
-    where
-    that can be; a mesh axis may take part of a torus axis (8 x 8 on a torus of 4 x 4 x 4), which jax.make_mesh refuses.
+    where that can be; a mesh axis may take part of a torus axis (8 x 8 on a torus of 4 x 4 x 4), which jax.make_mesh
+    refuses.
     """
     if devices[0].platform == "cpu":
         grid = np.asarray(devices).reshape(sizes)
@@ -72,8 +71,7 @@ def lay_out(sizes: tuple[int, ...], devices: list) -> Mesh:
 
 def use_mesh(mesh: Mesh | None):
     """Context in which `mesh` is the current one; with None, nothing is set. Of a topology that is not here only the
-    shape
-    and the kind of device are set: nothing can run on it."""
+    shape and the kind of device are set: nothing can run on it."""
     if mesh is None:
         return nullcontext()
     return jax.set_mesh(mesh) if _here(mesh) else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

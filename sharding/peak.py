@@ -18,8 +18,7 @@ CPU_MATMUL = 1536
 
 def peak_flops(device: jax.Device) -> tuple[float | None, str]:
     """FLOP/s of one device and how it is known: the data sheet's bfloat16 figure, or measured, for a CPU, as the best
-    of
-    eight float32 matmuls of 1536^3 on all its cores. None for a device that is not in the table."""
+    of eight float32 matmuls of 1536^3 on all its cores. None for a device that is not in the table."""
     if device.platform == "cpu":
         with jax.default_device(device):
             x = jnp.ones((CPU_MATMUL, CPU_MATMUL), jnp.float32)

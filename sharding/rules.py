@@ -74,22 +74,19 @@ class ShardingRules:
                 if twice:
                     raise ValueError(
                         f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in "
-                        f"one "
-                        "array; give one of them another axis or ()"
+                        "one array; give one of them another axis or ()"
                     )
         heads, kv_heads = self.activations.heads, self.activations.kv_heads
         if heads[: len(kv_heads)] != kv_heads:
             raise ValueError(
                 f"sharding.activations.kv_heads = {kv_heads}: must be the first of sharding.activations.heads = "
-                f"{heads}, so that "
-                f"a device's queries find their keys; use {heads[: len(kv_heads)]}"
+                f"{heads}, so that a device's queries find their keys; use {heads[: len(kv_heads)]}"
             )
 
     def mesh_axes(self, side: str, axis: str | None) -> tuple[str, ...]:
         """Mesh axes that the logical `axis` lies over on side 'weights' or 'activations'. Raises ValueError on an
         unknown name. 'gate' (the two projections of a gated MLP) lies over none; 'rank' (of a factorised projection) is
-        stored
-        like 'embed' and whole at use."""
+        stored like 'embed' and whole at use."""
         if axis in (None, "gate") or (axis == "rank" and side == "activations"):
             return ()
         if axis != "rank" and axis not in LOGICAL_AXES:
@@ -110,8 +107,7 @@ class ShardingRules:
     def gathered(self, axes: tuple[str | None, ...]) -> tuple[P, tuple[tuple[str, ...], ...]]:
         """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with
         each dimension spread further over the axes it is only stored on, and those further axes of each dimension. The
-        dimension
-        'embed' is whole at use."""
+        dimension 'embed' is whole at use."""
         used = [() if axis == "embed" else self.mesh_axes("activations", axis) for axis in axes]
         taken = {mesh_axis for part in used for mesh_axis in part}
         stored = [self.mesh_axes("weights", axis) for axis in axes]

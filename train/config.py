@@ -175,8 +175,7 @@ class Experiment:
         if stride is not None and not 1 <= stride <= self.data.sequence_length:
             raise ValueError(
                 f"train.eval_stride = {stride}: between 1 and data.sequence_length = {self.data.sequence_length} "
-                f"tokens of a "
-                "window are scored, or none for all"
+                "tokens of a window are scored, or none for all"
             )
         self._validate_mesh(dict(zip(MESH_AXES, self.mesh.sizes(device_count), strict=True)))
 
@@ -185,8 +184,7 @@ class Experiment:
         if s.count < 0 or s.prompt_tokens < 2 or s.new_tokens < 1:
             raise ValueError(
                 f"samples: count = {s.count} must be 0 or more, prompt_tokens = {s.prompt_tokens} at least 2, "
-                f"new_tokens = "
-                f"{s.new_tokens} at least 1"
+                f"new_tokens = {s.new_tokens} at least 1"
             )
         if not s.temperature >= 0 or not 0 < s.top_p <= 1:
             raise ValueError(f"samples: temperature = {s.temperature} must be 0 or more, top_p = {s.top_p} in (0, 1]")
@@ -216,14 +214,12 @@ class Experiment:
         if (objective == "prefix") != (mask == "prefix"):
             raise ValueError(
                 f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' gives "
-                f"the prefix "
-                "that the mask 'prefix' shows to all; set both, or neither"
+                "the prefix that the mask 'prefix' shows to all; set both, or neither"
             )
         if objective != "masked" and mask == "bidirectional":
             raise ValueError(
                 f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees the "
-                f"one "
-                "it is to predict; set the mask to causal, or the objective to masked"
+                "one it is to predict; set the mask to causal, or the objective to masked"
             )
 
     def _validate_mesh(self, mesh: dict[str, int]) -> None:
@@ -238,8 +234,7 @@ class Experiment:
             if size > 1 and axis not in used:
                 raise ValueError(
                     f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so that its devices "
-                    f"would "
-                    "repeat each other's work; set it to 1"
+                    "would repeat each other's work; set it to 1"
                 )
         model, moe = self.model, self.model.moe
         sizes = [

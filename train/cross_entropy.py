@@ -54,8 +54,7 @@ def cross_entropy(
     if hidden_BTD.shape != (*targets_BT.shape, head.shape[1 - vocab_axis]):
         raise ValueError(
             f"hidden states {hidden_BTD.shape}, targets {targets_BT.shape}, head {head.shape} with vocab_axis = "
-            f"{vocab_axis}: "
-            "needs [..., D], [...] and a head of widths D and V"
+            f"{vocab_axis}: needs [..., D], [...] and a head of widths D and V"
         )
     local = partial(_tokens, vocab_axis=vocab_axis, softcap=softcap, chunk=chunk)
     if no_mesh():

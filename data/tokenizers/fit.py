@@ -52,7 +52,6 @@ def _limited(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
     if limited.pieces != {i: piece for i, piece in tokenizer.pieces.items() if i < rows}:
         raise DataError(
             f"tokenizer.json: without {sorted(dropped)}, whose ids have no row in an embedding of {rows} rows, other "
-            f"ids would change; "
-            "use the tokenizer that was published with the model, or enlarge the embedding"
+            "ids would change; use the tokenizer that was published with the model, or enlarge the embedding"
         )
     return limited

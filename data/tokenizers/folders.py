@@ -84,8 +84,7 @@ def saved_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size = {config.vocab_size}: the tokenizer in {config.path} has "
-            f"{tokenizer.vocab_size} ids; "
-            "set it to that"
+            f"{tokenizer.vocab_size} ids; set it to that"
         )
     return tokenizer
 

@@ -45,8 +45,7 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
     if kind not in kinds:
         raise DataError(
             f"{path}: tokenizer.ggml.model = {kind!r} is not supported; there are {', '.join(kinds)}: take "
-            f"tokenizer.json of the "
-            "model that the file was made of"
+            "tokenizer.json of the model that the file was made of"
         )
     tokens: list[str] = values.get("tokenizer.ggml.tokens") or []
     types = np.asarray(values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens))
@@ -97,9 +96,8 @@ def _byte_level(
     pre = values.get("tokenizer.ggml.pre", "default")
     if pre not in words:
         raise DataError(
-            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported; there are {', '.join(words)}: take tokenizer.json "
-            f"of the model "
-            "that the file was made of"
+            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported; there are {', '.join(words)}: take "
+            "tokenizer.json of the model that the file was made of"
         )
     merges = [merge.split(" ") for merge in values.get("tokenizer.ggml.merges") or []]
     ids = {token: i for i, token in enumerate(tokens)}

@@ -91,8 +91,7 @@ class HFTokenizer(BytesTable):
             names = sorted({self.pieces[i] for i in found[self._is_special[found]].tolist()})
             raise DataError(
                 f"tokenizer.json: plain text was encoded to the specials {names}: its merges spell them, so that text "
-                f"could "
-                "forge them; publish it without these merges"
+                "could forge them; publish it without these merges"
             )
         return found
 
@@ -122,8 +121,7 @@ def read_json(text: str) -> dict[str, Any]:
         ):  # with some, the package ends the process while it reads
             raise DataError(
                 f"tokenizer.json: model.{key} = {model[key]!r} is not read: supported are byte-level BPE and "
-                f"SentencePiece, whose "
-                "pieces spell themselves; use a tokenizer.json without it"
+                "SentencePiece, whose pieces spell themselves; use a tokenizer.json without it"
             )
     return description
 

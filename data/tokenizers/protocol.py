@@ -200,8 +200,7 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> int:
     """The rows of an embedding that no id of the tokenizer uses: 0 or more. Raises DataError when ids have no row."""
     if tokenizer.vocab_size > rows:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has {rows} rows: ids from {rows} "
-            f"on would "
-            "have none; use the tokenizer that was published with the model, or enlarge the embedding"
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has {rows} rows: ids from "
+            f"{rows} on would have none; use the tokenizer that was published with the model, or enlarge the embedding"
         )
     return rows - tokenizer.vocab_size

@@ -36,8 +36,7 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
     else:
         raise DataError(
             f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json: copy the file that it was read from "
-            f"into {folder}, "
-            "or read the model's tokenizer.json instead"
+            f"into {folder}, or read the model's tokenizer.json instead"
         )
     text = _opened_as(text, tokenizer)
     folder = Path(folder)
@@ -60,8 +59,7 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
     """What config.json and generation_config.json call the specials: 'eos_token_id', the ids that end a generation (a
-    list
-    where there are several), and 'bos_token_id' and 'pad_token_id' where the tokenizer has them."""
+    list where there are several), and 'bos_token_id' and 'pad_token_id' where the tokenizer has them."""
     stops = list(tokenizer.stops)
     found: dict[str, int | list[int]] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     bos = tokenizer.encode_marked(tokenizer.names["bos_token"]).tolist() if "bos_token" in tokenizer.names else []
@@ -151,8 +149,7 @@ def _compare(ours: Tokenizer, other: Tokenizer, pieces: list[str]) -> None:
         if ours.encode(text).tolist() != other.encode(text).tolist():
             raise DataError(
                 f"this tokenizer cannot be written as a tokenizer.json: {text!r} would be cut otherwise, since "
-                f"SentencePiece merges "
-                "the leftmost of equal pieces; publish the run's own tokenizer folder"
+                "SentencePiece merges the leftmost of equal pieces; publish the run's own tokenizer folder"
             )
 
 

@@ -39,8 +39,7 @@ def of_folder(folder: Path) -> Tokenizer:
             return model.with_stops(facts.stops(model.vocab_size))
     raise DataError(
         f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in "
-        f"vocab.json "
-        "and merges.txt alone, write its tokenizer.json with transformers: "
+        "vocab.json and merges.txt alone, write its tokenizer.json with transformers: "
         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 

@@ -203,7 +203,6 @@ def _recognized(count: int, name: str | None) -> str:
             return kind
     raise DataError(
         f"tiktoken file{f' {name!r}' if name else ''} of {count} ranks: of no known kind, and how it cuts text is not "
-        f"in the file; known are "
-        f"{', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}; give its kind, or publish a "
-        f"tokenizer.json"
+        f"in the file; known are {', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}; give its "
+        "kind, or publish a tokenizer.json"
     )

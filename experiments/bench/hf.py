@@ -1,6 +1,5 @@
 """transformers as a contestant: `decode BATCH FOLDER` generates greedily with the model in FOLDER; `moe
-eager|grouped_mm` is the
-train step of a Mixtral of our MoE's dimensions. python -m experiments.bench.hf ..."""
+eager|grouped_mm` is the train step of a Mixtral of our MoE's dimensions. python -m experiments.bench.hf ..."""
 
 from __future__ import annotations
 

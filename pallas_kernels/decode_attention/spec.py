@@ -73,8 +73,7 @@ def first_slot(spec: Spec, length):
 
 def block_range(spec: Spec, length, block: int, part):
     """[first, end) of the blocks of `block` slots that part `part` of a row of `length` tokens reads. The parts share
-    what
-    the row has, not what the cache could hold."""
+    what the row has, not what the cache could hold."""
     start = div(first_slot(spec, length), block)
     end = cdiv(length, block)
     each = cdiv(end - start, spec.splits)
@@ -84,8 +83,7 @@ def block_range(spec: Spec, length, block: int, part):
 
 def compute_dtype(q_dtype, cache_dtype):
     """What keys, values and weights are multiplied in: bfloat16 or float16 where queries and cache are no wider (8 bits
-    fit
-    in either exactly), else float32."""
+    fit in either exactly), else float32."""
     if jnp.dtype(cache_dtype).name in EIGHT_BITS or q_dtype == cache_dtype:
         return jnp.dtype(q_dtype)
     return jnp.dtype(jnp.float32)
@@ -94,8 +92,7 @@ def compute_dtype(q_dtype, cache_dtype):
 def traffic(spec: Spec, q_BTNH: Shaped, cache: Cache) -> tuple[int, int, int]:
     """(FLOPs, exponentials, bytes) of a step whose rows fill their caches, or the window: an upper bound, since lengths
     are data. FLOPs count 2 (H + V) for each query head, query and slot; bytes are keys, values and scales once, queries
-    and
-    results once."""
+    and results once."""
     B, T, N, H = q_BTNH.shape
     K, V = cache.k.shape[1], cache.v.shape[-1]
     slots = cache.capacity if spec.window is None else min(cache.capacity, spec.window + T - 1)

@@ -96,8 +96,7 @@ def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
     if plan(spec, q_BTNH, cache) is None:
         return (
             f"q {q_BTNH.shape}, k_cache {cache.k.shape}, v_cache {cache.v.shape}: one block of one group of heads "
-            f"needs more "
-            f"than {VMEM_BUDGET >> 20} MiB of VMEM"
+            f"needs more than {VMEM_BUDGET >> 20} MiB of VMEM"
         )
     return None
 

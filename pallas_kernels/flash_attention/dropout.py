@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 def keep(seed, row, head, q_index, k_index, rate: float):
     """True with probability 1 - `rate`. int32 inputs that broadcast: scalars `seed`, `row` (in the batch), `head` (of
-    the
-    queries), and indices [..., T, 1], [..., 1, S] in the call's own arrays. Costs some eight operations a pair."""
+    the queries), and indices [..., T, 1], [..., 1, S] in the call's own arrays. Costs some eight operations a pair."""
     stream = _mix(_mix(_mix(seed + 0x2545F491) ^ row) + head)
     bits = _mix(_mix(q_index ^ stream) ^ _mix(k_index + 0x5BD1E995))
     return jax.lax.shift_right_logical(bits, _like(bits, 8)) >= round(rate * (1 << 24))

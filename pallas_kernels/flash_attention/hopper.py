@@ -55,9 +55,8 @@ def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> st
         return f"head dimensions {H} and {V}: two tiles of keys and values do not fit in shared memory"
     if hopper_forward.plan(H, V, k.shape[1], block and block[1], spec.tiles.k) is None:
         return (
-            f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of keys "
-            f"and "
-            f"values must fit in shared memory at head dimensions {H} and {V}; None chooses"
+            f"tiles.k = {spec.tiles.k}: must be a multiple of 64 that divides the mask's blocks, and two tiles of "
+            f"keys and values must fit in shared memory at head dimensions {H} and {V}; None chooses"
         )
     return None
 

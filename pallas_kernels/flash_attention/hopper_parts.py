@@ -171,8 +171,7 @@ def zeros(shape: tuple[int, int], interpret: bool):
 
 def factor_of(spec: Spec, memory: Refs) -> float:
     """What `logits`' results are still to be multiplied by: 1 unless a logit is a positive multiple of q.k, where the
-    product
-    is left to be fused with the subtraction that follows."""
+    product is left to be fused with the subtraction that follows."""
     plain = spec.softcap is None and "alibi" not in memory and spec.scale > 0
     return spec.scale * LOG2E if plain else 1.0
 
@@ -230,8 +229,7 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
 
 def launch(block, spec: Spec, grid: dict[str, int], arrays: dict[str, Array], out_types: dict[str, Any], scratch: Refs):
     """`block(memory, shared)` for each point of the grid, in three warpgroups; a list of the outputs. `memory` holds
-    the
-    inputs and outputs by name, `shared` the scratch."""
+    the inputs and outputs by name, `shared` the scratch."""
 
     def body(*refs):
         names = [*arrays, *out_types]
@@ -253,8 +251,7 @@ def launch(block, spec: Spec, grid: dict[str, int], arrays: dict[str, Array], ou
 
 def drain(steps, *done) -> None:
     """Waits for the last arrivals at rings of barriers that were not waited for while filling: who waits on a barrier
-    must
-    see each of its phases."""
+    must see each of its phases."""
     slots = done[0].shape[0]
 
     def wait(step, _):

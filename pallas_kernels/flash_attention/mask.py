@@ -22,8 +22,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of tiles: no pair is seen, some may be, 
 @dataclass(frozen=True)
 class Strided:
     """The strided block-sparse pattern (Child et al. 2019): a query sees keys whose block of `size` positions is less
-    than
-    `local` blocks away, and those in every `stride`-th block (index % stride == stride - 1)."""
+    than `local` blocks away, and those in every `stride`-th block (index % stride == stride - 1)."""
 
     size: int
     local: int

@@ -126,8 +126,7 @@ def _check_list(spec: Spec, q, k, v, extra: Extra, backward: bool) -> None:
     if words > MOST_WORDS:
         raise ValueError(
             f"a list of {words} tiles of {cut.q} x {cut.k} for a row of the batch: at most {MOST_WORDS} fit in the "
-            f"scalar "
-            "memory; give larger tiles, or blocks that are shared by the heads"
+            "scalar memory; give larger tiles, or blocks that are shared by the heads"
         )
 
 

@@ -177,8 +177,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
     """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N,
     T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments,
-    q_positions
-    [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
+    q_positions [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, H = arrays["q"].shape[2:]
     S, V = arrays["v"].shape[2:]

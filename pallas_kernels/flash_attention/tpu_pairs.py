@@ -67,9 +67,8 @@ def pairs(
     """Every major tile has at least one entry, of kind EMPTY where it sees nothing, so that its result is written. A
     NumPy list, exactly as long as there are tiles to do, when the mask is static; else as long as the static part of
     the mask allows, where surplus entries repeat the last tiles, are EMPTY and neither first nor last. `group`: query
-    heads a
-    key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the key/value
-    heads."""
+    heads a key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the
+    key/value heads."""
     kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)  # [R, N|1, I, J]
     most = length(mask, data, T, S, tile_q, tile_k, backward, group if kinds.shape[1] > 1 else 1)
     shifts, only_shifts = _shifts(mask, data, kinds, tile_q, tile_k)
@@ -145,8 +144,7 @@ def length(mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int,
 
 def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tuple[tuple[int, ...], bool]:
     """What decides which pairs of a tile causal and window hide is q slot - k slot of its first pair. Where that takes
-    one
-    or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is
+    one or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is
     hidden."""
     if not isinstance(data.offset, int) or data.prefix_BS is not None or not (mask.causal or mask.window):
         return (), False
@@ -164,8 +162,8 @@ def steps(
     mask: Mask, shift: int | None, tile_q: int, tile_k: int, sub_q: int, sub_k: int, edge: int
 ) -> tuple[tuple[int, int, int, int], ...]:
     """The pieces (q from, q to, k from, k to) in which a tile is done, keys after keys. With `shift` (see
-    `Pairs.shifts`) in
-    rows of `edge` queries, of which each leaves out the keys that causal and window hide from all of them."""
+    `Pairs.shifts`) in rows of `edge` queries, of which each leaves out the keys that causal and window hide from all of
+    them."""
     if shift is None:
         return tuple(
             (q, min(q + sub_q, tile_q), k, min(k + sub_k, tile_k))

@@ -60,8 +60,7 @@ def up(n: int, multiple: int = LANES) -> int:
 
 def forward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_ints: int, k_ints: int) -> Cut:
     """Tiles of the forward kernel. `bytes_each`: of an element of q, k and v; `q_ints`, `k_ints`: int32 arrays beside
-    the
-    queries and the keys. Raises ValueError where no tile fits."""
+    the queries and the keys. Raises ValueError where no tile fits."""
     device = generation()
     wide = device.mxu > LANES
     width = 2 * LANES if wide and up(V) % (2 * LANES) else up(V)

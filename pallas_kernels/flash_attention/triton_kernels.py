@@ -214,8 +214,7 @@ def _sweep(p: Plan, walk, n, step, carry):
 
 def _logits(p: Plan, refs, b, n):
     """A function that turns products q.k into (x, unit, slope): the logits in base 2 are x * unit, those of unseen
-    pairs
-    about UNSEEN; slope is d logit / d (scale * q.k)."""
+    pairs about UNSEEN; slope is d logit / d (scale * q.k)."""
     spec, offset = p.spec, refs["offset"][0] if p.offset is None else p.offset
     alibi = refs["alibi"][n] * LOG2E if "alibi" in refs else None
 
@@ -281,8 +280,7 @@ def _product(p: Plan, a: tuple, b: tuple):
 
 def _dot(p: Plan, a, b, axis: int = 0):
     """A matrix product summed in float32; `axis`: the one of b that is summed over. float32 takes three passes of TF32
-    on the
-    tensor cores, which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
+    on the tensor cores, which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(
         a, b, (((1,), (axis,)), ((), ())), precision=three if a.dtype == jnp.float32 else None,

@@ -39,9 +39,8 @@ class Size:
 
 def cases(platform: str, quick: bool) -> Iterator[Size]:
     """Mixtral's experts, and fine-grained ones; then E = 8 to 256, in each row of sizes of equal FLOPs: with as many
-    rows, as where only the number
-    of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut finer (Dai et al. 2024,
-    DeepSeekMoE)."""
+    rows, as where only the number of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut
+    finer (Dai et al. 2024, DeepSeekMoE)."""
     small = platform == "cpu"
     if small:
         yield Size("8 experts, 2 of each token", 4096, 8, 128, 256)
@@ -122,8 +121,7 @@ def _by(matmul: Callable, x, up, down, sizes):
 
 def _batched(most: int, x, up, down, sizes):
     """Experts as a batch of equal runs of `most` rows, gathered and given back by gathers: what a capacity without
-    drops
-    would need to know beforehand."""
+    drops would need to know beforehand."""
     starts = jnp.cumsum(sizes) - sizes
     index = jnp.minimum(starts[:, None] + jnp.arange(most), x.shape[0] - 1)
     h = jnp.einsum("epd,edgf->epgf", x[index], up)

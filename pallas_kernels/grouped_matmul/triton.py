@@ -117,8 +117,7 @@ def _call(
 
 def visits(sizes_E: Array, M: int, tile: int) -> Array:
     """int32 [V, 3]: (group, first row, row after the last) of each tile of rows, in order; first the groups', then, as
-    group
-    E, those of the rows after the last group, then empty ones. V is the most that any sizes can ask for."""
+    group E, those of the rows after the last group, then empty ones. V is the most that any sizes can ask for."""
     E = sizes_E.shape[0]
     ends_X = jnp.append(jnp.minimum(jnp.cumsum(sizes_E), M), M).astype(jnp.int32)  # of E groups and of what is left
     starts_X = jnp.pad(ends_X[:-1], (1, 0))

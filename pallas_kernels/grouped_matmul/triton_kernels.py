@@ -90,8 +90,7 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, products_ref=None) -> None:
 
 def weights_gradient(p: Plan, refs: dict[str, Any], out_ref) -> None:
     """One tile of one group's lhs^T dout, [K, N], over all of its rows; zeros of an empty group. p.k and p.n are the
-    tile, p.m
-    the rows of a step."""
+    tile, p.m the rows of a step."""
     group = pl.program_id(1)
     k_tile, n_tile = band(pl.program_id(0), pl.cdiv(p.K, p.k), pl.cdiv(p.N, p.n))
     start, end = refs["bounds"][group], refs["bounds"][group + 1]
@@ -149,8 +148,7 @@ def _load(at, mask):
 
 def _dot(p: Plan, a, b, a_axis: int, b_axis: int):
     """A matrix product summed in float32 over an axis of each. float32 takes three passes of TF32 on the tensor cores,
-    which
-    err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
+    which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=three if a.dtype == jnp.float32 else None,

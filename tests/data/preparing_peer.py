@@ -7,8 +7,8 @@ SCENARIO: interrupt | interrupt waiting | slow | limit=BYTES | keep=BYTES
 The processes share the folder STORE as their store of keys. CONFIG is a pickled DataConfig. With `interrupt` the
 process gets Ctrl-C when it first opens a file of the corpus, with `interrupt waiting` when it waits for the others to
 prepare. With `slow` it takes its time for every file. With `limit` no file can grow beyond BYTES. With `keep` it keeps
-BYTES of text in memory.
-The last line of the output is JSON: how often each file of the corpus was opened, and the identity or the error.
+BYTES of text in memory. The last line of the output is JSON: how often each file of the corpus was opened, and the
+identity or the error.
 """
 
 import collections

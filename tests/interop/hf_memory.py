@@ -1,6 +1,5 @@
 """Memory of loading a published model, measured in a process of its own: `python -m tests.interop.hf_memory FOLDER
-DTYPE DEVICES`
-prints one JSON line. The test beside it makes the folder and holds the figures to the promise."""
+DTYPE DEVICES` prints one JSON line. The test beside it makes the folder and holds the figures to the promise."""
 
 import json
 import os

@@ -61,8 +61,7 @@ def test_bits_are_those_of_transformers():
 
 def test_every_number_and_scale_is_the_formula():
     """Of OCP Microscaling Formats 1.0: bits s e e m are (-1)^s 2^(e - 1) (1 + m / 2), or (-1)^s m / 2 where e is 0; in
-    more rows than
-    are looked up at once."""
+    more rows than are looked up at once."""
     rows = 1100
     random = np.random.RandomState(1)
     blocks, scales = (

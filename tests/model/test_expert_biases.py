@@ -40,8 +40,7 @@ def config_of(kind: str = "swiglu", **changes) -> ModelConfig:
 @cache
 def inputs(kind: str = "swiglu", bounded: bool = False) -> tuple[np.ndarray, ...]:
     """x, indices, weights, up, down, their biases and the gradient of y. A tenth of the choices goes nowhere, and no
-    token goes to the
-    last expert but one. Hidden values beyond 7 are common."""
+    token goes to the last expert but one. Hidden values beyond 7 are common."""
     rng = np.random.default_rng(0)
     x, weights, up, down, up_bias, down_bias, dy = (
         rng.standard_normal(s).astype(np.float32)

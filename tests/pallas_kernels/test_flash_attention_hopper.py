@@ -56,8 +56,7 @@ def arrays(case, seed=0):
 
 def run(case, implementation, gradient, tiles=None, seed=0):
     """{out, lse} or {dq, dk, dv, dsinks} as float32 NumPy, where `out` and `lse` both have a cotangent; the reference
-    in
-    float32 on the same 16-bit inputs."""
+    in float32 on the same 16-bit inputs."""
     (q, k, v), kwargs = arrays(case, seed)
     if implementation == "reference":
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -26,8 +26,7 @@ FOLDER = Path(__file__).parent / "families"
 @dataclass(frozen=True, eq=False)
 class Family:
     """`config` is config.json; `gradients`: the reference has those of every tensor. Each of `wrong` changes fields of
-    our
-    config (by dotted name) to what must not go unseen; the first of them are tried in every run, the others in slow
+    our config (by dotted name) to what must not go unseen; the first of them are tried in every run, the others in slow
     ones."""
 
     name: str

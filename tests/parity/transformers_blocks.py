@@ -90,8 +90,7 @@ def reference(case: Case) -> dict[str, np.ndarray]:
 
 def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by
-    the
-    logits."""
+    the logits."""
     if case.moe.weights.startswith("sigmoid"):
         return {}
     logits = logits.clone().requires_grad_()

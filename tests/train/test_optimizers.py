@@ -248,8 +248,7 @@ def test_every_weight_is_a_matrix_or_a_vector_by_its_role(full):
 @pytest.mark.slow
 def test_coordinate_check():
     """Yang et al. 2022, sec. D.1: after a few Adam steps the change of the activations does not grow with the width
-    under muP;
-    without it, it does."""
+    under muP; without it, it does."""
     batch = whole_rows(0, 8, 17, 64)
 
     def change(width: int, mup: bool) -> float:
