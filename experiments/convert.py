@@ -195,13 +195,20 @@ def copy_import(run: RunFolder, path: Path) -> None:
     """A copy of an imported run at `path`, to be trained while that one stays as it is; one that is there already
     stays."""
     if not imported_from(run):
-        raise RunFolderError(f"{run.path} is not an imported run; without --run it goes on in its own folder")
+        raise RunFolderError(
+            f"{run.path} is not an imported run, whose copies can be trained on; to start a new run from its "
+            f"weights, export it and import that: python -m experiments export {run.path.name} --to FOLDER, then "
+            "python -m experiments import FOLDER --name NAME"
+        )
     if path.exists():
         if imported_from(RunFolder(path)) == imported_from(run):
             return
         raise RunFolderError(f"{path} exists already and is no copy of {run.path}; choose another name with --run")
     if not untouched_import(run):
-        raise RunFolderError(f"{run.path} was trained further; without --run it goes on in its own folder")
+        raise RunFolderError(
+            f"{run.path} was trained further, so that a copy would not start from the published weights; continue it "
+            "without --run, or import the model again"
+        )
     with staged(path) as partial:
         shutil.copytree(
             run.path, partial, ignore=shutil.ignore_patterns(run.lock.name, run.wandb_id.name), dirs_exist_ok=True

@@ -81,7 +81,7 @@ def run_experiment(
 def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
     """Saves the tokenizer in the run's folder, never over another one that its weights may need. Raises ConfigError."""
     with contextlib.suppress(DataError):  # there is none, or it is damaged
-        if load_tokenizer(run.tokenizer).identity != tokenizer.identity:
+        if run.begun and load_tokenizer(run.tokenizer).identity != tokenizer.identity:
             raise ConfigError(
                 f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave "
                 "data.tokenizer and the text it is learned from as they were, or start a new run with --run NEWNAME"

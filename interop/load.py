@@ -20,12 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from interop.pieces import Piece
-from interop.slabs import Box, Slab, check_cover, elements, off_mesh, slabs
+from interop.slabs import Box, Slab, check_cover, elements, slabs
 from model.config import ModelConfig, layer_specs
 from model.cost import abstract_model
 from model.transformer import Transformer
 from model.weights import named_weights
-from sharding.mesh import concrete_shardings, use_mesh
+from sharding.mesh import concrete_shardings, off_mesh, use_mesh
 from sharding.rules import ShardingRules
 
 SLAB_BYTES = 8 << 20  # of a tensor, as converted, that is on its way at once

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 from interop.pieces import Piece
+from sharding.mesh import off_mesh
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # first and last + 1 along each dimension of a weight
 
@@ -130,11 +130,6 @@ def _part(data: jax.Array, offset: tuple[int, ...], size: tuple[int, ...], on_ho
         return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
     with off_mesh():
         return np.asarray(_cut(data, np.asarray(offset, np.int32), size))
-
-
-def off_mesh() -> AbstractContextManager:
-    """Context in which an array of one device can be computed with, whichever mesh is the current one."""
-    return jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
 
 
 @partial(jax.jit, static_argnums=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -75,6 +75,11 @@ def use_mesh(mesh: Mesh | None):
     if mesh is None:
         return nullcontext()
     return jax.set_mesh(mesh) if _here(mesh) else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def off_mesh() -> AbstractContextManager:
+    """Context in which an array of one device can be computed with, whichever mesh is the current one."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def _here(mesh: Mesh) -> bool:

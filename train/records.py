@@ -58,7 +58,7 @@ def open_run(
     another config, only fields that `may_differ` (a predicate on dotted names) admits may have changed, unless
     `override` accepts the new one. `notice` receives what was taken over or accepted, and a warning where metrics are
     recorded but no checkpoint is left. Raises RunFolderError when the folder cannot be written, is in use by a live
-    job, or belongs to another config.
+    job, or belongs to another config. A folder in which nothing was trained takes any config.
     """
     run = RunFolder(path)
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,7 @@ def _accept_config(
     override: bool,
     notice: Callable[[str], None],
 ) -> None:
-    if run.config.exists():
+    if run.config.exists() and run.begun:
         try:
             changes = config_io.diff(config_io.load_json(type(config), run.config), config)
         except config_io.ConfigError as error:

@@ -54,7 +54,8 @@ class Rows:
         self.flops_per_token = train_flops_per_token(experiment.model, experiment.data.sequence_length)
         peak, source = peak_flops(jax.local_devices()[0])
         devices = jax.device_count()
-        self.convention = f"FLOPs {CONVENTION}; of the {source}" + (f" on {devices} devices" if devices > 1 else "")
+        many = devices > 1 and jax.default_backend() != "cpu"  # a CPU's peak is of the whole machine already
+        self.convention = f"FLOPs {CONVENTION}; of the {source}" + (f" on {devices} devices" if many else "")
         if experiment.train.trainable_layers is not None:
             peak = None  # the convention counts a backward pass through every layer
         self.peak_known = peak is not None

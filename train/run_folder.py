@@ -57,6 +57,11 @@ class RunFolder:
     lock = property(lambda self: self.path / ".lock")
 
     @property
+    def begun(self) -> bool:
+        """Whether the run has metrics or a checkpoint: before that, nothing depends on its config."""
+        return self.metrics.exists() or bool(committed_steps(self.checkpoints))
+
+    @property
     def finished(self) -> bool:
         """Whether the run has its `final` row, was not resumed after it, and has the checkpoint of that step."""
         if not self.metrics.exists():

@@ -83,9 +83,25 @@ def test_a_live_job_keeps_its_folder_and_a_killed_one_gives_it_up(tmp_path):
     assert len(notices) == 1 and f"process {job.pid} on " in notices[0] and "dead on this host" in notices[0]
 
 
-def test_another_config_is_refused_with_its_difference_unless_accepted(tmp_path):
+def test_a_folder_in_which_nothing_was_trained_takes_another_config(tmp_path):
+    """A start that was refused later, for a wrong path say, does not claim the name."""
     with open_run(tmp_path, Config()):
         pass
+    with open_run(tmp_path, Config(rate=0.2)) as run:
+        assert not run.begun and load_json(Config, run.config) == Config(rate=0.2)
+        begin(run)
+    with pytest.raises(RunFolderError, match="belongs to another config"):
+        open_run(tmp_path, Config()).__enter__()
+
+
+def begin(run):
+    with MetricsWriter(run) as metrics:
+        metrics.write({"kind": "event", "step": 0, "event": "started"})
+
+
+def test_another_config_is_refused_with_its_difference_unless_accepted(tmp_path):
+    with open_run(tmp_path, Config()) as run:
+        begin(run)
     with pytest.raises(RunFolderError, match=r"rate: 0\.1 -> 0\.2.*--run NEWNAME.*--override"):
         open_run(tmp_path, Config(steps=11, rate=0.2), may_differ={"steps"}.__contains__).__enter__()
     assert load_json(Config, tmp_path / "config.json") == Config()
