@@ -80,7 +80,7 @@ def resolve_from(
 ) -> Experiment:
     """Do what `resolve` does for an experiment that is not a named one, such as that of a run folder. Without
     `training`, for evaluation and sampling, nothing is refused that only a training run needs."""
-    experiment = fill_vocabulary(apply_overrides(experiment, overrides))
+    experiment = _find_teacher(fill_vocabulary(apply_overrides(experiment, overrides)))
     if device_count is None:
         import jax
 
@@ -90,6 +90,14 @@ def resolve_from(
         refuse_what_cannot_fit(experiment, device_count, memory(), training=training)
     _refuse_kernels_of_other_platforms(experiment, platform)
     return experiment
+
+
+def _find_teacher(experiment: Experiment) -> Experiment:
+    """Return the experiment with the teacher as the path of a run's folder; a name stands for a run below runs/."""
+    train = experiment.train
+    if not train.teacher or train.objective != "distillation":
+        return experiment
+    return replace(experiment, train=replace(train, teacher=str(find_run(train.teacher).path)))
 
 
 def _refuse_kernels_of_other_platforms(experiment: Experiment, platform: str | None) -> None:

@@ -151,6 +151,10 @@ def imported_from(run: RunFolder) -> str | None:
     return next((row["imported_from"] for row in rows if "imported_from" in row), None)
 
 
+class _StoppedError(Exception):
+    """A signal asked for the end of the final evaluation."""
+
+
 def finish(
     program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None], stop: StopSignal
 ) -> bool:

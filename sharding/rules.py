@@ -14,6 +14,8 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
@@ -132,4 +134,4 @@ def activation_spec(rules: ShardingRules, *axes: str | None) -> P | None:
 
 def reshard(x: jax.Array | np.ndarray, rules: ShardingRules, *axes: str | None) -> jax.Array:
     """`x` laid out as an activation of logical `axes`. For a weight: gathered over the axes it is only stored on."""
-    return x if no_mesh() else jax.sharding.reshard(x, rules.spec("activations", axes))
+    return jnp.asarray(x) if no_mesh() else jax.sharding.reshard(x, rules.spec("activations", axes))

@@ -28,6 +28,7 @@ from jaxtyping import Array
 from pallas_kernels.decode_attention.spec import (
     MASKED,
     Cache,
+    Shaped,
     Spec,
     block_range,
     compute_dtype,
