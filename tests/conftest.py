@@ -3,6 +3,7 @@ runs, and annotations that are checked."""
 
 import gc
 import os
+import signal
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # garbage for every 50,000 new objects, not 700. Together a tenth of the CPU time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 gc.set_threshold(50_000, 50, 100)
+
+# Where tests run in the background of a shell, Ctrl-C is ignored, here and in every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 checked.install()
 closeness.log_margins()

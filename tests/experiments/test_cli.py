@@ -145,11 +145,11 @@ def test_resume_and_run_together(capsys):
 def test_a_run_folder_of_another_config(capsys, tmp_path):
     """Left unfinished by a process that died."""
     from experiments.resolve import resolve
-    from train.records import open_run
+    from train.records import MetricsWriter, open_run
 
     pairs = tiny_overrides(tmp_path)[1::2]
-    with open_run(tmp_path / "runs" / "mine", resolve("smoke", pairs, 8)):
-        pass
+    with open_run(tmp_path / "runs" / "mine", resolve("smoke", pairs, 8)) as run, MetricsWriter(run) as metrics:
+        metrics.write({"kind": "event", "step": 0, "event": "started"})
     message = refusal(capsys, "train", "smoke", "--run", "mine", *settings(*pairs, "train.seed=3"))
     assert "train.seed: 0 -> 3" in message and "--run NEWNAME" in message and "--override" in message
 
