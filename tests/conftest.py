@@ -44,3 +44,15 @@ def _unchecked(request):
     """Tests marked `unchecked` give values that annotations exclude, to see the error that users see."""
     with checked.unchecked() if request.node.get_closest_marker("unchecked") else nullcontext():
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """With `--xla_cpu_max_isa=SSE4_2` jaxlib lacks the function that converts 16-bit and 8-bit floats there
+    (INTERNAL: Failed to materialize symbols): tests that need it are skipped by name."""
+    report = yield
+    if call.excinfo is not None and "--xla_cpu_max_isa=SSE4_2" in os.environ["XLA_FLAGS"]:
+        if "Failed to materialize symbols" in str(call.excinfo.value):
+            report.outcome, why = "skipped", "Skipped: jaxlib cannot convert small floats for SSE4.2"
+            report.longrepr = (str(item.path), item.location[1], why)
+    return report
