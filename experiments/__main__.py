@@ -2,8 +2,8 @@
 report.
 
 Exit codes: 0 done, or a run that is finished; 1 the user must change something, which one paragraph on stderr names; 2
-the arguments cannot be parsed; 75 the watchdog found a hanging step; 130 and 143 stopped by Ctrl-C or SIGTERM, after
-which the same command continues.
+the arguments cannot be parsed; 75 a step hangs or another process is lost; 130 and 143 stopped by Ctrl-C or SIGTERM,
+after which the same command continues.
 """
 
 from __future__ import annotations
