@@ -12,6 +12,12 @@ class FakeBucket(MemoryFileSystem):
     protocol = ("gs", "gcs")
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
+    failures: ClassVar[list[Exception]] = []  # raised by the next writes, one each
+
+    def _open(self, path, mode="rb", **options):
+        if "w" in mode and self.failures:
+            raise self.failures.pop(0)
+        return super()._open(path, mode, **options)
 
     @classmethod
     def _strip_protocol(cls, path):

@@ -63,14 +63,21 @@ def hold_lease(
     """
     timing = timing or LeaseTiming()
     file, me = _LockFile(run.lock), _describe_process()
-    _take(run, file, me, notice, timing)
+    try:
+        _take(run, file, me, notice, timing)
+    except (RunFolderError, OSError):
+        raise
+    except Exception as error:  # a bucket's client has exceptions of its own
+        raise OSError(f"{run.lock}: {error}") from error
     done = threading.Event()
 
     def beat() -> None:
         for count in range(1, sys.maxsize):
             if done.wait(timing.heartbeat):
                 return
-            with contextlib.suppress(OSError):  # a network that fails now may work at the next heartbeat
+            # Whatever a disk or a bucket's client raises now, the next heartbeat may succeed: were this thread to end,
+            # another job would take the run over while this one writes.
+            with contextlib.suppress(Exception):
                 holder = file.renew(me, count)
                 if holder is not None:
                     on_lost(
@@ -86,7 +93,7 @@ def hold_lease(
     finally:
         done.set()
         thread.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # not released, the lease ends by itself
             file.release(me)
 
 

@@ -1,5 +1,6 @@
 """The lease on a run folder: a live holder is never robbed, a dead one never locks anybody out."""
 
+import itertools
 import json
 import os
 import threading
@@ -7,7 +8,8 @@ import time
 
 import pytest
 
-from tests.fake_bucket import use_fake_bucket
+from data.paths import is_local
+from tests.fake_bucket import FakeBucket, use_fake_bucket
 from train.lease import LeaseTiming, hold_lease
 from train.run_folder import RunFolder, RunFolderError
 
@@ -31,6 +33,17 @@ def take(run, timing=QUICK):
         assert record["pid"] == os.getpid()
     assert run.lock.read_bytes().strip() == b""
     return notices
+
+
+def replace_record(run, record) -> None:
+    """Write a record over another as a job does, whole: a heartbeat in between must not find half of each."""
+    content = json.dumps(record).encode().ljust(511) + b"\n"
+    if is_local(run.lock):
+        descriptor = os.open(run.lock, os.O_RDWR)
+        os.pwrite(descriptor, content, 0)
+        os.close(descriptor)
+    else:
+        run.lock.write_bytes(content)
 
 
 def record_of(run) -> dict:
@@ -78,12 +91,43 @@ def test_a_silent_holder_elsewhere_or_one_that_cannot_be_read_is_taken_over_afte
 def test_a_live_holder_elsewhere_is_refused_as_soon_as_its_heart_beats(run):
     record = record_of(run) | {"host": "elsewhere"}
     run.lock.write_text(json.dumps(record))
-    timer = threading.Timer(0.1, lambda: run.lock.write_text(json.dumps(record | {"beat": 1})))
-    timer.start()
-    with pytest.raises(RunFolderError, match=r"on elsewhere .*which is alive"):
-        take(run, PATIENT)
-    timer.join()
-    assert json.loads(run.lock.read_bytes())["beat"] == 1
+    refused = threading.Event()
+
+    def beat():
+        for count in itertools.count(1):
+            if refused.wait(0.1):
+                return
+            run.lock.write_text(json.dumps(record | {"beat": count}))
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(RunFolderError, match=r"on elsewhere .*which is alive"):
+            take(run, PATIENT)
+    finally:
+        refused.set()
+        heart.join()
+    assert json.loads(run.lock.read_bytes())["host"] == "elsewhere"
+
+
+def test_a_heart_that_fails_in_any_way_beats_again(tmp_path):
+    """A client of a bucket raises classes of its own, which are no OSError."""
+
+    class HttpError(Exception):
+        pass
+
+    use_fake_bucket()
+    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    with hold_lease(run, print, timing=QUICK):
+        FakeBucket.failures[:] = [HttpError("503"), HttpError("503")]
+        deadline = time.monotonic() + 10
+        while FakeBucket.failures and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not FakeBucket.failures, "the thread went on after the first failure"
+    FakeBucket.failures[:] = [HttpError("503")]
+    with pytest.raises(OSError, match="503"):
+        hold_lease(run, print, timing=QUICK).__enter__()
+    FakeBucket.failures.clear()
 
 
 def test_a_holder_of_older_code_sends_no_heartbeat_and_is_not_taken_over(run):
@@ -101,7 +145,7 @@ def test_the_heart_beats_and_survives_the_deletion_of_the_file(run):
             beats.add(json.loads(run.lock.read_bytes())["beat"])
             time.sleep(0.02)
         run.lock.unlink()
-        while not run.lock.exists() and time.monotonic() < deadline:
+        while not (run.lock.exists() and run.lock.read_bytes().strip()) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert len(beats) >= 3 and json.loads(run.lock.read_bytes())["pid"] == os.getpid()
 
@@ -110,7 +154,7 @@ def test_a_holder_that_slept_through_its_lease_learns_it_and_leaves_the_new_one_
     lost: list[str] = []
     with hold_lease(run, print, timing=QUICK, on_lost=lost.append):
         other = json.loads(run.lock.read_bytes()) | {"id": "another", "host": "elsewhere"}
-        run.lock.write_text(json.dumps(other))
+        replace_record(run, other)
         deadline = time.monotonic() + 10
         while not lost and time.monotonic() < deadline:
             time.sleep(0.02)
