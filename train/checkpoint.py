@@ -165,14 +165,19 @@ class Checkpointer:
             "leaves": {name: signature(leaf) | {"checksum": sums[name]} for name, leaf in leaves.items()},
         }
         body = json.loads(json.dumps(body))  # what cannot be JSON must fail here, not in the thread
+        error = None
         try:
             if process_zero():
                 self._folder.clear_for(step)
             # Orbax refuses arrays without elements; their shape in commit.json is all there is to know.
             filled = {name: leaf for name, leaf in stored.items() if leaf.size}
             self._writer.save(self._folder.staging_path(step), args=ocp.args.PyTreeSave(filled), force=True)
-        except Exception as error:
-            self._abandon_save(step, error)
+        except Exception as caught:
+            error = caught
+        if not all_agree(
+            error is None
+        ):  # a save that one process cannot start is none for all, and `wait` is not asked
+            self._abandon_save(step, error or RuntimeError("another process could not start it"))
             return False
         errors: list[Exception] = []
         thread = threading.Thread(target=self._finish, args=(step, body, errors), name="checkpoint-commit")

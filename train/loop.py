@@ -82,7 +82,7 @@ class Trainer:
                 behind = self.step - self._read_step
                 self._saver.save(self.state._replace(step=self.state.step - behind), self._read_step, wait=True)
             raise
-        self._saver.require(self.step, self._written)
+        self._saver.require(self.state, self.step, self._written)
         finished = self.step >= steps
         for hook in self._hooks:
             hook.on_stop(self, finished)

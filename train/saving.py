@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from data.pipeline import TrainBatches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
 from train.checkpoint import Checkpointer, CheckpointError
+from train.checkpoint_reader import process_zero
 from train.frozen import keep_frozen
 from train.hooks import Recorder
 from train.program import Program, load_weights, restore, with_teacher
@@ -104,12 +106,18 @@ class Saver:
         self._resting()
         return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)
 
-    def require(self, step: int, written: bool) -> None:
-        """Raise CheckpointError unless `step` is on disk: a run whose last weights are lost is not finished."""
-        steps = self._checkpoints.steps()
-        if not written or step not in steps:
-            last = f"step {steps[-1]} is the last good one" if steps else "no step was saved"
-            raise CheckpointError(
-                f"the checkpoint of step {step} was not written, and its weights are lost; {last}. Free the disk and "
-                "start the same command again: it continues from there"
-            )
+    def require(self, state: TrainState, step: int, written: bool) -> None:
+        """Raise CheckpointError unless `state` is on disk as `step` and reads back whole: a run whose last weights are
+        lost is not finished. `written`: what `save` returned, the same on every process."""
+        self._resting()
+        if written:
+            return self._checkpoints.verify(step, state._replace(frozen=None))
+        last = ""
+        if process_zero():  # which alone lists the folder
+            with contextlib.suppress(Exception):  # the reason that the save failed may be that the folder is gone
+                steps = self._checkpoints.steps()
+                last = f"; step {steps[-1]} is the last good one" if steps else "; no step was saved"
+        raise CheckpointError(
+            f"the checkpoint of step {step} was not written, and its weights are lost{last}. Free the disk and start "
+            "the same command again: it continues from there"
+        )

@@ -22,7 +22,7 @@ from tests.data.conftest import byte_config, write_corpus
 from tests.train.small_runs import StopAt, bits, experiment, run, train_rows, with_train
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config_io import save_json
-from train.hooks import NonfiniteError
+from train.hooks import Hook, NonfiniteError
 from train.objectives import Objective, make_objective
 from train.optimizers import schedule
 from train.program import build, restore
@@ -222,6 +222,23 @@ def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(programs, prepared,
         run(programs["stop"], prepared, tmp_path, checkpoints=checkpointer(tmp_path, warnings, free), stop=stop)
     lost, last = (4, "no step was saved") if when else (12, "step 10 is the last good one")
     assert f"checkpoint of step {lost} was not written" in str(error.value) and last in str(error.value)
+    resumed = run(programs["stop"], prepared, tmp_path)
+    assert resumed.finished and bits(resumed.state) == bits(undisturbed[1].state)
+
+
+def test_a_run_whose_last_checkpoint_does_not_read_back_is_not_finished(programs, prepared, undisturbed, tmp_path):
+    """A save may report success and the disk hold something else; the same command ends as the undisturbed."""
+
+    class Damage(Hook):
+        def on_save(self, trainer, step, written):
+            if step == 12:
+                file = max((tmp_path / "checkpoints" / "12").rglob("d/*"), key=lambda path: path.stat().st_size)
+                content = bytearray(file.read_bytes())
+                content[len(content) // 2] ^= 1
+                file.write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"step 12 of .* is not whole"):
+        run(programs["stop"], prepared, tmp_path, hooks=[Damage()])
     resumed = run(programs["stop"], prepared, tmp_path)
     assert resumed.finished and bits(resumed.state) == bits(undisturbed[1].state)
 
