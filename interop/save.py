@@ -149,12 +149,13 @@ def _sync(f: IO[bytes]) -> None:
 
 @contextmanager
 def _writable(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to write `size` bytes in that becomes `folder`. Raises ModelFilesError where it is taken, or the disk
-    full."""
+    """Yield a folder to write `size` bytes in that becomes `folder`, or `folder` itself where it exists and is empty: a
+    caller may hold it as the staging folder of more files. Raises ModelFilesError where it is taken, or the disk full.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelFilesError(f"{folder}: exists already and is not empty; choose another folder, or delete it")
     try:
-        with staged(folder) as staging:
+        with _emptied(folder) if folder.exists() else staged(folder) as staging:
             if shutil.disk_usage(staging).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             yield staging
@@ -165,6 +166,17 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
                 "smaller dtype or another disk. Nothing was kept"
             ) from error
         raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, and empty it again if writing fails."""
+    try:
+        yield folder
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

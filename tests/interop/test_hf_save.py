@@ -191,6 +191,27 @@ def test_a_folder_that_a_living_process_writes_is_no_leftover(tmp_path):
     assert (tmp_path / "out" / "x").read_text() == "1" and told == []
 
 
+def test_weights_saved_in_a_held_folder_leave_it_held(tmp_path, published, model):
+    """The command line adds a tokenizer and verifies; another export of the same name begins meanwhile."""
+    logged: list[str] = []
+    with staged(tmp_path / "out", logged.append) as first:
+        save_published(model, published.config, first)
+        with staged(tmp_path / "out", logged.append):
+            assert (first / "config.json").exists()
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists() and logged == []
+
+
+def test_an_empty_folder_is_written_in_and_emptied_again(tmp_path, published, model):
+    def stop(piece, size):
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        save_published(model, published.config, tmp_path / "out", progress=stop)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_killed_process_lets_go_of_its_folder(tmp_path):
     code = "import sys; from pathlib import Path; from interop.save import _held_folder; import os, signal\n"
     code += "_held_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
