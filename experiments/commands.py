@@ -283,7 +283,9 @@ def upcycle_command(args: argparse.Namespace) -> int:
     run = find_run(args.subject)
     dense = load_experiment(run)
     experiment = _checked(lambda: with_experts(dense, args.overrides))
-    upcycle_run(run, dense, experiment, new_local_run_path(args.run), overrides=args.overrides, step=args.step)
+    path = new_local_run_path(args.run)
+    with _written(path):
+        upcycle_run(run, dense, experiment, path, overrides=args.overrides, step=args.step)
     return 0
 
 

@@ -37,6 +37,7 @@ from train.progress import duration
 from train.records import (
     MetricsWriter,
     RunFolder,
+    RunFolderError,
     describe_environment,
     open_run,
     read_metrics,
@@ -61,13 +62,14 @@ def run_experiment(
     """
     started = time.monotonic()
     with _shared_run(path, experiment, overrides, override, say) as run:
-        if run.finished and run.report.exists() and read_metrics(run.metrics)[-1]["step"] >= experiment.train.steps:
+        if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
             say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
         prepared = prepare_data(experiment, say)
         if jax.process_index() == 0:
-            write_environment(run, describe_environment())
-            _keep_tokenizer(run, prepared.tokenizer)
+            with _written(run):
+                write_environment(run, describe_environment())
+                _keep_tokenizer(run, prepared.tokenizer)
         program = build(experiment)
         with StopSignal() as stop:
             trained = train(program, prepared, run, log=say, stop=stop)
@@ -76,6 +78,18 @@ def run_experiment(
             report = write_report(run.path)
             say(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return finished
+
+
+@contextlib.contextmanager
+def _written(run: RunFolder) -> Iterator[None]:
+    """Turn an OSError of a file of the run into a RunFolderError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"run folder {run.path} cannot be written ({error}); free the disk or fix the permissions, then start the "
+            "same command again: it continues from the last checkpoint"
+        ) from error
 
 
 def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
@@ -169,7 +183,7 @@ def finish(
         if stop.agreed(next(asked)):
             raise _StoppedError
 
-    with MetricsWriter(run, process_index=jax.process_index()) as metrics:
+    with _written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
         try:
             results = evaluate_all(program, trained.model, prepared, full=True, between=poll)
         except _StoppedError:

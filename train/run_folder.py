@@ -64,10 +64,15 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has its `final` row, was not resumed after it, and has the checkpoint of that step."""
+        return self.finished_step is not None
+
+    @property
+    def finished_step(self) -> int | None:
+        """The step at which the run is `finished`, else None."""
         if not self.metrics.exists():
-            return False
-        final = next((row for row in read_metrics(self.metrics) if row["kind"] == "final"), None)
-        return final is not None and (self.checkpoints / f"{final.get('step')}" / COMMIT_FILE).exists()
+            return None
+        step = next((row.get("step") for row in read_metrics(self.metrics) if row["kind"] == "final"), None)
+        return step if type(step) is int and (self.checkpoints / str(step) / COMMIT_FILE).exists() else None
 
     def recorded_without_checkpoint(self) -> int | None:
         """Return the last train step in the metrics if there is no checkpoint at all; None where all is well."""

@@ -17,7 +17,7 @@ from sharding.mesh import use_mesh
 from tests.experiments.command_line import final_row, tiny_overrides, write_folder
 from train.checkpoint import Checkpointer
 from train.program import build
-from train.records import open_run, read_metrics
+from train.records import RunFolder, RunFolderError, open_run, read_metrics
 from train.signals import StopSignal
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +75,30 @@ def test_a_run_of_eight_devices_is_sampled_and_evaluated_on_one(place):
         )
         assert done.returncode == 0, done.stderr
         assert "does not fit 1 devices; using one device" in done.stdout
+
+
+def test_a_file_of_the_run_that_cannot_be_written_ends_it_with_a_sentence(place):
+    """At its start and at its end; a directory in the file's place stands for a full disk."""
+    experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
+    folder = place / "run"
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if "evaluating on all held-out files" in text and len(lines) < 20:
+            (folder / "samples.jsonl").mkdir()
+
+    start = lambda: run_experiment(experiment, folder, overrides=[], override=False, say=say)
+    (folder / "environment.json").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"run folder .* cannot be written .*start the same command again"):
+        start()
+    (folder / "environment.json").rmdir()
+    with pytest.raises(RunFolderError, match=r"cannot be written .*samples\.jsonl.*start the same command again"):
+        start()
+    assert not RunFolder(folder).finished
+    (folder / "samples.jsonl").rmdir()
+    lines[:] = [""] * 20
+    assert start() is True and RunFolder(folder).finished_step == 2
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "event", "event": "a row without a step"}\n')
+    assert start() is True and "is finished" in lines[-1]

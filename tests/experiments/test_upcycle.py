@@ -113,3 +113,8 @@ def test_without_held_out_text_the_logits_are_compared_on_training_windows(place
     )
     assert code == 0, err
     assert re.search(r"largest difference of the logits .* training windows: ", out) and "blind is ready" in out
+
+
+def test_a_path_below_a_file_is_refused_in_a_sentence(capsys):
+    message = refusal(capsys, "upcycle", "dense", "--run", "runs/dense/config.json/new", *FINE)
+    assert "runs/dense/config.json" in message
