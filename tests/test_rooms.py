@@ -47,3 +47,24 @@ def test_no_name_is_undefined():
     names = {re.findall(r"`(\w+)`", row["message"])[0]: f"{row['filename']}:{row['location']['row']}" for row in found}
     shapes = {name for name in names if len(name) == 1} | {"words"}
     assert not {name: place for name, place in names.items() if name not in shapes}
+
+
+def test_decoding_imports_without_the_packages_of_training():
+    """GPU machines may lack grain, sentencepiece and orbax."""
+    code = """
+import importlib, sys
+from pathlib import Path
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("grain", "sentencepiece", "orbax"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+for room in ("sharding", "model", "decode", "pallas_kernels"):
+    for file in sorted(Path(room).rglob("*.py")):
+        if file.name not in ("__main__.py", "bench.py", "check.py"):
+            importlib.import_module(".".join(file.with_suffix("").parts).removesuffix(".__init__"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-600:]

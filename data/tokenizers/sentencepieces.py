@@ -10,13 +10,14 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from data.config import DataError
 from data.paths import parse_path
 from data.tokenizers.description import write_description
+from data.tokenizers.extras import needed
 from data.tokenizers.protocol import BytesTable, SpecialTokens, Stream
 
 FILE = "published.model"  # in a saved folder
@@ -116,7 +117,7 @@ class PublishedSentencePiece(BytesTable):
         )
 
 
-def _leading_spaces(processor: sentencepiece.SentencePieceProcessor, texts: Mapping[int, str]) -> int | None:
+def _leading_spaces(processor: Any, texts: Mapping[int, str]) -> int | None:
     """Return how many pieces at the start of a text lose a leading space: 0, 1, or None for all until a text begins.
 
     The package decides by `add_dummy_prefix` and `remove_extra_whitespaces`, which it does not show: decode and see.
@@ -192,9 +193,9 @@ def _characters(run: bytearray, *, final: bool) -> str:
     return "".join(found)
 
 
-def _opened(model: bytes) -> sentencepiece.SentencePieceProcessor:
+def _opened(model: bytes) -> Any:
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
+        return needed("sentencepiece").SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise DataError(
             f"tokenizer.model is neither a SentencePiece model nor a tiktoken file, or damaged ({error}); fetch it "

@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
 from data.config import SPECIAL_PIECES, DataError, TokenizerConfig
 from data.paths import parse_path
 from data.tokenizers.description import write_description
+from data.tokenizers.extras import needed
 from data.tokenizers.protocol import BytesTable, Tokenizer
 
 # SentencePiece writes a space as U+2581 and would give a real U+2581 back as a space: we spell that one in bytes.
@@ -57,7 +57,7 @@ class SentencePieceTokenizer(BytesTable):
 
     def __init__(self, model: bytes):
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = needed("sentencepiece").SentencePieceProcessor(model_proto=model)
         pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         if tuple(pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES:
             raise DataError(
@@ -159,7 +159,9 @@ def _learn(lines: Iterator[str], **options: Any) -> bytes:
 
     def learn() -> None:
         try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=watched(), model_writer=model, **options)
+            needed("sentencepiece").SentencePieceTrainer.train(
+                sentence_iterator=watched(), model_writer=model, **options
+            )
         except Exception as error:
             failed.append(error)
 
