@@ -5,8 +5,10 @@ It is written once, to RUN/frozen, and read beside every checkpoint, which holds
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from model.config import segments
 from model.transformer import Transformer, split_layers, unstack, with_stacks
 from model.weights import Weight, merge, repeats, split
 from train.checkpoint import Checkpointer, CheckpointError
+from train.checkpoint_reader import all_agree, process_zero
 from train.leaves import checksums, named_leaves, to_storable
 
 
@@ -76,15 +79,33 @@ def digest(frozen: Frozen) -> str:
 def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], None]) -> str:
     """Write the frozen weights of a run that begins, and return their digest.
 
-    What an earlier beginning wrote stays if it is the same. Raises CheckpointError if it is not, or cannot be written.
+    What an earlier beginning wrote stays if it is the same, and is set aside if it is not: no checkpoint refers to it.
+    Raises CheckpointError if they cannot be written.
     """
     name = digest(frozen)
+    if epath.Path(folder).exists():
+        if _holds(folder, frozen, name, warn):
+            return name
+        if process_zero():
+            aside = epath.Path(folder).with_name(f"{epath.Path(folder).name}.{secrets.token_hex(4)}")
+            epath.Path(folder).rename(aside)
+            warn(f"{folder} held the frozen weights of an earlier start, which are not this one's: now {aside.name}")
+        all_agree(True)  # the folder is free for every process
     with Checkpointer(folder, keep_last=1, warn=warn) as checkpoints:
-        if checkpoints.steps():
-            _check(checkpoints.restore(frozen).state, name, folder)  # type: ignore[union-attr]
-        elif not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
+        if not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
             raise CheckpointError(f"{folder}: the frozen weights were not written; free the disk and start again")
+        checkpoints.verify(0, frozen)
     return name
+
+
+def _holds(folder: epath.PathLike, frozen: Frozen, name: str, warn: Callable[[str], None]) -> bool:
+    """Return whether a folder holds these weights, whose digest is `name`, whole."""
+    with Checkpointer(folder, read_only=True, warn=warn) as checkpoints, contextlib.suppress(CheckpointError):
+        restored = checkpoints.restore({}, part=True)
+        if restored is not None and restored.metadata["digest"] == name:
+            checkpoints.verify(restored.step, frozen)
+            return True
+    return False
 
 
 def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Callable[[str], None]) -> Any:
@@ -99,11 +120,6 @@ def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Call
     if restored.metadata["digest"] != expected:
         raise CheckpointError(_changed(folder, restored.metadata["digest"], expected))
     return restored.state
-
-
-def _check(found: Frozen, expected: str, folder: epath.PathLike) -> None:
-    if (name := digest(found)) != expected:
-        raise CheckpointError(_changed(folder, name, expected))
 
 
 def _changed(folder: epath.PathLike, found: str, expected: str) -> str:

@@ -21,7 +21,7 @@ from tests.train.batches import packed_batch
 from tests.train.small_runs import StopAt, bits, experiment, run, train_rows
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
-from train.frozen import network, rejoin, train_last
+from train.frozen import keep_frozen, network, read_frozen, rejoin, train_last
 from train.program import Program, build, build_network, load_weights
 from train.step import TrainState
 
@@ -164,11 +164,24 @@ def test_changed_frozen_weights_are_refused(program, prepared, undisturbed, tmp_
     (tmp_path / "frozen").rename(tmp_path / "kept")
     with pytest.raises(CheckpointError, match="is missing"):
         run(program, prepared[1], tmp_path)
-    from train.frozen import keep_frozen
-
     keep_frozen(tmp_path / "frozen", other, print)
     with pytest.raises(CheckpointError, match="the frozen weights changed"):
         run(program, prepared[1], tmp_path)
+
+
+def test_frozen_weights_of_a_start_that_died_before_its_first_checkpoint_are_set_aside(program, tmp_path):
+    """The folder is free for another seed then, and its weights are this start's."""
+    state = jax.jit(program.make_state)()
+    other = jax.tree.map(lambda w: w + 1e-3, state.frozen)
+    messages: list[str] = []
+    first, again = (keep_frozen(tmp_path / "frozen", other, messages.append) for _ in range(2))
+    assert first == again and messages == []
+    name = keep_frozen(tmp_path / "frozen", state.frozen, messages.append)
+    assert name != first and "earlier start" in messages[0]
+    found = read_frozen(tmp_path / "frozen", program.abstract_state.frozen, name, print)
+    assert bits(found) == bits(state.frozen)
+    (aside,) = tmp_path.glob("frozen.*")
+    assert read_frozen(aside, program.abstract_state.frozen, first, print) is not None
 
 
 def test_an_impossible_number_of_layers_is_refused():
