@@ -74,7 +74,11 @@ class Cache:
     capacity: int  # tokens that a row can hold
 
     def at_length(self, length_B: Int[Array, "B"]) -> Cache:
-        """Return the cache with rows of these lengths: the next tokens overwrite what lies behind them."""
+        """Return the cache with rows of these lengths: the next tokens overwrite what lies behind them.
+
+        Only padding may lie behind (`valid_BT` False when it was appended): a ring has given up a token of the window
+        for every valid one, and a row that forgets valid tokens is to be appended to a new cache.
+        """
         return replace(self, length_B=length_B)
 
 

@@ -88,7 +88,8 @@ class Weight:
         axes = (*x_axes, *self.axes[self.inputs :])
         if self.scale is not None and self.zero_point is None and self._scale_per_output():
             w = self._lay_out(self.value.astype(x.dtype), self.axes)
-            scale = self._lay_out(self.scale, self.axes).reshape(self.scale.shape[self.inputs :])
+            names: Any = self.part_axes().scale
+            scale = self._lay_out(self.scale, names).reshape(self.scale.shape[self.inputs :])
             # The scales of the outputs are applied to the product: fewer numbers than the weight has.
             y = (contract(x, w, self.inputs, axes, self.rules, precision) * scale).astype(x.dtype)
         else:
@@ -113,22 +114,21 @@ class Weight:
         # The table is gathered along D first: a lookup in rows that are spread over devices is not supported.
         return self.gathered(dtype).at[ids].get(out_sharding=activation_spec(self.rules, *axes, *self.axes[1:]))
 
-    def entering(self, dtype: jnp.dtype) -> tuple[Weight, Weight]:
+    def entering(self, dtype: jnp.dtype | type) -> tuple[Weight, Weight]:
         """Return (the weight, cast and laid out to enter shard_map, and its PartitionSpecs in the same tree).
 
         Dimensions lie over the devices that compute with them and, within those, over the devices that store them:
         `local` gathers them there, so that their gradients are reduced and scattered in one collective.
         """
-        axes = self.part_axes()
 
         def cast(x: Array) -> Array:
             return x.astype(dtype) if self.scale is None and jnp.issubdtype(x.dtype, jnp.floating) else x
 
-        weight = jax.tree.map(cast, self)
-        specs = jax.tree.map(lambda x, names: self.rules.gathered(_fitting(names, x.shape))[0], weight, axes)
+        weight = jax.tree.map(cast, self._without_blocks())
+        specs = jax.tree.map(lambda x, names: self.rules.gathered(names)[0], weight, weight.part_axes())
         return jax.tree.map(jax.sharding.reshard, weight, specs), specs
 
-    def local(self, dtype: jnp.dtype) -> Array:
+    def local(self, dtype: jnp.dtype | type) -> Array:
         """Return, inside shard_map, this device's experts or columns as one dense array: what a kernel takes.
 
         Without a mesh this is the whole weight. See `entering`.
@@ -137,7 +137,7 @@ class Weight:
             return self.gathered(dtype)
 
         def gather(x: Array, names: Axes) -> Array:
-            return gather_weight(x, self.rules.gathered(_fitting(names, x.shape))[1])
+            return gather_weight(x, self.rules.gathered(names)[1])
 
         whole = jax.tree.map(gather, self, self.part_axes())
         w = _dequantised(whole.value, whole.scale, whole.zero_point, dtype)
@@ -161,8 +161,24 @@ class Weight:
         """The value at use, without the adapter. The cast comes first: half the bytes are gathered."""
         if self.scale is None:
             return self._lay_out(self.value.astype(dtype), self.axes)
-        scale, zero = (None if x is None else self._lay_out(x, self.axes) for x in (self.scale, self.zero_point))
-        return _dequantised(self._lay_out(self.value, self.axes), scale, zero, dtype)
+        weight = replace(self._without_blocks(), adapter=None)
+        weight = jax.tree.map(self._lay_out, weight, weight.part_axes())
+        return _dequantised(weight.value, weight.scale, weight.zero_point, dtype)
+
+    def _without_blocks(self) -> Weight:
+        """Scales of blocks as scales of single numbers, where a mesh may cut through a block."""
+        if no_mesh() or self.scale is None:
+            return self
+
+        def spread(x: Array) -> Array:
+            if all(blocks in (1, size) for blocks, size in zip(x.shape, self.shape, strict=True)):
+                return x
+            whole = _spread(jax.sharding.reshard(x, P(*(None,) * x.ndim)), self.shape)
+            names = tuple(a if n > 1 else None for a, n in zip(self.axes, whole.shape, strict=True))
+            return jax.sharding.reshard(whole, self.rules.spec("weights", names))
+
+        zero_point = None if self.zero_point is None else spread(self.zero_point)
+        return replace(self, scale=spread(self.scale), zero_point=zero_point)
 
     def _scale_per_output(self) -> bool:
         """Whether each output has one scale, or all have the same."""
@@ -195,15 +211,21 @@ class Weight:
             names: Any = self.adapter_axes()
             adapter = replace(self.adapter, down=names[0], up=names[1])
         axes: Any = self.axes  # in the place of an array
-        scale, zero_point = (None if part is None else axes for part in (self.scale, self.zero_point))
-        return replace(self, value=axes, scale=scale, zero_point=zero_point, adapter=adapter)
+
+        def along(part: Array | None) -> Any:
+            """A dimension that is shorter than the value's is shared along it, and lies over no devices."""
+            if part is None:
+                return None
+            shapes = part.shape[-len(axes) :], self.shape[-len(axes) :]
+            return tuple(a if n == size else None for a, n, size in zip(axes, *shapes, strict=True))
+
+        return replace(self, value=axes, scale=along(self.scale), zero_point=along(self.zero_point), adapter=adapter)
 
     def _lay_out(self, w: Array, axes: Axes) -> Array:
         """`w` laid out as an activation. One dimension after the other: XLA makes an all-reduce of a gather along two
         at once, which sends twice as much."""
         if no_mesh():
             return w
-        axes = _fitting(axes, w.shape)
         layouts = list(self.rules.spec("weights", axes)), list(self.rules.spec("activations", axes))
         stored, used = ([p if isinstance(p, tuple) else (p,) if p else () for p in layout] for layout in layouts)
         if all(more[: len(part)] == part for more, part in zip(stored, used, strict=True)):
@@ -321,27 +343,24 @@ def _dotted(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _fitting(axes: Axes, shape: tuple[int, ...]) -> Axes:
-    """`axes`, without the names of dimensions of size 1: those of a scale that is shared along them."""
-    return tuple(None if size == 1 else axis for axis, size in zip(axes, shape, strict=True))
-
-
 def _dequantised(value: Array, scale: Array | None, zero_point: Array | None, dtype: jnp.dtype | type) -> Array:
     """(value - zero_point) * scale in float32, as `dtype`. A scale that is shorter along a dimension holds for
     blocks."""
     if scale is None:
         return value.astype(dtype)
 
-    def spread(x: Array) -> Array:
-        for dimension, (blocks, size) in enumerate(zip(x.shape, value.shape, strict=True)):
-            if 1 < blocks < size:
-                x = jnp.repeat(x, size // blocks, axis=dimension)
-        return x.astype(jnp.float32)
-
     w = value.astype(jnp.float32)
     if zero_point is not None:
-        w = w - spread(zero_point)
-    return (w * spread(scale)).astype(dtype)
+        w = w - _spread(zero_point, value.shape).astype(jnp.float32)
+    return (w * _spread(scale, value.shape).astype(jnp.float32)).astype(dtype)
+
+
+def _spread(x: Array, shape: tuple[int, ...]) -> Array:
+    """Return scales of blocks as scales of single numbers; a dimension of 1 stays."""
+    for dimension, (blocks, size) in enumerate(zip(x.shape, shape, strict=True)):
+        if 1 < blocks < size:
+            x = jnp.repeat(x, size // blocks, axis=dimension)
+    return x
 
 
 def contract(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,7 +130,7 @@ class ShowProgress(Hook):
             self._progress.update(step, row)
 
 
-class Evaluator:
+class Evaluator(ABC):
     """`evaluator(model, step)` returns rows, the first of which decides which checkpoints are the best.
 
     `at_end`: also asked at the last step, which `experiments.run.finish` evaluates on all held-out text.
@@ -137,8 +138,8 @@ class Evaluator:
 
     at_end = False
 
-    def __call__(self, model: Transformer, step: int) -> list[dict[str, Any]]:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, model: Transformer, step: int) -> list[dict[str, Any]]: ...
 
 
 class HeldOut(Evaluator):

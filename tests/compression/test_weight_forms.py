@@ -60,13 +60,11 @@ def placed(model, mesh):
 
     def put(path: str, weight: Weight) -> Weight:
         lead = (None,) * (weight.ndim - len(weight.axes))
-        axes = weight.part_axes()
 
         def lay(x, names):
-            names = tuple(None if n == 1 else axis for n, axis in zip(x.shape[len(lead) :], names, strict=True))
             return jax.device_put(x, NamedSharding(mesh, RULES.spec("weights", (*lead, *names))))
 
-        return jax.tree.map(lay, weight, axes)
+        return jax.tree.map(lay, weight, weight.part_axes())
 
     return map_named_weights(put, model)
 
@@ -158,3 +156,44 @@ def test_published_formats_refuse_what_is_not_dense(form):
     with pytest.raises(ValueError, match=r"stacks/0/0/.*dense_weights"):
         named(model)
     assert named(dense_weights(model)).keys() == named(random_model(CONFIGS["dense"])).keys()
+
+
+@pytest.mark.parametrize("blocks", [(8, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_scales_of_blocks_on_a_mesh_that_cuts_through_them(blocks, inside):
+    """Gathered as a layer does, and inside shard_map as experts are; a dimension may have one number on each device."""
+    rng, mesh = np.random.default_rng(4), make_mesh(MeshConfig(fsdp=4, tensor=2))
+    value = rng.integers(-127, 128, (1, 16, 1, 8)).astype(np.int8)
+    scale = (rng.random((1, blocks[0], 1, blocks[1])) + 0.5).astype(np.float32)
+    whole = np.repeat(np.repeat(scale, 16 // blocks[0], 1), 8 // blocks[1], 3)
+    axes = ("expert", "embed", "gate", "mlp")
+    with use_mesh(mesh):
+        put = lambda x, names: jax.device_put(x, NamedSharding(mesh, RULES.spec("weights", names)))
+        weight = Weight(put(value, axes), put(scale, (None,) * 4), axes=axes, inputs=1, rules=RULES)
+
+        @jax.jit
+        def dense(weight):
+            if not inside:
+                return weight.gathered(jnp.float32)
+            entering, specs = weight.entering(jnp.float32)
+            out = RULES.spec("activations", axes)
+            return jax.shard_map(lambda w: w.local(jnp.float32), in_specs=(specs,), out_specs=out, check_vma=False)(
+                entering
+            )
+
+        found = dense(weight)
+    close(np.asarray(found), value * whole, "value * scale")
+
+
+def test_a_dimension_of_one_number_on_each_device_is_gathered():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    bias = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with use_mesh(mesh):
+        held = jax.device_put(bias, NamedSharding(mesh, RULES.spec("weights", ("expert", "embed"))))
+        entering, specs = Weight(held, axes=("expert", "embed"), role="vector", rules=RULES).entering(jnp.float32)
+        local = jax.shard_map(
+            lambda w: w.local(jnp.float32), in_specs=(specs,), out_specs=RULES.spec("activations", ("expert", "embed")),
+            check_vma=False,
+        )  # fmt: skip
+        found = jax.jit(local)(entering)
+    np.testing.assert_array_equal(found, bias)
