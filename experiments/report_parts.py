@@ -187,7 +187,7 @@ def _sample(line: bytes) -> Html:
         "div",
         element("h3", row.get("file", "")),
         column("prompt", prompt, 0),
-        column("the model goes on", completion, same),
+        column("the model continues", completion, same),
         column("what the file says", reference, same),
         class_="sample",
     )

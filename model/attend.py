@@ -48,7 +48,7 @@ class AttendSpec:
         return layer_mask(self.config.attention, self.kind)
 
     def few(self, queries: int) -> bool:
-        """Whether so many new tokens of a cache are for `decode_attention`."""
+        """Return whether `decode_attention` takes this number of new tokens."""
         a = self.config.attention
         switched_on = a.decode_implementation != "off" and (
             a.implementation == "auto" or a.decode_implementation != "auto"
@@ -57,8 +57,11 @@ class AttendSpec:
 
 
 def layer_mask(a: AttentionConfig, kind: str) -> Mask:
-    """Return the mask of a layer of kind `kind`. Order and distance go by slots; blocks of a block-sparse pattern by
-    positions, so that they start anew with each packed document."""
+    """Return the mask of a layer of kind `kind`.
+
+    Order and distance go by index in the row; blocks of a block-sparse pattern by position, so that they start again
+    with each packed document.
+    """
     strided = Strided(*a.blocks) if kind == "block_sparse" else None
     return Mask(a.mask != "bidirectional", a.window if kind == "sliding" else None, strided)
 

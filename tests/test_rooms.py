@@ -68,3 +68,12 @@ for room in ("sharding", "model", "decode", "pallas_kernels"):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-600:]
+
+
+@pytest.mark.parametrize("room", ["train", "decode", "experiments"])
+def test_no_function_is_longer_than_60_lines(room):
+    for file in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{file.relative_to(ROOT)}: {node.name} has {lines} lines"

@@ -236,3 +236,22 @@ def test_a_network_for_decoding_is_unstacked_on_cpus_and_frees_what_it_was_made_
     assert jax.tree.structure(moved) == jax.tree.structure(copy)
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_last_hidden_state_is_picked_and_not_multiplied():
+    """A product with a row of zeros and a one rounds on accelerators, at their default precision."""
+    request, _ = start(MODEL, PROMPTS[:3], PARAMS[:3])
+    width, tokens_BS = 16, np.zeros((4, 32), np.int32)
+    traced = jax.make_jaxpr(lambda m, r, t: prefill(m, r, t, width))(MODEL, request, tokens_BS)
+
+    def products(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield tuple(variable.aval.shape for variable in equation.invars)
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from products(inner)
+
+    shapes = list(products(traced.jaxpr))
+    assert shapes and not any(left == (4, width) or right == (4, width) for left, right in shapes)

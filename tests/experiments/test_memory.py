@@ -38,10 +38,10 @@ LAPTOP = Memory(24 * 10**9, "this machine has")
     ],
 )
 def test_what_cannot_fit_is_refused_at_once(overrides, expected):
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ValueError) as refused:
         resolve("smoke", overrides, 1, memory=lambda: LAPTOP)
-    assert time.perf_counter() - began < 2  # seconds; about 0.01 on an idle core
+    assert time.process_time() - began < 2  # seconds; about 0.01 on an idle core
     message = str(refused.value)
     assert all(part in message for part in expected) and "\n" not in message, message
 
@@ -95,6 +95,6 @@ def test_the_memory_of_the_host_is_that_of_its_group(tmp_path):
 
 
 def test_layers_are_planned_quickly_whatever_their_number():
-    began = time.perf_counter()
+    began = time.process_time()
     plan = segments(ModelConfig(num_layers=2000))
-    assert plan == (Segment((LayerSpec(),), 2000),) and time.perf_counter() - began < 2
+    assert plan == (Segment((LayerSpec(),), 2000),) and time.process_time() - began < 2

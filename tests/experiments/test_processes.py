@@ -101,7 +101,7 @@ def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
         for rank in (0, 1)
     ]
     try:
-        outputs = [peer.communicate(timeout=60)[0] for peer in peers]
+        outputs = [peer.communicate(timeout=200)[0] for peer in peers]
     finally:
         for peer in peers:
             with peer:

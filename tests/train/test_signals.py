@@ -50,7 +50,7 @@ def start_peers(scenario: str, folder: Path, devices: int = 4) -> list[subproces
     ]
 
 
-def finish(peers: list[subprocess.Popen], timeout: float = 60) -> list[tuple[str, str]]:
+def finish(peers: list[subprocess.Popen], timeout: float = 200) -> list[tuple[str, str]]:
     try:
         return [peer.communicate(timeout=timeout) for peer in peers]
     finally:
