@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 import jax
@@ -72,7 +73,7 @@ def _length_notice(published: Published, experiment: Experiment) -> str | None:
         raise ConfigError(str(error)) from error
 
 
-def _with_tokenizer(experiment: Experiment, folder: Path) -> Experiment:
+def _with_tokenizer(experiment: Experiment, folder: PathLike) -> Experiment:
     return replace(
         experiment, data=replace(experiment.data, tokenizer=replace(experiment.data.tokenizer, path=str(folder)))
     )
@@ -221,19 +222,13 @@ def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
     ids = [*start, *tokenizer.encode(PROBE.read_text()[: 16 * PROBE_TOKENS]).tolist()][
         : min(PROBE_TOKENS, model.config.max_length) + 1
     ]
-    tokens = jnp.asarray([ids] * _rows(model))
+    tokens = jnp.asarray([ids] * model.rules.batch_slices())
 
     @jax.jit
     def loss(model: Transformer, tokens: jax.Array) -> jax.Array:
         return token_losses(model, forward(model, tokens[:, :-1]).hidden_BTD, tokens[:, 1:])[0].mean()
 
     return float(loss(model, tokens)), len(ids) - 1
-
-
-def _rows(model: Transformer) -> int:
-    """Rows of the smallest batch that the mesh can divide."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    return math.prod(sizes.get(axis, 1) for axis in model.rules.activations.batch)
 
 
 def _write(

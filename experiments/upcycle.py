@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,8 +170,7 @@ def _compare(
         return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
 
     mesh = program.mesh
-    slices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in experiment.sharding.activations.batch)
-    rows = max(slices, 2)
+    rows = max(experiment.sharding.batch_slices(mesh), 2)
     batch, what = _windows(experiment, prepared, rows)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
         far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))

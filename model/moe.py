@@ -5,7 +5,6 @@ Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated 
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import jax
@@ -24,7 +23,7 @@ from model.moe_config import WITHOUT_LOGITS
 from model.routers import noisy_input, route
 from model.soft import soft_moe
 from model.weights import Axes, Role, constant, normal, weight_std
-from sharding.rules import ShardingRules, no_mesh
+from sharding.rules import ShardingRules
 
 
 class MoE(nnx.Module):
@@ -95,7 +94,7 @@ class MoE(nnx.Module):
             out_BTD = run_experts(x_BTD, kept_BTC, routing.weights_BTC, position_BTC, experts, config, rules)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
-        stats = router_stats(routing, kept_BTC, ctx.valid_BT, moe, _batch_slices(rules))
+        stats = router_stats(routing, kept_BTC, ctx.valid_BT, moe, rules.batch_slices())
         return checkpoint_name(out_BTD, "mlp_out"), stats
 
     def _logits(self, x_BTD: Array, key: PRNGKeyArray | None) -> tuple[Array | None, Array | None]:
@@ -115,11 +114,3 @@ class MoE(nnx.Module):
         if self.router_noise is None or key is None:
             return logits_BTE, None
         return logits_BTE, self.router_noise.dot(x_BTD, axes, precision)
-
-
-def _batch_slices(rules: ShardingRules) -> int:
-    """How many slices of rows the mesh makes of a batch."""
-    if no_mesh():
-        return 1
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in rules.activations.batch)

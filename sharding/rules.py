@@ -11,11 +11,13 @@ With no mesh set (`jax.sharding.get_abstract_mesh().empty`) every function here 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence", "stage")
@@ -105,6 +107,11 @@ class ShardingRules:
             mesh_axes = self.mesh_axes(side, axis)
             parts.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
         return P(*parts)
+
+    def batch_slices(self, mesh: Mesh | None = None) -> int:
+        """Return how many slices of rows `mesh` (default: the mesh that is set) makes of a batch; 1 without a mesh."""
+        sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
+        return math.prod(sizes.get(axis, 1) for axis in self.activations.batch)
 
     def gathered(self, axes: tuple[str | None, ...]) -> tuple[P, tuple[tuple[str, ...], ...]]:
         """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with

@@ -13,7 +13,7 @@ import jaxtyping
 from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import install_import_hook
 
-ROOMS = ("sharding", "pallas_kernels", "data", "interop", "decode", "model")
+ROOMS = ("sharding", "pallas_kernels", "data", "interop", "compression", "decode", "model", "train", "experiments")
 ROOT = Path(__file__).resolve().parent.parent
 
 # An int passes for a float, as in mypy. beartype knows `Self` in checked classes only, and the hook checks functions.

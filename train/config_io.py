@@ -387,19 +387,3 @@ def config_hash(config: Any) -> str:
     """16 hex digits of SHA-256 over the canonical JSON; equal configs hash equal on every machine."""
     canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def count_fields(cls: type) -> int:
-    """Number of settable leaves declared by `cls` and the dataclasses it refers to, each dataclass counted once."""
-    seen: set[type] = set()
-
-    def count(annotation: Any) -> int:
-        inner = _dataclass_in(annotation) or (_dataclass_in(e) if (e := _element(annotation)) is not None else None)
-        if inner is None:
-            return 1
-        if inner in seen:
-            return 0
-        seen.add(inner)
-        return sum(count(hint) for _, hint in _fields(inner).values())
-
-    return count(cls)

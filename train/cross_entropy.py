@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -30,7 +31,7 @@ CHUNK_IDS = 8192  # otherwise: enough for a matmul at full rate, little beside t
 def cross_entropy(
     hidden_BTD: Float[Array, "*B D"],
     head: Float[Array, "D V"] | Float[Array, "V D"],
-    targets_BT: Int[Array, "*B"],
+    targets_BT: Int[Array | np.ndarray, "*B"],
     *,
     vocab_axis: int = 1,
     softcap: float | None = None,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -60,7 +61,7 @@ class Objective(Protocol):
 
 
 def token_losses(
-    model: Transformer, hidden_BTD: Array, targets_BT: Array, chunk: int | None = None
+    model: Transformer, hidden_BTD: Array, targets_BT: Array | np.ndarray, chunk: int | None = None
 ) -> tuple[Array, Array]:
     """Return the negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T],
     nats.
@@ -125,7 +126,7 @@ class TokenObjective:
             total = (1.0 - mix) * nll + mix * soft
         if not (isinstance(self.z_loss, int | float) and self.z_loss == 0):
             total = total + self.z_loss * (jnp.square(log_total_BT) * batch.loss_weights).sum()
-        return self.with_router(Loss(total, count, metrics), model, out, share * (batch.segment_ids > 0).sum())
+        return self.with_router(Loss(total, count, metrics), model, out, share * jnp.sum(batch.segment_ids > 0))
 
     def with_router(self, loss: Loss, model: Transformer, out: Output, routed: Array) -> Loss:
         """Return `loss` with the router's losses and figures added."""
@@ -241,13 +242,13 @@ def divergence(
 
 
 def rearrange_middle(
-    tokens_BW: Int[Array, "B W"],
-    segments_BW: Int[Array, "B W"],
+    tokens_BW: Int[Array | np.ndarray, "B W"],
+    segments_BW: Int[Array | np.ndarray, "B W"],
     key: PRNGKeyArray,
-    rate: float,
-    spm_rate: float,
+    rate: float | Array,
+    spm_rate: float | Array,
     special: SpecialTokens,
-) -> Int[Array, "B W"]:
+) -> Int[Array | np.ndarray, "B W"]:
     """In a row chosen with probability `rate`, the longest segment is cut at two uniform places and rearranged:
     PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle <end>, or, with probability `spm_rate`,
     SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (sec. 3 there, the variant that shares
@@ -269,7 +270,7 @@ def rearrange_middle(
     )
 
 
-def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate: float, spm_rate: float, special: SpecialTokens):
+def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate, spm_rate, special: SpecialTokens):
     """`rearrange_middle` with its draws, uniform in [0, 1)."""
     W = tokens_BW.shape[1]
     sizes_BW = (segments_BW[:, :, None] == jnp.arange(1, W + 1)).sum(1)
@@ -326,7 +327,7 @@ def scoring_objective(config: TrainConfig, ids: int, special: SpecialTokens = OW
     return NextToken(dropout=False, loss_chunk=config.loss_chunk)
 
 
-def _as_rows(x: Array, rows: Array) -> Array:
+def _as_rows(x: Array, rows: Array | np.ndarray) -> Array:
     """Return `x` [B, ...] spread over the devices as the `rows` of the batch are."""
     if no_mesh():
         return x

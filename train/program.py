@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -79,7 +78,7 @@ def build_network(
 def _network_on(mesh: Mesh | None, experiment: Experiment) -> Network:
     """Return the network of an experiment on `mesh`; None: on one device."""
     config = experiment.train
-    slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in experiment.sharding.activations.batch)
+    slices = experiment.sharding.batch_slices(mesh)
     if slices % jax.process_count():
         raise ConfigError(
             f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs whole "

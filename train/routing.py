@@ -6,7 +6,6 @@ Shapes: L MoE layers, B batch, T time, R rows kept, N tokens, C choices of a tok
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,7 @@ class RouterProbe(Evaluator):
         self._network, self._run, self._warn = network, run, warn
         data, mesh = network.experiment.data, network.mesh
         self.rows = max(1, min(data.batch_size, tokens // data.sequence_length))
-        slices = 1 if mesh is None else math.prod(mesh.shape[a] for a in network.experiment.sharding.activations.batch)
+        slices = network.experiment.sharding.batch_slices(mesh)
         size = min(data.batch_size, -(-self.rows // slices) * slices)  # the fewest rows that the mesh divides
         self.batch = next(
             heldout_windows(

@@ -98,6 +98,7 @@ def test_eval_on_another_mesh_finds_the_same(place, capsys):
     assert "mesh = (fsdp=3)" in refusal(capsys, "eval", "mine", "--set", "mesh.fsdp=3")
 
 
+@pytest.mark.unchecked
 def test_without_a_long_held_out_file_there_is_nothing_to_complete():
     program = SimpleNamespace(experiment=EXPERIMENTS["smoke"](), mesh=None)
     prepared = SimpleNamespace(tokenizer=ByteTokenizer(), heldout_names=())

@@ -20,7 +20,6 @@ from train.config_io import (
     ConfigError,
     apply_overrides,
     config_hash,
-    count_fields,
     diff,
     flatten,
     from_dict,
@@ -306,12 +305,6 @@ def test_diff_and_flatten_by_example():
     assert diff(Root(), Root(sources=(Source(), Source("x")))) == [("sources.1", ABSENT, Source("x"))]
     assert flatten(Root())["sources.0.include"] == ("**/*.py",)
     assert flatten(to_dict(Root())).keys() == flatten(Root()).keys()
-
-
-def test_fields_are_counted_once_per_dataclass():
-    # Root 3, Model 7, Moe 3, Needy 1, Source 3.
-    assert count_fields(Root) == 3 + 7 + 3 + 1 + 3
-    assert count_fields(Twice) == 3
 
 
 def test_import_is_light():

@@ -12,7 +12,10 @@ from train.rows import train_row
 def test_a_row_is_made_without_a_device(monkeypatch):
     """An operation on the device would wait for the step that was just dispatched."""
     draw = np.random.default_rng(0)
-    values = {name: np.float32(0.5) for name in ("loss", "learning_rate", "grad_norm", "loss_scale", *ROUTER_METRICS)}
+    values = {
+        name: np.asarray(0.5, np.float32)
+        for name in ("loss", "learning_rate", "grad_norm", "loss_scale", *ROUTER_METRICS)
+    }
     load = draw.random((2, 4)).astype(np.float32)
     values |= {"expert_load": load / load.sum(1, keepdims=True), "router_layers": draw.random((2, 5))}
 
