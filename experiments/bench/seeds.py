@@ -36,8 +36,11 @@ def losses(step: Callable, state: Any, batches: list[Batch], hyper: Hyper) -> tu
     return np.stack(found), time.process_time() - began
 
 
-def main(seeds: int = 8, steps: int = 100) -> None:
-    keep_freed_memory()
+def compare(seeds: int, steps: int) -> tuple[np.ndarray, float, float]:
+    """Train `seeds` runs of `smoke` one after the other and under one vmap, on the same batches.
+
+    Return the relative differences of their losses [steps, seeds], and the processor seconds of both ways.
+    """
     experiment = resolve("smoke", [], 1)
     program = build(experiment, devices=jax.devices()[:1])
     prepared = prepare_data(experiment, lambda text: None)
@@ -51,19 +54,20 @@ def main(seeds: int = 8, steps: int = 100) -> None:
     made = jax.jit(jax.vmap(program.make_state))(stack(hypers))
     together = jax.jit(jax.vmap(program.step, in_axes=(0, None, 0)), donate_argnums=0)
     found, seconds = losses(together, made, batches, stack(hypers))
-
     alone = np.stack([loss for loss, _ in serial], axis=1)
-    apart = np.abs(found - alone) / alone
-    total = sum(seconds for _, seconds in serial)
-    print(f"{seeds} seeds, {steps} steps of smoke, {len(jax.tree.leaves(made.model))} arrays of weights")
-    shown = [step for step in (1, 10, 20, 40, 60, 80, 100) if step <= steps]
+    return np.abs(found - alone) / alone, sum(seconds for _, seconds in serial), seconds
+
+
+def main(seeds: int = 8, steps: int = 100) -> None:
+    keep_freed_memory()
+    apart, serial, together = compare(seeds, steps)
+    print(f"{seeds} seeds, {steps} steps of smoke")
     print("largest relative difference of the losses up to a step:")
+    shown = [step for step in (1, 10, 20, 40, 60, 80, 100) if step <= steps]
     print("  " + ", ".join(f"{step}: {apart[:step].max():.1e}" for step in shown))
     late = [int((apart[:, i] > 1e-5).argmax()) + 1 if (apart[:, i] > 1e-5).any() else 0 for i in range(seeds)]
     print(f"first step above 1e-5, by seed (0: none): {late}")
-    print(
-        f"one after the other {total:.1f} processor seconds, under one vmap {seconds:.1f}: {seconds / total:.2f} of it"
-    )
+    print(f"serial {serial:.1f} processor seconds, under one vmap {together:.1f}: a ratio of {together / serial:.2f}")
 
 
 if __name__ == "__main__":
