@@ -8,8 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from etils import epath
@@ -117,17 +118,26 @@ def _run_to_train(args: argparse.Namespace) -> tuple[Experiment, epath.Path]:
         )
     if args.resume:
         path = find_run(args.resume).path
-        experiment = _load(args.resume, args.overrides, training=True)
+        experiment = _load_to_train(args.resume, args)
         if experiment.name != args.subject:
             raise UsageError(f"--resume {args.resume}: it is a run of {experiment.name!r}, not of {args.subject!r}")
         return experiment, path
     if args.subject not in EXPERIMENTS and is_run(args.subject):
-        path = find_run(args.subject).path
-        if args.run:
-            path = epath.Path(_copied(find_run(args.subject), new_local_run_path(args.run)))
-        return _load(str(path), args.overrides, training=True), path
-    experiment = _checked(lambda: resolve(args.subject, args.overrides, None, memory=memory_here))
-    return experiment, new_run_path(args.run or args.subject)
+        experiment = _load_to_train(args.subject, args)
+        if not args.run:
+            return experiment, find_run(args.subject).path
+        path = epath.Path(_copied(find_run(args.subject), new_local_run_path(args.run)))
+        return _load_to_train(str(path), args), path
+    path = new_run_path(args.run or args.subject)
+    devices = _devices(args, RunFolder(path))
+    return _checked(lambda: resolve(args.subject, args.overrides, devices, memory=memory_here)), path
+
+
+def _devices(args: argparse.Namespace, run: RunFolder | None) -> Callable[[Experiment], int] | None:
+    """Return what starts the devices to train on, or None where several processes have theirs already."""
+    from experiments.cpu_devices import start_devices
+
+    return None if args.distributed else partial(start_devices, run=run)
 
 
 def _copied(run: RunFolder, path: Path) -> Path:
@@ -148,11 +158,13 @@ def eval_command(args: argparse.Namespace) -> int:
     """Bits per byte of a run's weights on all held-out files, beside compressors."""
     from data.compressors import compressed_sizes
     from data.prepare import heldout_files
+    from experiments.cpu_devices import start_devices
     from experiments.run import heldout_table, open_trained, prepare_data
     from train.evaluate import evaluate_all
 
     use_compilation_cache()
     run = find_run(args.subject)
+    start_devices(load_experiment(run), run, training=False)
     stride = [] if args.stride is None else [f"train.eval_stride={args.stride}"]
     experiment = _load(args.subject, args.overrides + stride)
     prepared = prepare_data(experiment, print)
@@ -338,16 +350,20 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(name: str, overrides: Sequence[str], *, training: bool = False) -> Experiment:
-    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here. Unless for
-    `training`, a mesh that does not fit them is replaced."""
+def _load(name: str, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here. A mesh that
+    does not fit them is replaced."""
     experiment = load_experiment(find_run(name))
+    return _checked(
+        lambda: resolve_from(fit_mesh(experiment, overrides), overrides, memory=memory_here, training=False)
+    )
 
-    def resolved() -> Experiment:
-        fitted = experiment if training else fit_mesh(experiment, overrides)
-        return resolve_from(fitted, overrides, memory=memory_here, training=training)
 
-    return _checked(resolved)
+def _load_to_train(name: str, args: argparse.Namespace) -> Experiment:
+    """Return the experiment of a run, with overrides, checked for the devices on which it will be trained."""
+    run = find_run(name)
+    experiment, devices = load_experiment(run), _devices(args, run)
+    return _checked(lambda: resolve_from(experiment, args.overrides, devices, memory=memory_here))
 
 
 def _console() -> Console:

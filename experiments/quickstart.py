@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from sharding.mesh import MeshConfig
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 
 
@@ -38,6 +39,7 @@ def quickstart() -> Experiment:
         optimizer=OptimizerConfig(
             learning_rate=4e-3, schedule="linear", final_fraction=0.02, warmup_steps=60, weight_decay=0.1
         ),
+        mesh=MeshConfig(data=-1, fsdp=1),  # so small that every device holds whole weights
         train=TrainConfig(steps=900, eval_every=200, checkpoint_every=200, eval_windows=128, eval_stride=128),
         samples=SampleConfig(),
     )

@@ -21,6 +21,8 @@ from train.records import RunFolder, RunFolderError
 MOST_OF_A_NAME = 200  # bytes of a run's name; file systems take 255
 VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
 
+DeviceCount = int | Callable[[Experiment], int] | None
+
 # What may change when a run goes on: how long, how it is watched and stored, not what is computed.
 MAY_DIFFER_ON_RESUME = (
     "train.steps",
@@ -52,12 +54,13 @@ MAY_DIFFER_ON_RESUME = (
 def resolve(
     name: str,
     overrides: Sequence[str],
-    device_count: int | None,
+    device_count: DeviceCount,
     platform: str | None = None,
     memory: Callable[[], Memory | None] | None = None,
 ) -> Experiment:
     """Return the experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count`
-    devices of `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here. `memory`, asked once the config is valid,
+    devices of `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here; a function: those that it starts for the
+    experiment. `memory`, asked once the config is valid,
     returns what a device has; None: it is not checked.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
@@ -72,7 +75,7 @@ def resolve(
 def resolve_from(
     experiment: Experiment,
     overrides: Sequence[str],
-    device_count: int | None = None,
+    device_count: DeviceCount = None,
     platform: str | None = None,
     memory: Callable[[], Memory | None] | None = None,
     *,
@@ -85,6 +88,8 @@ def resolve_from(
         import jax
 
         device_count = jax.device_count()
+    elif not isinstance(device_count, int):
+        device_count = device_count(experiment)
     experiment.validate(device_count, training=training)
     if memory is not None:
         refuse_what_cannot_fit(experiment, device_count, memory(), training=training)

@@ -147,6 +147,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "packages": versions,
         "backend": jax.default_backend(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": dict(collections.Counter(device.device_kind for device in jax.devices())),
         "process_count": jax.process_count(),
         "git_commit": commit and commit.strip(),
