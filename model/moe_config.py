@@ -65,8 +65,8 @@ class MoEConfig:
     # choices. None: no limit (dropless).
     capacity_factor: float | None = None
     # How experts run. sort: sort the pairs by expert and use a grouped matmul. gather, einsum: fill a buffer of
-    # `capacity_factor` rows per expert, by gathers or by one-hot matmuls (GShard). dense: every expert on every token
-    # (the oracle).
+    # `capacity(T)` rows per expert, by gathers or by one-hot matmuls (GShard). dense: every expert on every token (the
+    # oracle).
     dispatch: Literal["auto", "sort", "gather", "einsum", "dense"] = "auto"
     # Grouped matmul of the sorted pairs: the best for the device, or one by name.
     implementation: Literal["auto", "tpu", "triton", "xla", "reference"] = "auto"
@@ -146,8 +146,9 @@ class MoEConfig:
                 else "every expert receives mixtures of the whole sequence"
             )
             raise ValueError(
-                f"model.moe.router = {router!r}: {why}, so outputs depend on later tokens, which a decoder must "
-                "predict. Use another router, or model.attention.mask='bidirectional' with train.objective='masked'"
+                f"model.moe.router = {router!r}: {why}, so a token's output depends on later ones, which a decoder "
+                "must predict. Use another router, or model.attention.mask='bidirectional' with "
+                "train.objective='masked'"
             )
         for name, needed in (("switch", 1), ("gshard", 2), ("dense", self.num_experts)):
             if router == name and k != needed:

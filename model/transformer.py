@@ -210,8 +210,8 @@ def with_stacks(model: Transformer, stacks: Stacks) -> Transformer:
 
 
 def unstack(model: Transformer) -> Transformer:
-    """Return the same network with one stack per layer, which removes the loop over layers. Decoding on CPUs is faster
-    so."""
+    """Return the same network with one stack per layer, which removes the loop over layers, for decoding on
+    CPUs."""
 
     def pick(block: Block, i: int) -> Block:
         return jax.tree.map(lambda w: w[i : i + 1], block)

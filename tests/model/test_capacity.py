@@ -99,8 +99,8 @@ def test_capacity_is_the_ceiling_exactly(factor, k, tokens, experts):
     else:
         with pytest.raises(ValueError, match=r"model\.moe\.capacity_factor = .* less than one") as refusal:
             config.validate_length(tokens)
-        told = float(str(refusal.value).split("; use ")[1].split()[0])
-        MoEConfig(experts, k, capacity_factor=told).validate_length(tokens)
+        suggested = float(str(refusal.value).split(". Use ")[1].split()[0])
+        MoEConfig(experts, k, capacity_factor=suggested).validate_length(tokens)
     if k * tokens < experts:
         with pytest.raises(ValueError, match="less than one"):
             MoEConfig(experts, k, router="expert_choice").validate_length(tokens)

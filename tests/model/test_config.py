@@ -140,5 +140,5 @@ def test_what_decoders_may_have(moe):
 def test_what_only_encoders_may_have():
     for moe in (MoEConfig(4, 2, router="expert_choice", dispatch="gather"), MoEConfig(4, 2, router="soft", scale=2.0)):
         moe.validate(causal=False)
-        with pytest.raises(ValueError, match=r"model\.moe\.router = .*later tokens.*train\.objective='masked'"):
+        with pytest.raises(ValueError, match=r"model\.moe\.router = .*later ones.*train\.objective='masked'"):
             moe.validate(causal=True)

@@ -104,7 +104,7 @@ def test_on_a_mesh_weights_and_layout_are_those_of_a_network_born_there():
     "change, names",
     [
         ({"moe": None}, ["model.moe = none"]),
-        ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "set it to 0"]),
+        ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "Set it to 0"]),
         ({"moe": replace(FINE, capacity_factor=1.5)}, ["model.moe.capacity_factor = 1.5", "none"]),
         ({"moe": replace(FINE, weights="softmax")}, ["model.moe.weights = 'softmax'", "renormalized"]),
         (
