@@ -8,8 +8,7 @@ A layer appends the keys and values of its new tokens, and then attends with its
     no cache     `WholeRows`: the call contains whole rows (training, scoring)
     contiguous   `ContiguousCache`: every token of a row at its index
     ring         `RingCache`: the last `window` tokens, for sliding-window layers
-    latent       `LatentCache`: latents, from which keys and values of all heads are computed
-    (model/attention/latent.py)
+    latent       `LatentCache`: latents that give the keys and values of all heads (model/attention/latent.py)
 
 To add a paged or quantised cache, write a class with these two methods: `ctx` carries the page table and the indices.
 
@@ -138,10 +137,12 @@ class RingCache:
         index_BT = reshard(ctx.cache_index_BT, self.rules, "batch", None)
         # Store only the last W valid tokens of this call: those before them would be overwritten in the same call.
         kept_BT = valid_BT & (jnp.arange(T) >= valid_BT.sum(1, keepdims=True) - window)
-        slot_BT = jnp.where(kept_BT, index_BT % window, window)
-        slot_BKT = jnp.broadcast_to(slot_BT[:, None], k_BKTH.shape[:3])
-        slot_BKT = reshard(slot_BKT, self.rules, "batch", "kv_heads", None)
-        cache = RingCache(_scatter(self.k_BKWH, k_BKTH, slot_BKT), _scatter(self.v_BKWV, v_BKTV, slot_BKT), self.rules)
+        ring_index_BT = jnp.where(kept_BT, index_BT % window, window)
+        ring_index_BKT = jnp.broadcast_to(ring_index_BT[:, None], k_BKTH.shape[:3])
+        ring_index_BKT = reshard(ring_index_BKT, self.rules, "batch", "kv_heads", None)
+        cache = RingCache(
+            _scatter(self.k_BKWH, k_BKTH, ring_index_BKT), _scatter(self.v_BKWV, v_BKTV, ring_index_BKT), self.rules
+        )
         if T == 1:
             return _Ring(cache.k_BKWH, cache.v_BKWV, jnp.minimum(ctx.start_B, window - 1), None), cache
         # Earlier queries of this call attend to tokens that the last tokens overwrite, so attend to the old ring in its
@@ -221,14 +222,14 @@ def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Int[Array, "B K"]) -> A
     return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)
 
 
-def _scatter(cache_BKWH: Array, new_BKTH: Array, slot_BKT: Int[Array, "B K T"]) -> Array:
-    """Return the cache with each row's new entries in their slots; a slot beyond the cache drops its entry. In place,
-    for the reason given in `_write`."""
-    scatter = lambda cache_WH, new_TH, slot_T: cache_WH.at[slot_T].set(new_TH, mode="drop")
-    return jax.vmap(jax.vmap(scatter))(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), slot_BKT)
+def _scatter(cache_BKWH: Array, new_BKTH: Array, ring_index_BKT: Int[Array, "B K T"]) -> Array:
+    """Return the cache with each row's new entries at their ring indices; an index beyond the cache drops its entry.
+    In place, for the reason given in `_write`."""
+    scatter = lambda cache_WH, new_TH, ring_index_T: cache_WH.at[ring_index_T].set(new_TH, mode="drop")
+    return jax.vmap(jax.vmap(scatter))(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), ring_index_BKT)
 
 
-def _gather(cache_BKWH: Array, slot_BW: Int[Array, "B W"]) -> Array:
-    """Return the entries of each row in the order of `slot_BW`."""
-    heads = jax.vmap(lambda cache_WH, slot_W: cache_WH[slot_W], in_axes=(0, None))
-    return jax.vmap(heads)(cache_BKWH, slot_BW)
+def _gather(cache_BKWH: Array, ring_index_BW: Int[Array, "B W"]) -> Array:
+    """Return the entries of each row in the order of `ring_index_BW`."""
+    heads = jax.vmap(lambda cache_WH, ring_index_W: cache_WH[ring_index_W], in_axes=(0, None))
+    return jax.vmap(heads)(cache_BKWH, ring_index_BW)

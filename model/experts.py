@@ -2,8 +2,8 @@
 (pallas_kernels/grouped_matmul), move the results back and sum them with their routing weights. There is no capacity,
 and no token is dropped.
 
-Biases are added to the products of a grouped matmul, since none of its kernels takes them. With biases, the hidden
-products are written to memory before the activation; without, kernels fuse it.
+Biases are added to the products of a grouped matmul, since none of its kernels takes them. The hidden products are then
+written to memory before the activation; without biases they are not.
 
 Shapes: N tokens, C choices per token, E experts of this device, D width, G 2 if gated else 1, F hidden width, S = N * C
 slots.
