@@ -1,4 +1,4 @@
-"""How evenly a router uses its experts: losses, statistics, and the bias that balances without a loss.
+"""Load balance of a router: losses, statistics, and the bias that balances without a loss.
 
 Shapes: B batch, T time, E experts, C choices of a token, N tokens, L MoE layers, S scopes (groups of tokens balanced
 together).
@@ -22,21 +22,19 @@ if TYPE_CHECKING:
     from model.transformer import Transformer
 
 
-HostOrDevice = Array | np.ndarray  # reports give NumPy
+HostOrDevice = Array | np.ndarray  # reports pass NumPy arrays
 
 
 class RouterStats(NamedTuple):
-    """What a router did with the tokens of a batch, padding left out. Losses carry gradients; the rest does not."""
+    """Losses and statistics of a router on one batch, without padding. Only the losses carry gradients."""
 
     load_balance: Float[Array, ""]  # 1 at perfect balance, E / C when C experts take everything
     z: Float[Array, ""]  # mean of logsumexp(logits)^2
-    load_E: Float[
-        Array, "E"
-    ]  # fraction of the choices that each expert was chosen for, dropped ones included; sums to 1
+    load_E: Float[Array, "E"]  # each expert's fraction of the choices, including dropped ones; sums to 1
     entropy: Float[Array, ""]  # mean entropy of the routing distribution, nats
     confidence: Float[Array, ""]  # mean of the largest probability
-    dropped: Float[Array, ""]  # fraction of the choices that found no place
-    choices_BTC: Int[Array, "B T C"]  # as routed, before any is dropped; E: none
+    dropped: Float[Array, ""]  # fraction of the choices that exceeded an expert's capacity
+    choices_BTC: Int[Array, "B T C"]  # experts as routed, before any drop; E: no expert
 
 
 def router_stats(
@@ -46,17 +44,20 @@ def router_stats(
     config: MoEConfig,
     slices: int = 1,
 ) -> RouterStats:
-    """Losses and statistics of a routing. `kept_BTC`: its indices after the capacity; E where a choice was dropped.
+    """Return the losses and statistics of a routing. `kept_BTC`: its indices after the capacity limit; E where a choice
+    was dropped.
 
-    Load balance: `load_balance`, per choice, over `config.balance_scope`, averaged over the scopes by their tokens.
-    batch: all tokens (Qiu et al. 2025: best for specialization); device: the rows of each of `slices` devices, which
-    must divide the rows (what most trainers do); sequence: each row (DeepSeek-V3, eq. 17-20; f counts the choices as
-    made, a bias included, where eq. 18 leaves it out). z: `z_loss`.
+    `RouterStats.load_balance` is `load_balance` per choice for each scope of `config.balance_scope`, averaged over the
+    scopes with their numbers of tokens as weights. 'batch': all tokens (Qiu et al. 2025: best for specialization).
+    'device': the rows of each of `slices` devices, as most trainers do; `slices` must divide the rows. 'sequence': each
+    row (DeepSeek-V3, eq. 17-20; here f counts the choices made with the bias, while eq. 18 leaves the bias out).
+    `RouterStats.z` is `z_loss`. Raises ValueError if `slices` does not divide the rows.
     """
     E, rows = config.num_experts, valid_BT.shape[0]
     if config.balance_scope == "device" and rows % slices:
         raise ValueError(
-            f"{rows} rows do not divide into the {slices} devices that model.moe.balance_scope = 'device' balances"
+            f"model.moe.balance_scope = 'device': {rows} rows do not divide into the {slices} devices. Use a batch of "
+            f"a multiple of {slices} rows, or 'batch' or 'sequence'"
         )
     valid_BT1 = valid_BT[..., None]
     probs_BTE = jnp.where(valid_BT1, routing.probs_BTE, 0.0)
@@ -89,13 +90,14 @@ def load_balance(
     tokens_S: Float[Array, "*S"],
     per: Literal["choice", "token"] = "choice",
 ) -> Float[Array, "*S"]:
-    """E * sum_e f_e P_e (Fedus et al. 2021, eq. 4-6; Shazeer et al. 2017 had the square of the variation): f_e the
-    fraction of choices (`count_SE` of them, no gradient) that fall on expert e, P_e the mean of the router's
-    probabilities, which `probs_SE` sums over `tokens_S` tokens.
+    """Return E * sum_e f_e P_e (Fedus et al. 2021, eq. 4-6; Shazeer et al. 2017 used the squared coefficient of
+    variation). f_e is the fraction of choices that fall on expert e (`count_SE` counts them and has no gradient). P_e
+    is the mean router probability of e (`probs_SE` sums it over `tokens_S` tokens).
 
-    per 'choice': f sums to 1 and the loss is 1 at perfect balance (Switch, megablocks, OLMoE's paper); per 'token': f
-    counts choices of a token and sums to k, as the loss is at balance (transformers' load_balancing_loss_func, which
-    besides adds up the layers' counts and probabilities before it multiplies them: give it sums over them too).
+    per='choice': f sums to 1 and the loss is 1 at perfect balance (Switch, megablocks, the OLMoE paper). per='token': f
+    counts choices per token and sums to k, and the loss is k at perfect balance (load_balancing_loss_func of
+    transformers, which also sums counts and probabilities over the layers before it multiplies them; to reproduce it,
+    pass such sums).
     """
     tokens_S1 = jnp.maximum(tokens_S[..., None], 1.0)
     count_SE = jax.lax.stop_gradient(count_SE)
@@ -104,14 +106,16 @@ def load_balance(
 
 
 def z_loss(log_total_BT: Float[Array, "B T"], valid_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean of logsumexp(logits)^2 over the valid tokens (Zoph et al. 2022, eq. 5)."""
+    """Return the mean of logsumexp(logits)^2 over the valid tokens (Zoph et al. 2022, eq. 5)."""
     return jnp.square(jnp.where(valid_BT, log_total_BT, 0.0)).sum() / jnp.maximum(valid_BT.sum(), 1)
 
 
 def max_violation(load_E: Float[Array | np.ndarray, "*lead E"]) -> Float[Array | np.ndarray, "*lead"]:
-    """MaxVio (Wang et al. 2024, eq. 4): the greatest load over the mean load, less 1. 0 at balance, E / k - 1 where k
-    experts take everything. Of a batch's load it is their MaxVio_batch, of the load of all evaluated text
-    MaxVio_global."""
+    """Return MaxVio (Wang et al. 2024, eq. 4): the maximum load over the mean load, minus 1.
+
+    It is 0 at perfect balance and E / k - 1 if k experts take everything. The load of one batch gives their
+    MaxVio_batch, and the load of all evaluated text gives MaxVio_global.
+    """
     return load_E.max(-1) / load_E.mean(-1) - 1.0
 
 
@@ -121,8 +125,9 @@ def saturation(
     num_experts: int,
     valid_N: Bool[HostOrDevice, "*N"] | None = None,
 ) -> Float[Array, ""]:
-    """The fraction of the choices of one checkpoint that another makes too, for the same tokens (OLMoE, Muennighoff et
-    al. 2024, sec. 5.1). Choices with index `num_experts` are none. 0 to 1; chance gives k / E."""
+    """Return the fraction of the late checkpoint's choices that the early one also made for the same tokens (OLMoE,
+    Muennighoff et al. 2024, sec. 5.1), between 0 and 1. Index `num_experts` means no choice. Random routing gives k /
+    E."""
     real_NC = late_NC < num_experts
     if valid_N is not None:
         real_NC &= valid_N[..., None]
@@ -133,8 +138,8 @@ def saturation(
 def co_activation(
     indices_NC: Int[HostOrDevice, "*N C"], num_experts: int, valid_N: Bool[HostOrDevice, "*N"] | None = None
 ) -> Float[Array, "E E"]:
-    """P(j | i): of the tokens that chose expert i, the part that chose j too (OLMoE, sec. 5.2). The diagonal is 1, and
-    0 like all its row for an expert that none chose."""
+    """Return P(j | i): the fraction of the tokens routed to expert i that also chose expert j (OLMoE, sec. 5.2). The
+    diagonal is 1. The row of an expert that no token chose is 0."""
     E = num_experts
     chosen_NE = (indices_NC[..., None] == jnp.arange(E)).any(-2)
     if valid_N is not None:
@@ -147,35 +152,35 @@ def co_activation(
 def update_bias(
     bias_E: Float[Array, "*lead E"], load_E: Float[Array, "*lead E"], rate: float
 ) -> Float[Array, "*lead E"]:
-    """bias + rate * sign(mean load - load) (Wang et al. 2024, algorithm 1): overloaded experts look worse from the next
-    step on."""
+    """Return bias + rate * sign(mean load - load) (Wang et al. 2024, algorithm 1), which makes overloaded experts less
+    likely from the next step on."""
     return bias_E + rate * jnp.sign(load_E.mean(-1, keepdims=True) - load_E)
 
 
 def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEConfig) -> Transformer:
-    """`model` with every MoE layer's `router_bias` moved by `config.bias_rate`; the model itself where there is none or
-    0.
+    """Return `model` with every MoE layer's `router_bias` moved by `config.bias_rate`, or `model` itself if the rate is
+    None or 0.
 
-    `load_LE`: the loads of the MoE layers in their order, of the whole batch (`forward`'s router.load_E, averaged over
-    microbatches by their targets). Called in the train step after the optimizer, which leaves these biases alone
-    (train/optimizers.py).
+    `load_LE`: the loads of the MoE layers in order, over the whole batch (router.load_E of `forward`, averaged over
+    microbatches weighted by their targets). The train step calls this after the optimizer, which does not change these
+    biases (train/optimizers.py).
     """
     rate = config.bias_rate
     if not rate:
         return model
     first = 0
-    loads: dict[tuple[int, int], Array] = {}  # by stack and place in the unit: a stack runs unit by unit
+    loads: dict[tuple[int, int], Array] = {}  # by (scan group, index in its unit)
     for s, unit in enumerate(model.stacks):
         biased = [i for i, block in enumerate(unit) if getattr(block.mlp, "router_bias", None) is not None]
         layers = len(biased) * repeats(unit)
-        of_stack = load_LE[first : first + layers].reshape(-1, max(len(biased), 1), load_LE.shape[-1])
-        loads |= {(s, i): of_stack[:, m] for m, i in enumerate(biased)}
+        stack_load = load_LE[first : first + layers].reshape(-1, max(len(biased), 1), load_LE.shape[-1])
+        loads |= {(s, i): stack_load[:, m] for m, i in enumerate(biased)}
         first += layers
 
     def moved(path: str, weight: Weight) -> Weight:
         if weight.name != "mlp.router_bias":
             return weight
-        _, stack, place, *_ = path.split(".")
-        return replace(weight, value=update_bias(weight.value, loads[int(stack), int(place)], rate))
+        _, stack, index, *_ = path.split(".")
+        return replace(weight, value=update_bias(weight.value, loads[int(stack), int(index)], rate))
 
     return map_named_weights(moved, model)

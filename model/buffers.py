@@ -1,12 +1,12 @@
-"""Experts with a bounded number of places: each has a buffer of so many rows for each sequence, filled from the tokens
-and read back into them, by one-hot matmuls (GShard, Lepikhin et al. 2020, sec. 3.2) or by gathers.
+"""Experts with a fixed capacity: each has a buffer of `capacity` rows per sequence. One-hot matmuls (GShard, Lepikhin
+et al. 2020, sec. 3.2) or gathers fill the buffers from the tokens and combine the results into them.
 
-A place that no token took is computed too: the cost is that of the capacity, whatever the router does, and all shapes
-are known when the program is compiled. On a mesh explicit shardings do the rest: buffers are born where their sequence
-is, laid out anew so that experts lie over their axes (the all-to-all of GShard), multiplied, and laid out back.
+Empty rows are computed too: the cost depends on the capacity and not on the router, and all shapes are known at compile
+time. On a mesh, buffers start on the devices of their sequence, are resharded so that experts lie over their mesh axes
+(the all-to-all of GShard), multiplied, and resharded back.
 
-Shapes: B batch, T time, D width, E experts, C choices of a token, P places, G 2 if gated else 1, F hidden width, N = B
-* T.
+Shapes: B batch, T time, D width, E experts, C choices of a token, P rows of a buffer, S = E * B * P, G 2 if gated else
+1, F hidden width, N = B * T.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def buffered_experts(
     how: How,
     biases: Biases | None = None,
 ) -> Float[Array, "B T D"]:
-    """sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds nothing.
+    """Return the sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds
+    nothing.
 
-    `position_BTC`: of a choice in its expert's buffer for the sequence, in [0, capacity) and taken once; of index E it
-    means nothing (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a token that is
-    not finite spoils its whole sequence, since 0 * NaN is NaN; with 'gather' itself alone.
+    `position_BTC`: the row of each choice in its expert's buffer for the sequence, in [0, capacity) and unique there;
+    ignored for index E (model/capacity.py). Gradients flow to x, weights, up, down and biases. With 'einsum' a
+    non-finite token makes its whole sequence non-finite, since 0 * NaN is NaN; with 'gather' it affects itself alone.
     """
     E = up_EDGF.shape[0]
     fill = partial(_fill if how == "gather" else _fill_by_matmul, experts=E, capacity=capacity)
@@ -54,40 +55,41 @@ def buffered_experts(
         buffer_EBPD = fill(x_BTD, indices_BTC, position_BTC)
         return combine(_mlp(buffer_EBPD, up_EDGF, down_EFD, biases, kind), weights_BTC, indices_BTC, position_BTC)
 
-    x, indices, weights, place = (
+    x, indices, weights, position = (
         reshard(y, rules, "batch", None, None) for y in (x_BTD, indices_BTC, weights_BTC, position_BTC)
     )
     tokens, buffers = (
         rules.spec("activations", ("batch", None, None)),
         rules.spec("activations", (None, "batch", None, None)),
     )
-    apart = _expert_spec(rules, capacity)
-    buffer_EBPD = jax.shard_map(fill, in_specs=(tokens, tokens, tokens), out_specs=buffers)(x, indices, place)
-    y_EBPD = _mlp(jax.sharding.reshard(buffer_EBPD, apart), up_EDGF, down_EFD, biases, kind, apart, rules)
+    sharded_experts = _expert_spec(rules, capacity)
+    buffer_EBPD = jax.shard_map(fill, in_specs=(tokens, tokens, tokens), out_specs=buffers)(x, indices, position)
+    buffer_EBPD = jax.sharding.reshard(buffer_EBPD, sharded_experts)
+    y_EBPD = _mlp(buffer_EBPD, up_EDGF, down_EFD, biases, kind, sharded_experts, rules)
     y_EBPD = jax.sharding.reshard(y_EBPD, buffers)
     out = jax.shard_map(combine, in_specs=(buffers, tokens, tokens, tokens), out_specs=tokens)(
-        y_EBPD, weights, indices, place
+        y_EBPD, weights, indices, position
     )
     return reshard(out, rules, "batch", "sequence", None)
 
 
 def _expert_spec(rules: ShardingRules, capacity: int) -> PartitionSpec:
-    """How buffers [E, B, P, D] lie while experts work: experts over their axes, sequences over the other axes of the
-    batch, and places over those of the sequence where these divide them (else devices of a sequence repeat each other's
-    work)."""
+    """Return the layout of buffers [E, B, P, D] while experts compute: experts over their axes, sequences over the
+    remaining batch axes, and rows over the sequence axes if those divide them (otherwise the devices of a sequence
+    repeat each other's work)."""
     a, sizes = rules.activations, jax.sharding.get_abstract_mesh().shape
     batch = tuple(axis for axis in a.batch if axis not in a.expert)
-    places = tuple(axis for axis in a.sequence if axis not in a.expert)
-    if capacity % math.prod(sizes[axis] for axis in places):
-        places = ()
-    return PartitionSpec(a.expert or None, batch or None, places or None, None)
+    rows = tuple(axis for axis in a.sequence if axis not in a.expert)
+    if capacity % math.prod(sizes[axis] for axis in rows):
+        rows = ()
+    return PartitionSpec(a.expert or None, batch or None, rows or None, None)
 
 
 def _mlp(
     buffer_EBPD: Array, up_EDGF: Array, down_EFD: Array, biases: Biases | None, kind: str,
     spec: PartitionSpec | None = None, rules: ShardingRules | None = None,
 ) -> Array:  # fmt: skip
-    """Each expert's MLP on its buffers, which on a mesh lie as `spec`."""
+    """Apply each expert's MLP to its buffers. On a mesh they are sharded as `spec`."""
     E, B, P, D = buffer_EBPD.shape
     G, F = up_EDGF.shape[2:]
     if spec is None or rules is None:  # as matrices: faster on CPU
@@ -106,14 +108,14 @@ def _mlp(
 
 
 def _fill(x_BTD: Array, indices_BTC: Array, position_BTC: Array, *, experts: int, capacity: int) -> Array:
-    """Buffers [E, B, P, D]: each token's row in the places of its choices, zeros elsewhere."""
+    """Return buffers [E, B, P, D] with each token in the rows of its choices and zeros elsewhere."""
     B, T, D = x_BTD.shape
     slot_NC, pair_S = _slots(indices_BTC, position_BTC, experts, capacity)
     return spread(x_BTD.reshape(B * T, D), slot_NC, pair_S).reshape(experts, B, capacity, D)
 
 
 def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC: Array) -> Array:
-    """The weighted sum of each token's choices, [B, T, D]."""
+    """Return the weighted sum of each token's choices, [B, T, D]."""
     E, B, P, D = y_EBPD.shape
     slot_NC, pair_S = _slots(indices_BTC, position_BTC, E, P)
     weights_NC = weights_BTC.reshape(slot_NC.shape)
@@ -121,8 +123,8 @@ def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC
 
 
 def _slots(indices_BTC: Array, position_BTC: Array, E: int, P: int) -> tuple[Array, Array]:
-    """(slot [N, C] in E * B * P of a choice, E * B * P where it has none; choice [E * B * P] in N * C of a slot, N * C
-    where it has none)."""
+    """Return (slot [N, C] of each choice in [0, S), S for a choice without one; choice [S] of each slot in [0, N * C),
+    N * C for an empty slot)."""
     B, T, C = indices_BTC.shape
     slots, pairs = E * B * P, B * T * C
     row_B11 = jnp.arange(B, dtype=jnp.int32)[:, None, None]
@@ -140,14 +142,14 @@ def _one_hots(indices_BTC: Array, position_BTC: Array, E: int, P: int, dtype) ->
 
 
 def _fill_by_matmul(x_BTD: Array, indices_BTC: Array, position_BTC: Array, *, experts: int, capacity: int) -> Array:
-    """As `_fill`, with GShard's mask [B, T, E, P]."""
+    """Do the same as `_fill`, with GShard's mask [B, T, E, P]."""
     expert_BTCE, position_BTCP = _one_hots(indices_BTC, position_BTC, experts, capacity, x_BTD.dtype)
     mask_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE, position_BTCP)
     return jnp.einsum("btep,btd->ebpd", mask_BTEP, x_BTD)
 
 
 def _combine_by_matmul(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC: Array) -> Array:
-    """As `_combine`, with GShard's combine weights [B, T, E, P]."""
+    """Do the same as `_combine`, with GShard's combine weights [B, T, E, P]."""
     E, _, P, _ = y_EBPD.shape
     expert_BTCE, position_BTCP = _one_hots(indices_BTC, position_BTC, E, P, weights_BTC.dtype)
     combine_BTEP = jnp.einsum("btce,btcp->btep", expert_BTCE * weights_BTC[..., None], position_BTCP)

@@ -1,16 +1,16 @@
-"""What layers remember of the tokens before: one object for each layer, and layers do not know which kind.
+"""Key/value caches: one object per layer, with an interface that hides the kind of cache from the layer.
 
-A layer hands over the keys and values of its new tokens and asks with its queries:
+A layer appends the keys and values of its new tokens, and then attends with its queries:
 
-    seen, cache = append(cache, k, v, ctx)      # cache: what the next call gets
-    out = seen.attend(q, ctx, spec)             # seen: what this call's queries attend to
+    keys, cache = append(cache, k, v, ctx)      # cache: for the next call
+    out = keys.attend(q, ctx, spec)             # keys: what the queries of this call attend to
 
-    no cache     `WholeRows`: the rows are here as a whole (training, scoring)
+    no cache     `WholeRows`: the call contains whole rows (training, scoring)
     contiguous   `ContiguousCache`: every token of a row at its index
-    ring         `RingCache`: the last `window` tokens, for layers that see no more
-    latent       `LatentCache`: what keys and values of all heads are computed from (model/attention/latent.py)
+    ring         `RingCache`: the last `window` tokens, for sliding-window layers
+    latent       `LatentCache`: latents that give the keys and values of all heads (model/attention/latent.py)
 
-A paged or quantised cache is one more class with these two methods: `ctx` carries the page table and the indices.
+To add a paged or quantised cache, write a class with these two methods: `ctx` carries the page table and the indices.
 
 Shapes: B batch, T new tokens, S capacity, W window, N query heads, K key/value heads, H head dimension, V value
 dimension, C numbers of a latent, R layers of a scan group.
@@ -32,7 +32,7 @@ from sharding.rules import ShardingRules, activation_spec, reshard
 
 
 class Keys(Protocol):
-    """What the queries of one call attend to."""
+    """The keys and values that the queries of one call attend to."""
 
     def attend(self, q_BTNH: Array, ctx: ForwardContext, spec: AttendSpec) -> Array:
         """Return [B, T, N, V]: the attention of this call's queries."""
@@ -40,15 +40,15 @@ class Keys(Protocol):
 
 
 class LayerCache(Protocol):
-    """What one layer keeps between calls: a pytree whose shapes never change."""
+    """The state that one layer keeps between calls: a pytree whose shapes never change."""
 
     def append(self, k: Array, v: Array | None, ctx: ForwardContext) -> tuple[Keys, Any]:
-        """Return (what this call's queries attend to, the cache with the new tokens at `ctx.cache_index_BT`)."""
+        """Return (the keys of this call's queries, the cache with the new tokens at `ctx.cache_index_BT`)."""
         ...
 
 
 def append(cache: LayerCache | None, k: Array, v: Array | None, ctx: ForwardContext) -> tuple[Keys, LayerCache | None]:
-    """`cache.append`; without a cache the new tokens are whole rows, and nothing is kept."""
+    """Call `cache.append`. Without a cache, treat the new tokens as whole rows and keep nothing."""
     return (WholeRows(k, v), None) if cache is None else cache.append(k, v, ctx)
 
 
@@ -70,7 +70,7 @@ class WholeRows:
 @partial(jax.tree_util.register_dataclass, data_fields=("k_BKSH", "v_BKSV"), meta_fields=("rules",))
 @dataclass(frozen=True, eq=False)
 class ContiguousCache:
-    """Keys and values of every token at its index; those at and beyond the row's length hold garbage."""
+    """Keys and values of every token at its index. Entries at and beyond a row's length are undefined."""
 
     k_BKSH: Float[Array, "B K S H"]
     v_BKSV: Float[Array, "B K S V"]
@@ -113,7 +113,7 @@ class ContiguousCache:
 @partial(jax.tree_util.register_dataclass, data_fields=("k_BKWH", "v_BKWV"), meta_fields=("rules",))
 @dataclass(frozen=True, eq=False)
 class RingCache:
-    """The last W tokens of each row, token i at i mod W: all that a sliding-window layer of window W may see."""
+    """The last W tokens of each row, token i at i mod W: all that a layer with a sliding window of W attends to."""
 
     k_BKWH: Float[Array, "B K W H"]
     v_BKWV: Float[Array, "B K W V"]
@@ -128,26 +128,28 @@ class RingCache:
         return cls(zeros(k_dim), zeros(v_dim), rules)
 
     def append(self, k: Array, v: Array | None, ctx: ForwardContext) -> tuple[Keys, RingCache]:
-        """Padding (`ctx.valid_BT` False, behind the row's tokens) is attended to like any later token, and not kept."""
+        """Append the valid tokens. Padding (`ctx.valid_BT` False, after the row's tokens) is masked like any later
+        token and is not stored."""
         assert v is not None
         window, T = self.k_BKWH.shape[2], k.shape[1]
         k_BKTH, v_BKTV = _heads_first(k, v, self.rules)
         valid_BT = reshard(ctx.valid_BT, self.rules, "batch", None)
         index_BT = reshard(ctx.cache_index_BT, self.rules, "batch", None)
-        # A token stays if none of the W behind it is valid: it would be overwritten in the same call.
+        # Store only the last W valid tokens of this call: those before them would be overwritten in the same call.
         kept_BT = valid_BT & (jnp.arange(T) >= valid_BT.sum(1, keepdims=True) - window)
-        place_BT = jnp.where(kept_BT, index_BT % window, window)
-        place_BKT = jnp.broadcast_to(place_BT[:, None], k_BKTH.shape[:3])
-        place_BKT = reshard(place_BKT, self.rules, "batch", "kv_heads", None)
+        ring_index_BT = jnp.where(kept_BT, index_BT % window, window)
+        ring_index_BKT = jnp.broadcast_to(ring_index_BT[:, None], k_BKTH.shape[:3])
+        ring_index_BKT = reshard(ring_index_BKT, self.rules, "batch", "kv_heads", None)
         cache = RingCache(
-            _scatter(self.k_BKWH, k_BKTH, place_BKT), _scatter(self.v_BKWV, v_BKTV, place_BKT), self.rules
+            _scatter(self.k_BKWH, k_BKTH, ring_index_BKT), _scatter(self.v_BKWV, v_BKTV, ring_index_BKT), self.rules
         )
         if T == 1:
             return _Ring(cache.k_BKWH, cache.v_BKWV, jnp.minimum(ctx.start_B, window - 1), None), cache
-        # Queries in mid-call see tokens that the last ones overwrite: the old ring in its order, then the new tokens.
+        # Earlier queries of this call attend to tokens that the last tokens overwrite, so attend to the old ring in its
+        # order, followed by the new tokens.
         before_BW = reshard(ctx.start_B, self.rules, "batch")[:, None] - window + jnp.arange(window)
         k_BKSH, v_BKSV = (
-            jnp.concatenate((_at(old, before_BW % window), new.astype(old.dtype)), axis=2)
+            jnp.concatenate((_gather(old, before_BW % window), new.astype(old.dtype)), axis=2)
             for old, new in ((self.k_BKWH, k_BKTH), (self.v_BKWV, v_BKTV))
         )
         visible_BS = jnp.concatenate((before_BW >= 0, jnp.ones_like(valid_BT)), axis=1)
@@ -156,7 +158,7 @@ class RingCache:
 
 @dataclass(frozen=True, eq=False)
 class _Ring:
-    """The keys that the queries of one call see, in an order that ends with theirs."""
+    """The keys visible to the queries of one call, in an order that ends with the call's own tokens."""
 
     k_BKSH: Array
     v_BKSV: Array
@@ -170,7 +172,7 @@ class _Ring:
 @partial(jax.tree_util.register_dataclass, data_fields=("latent_B1SC",), meta_fields=("rules",))
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """The latents of every token at its index; on a mesh every device of a row's group holds them all."""
+    """The latents of every token at its index. On a mesh, all devices that share a row store all of its latents."""
 
     latent_B1SC: Float[Array, "B 1 S C"]
     rules: ShardingRules
@@ -184,7 +186,7 @@ class LatentCache:
         return cls(jnp.zeros(shape, dtype, out_sharding=spec), rules)
 
     def append(self, k: Array, v: Array | None, ctx: ForwardContext) -> tuple[LatentCache, LatentCache]:
-        assert v is None, "latents are keys and values in one"
+        assert v is None, "a latent is both key and value"
         new_B1TC = reshard(k, self.rules, "batch", None, None)[:, None]
         start_B1 = reshard(ctx.cache_index_BT[:, :1], self.rules, "batch", None)
         cache = LatentCache(_write(self.latent_B1SC, new_B1TC, start_B1), self.rules)
@@ -210,24 +212,24 @@ def _heads_first(k: Array, v: Array, rules: ShardingRules) -> tuple[Array, Array
 
 
 def _write(cache_BKSH: Array, new_BKTH: Array, start_BK: Int[Array, "B K"]) -> Array:
-    """Return the cache with each row's new entries at its own start.
+    """Return the cache with each row's new entries from the row's start on.
 
-    Each head has a start, though those of a row are equal, so that XLA makes a scatter of it, which is done in place.
-    To a batch of one it would give a dynamic_update_slice, fuse that into each reader, and copy the cache to keep its
-    old state.
+    Each head gets a start, although all heads of a row have the same one: XLA then emits a scatter and runs it in
+    place. Otherwise, for a batch of one, XLA would emit a dynamic_update_slice, fuse it into each reader, and copy the
+    cache to preserve its old state.
     """
     write = lambda cache_SH, new_TH, start: jax.lax.dynamic_update_slice_in_dim(cache_SH, new_TH, start, axis=0)
     return jax.vmap(jax.vmap(write))(cache_BKSH, new_BKTH.astype(cache_BKSH.dtype), start_BK)
 
 
-def _scatter(cache_BKWH: Array, new_BKTH: Array, place_BKT: Int[Array, "B K T"]) -> Array:
-    """Return the cache with each row's new entries in their places; a place beyond the cache drops its entry. In place
-    for the reason given in `_write`."""
-    put = lambda cache_WH, new_TH, place_T: cache_WH.at[place_T].set(new_TH, mode="drop")
-    return jax.vmap(jax.vmap(put))(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), place_BKT)
+def _scatter(cache_BKWH: Array, new_BKTH: Array, ring_index_BKT: Int[Array, "B K T"]) -> Array:
+    """Return the cache with each row's new entries at their ring indices; an index beyond the cache drops its entry.
+    In place, for the reason given in `_write`."""
+    scatter = lambda cache_WH, new_TH, ring_index_T: cache_WH.at[ring_index_T].set(new_TH, mode="drop")
+    return jax.vmap(jax.vmap(scatter))(cache_BKWH, new_BKTH.astype(cache_BKWH.dtype), ring_index_BKT)
 
 
-def _at(cache_BKWH: Array, place_BW: Int[Array, "B W"]) -> Array:
-    """Return the entries of each row in the order of `place_BW`."""
-    heads = jax.vmap(lambda cache_WH, place_W: cache_WH[place_W], in_axes=(0, None))
-    return jax.vmap(heads)(cache_BKWH, place_BW)
+def _gather(cache_BKWH: Array, ring_index_BW: Int[Array, "B W"]) -> Array:
+    """Return the entries of each row in the order of `ring_index_BW`."""
+    heads = jax.vmap(lambda cache_WH, ring_index_W: cache_WH[ring_index_W], in_axes=(0, None))
+    return jax.vmap(heads)(cache_BKWH, ring_index_BW)

@@ -1,8 +1,8 @@
-"""What a network costs: parameters and FLOPs, counted from its config.
+"""Parameter and FLOP counts of a network, from its config.
 
-Convention of every FLOP figure: a multiply-add is 2; matmuls and attention only; causal attention counted half (each
-query against the keys it sees); the backward pass twice the forward; rematerialization not counted; of the experts only
-the chosen ones.
+Convention for all FLOPs: a multiply-add counts 2. Only matmuls and attention count, causal attention as half (each
+query against its visible keys). The backward pass counts twice the forward pass, without rematerialization. Only the
+chosen experts count.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ CONVENTION = "2 per multiply-add, matmuls and attention, causal attention half, 
 
 class ParameterCount(NamedTuple):
     total: int
-    active: int  # used by one token: of the experts the chosen ones
-    embedding: int  # of the total: token and position embeddings and the head
+    active: int  # used by one token: counts the chosen experts only
+    embedding: int  # part of the total: token and position embeddings and the head
 
 
 def abstract_model(config: ModelConfig, rules: ShardingRules) -> Transformer:
-    """The network as shapes, dtypes and, under a mesh, shardings."""
+    """Return the network as shapes, dtypes and, on a mesh, shardings."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(lambda key: Transformer(key, config, rules), key)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Parameters of the network, from the shapes of its initialization."""
+    """Return the parameter counts of the network, from the shapes of its initialization."""
     weights = [weight for _, weight in named_weights(abstract_model(config, ShardingRules()))]
     total = sum(math.prod(weight.shape) for weight in weights)
     embedding = sum(math.prod(weight.shape) for weight in weights if weight.role == "embedding")
@@ -50,7 +50,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def forward_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of the forward pass for one token of a full window of `length`, head included."""
+    """Return the FLOPs of the forward pass for one token of a full window of `length`, including the head."""
     D = config.embed_dim
     flops = 2.0 * D * config.vocab_size
     for spec in layer_specs(config):
@@ -66,8 +66,8 @@ def forward_flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 def experts_per_token(config: ModelConfig, length: int) -> float:
-    """Experts that a token of a window of `length` goes to, on average; a capacity's drops are not counted. Soft:
-    slots."""
+    """Return the mean number of experts per token in a window of `length`, without drops at the capacity; for the soft
+    router, slots per token."""
     moe = config.moe
     assert moe is not None
     if moe.router == "soft":
@@ -78,5 +78,5 @@ def experts_per_token(config: ModelConfig, length: int) -> float:
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of a training step per token: three times the forward pass."""
+    """Return the FLOPs of a training step per token: three times the forward pass."""
     return 3 * forward_flops_per_token(config, length)

@@ -1,4 +1,4 @@
-"""Runs the experts on the choices of a router, over the mesh.
+"""Run the experts on a router's choices, on one device or over a mesh.
 
 Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width, N tokens of a
 device.
@@ -28,7 +28,7 @@ UP_BIAS, DOWN_BIAS = ("expert", "gate", "mlp"), ("expert", "embed")
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of a layer's experts as they are stored."""
+    """The stored weights of a layer's experts."""
 
     up: Weight  # [E, D, G, F]
     down: Weight  # [E, F, D]
@@ -36,7 +36,7 @@ class ExpertWeights(NamedTuple):
     down_bias: Weight | None = None  # [E, D]
 
     def arrays(self, of: Callable[[Weight], Array]) -> tuple[Array, Array, Biases | None]:
-        """Return `of` each weight: (up, down, biases)."""
+        """Apply `of` to each weight and return (up, down, biases)."""
         up, down = of(self.up), of(self.down)
         if self.up_bias is None or self.down_bias is None:
             return up, down, None
@@ -55,21 +55,24 @@ def run_experts(
     """Return the sum over choices c of weights[b, t, c] * MLP of expert indices[b, t, c] at x[b, t]; index E adds
     nothing.
 
-    `position_BTC`: where the choice stands in its expert's buffer of config.moe.capacity(T) rows; None without a
-    capacity. Gradients flow to x, weights and experts. On a mesh experts lie over the axes of
-    `rules.activations.expert`. Where those also divide the tokens, either the pairs travel (`config.moe.exchange` a
-    number: model/exchange.py) or all tokens are gathered on each device of the group (None). Tokens are gathered too
-    where only some of those axes divide them; where none does, each device has the group's tokens already, and its
-    experts' part of the results is summed.
+    `position_BTC`: row of each choice in its expert's buffer of config.moe.capacity(T) rows; None without a capacity.
+    Gradients flow to x, weights and experts. Raises ValueError if config.moe.dispatch needs a capacity and there is
+    none.
+
+    On a mesh, experts are sharded over the axes of `rules.activations.expert`. If all of these axes also divide the
+    tokens, either the pairs (token, choice) are sent to their experts (`config.moe.exchange` is a number;
+    model/exchange.py) or each device of the group gathers all tokens (None). If only some of them divide the tokens,
+    the tokens are gathered along those. If none does, each device already has the group's tokens. Without the exchange,
+    the partial results of the devices are summed.
     """
     moe, dtype = config.moe, x_BTD.dtype
     assert moe is not None
-    # Expert choice fills every row, and gives a token a choice of each expert: sorted, most pairs would go nowhere.
+    # Expert choice fills every buffer row and lists E choices per token. Sorting would handle mostly empty pairs.
     how = "gather" if moe.dispatch == "auto" and moe.router == "expert_choice" else moe.dispatch
     if how in ("gather", "einsum"):
         if position_BTC is None:
             raise ValueError(
-                f"model.moe.dispatch = {how!r}: its buffers need a size; set model.moe.capacity_factor, or use 'sort'"
+                f"model.moe.dispatch = {how!r}: needs a buffer size. Set model.moe.capacity_factor, or use 'sort'"
             )
         up, down, biases = experts.arrays(lambda weight: weight.gathered(dtype))
         return buffered_experts(
@@ -85,8 +88,8 @@ def run_experts(
     token_spec = rules.spec("activations", ("batch", "sequence", None))
     entering = [None if weight is None else weight.entering(dtype) for weight in experts]
     weights, specs = (ExpertWeights(*(None if e is None else e[i] for e in entering)) for i in range(2))  # type: ignore[arg-type]
-    # Unchecked: kernels' results do not carry the types of varying axes. The gradients of weights are then summed over
-    # every axis that their specs do not name, as they have to be.
+    # check_vma=False: the results of kernels do not carry the types of varying axes. shard_map then sums the gradients
+    # of weights over every axis that their specs do not name, as required.
     return jax.shard_map(
         partial(_on_a_device, run=run, rules=rules, factor=moe.exchange),
         in_specs=(token_spec, token_spec, token_spec, specs),
@@ -102,17 +105,19 @@ def _run(x_ND, indices_NC, weights_NC, up, down, *biases: Array, kind: str, impl
 def _on_a_device(
     x_BTD, indices_BTC, weights_BTC, experts: ExpertWeights, *, run, rules: ShardingRules, factor: float | None
 ) -> Array:
-    """Return what the device's tokens get from their experts. Each device computes with some experts, and some columns
-    of them; it holds slices of those and gathers them here, so that their gradients are reduced and scattered in one.
+    """Return the experts' outputs for this device's tokens.
+
+    Each device computes with some experts, and with some of their columns. It stores slices of these and gathers them
+    here, so that one collective reduces and scatters their gradients.
     """
     up, down, biases = experts.arrays(lambda weight: weight.local(x_BTD.dtype))
     activations = rules.activations
     if biases and (columns := tuple(a for a in activations.mlp if jax.lax.axis_size(a) > 1)):
-        # Devices with other columns of the same experts: their results are summed, and the bias must be added once.
+        # The results of devices with other columns of the same experts are summed, so only one of them adds the bias.
         biases = biases._replace(down_ED=jnp.where(jax.lax.axis_index(columns) == 0, biases.down_ED, 0))
     expert_axes, token_axes = activations.expert, activations.batch + activations.sequence
     x, indices, weights = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, indices_BTC, weights_BTC))
-    divides_tokens = tuple(a for a in expert_axes if a in token_axes)  # experts lie over devices with other tokens
+    divides_tokens = tuple(a for a in expert_axes if a in token_axes)  # devices along these have different tokens
     shares_tokens = tuple(a for a in expert_axes if a not in token_axes)
     peers = jax.lax.axis_size(expert_axes) if expert_axes else 1
     if peers > 1 and factor is not None and not shares_tokens:
@@ -129,7 +134,7 @@ def _on_a_device(
         if divides_tokens:
             y = sum_scatter(y, divides_tokens, 0)
     rest = tuple(a for a in activations.mlp + shares_tokens if jax.lax.axis_size(a) > 1)
-    # Columns of experts, and experts, summed at the end: a row for each token, fewer than the pairs.
+    # Sum over columns and over experts last: there is one row per token, and there are more pairs than tokens.
     return (_total(y, rest) if rest else y).reshape(x_BTD.shape)
 
 
@@ -139,8 +144,11 @@ def _rows(run, x_RD: Array, expert_R: Array, *weights: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _total(y: Array, axes: tuple[str, ...]) -> Array:
-    """`jax.lax.psum` whose gradient needs no communication: shard_map, unchecked, divides that of a result by the
-    devices that hold copies of it, for a psum to put together again. Each has it all."""
+    """Return `jax.lax.psum(y, axes)`, with a gradient that needs no communication.
+
+    With check_vma=False, shard_map divides the gradient of a replicated result by the number of copies and expects a
+    psum to restore it. Every device has the whole gradient, so multiplying is enough.
+    """
     return jax.lax.psum(y, axes)
 
 

@@ -1,12 +1,12 @@
 """Dropless expert computation: sort the (token, choice) pairs by expert, multiply each run by its expert's weights
-(pallas_kernels/grouped_matmul), put the results back and sum them by their routing weights. No capacity, no dropped
-token.
+(pallas_kernels/grouped_matmul), move the results back and sum them with their routing weights. There is no capacity,
+and no token is dropped.
 
-Biases are added to the products of a grouped matmul (none of its kernels takes them), which then reach memory before
-they are
-activated: without biases they do not.
+Biases are added to the products of a grouped matmul, since none of its kernels takes them. The hidden products are then
+written to memory before the activation; without biases they are not.
 
-Shapes: N tokens, C choices per token, E experts here, D width, G 2 if gated else 1, F hidden width, S = N * C slots.
+Shapes: N tokens, C choices per token, E experts of this device, D width, G 2 if gated else 1, F hidden width, S = N * C
+slots.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from jaxtyping import Array, Float, Int
 from model.mlp import ACTIVATIONS, activate
 from pallas_kernels.grouped_matmul import grouped_glu, grouped_matmul
 
-UNROLLED = 8  # choices of a token up to which their sum is written out: one pass over memory, 2.5 times as fast on CPU
+UNROLLED = 8  # up to this many choices the sum is unrolled: one pass over memory, 2.5 times as fast on CPU
 
 
 class Biases(NamedTuple):
-    """Of experts, in the dtype of computation."""
+    """Biases of experts, in the dtype of computation."""
 
     up_EGF: Float[Array, "E G F"]  # on the hidden products, before the activation
     down_ED: Float[Array, "E D"]
 
 
 class Layout(NamedTuple):
-    """Where each (token, choice) pair goes. Runs of experts are in order; pairs whose expert is not here come last."""
+    """The slot of each (token, choice) pair. Runs of experts are in order; pairs of experts on other devices come
+    last."""
 
     slot_NC: Int[Array, "N C"]  # slot of the pair
-    pair_S: Int[Array, "S"]  # index in N * C of the pair in the slot
+    pair_S: Int[Array, "S"]  # index in [0, N * C) of the pair in the slot
     sizes_E: Int[Array, "E"]  # pairs of each expert
 
 
 def layout(indices_NC: Int[Array, "N C"], num_experts: int) -> Layout:
-    """Sorts the pairs by expert, keeping the order of tokens. Experts outside [0, num_experts) come last."""
+    """Sort the pairs by expert, keeping the order of tokens. Experts outside [0, num_experts) come last."""
     E, S = num_experts, indices_NC.size
     here = (indices_NC >= 0) & (indices_NC < E)
     expert_S = jnp.where(here, indices_NC, E).reshape(-1).astype(jnp.int32)
@@ -58,7 +59,7 @@ def _rows(x_ND: Array, index: Array) -> Array:
 
 
 def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
-    """sum over c of y[slot[n, c]] (times weights[n, c]), in float32 or wider; of y's dtype."""
+    """Return the sum over c of y[slot[n, c]] (times weights[n, c]), computed in float32 or wider, in y's dtype."""
     wide, C = jnp.promote_types(y_SD.dtype, jnp.float32), slot_NC.shape[1]
     if C > UNROLLED:
         y_NCD = _rows(y_SD, slot_NC)
@@ -74,8 +75,8 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
 
 @jax.custom_vjp
 def spread(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """x_SD: each token's row in the slots of its pairs; zero in a slot whose pair is N * C (none). A pair whose slot is
-    S has none. Both directions are gathers, never scatters."""
+    """Return x_SD: each token's row in the slots of its pairs, and zero in empty slots, whose pair is N * C. A pair
+    with slot S has no slot. Forward and backward are gathers, never scatters."""
     return _rows(x_ND, pair_S // slot_NC.shape[1])
 
 
@@ -92,7 +93,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def collect(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
-    """y_ND: the weighted sum of each token's pairs, those without a slot left out."""
+    """Return y_ND: the weighted sum over each token's pairs that have a slot."""
     return _sum(y_SD, slot_NC, weights_NC)
 
 
@@ -121,12 +122,11 @@ def expert_mlp(
     implementation: str | None = None,
     biases: Biases | None = None,
 ) -> Float[Array, "N D"]:
-    """sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n].
+    """Return the sum over choices c of weights[n, c] * MLP of expert indices[n, c] at x[n].
 
     Indices outside [0, E) belong to experts on other devices and add nothing. Gradients flow to x, weights, up, down
-    and biases.
-    `implementation`: of the grouped matmul, as in its api (None: the best for the backend), or 'dense': every expert on
-    every token, the oracle.
+    and biases. `implementation`: that of the grouped matmul (None: the best for the backend), or 'dense', which runs
+    every expert on every token as an oracle.
     """
     if implementation == "dense":
         return every_expert(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD, kind, biases)
@@ -145,28 +145,31 @@ def grouped_mlp(
     implementation: str | None = None,
     biases: Biases | None = None,
 ) -> Float[Array, "S D"]:
-    """Each expert's MLP on its run of rows: those of expert 0 come first; rows after the last run come out zero."""
+    """Apply each expert's MLP to its run of rows, starting with expert 0. Rows after the last run give zeros."""
     if biases is not None:
         (S, _), (E, D, G, F) = x_SD.shape, up_EDGF.shape
         run_SE = _runs(sizes_E, S).astype(x_SD.dtype)
         h_SX = grouped_matmul(x_SD, up_EDGF.reshape(E, D, G * F), sizes_E, implementation=implementation)
-        h_SX = h_SX + _of_runs(run_SE, biases.up_EGF.reshape(E, G * F))
+        h_SX = h_SX + _bias_rows(run_SE, biases.up_EGF.reshape(E, G * F))
         h_SF = activate(kind, h_SX.reshape(S, G, F)).astype(x_SD.dtype)
         y_SD = grouped_matmul(h_SF, down_EFD, sizes_E, implementation=implementation)
-        return (y_SD + _of_runs(run_SE, biases.down_ED)).astype(x_SD.dtype)
+        return (y_SD + _bias_rows(run_SE, biases.down_ED)).astype(x_SD.dtype)
     h_SF = grouped_glu(x_SD, up_EDGF, sizes_E, ACTIVATIONS[kind], implementation=implementation)
     return grouped_matmul(h_SF, down_EFD, sizes_E, implementation=implementation)
 
 
 def _runs(sizes_E: Array, S: int) -> Array:
-    """[S, E]: whether the row is of the expert's run."""
+    """Return [S, E]: whether the row is in the expert's run."""
     end_E, row_S1 = jnp.cumsum(sizes_E), jnp.arange(S)[:, None]
     return (row_S1 >= end_E - sizes_E) & (row_S1 < end_E)
 
 
-def _of_runs(run_SE: Array, bias_EX: Array) -> Array:
-    """Each row's bias, zero where it has none, in float32 or wider. A matmul: of a gather the gradient would be a
-    scatter of rows that are mostly the same, which accelerators add one after the other, in the dtype of the bias."""
+def _bias_rows(run_SE: Array, bias_EX: Array) -> Array:
+    """Return each row's bias, or zero for a row of no expert, in float32 or wider.
+
+    This is a matmul, because the gradient of a gather would scatter into few distinct rows, and accelerators add such
+    updates one after the other and in the dtype of the bias.
+    """
     wide = jnp.promote_types(bias_EX.dtype, jnp.float32)
     return jnp.dot(run_SE, bias_EX, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide)
 
@@ -180,7 +183,7 @@ def every_expert(
     kind: str,
     biases: Biases | None = None,
 ) -> Float[Array, "N D"]:
-    """As `expert_mlp`, by every expert on every token: E / C times the FLOPs, and nothing to get wrong."""
+    """Do the same as `expert_mlp` by running every expert on every token: simple, at E / C times the FLOPs."""
     h_ENGF = jnp.einsum("nd,edgf->engf", x_ND, up_EDGF)
     if biases is not None:
         h_ENGF = h_ENGF + biases.up_EGF[:, None]

@@ -1,6 +1,6 @@
-"""A layer, and how layers are run one after the other.
+"""Layers, and the scan that runs them in order.
 
-Shapes: B batch, T time, D width, R repeats of a stack of layers.
+Shapes: B batch, T time, D width, L layers, R repetitions of a stack of layers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sharding.rules import ShardingRules, no_mesh
 
 
 class Block(nnx.Module):
-    """One layer: attention and an MLP or experts, each with its norms and its residual."""
+    """One layer: attention, then an MLP or experts, each with its norms and residual connection."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, spec: LayerSpec):
         self.config = config
@@ -64,12 +64,12 @@ class Block(nnx.Module):
         return x_BTD + dropout(_apply(self.mlp_post_norm, y), rate, keys[1]), cache, stats
 
 
-Stacks = Sequence[Sequence[Block]]  # scan groups in order; each a unit of layers whose weights have a leading R
-Caches = tuple[tuple[LayerCache, ...], ...]  # as Stacks, leading R
+Stacks = Sequence[Sequence[Block]]  # scan groups in order; each is a unit of layers whose weights have a leading R
+Caches = tuple[tuple[LayerCache, ...], ...]  # caches in the structure of Stacks, with a leading R
 
 
 class RunLayers(Protocol):
-    """Runs every layer in order: `scan_layers`, or pipeline stages."""
+    """A function that runs every layer in order: `scan_layers`, or pipeline stages."""
 
     def __call__(
         self,
@@ -80,9 +80,10 @@ class RunLayers(Protocol):
         caches: Caches | None,
         keys: Key[Array, "L"] | None,
     ) -> tuple[Float[Array, "B T D"], Caches | None, RouterStats | None]:
-        """Return (hidden states, caches with this call's tokens, statistics with a leading axis over the MoE layers).
+        """Return (hidden states, caches with this call's tokens, router statistics with a leading axis over MoE
+        layers).
 
-        `keys`: one for each layer [L], or None where nothing is random.
+        `keys`: one per layer [L], or None if nothing is random.
         """
         ...
 
@@ -95,7 +96,7 @@ def scan_layers(
     caches: Caches | None,
     keys: Key[Array, "L"] | None,
 ) -> tuple[Float[Array, "B T D"], Caches | None, RouterStats | None]:
-    """`RunLayers` by one scan over the repetitions of each stack."""
+    """Implement `RunLayers` with one scan over the repetitions of each stack."""
     new_caches, stats, layer = [], [], 0
     for s, unit in enumerate(stacks):
         count = repeats(unit) * len(unit)
@@ -114,8 +115,8 @@ def scan_layers(
 def run_unit(
     unit: Sequence[Block], x_BTD: Array, ctx: ForwardContext, caches: Sequence[LayerCache] | None, keys: Array | None
 ) -> tuple[Array, tuple[LayerCache | None, ...] | None, RouterStats | None]:
-    """Return one repetition of a unit of layers, whose weights have no leading R: (x, caches, statistics stacked over
-    its MoE layers)."""
+    """Run one repetition of a unit of layers, whose weights have no leading R. Return (x, caches, router statistics
+    stacked over its MoE layers)."""
     new_caches, stats = [], []
     for i, block in enumerate(unit):
         cache = None if caches is None else caches[i]
@@ -130,7 +131,7 @@ def run_unit(
 def _scan(
     config: ModelConfig, unit: tuple[Block, ...], x_BTD, ctx: ForwardContext, caches, keys
 ) -> tuple[Any, Any, Any]:
-    """One stack; no loop where R is 1."""
+    """Run one stack, without a loop if R is 1."""
 
     def body(x_BTD, scanned):
         unit, caches, keys = scanned
@@ -150,7 +151,7 @@ def _scan(
 
 
 def _remat(layers, config: ModelConfig):
-    """`layers` with the configured choice of what the backward pass keeps."""
+    """Return `layers` with the rematerialization policy of the config."""
     policies, names = jax.checkpoint_policies, config.remat_names
     if config.remat == "none":
         return layers
@@ -169,7 +170,7 @@ def _remat(layers, config: ModelConfig):
 
 
 def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate); nothing without a key."""
+    """Zero entries with probability `rate` and scale the rest by 1 / (1 - rate). Without a key, return `x`."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=None if no_mesh() else jax.typeof(x).sharding)

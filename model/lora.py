@@ -18,14 +18,15 @@ from sharding.rules import weight_spec
 def add_lora(model: Tree, names: Collection[str], rank: int, key: PRNGKeyArray, alpha: float | None = None) -> Tree:
     """Return the network with an adapter on every weight whose name (`Weight.name`: "attention.q") is in `names`.
 
-    `down` is drawn from N(0, 1 / inputs) and `up` is zero, so that the function does not change. alpha: default rank.
+    `down` is drawn from N(0, 1 / inputs) and `up` is zero, so the network's function does not change. `alpha` defaults
+    to `rank`.
     """
 
     def added(path: str, weight: Weight) -> Weight:
         if weight.name not in names:
             return weight
         stacked = weight.ndim - len(weight.axes)
-        cut = stacked + weight.experts + weight.inputs  # where outputs begin
+        cut = stacked + weight.experts + weight.inputs  # first output dimension
         lead = weight.shape[: stacked + weight.experts]
         axes = weight.adapter_axes()
         down_spec, up_spec = (weight_spec(weight.rules, *(None,) * stacked, *part) for part in axes)

@@ -1,6 +1,6 @@
 """A lower bound on the parameters of a network, from its config alone.
 
-Nothing is traced and no layer is listed, so that a config of any size is answered at once.
+The count needs no tracing and no list of layers, so it is immediate for a config of any size.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ PLAIN = ("gelu", "relu", "relu2")  # kinds of MLP without a gate; model.mlp woul
 
 
 def least_parameters(config: ModelConfig) -> dict[str, tuple[int, str]]:
-    """Return, by part, (parameters, the fields that set their number). Matrices alone: norms, biases, routers and
-    attention variants of the user's own are not counted."""
+    """Return {part: (parameters, the fields that set their number)}. Only matrices count: norms, biases, routers and
+    users' attention variants are left out."""
     a, D, L = config.attention, config.embed_dim, config.num_layers
     kinds = ("dense",) if config.moe is None else config.moe.layers
-    matrices = 2 if config.mlp.kind in PLAIN else 3  # of an MLP
+    matrices = 2 if config.mlp.kind in PLAIN else 3  # per MLP
     parts = {
         "embeddings": (
             config.vocab_size * D * (1 if config.tied_embeddings else 2)
@@ -41,13 +41,14 @@ def least_parameters(config: ModelConfig) -> dict[str, tuple[int, str]]:
 
 
 def _repeats(layers: int, pattern: tuple[str, ...], kind: str) -> int:
-    """Return how many of the first `layers` layers are of this kind where `pattern` repeats."""
-    whole, rest = divmod(layers, len(pattern))
-    return whole * pattern.count(kind) + pattern[:rest].count(kind)
+    """Return the number of layers of this kind among `layers` layers that repeat `pattern`."""
+    repetitions, rest = divmod(layers, len(pattern))
+    return repetitions * pattern.count(kind) + pattern[:rest].count(kind)
 
 
 def _attention(config: ModelConfig) -> int:
-    """Return the numbers in the matrices of one attention layer, without its queries where they are latent."""
+    """Return the number of parameters in the matrices of one attention layer; for latent attention, without those of
+    the queries."""
     a, D = config.attention, config.embed_dim
     if (latent := a.latent) is None:
         return D * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)

@@ -24,12 +24,12 @@ def gelu(x: Array) -> Array:
 
 
 def swiglu_clamped(gate: Array, up: Array) -> Array:
-    """gpt-oss's activation: SwiGLU with a steeper sigmoid, bounded inputs and a gate that adds the identity."""
+    """The activation of gpt-oss: SwiGLU with a steeper sigmoid, clipped inputs, and 1 added to `up`."""
     gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
-# Made once: the grouped matmul compiles an activation in by its identity.
+# Created once: the grouped matmul caches its programs by the identity of the activation.
 PLAIN: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "relu": jax.nn.relu,
@@ -45,17 +45,17 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = PLAIN | GATED
 
 
 def gates(kind: str) -> int:
-    """Hidden vectors a token needs: 2 for the gated kinds, else 1."""
+    """Return the number of hidden vectors per token: 2 for the gated kinds, else 1."""
     return 2 if kind in GATED else 1
 
 
 def activate(kind: str, h: Float[Array, "*lead G F"]) -> Float[Array, "*lead F"]:
-    """The hidden activation: f(h0), or f(h0, h1) for the gated kinds."""
+    """Return the hidden activation: f(h0), or f(h0, h1) for the gated kinds."""
     return ACTIVATIONS[kind](*(h[..., g, :] for g in range(gates(kind))))
 
 
 class MLP(nnx.Module):
-    """The gate and the up projection are one weight: one large matmul instead of two."""
+    """An MLP whose gate and up projections are one weight, for one large matmul instead of two."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class MLP(nnx.Module):
         hidden_dim: int | None = None,
         name: str = "mlp",
     ):
-        """`hidden_dim`: default `config.mlp.hidden_dim`. `name`: of its weights, before their own."""
+        """`hidden_dim` defaults to `config.mlp.hidden_dim`. `name` is the prefix of the weights' names."""
         self.config = config
         D, F, G = config.embed_dim, hidden_dim or config.mlp.hidden_dim, gates(config.mlp.kind)
         up_key, down_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Mixture of experts: a layer of router, chosen experts and shared experts.
+"""Mixture of experts: a layer with a router, routed experts and shared experts.
 
 Shapes: B batch, T time, D width, E experts, C choices of a token, G 2 if gated else 1, F hidden width.
 """
@@ -27,7 +27,7 @@ from sharding.rules import ShardingRules
 
 
 class MoE(nnx.Module):
-    """Every token goes to the experts that its router chooses, and to the shared ones."""
+    """A layer that sends each token to the experts that the router chooses, and to the shared experts."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
         assert config.moe is not None
@@ -46,31 +46,32 @@ class MoE(nnx.Module):
         biased, learned = config.mlp.bias, moe.router not in WITHOUT_LOGITS
         self.up_bias = zeros("up_bias", (E, G, F), UP_BIAS, "vector", biased)
         self.down_bias = zeros("down_bias", (E, D), DOWN_BIAS, "vector", biased)
-        # The soft router has a logit for each of an expert's slots.
+        # The soft router has one logit for each slot of each expert.
         logits = E * moe.top_k if moe.router == "soft" else E
-        of_router: Axes = ("embed", None)
+        router_axes: Axes = ("embed", None)
         self.router = (
-            normal(keys[0], (D, logits), of_router, D**-0.5, rules, name="mlp.router", role="router")
+            normal(keys[0], (D, logits), router_axes, D**-0.5, rules, name="mlp.router", role="router")
             if learned
             else None
         )
-        # The bias of the map to the logits. Another one (router_bias) only moves the choice: the train step moves it,
-        # never a gradient (model/balance.py).
+        # The bias of the projection to logits. `router_bias`, in contrast, only affects the choice; the train step
+        # updates it without a gradient (model/balance.py).
         self.router_logit_bias = zeros("router_logit_bias", (logits,), (None,), "vector", biased and learned)
         self.router_bias = zeros("router_bias", (E,), (None,), "buffer", moe.bias_rate is not None)
         noisy = moe.router == "noisy_top_k"
-        self.router_noise = zeros("router_noise", (D, E), of_router, "router", noisy, inputs=1)
+        self.router_noise = zeros("router_noise", (D, E), router_axes, "router", noisy, inputs=1)
         shared = moe.shared_experts * F
         self.shared = MLP(jax.random.fold_in(key, 3), config, rules, shared, "shared") if shared else None
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], ctx: ForwardContext, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """`key`: given in training only, for what is random in the router. While decoding no choice is dropped."""
+        """Return (output, router statistics). `key`: for the router's random draws, in training only. Decoding drops no
+        choice."""
         config, rules = self.config, self.rules
         assert config.moe is not None
         if ctx.decoding and config.moe.capacity_factor is not None:
-            # A capacity is for whole sequences. Prompts of any padding and single tokens are decoded without drops.
+            # A capacity applies to whole sequences. Padded prompts and single tokens are decoded without drops.
             config = replace(config, moe=replace(config.moe, capacity_factor=None, dispatch="sort"))
         moe = config.moe
         assert moe is not None
@@ -98,7 +99,8 @@ class MoE(nnx.Module):
         return checkpoint_name(out_BTD, "mlp_out"), stats
 
     def _logits(self, x_BTD: Array, key: PRNGKeyArray | None) -> tuple[Array | None, Array | None]:
-        """Router logits and what noisy_top_k's noise is scaled by, in router_dtype; None where there is none."""
+        """Return (router logits, the scale of noisy_top_k's noise before softplus) in router_dtype; None for either if
+        the router does not use it."""
         moe = self.config.moe
         assert moe is not None
         if self.router is None:

@@ -16,7 +16,7 @@ from sharding.rules import ShardingRules
 
 
 class Norm(nnx.Module):
-    """Normalizes the last dimensions of its input, those its weight has, and scales them."""
+    """A norm over the last dimensions of its input: those of its scale, which then multiplies them."""
 
     def __init__(self, shape: tuple[int, ...], axes: Axes, config: NormConfig, rules: ShardingRules, name: str):
         self.config = config

@@ -1,4 +1,4 @@
-"""Where a token stands: RoPE and its scalings, ALiBi, sinusoids. Pure functions of positions.
+"""Position encodings: RoPE and its scalings, ALiBi, sinusoids. Pure functions of positions.
 
 Shapes: B batch, T time, N heads, H head dimension, R half of the rotated dimensions.
 """
@@ -16,10 +16,11 @@ from model.config import ModelConfig, RopeScalingConfig, rotary_dim
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | None) -> np.ndarray:
-    """Radians per position of each rotated pair, float64 [dim / 2], for every scaling that is known beforehand.
+    """Return the radians per position of each rotated pair, float64 [dim / 2], for every scaling that is fixed in
+    advance.
 
     linear: Chen et al. 2023; ntk: bloc97 2023; yarn: Peng et al. 2023, sec. 3.2; llama3: the Llama 3.1 release.
-    'dynamic_ntk' depends on the length at hand and gives the unscaled frequencies here.
+    'dynamic_ntk' depends on the current length, so this function returns the unscaled frequencies for it.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float64) / dim
     plain = theta**-exponents
@@ -39,8 +40,9 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        # Clipping can put `high` below `low`: where the original length is below 2 pi beta_slow. transformers divides
-        # by the negative difference, which leaves every frequency as it is; do the same, for the weights expect it.
+        # If the original length is below 2 pi beta_slow, clipping puts `high` below `low`. transformers then divides by
+        # the negative difference, which leaves every frequency unchanged. Published weights expect this, so do the
+        # same.
         width = high - low if high != low else 0.001
         ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
         return plain / s.factor * ramp + plain * (1 - ramp)
@@ -53,10 +55,11 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScalingConfig | Non
 def rope_tables(
     config: ModelConfig, positions_BT: Int[Array, "B T"], length_B: Int[Array, "B"] | None = None, local: bool = False
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """Cosines and sines, float32 [B, T, R], of the angles at `positions_BT`.
+    """Return cosines and sines, float32 [B, T, R], of the angles at `positions_BT`.
 
-    `length_B`, the length of context at hand, is what 'dynamic_ntk' scales by; other scalings ignore it. `local`: of a
-    layer that sees a sliding window, which may have a base of its own and is then not scaled.
+    `length_B`: current context length, which 'dynamic_ntk' scales by and other scalings ignore. `local`: whether the
+    layer has a sliding window. If `config.position.local_theta` is set, such a layer uses it as its base and is not
+    scaled.
     """
     dim, theta, scaling = rotary_dim(config), config.position.theta, config.position.scaling
     if local and config.position.local_theta is not None:
@@ -79,24 +82,25 @@ def rope_tables(
 def rotate(
     x_BTNH: Float[Array, "B T N H"], cos_BTR: Float[Array, "B T R"], sin_BTR: Float[Array, "B T R"], interleaved: bool
 ) -> Float[Array, "B T N H"]:
-    """RoPE (Su et al. 2021) on the first 2R dimensions of each head; pairs (i, i+R), or (2i, 2i+1) if interleaved."""
+    """Apply RoPE (Su et al. 2021) to the first 2R dimensions of each head, as pairs (i, i+R), or (2i, 2i+1) if
+    interleaved."""
     half = cos_BTR.shape[-1]
     cos, sin = cos_BTR[:, :, None, :], sin_BTR[:, :, None, :]
-    turned, rest = x_BTNH[..., : 2 * half].astype(jnp.float32), x_BTNH[..., 2 * half :]
+    x, rest = x_BTNH[..., : 2 * half].astype(jnp.float32), x_BTNH[..., 2 * half :]
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        out = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=-1).reshape(turned.shape)
+        a, b = x[..., 0::2], x[..., 1::2]
+        out = jnp.stack((a * cos - b * sin, b * cos + a * sin), axis=-1).reshape(x.shape)
     else:
-        a, b = turned[..., :half], turned[..., half:]
+        a, b = x[..., :half], x[..., half:]
         out = jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1)
     return jnp.concatenate((out.astype(x_BTNH.dtype), rest), axis=-1)
 
 
 def check_length(config: ModelConfig, published: int) -> str | None:
-    """Return a notice if `config.max_length` goes past the positions that its weights can be expected to handle, else
-    None. `published`: positions that the weights were published for.
+    """Return a notice if `config.max_length` exceeds the positions that the weights support, else None. `published`:
+    number of positions that the weights were published for.
 
-    Dynamic scaling and ALiBi work at any length, other scalings up to factor times their original length. Raises
+    Dynamic scaling and ALiBi support any length, other scalings up to factor times their original length. Raises
     ValueError if the positions are a learned table of another length.
     """
     kind, scaling, length = config.position.kind, config.position.scaling, config.max_length
@@ -116,8 +120,8 @@ def check_length(config: ModelConfig, published: int) -> str | None:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """Float32 [N]: the slopes of ALiBi (Press et al. 2022, sec. 3), with its rule for head counts off the powers of
-    2."""
+    """Return the slopes of ALiBi, float32 [N] (Press et al. 2022, sec. 3), with its rule for head counts that are not
+    powers of 2."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
@@ -125,7 +129,8 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def sinusoids(positions_BT: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """Float32 [B, T, D]: sines in the first half, cosines in the second (Vaswani et al. 2017, sec. 3.5)."""
+    """Return float32 [B, T, D] with sines in the first half and cosines in the second (Vaswani et al. 2017, sec.
+    3.5)."""
     frequencies = 10_000.0 ** -(jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.concatenate((jnp.sin(angles), jnp.cos(angles)), axis=-1)
@@ -138,8 +143,8 @@ def apply_rope(
     positions_BT: Int[Array, "B T"],
     length_B: Int[Array, "B"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Return heads rotated by RoPE in their first `rotary_dim` dimensions as a layer of kind `kind` does; unchanged
-    without RoPE."""
+    """Apply RoPE to the first `rotary_dim` dimensions of each head, as a layer of kind `kind` does. Return the heads
+    unchanged if the model has no RoPE."""
     if config.position.kind != "rope":
         return x_BTNH
     tables = rope_tables(config, positions_BT, length_B, local=kind == "sliding")

@@ -1,4 +1,4 @@
-"""Soft mixture of experts: no token is chosen, every expert is given mixtures of all (Puigcerver et al. 2023).
+"""Soft mixture of experts: each expert processes mixtures of all tokens (Puigcerver et al. 2023).
 
 Shapes: B batch, T time, D width, E experts, S slots of an expert, X = E * S, G 2 if gated else 1, F hidden width.
 """
@@ -23,15 +23,14 @@ def soft_moe(
     config: ModelConfig,
     rules: ShardingRules,
 ) -> tuple[Float[Array, "B T D"], Routing]:
-    """Sec. 2.1 there: slots = softmax of the logits over the tokens, times the tokens; each expert runs on its
-    config.moe.top_k slots; a token gets the softmax of its logits over all slots, times what came out (and
-    config.moe.scale).
+    """Return (output, routing) of sec. 2.1 of the paper. The slots are the tokens mixed by a softmax of the logits over
+    the tokens. Each expert runs on its config.moe.top_k slots. Each token receives the slot outputs mixed by a softmax
+    of its logits over all slots, times config.moe.scale.
 
-    A row is mixed as a whole: documents that are packed into one see each other.
-    `logits_BTX`: slot by slot of expert 0, then of expert 1, and so on. Tokens that are not valid are in no mixture and
-    get zeros. One logit that is not finite makes the whole sequence so. Without the normalization of sec. 2.3 (for
-    widths beyond 1,000 or so). The Routing is for statistics: every token with every expert, weighted by its slots'
-    sum.
+    `logits_BTX`: the slots of expert 0, then those of expert 1, and so on. Whole rows are mixed, so documents packed
+    into one row mix too. Invalid tokens enter no mixture and get zeros. One non-finite logit makes its whole sequence
+    non-finite. The normalization of sec. 2.3 (for widths above about 1,000) is left out. The Routing is for statistics:
+    every token uses every expert, weighted by the sum over its slots.
     """
     moe = config.moe
     assert moe is not None

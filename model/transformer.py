@@ -1,6 +1,6 @@
 """The decoder-only Transformer: one forward function for training, prefill and decoding.
 
-Shapes: B batch, T time, D width, V vocabulary, R repeats of a stack of layers.
+Shapes: B batch, T time, D width, V vocabulary, R repetitions of a stack of layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sharding.rules import ShardingRules, activation_spec, reshard
 
 
 class Transformer(nnx.Module):
-    """Weights of the network. `stacks` holds, segment by segment, one Block a layer of the unit, with a leading R
+    """Weights of the network. For each segment, `stacks` holds one Block per layer of the unit, with a leading R
     axis."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
@@ -53,31 +53,31 @@ class Transformer(nnx.Module):
             stacks.append(nnx.List(unit))
         self.stacks = nnx.List(stacks)
         self.final_norm = Norm((D,), ("embed",), config.norm, rules, "final_norm")
-        head_std = weight_std(config, config.mup_base_dim or D)  # under muP it does not shrink with the width
+        head_std = weight_std(config, config.mup_base_dim or D)  # under muP it does not depend on the width
         tied = config.tied_embeddings
         self.head = None if tied else made(head_key, (D, V), ("embed", "vocab"), head_std, name="head")
 
 
 class Output(NamedTuple):
-    hidden_BTD: Float[Array, "B T D"]  # after the final norm; `logits` turns it into predictions
+    hidden_BTD: Float[Array, "B T D"]  # after the final norm; `logits` maps it to predictions
     cache: Cache | None
-    router: RouterStats | None  # each value with a leading axis over the MoE layers
+    router: RouterStats | None  # statistics with a leading axis over the MoE layers
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("stacks", "length_B"), meta_fields=("capacity",))
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """What every layer remembers, and how many tokens each row holds."""
+    """The caches of all layers, and the number of tokens in each row."""
 
     stacks: Caches
     length_B: Int[Array, "B"]
     capacity: int  # tokens that a row can hold
 
     def at_length(self, length_B: Int[Array, "B"]) -> Cache:
-        """Return the cache with rows of these lengths: the next tokens overwrite what lies behind them.
+        """Return the cache with its rows cut to these lengths: the next tokens overwrite everything after them.
 
-        Only padding may lie behind (`valid_BT` False when it was appended): a ring has given up a token of the window
-        for every valid one, and a row that forgets valid tokens is to be appended to a new cache.
+        Only padding (`valid_BT` False when appended) may be cut off: in a ring cache every valid token has overwritten
+        an older one of the window. To cut valid tokens off, append the rest of the row to a new cache.
         """
         return replace(self, length_B=length_B)
 
@@ -107,16 +107,15 @@ def forward(
 ) -> Output:
     """Run the network up to its final norm.
 
-    Packed rows give `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a `cache`
-    the tokens continue each row at its length, which grows by T (`Cache.at_length` sets it for rows of uneven prompts);
-    a row of a cache is one document, so that segments and positions are refused. `valid_BT` leaves tokens (padding) out
-    of the router's statistics, of ring caches and of the length that 'dynamic_ntk' scales by (default: segment_ids >
-    0).
-    `dropout_key` switches dropout on, and what routers draw at random in training. `run_layers` runs the layers: a
-    scan, or pipeline stages.
+    For packed rows, pass `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a
+    `cache` the tokens continue each row at its length, which grows by T (`Cache.at_length` sets it for prompts of
+    uneven length). A row of a cache is one document, so segments and positions are refused. `valid_BT` excludes tokens
+    (padding) from router statistics, from ring caches and from the length that 'dynamic_ntk' scales by (default:
+    segment_ids > 0). `dropout_key` enables dropout and the random draws of routers, for training. `run_layers` runs the
+    layers: a scan, or pipeline stages.
 
-    Raises ValueError for arguments that do not go together, and for tokens beyond the capacity of the cache. Inside jit
-    lengths are not known: there the hidden states of a row that overflows are NaN.
+    Raises ValueError for incompatible arguments, and for tokens beyond the capacity of the cache. Inside jit, lengths
+    are unknown, so a row that overflows gets NaN hidden states instead.
     """
     config = model.config
     ctx = _context(model, tokens_BT, positions_BT, segment_ids_BT, prefix_BT, valid_BT, cache)
@@ -145,10 +144,10 @@ def _context(
         if segment_ids_BT is not None or positions_BT is not None:
             given = "segment_ids_BT" if segment_ids_BT is not None else "positions_BT"
             raise ValueError(
-                f"forward: {given} with a cache: a row of a cache is one document and its positions are its "
-                "cache indices; leave it out, or give no cache"
+                f"forward: {given} with a cache: each row of a cache is one document, whose positions are its cache "
+                f"indices. Leave out {given}, or the cache"
             )
-        _check_room(cache, T)
+        _check_capacity(cache, T)
     start_B = jnp.zeros(B, jnp.int32) if cache is None else cache.length_B
 
     def rows(y_BT: Array | np.ndarray) -> Array:
@@ -167,14 +166,14 @@ def _context(
     )
 
 
-def _check_room(cache: Cache, T: int) -> None:
-    """Refuse tokens beyond the capacity, where the lengths are known, which inside jit they are not."""
+def _check_capacity(cache: Cache, T: int) -> None:
+    """Raise ValueError for tokens beyond the capacity. Inside jit, where lengths are unknown, check T alone."""
     known = not isinstance(cache.length_B, jax.core.Tracer)
     longest = int(cache.length_B.max()) if known else 0
     if longest + T > cache.capacity:
         raise ValueError(
             f"forward: {T} tokens for a cache of capacity {cache.capacity} whose longest row holds {longest}; "
-            "make it with a larger capacity (init_cache), or start a new one"
+            "create it with a larger capacity (init_cache), or start a new one"
         )
 
 
@@ -187,23 +186,23 @@ def logits(model: Transformer, hidden_BTD: Float[Array, "*B D"]) -> Float[Array,
 
 
 def head_weight(model: Transformer) -> Float[Array, "D V"]:
-    """Return the matrix from hidden states to logits (before the soft cap), in the dtype of computation; muP's 1/m
-    included."""
+    """Return the matrix from hidden states to logits (before the soft cap), in the dtype of computation and with muP's
+    factor 1/m."""
     config, dtype = model.config, compute_dtype(model.config)
     w = model.embedding.gathered(dtype).T if model.head is None else model.head.gathered(dtype)
     return w if config.mup_base_dim is None else w * (config.mup_base_dim / config.embed_dim)
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Return the dtype of activations: `config.dtype`; 'auto' is float32 on CPUs, which lack bfloat16 arithmetic, else
-    bfloat16."""
+    """Return the dtype of activations. 'auto' means float32 on CPUs, which lack bfloat16 arithmetic, and bfloat16
+    elsewhere."""
     if config.dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.dtype)
 
 
 def with_stacks(model: Transformer, stacks: Stacks) -> Transformer:
-    """Return the network with other scan groups of layers."""
+    """Return the network with `stacks` as its scan groups of layers."""
     leaves, treedef = jax.tree.flatten(model)
     copy = jax.tree.unflatten(treedef, leaves)
     copy.stacks = nnx.List([nnx.List(unit) for unit in stacks])
@@ -211,7 +210,7 @@ def with_stacks(model: Transformer, stacks: Stacks) -> Transformer:
 
 
 def unstack(model: Transformer) -> Transformer:
-    """Return the same network with each layer a stack of its own, so that no loop over layers is left: for decoding on
+    """Return the same network with one stack per layer, which removes the loop over layers, for decoding on
     CPUs."""
 
     def pick(block: Block, i: int) -> Block:
@@ -223,25 +222,25 @@ def unstack(model: Transformer) -> Transformer:
 
 
 def split_layers(model: Transformer, last: int) -> Transformer:
-    """Return the same network with its stacks cut before the last `last` layers, so that those are whole arrays.
+    """Return the same network with its stacks split before the last `last` layers, so that these have their own arrays.
 
-    A cut inside a repetition leaves that repetition as single layers. Raises ValueError where `last` is not in
-    [0, num_layers].
+    A split inside a repetition turns that repetition into single layers. Raises ValueError if `last` is not in [0,
+    num_layers].
     """
     if not 0 <= last <= model.config.num_layers:
-        raise ValueError(f"last = {last}: between 0 and model.num_layers = {model.config.num_layers} layers")
+        raise ValueError(f"last = {last}: must be between 0 and model.num_layers = {model.config.num_layers}")
     stacks: list[list[Block]] = []
     first, cut = 0, model.config.num_layers - last
     for unit in model.stacks:
         period, R = len(unit), repeats(unit)
-        whole, inside = divmod(min(max(cut - first, 0), period * R), period)
+        before, inside = divmod(min(max(cut - first, 0), period * R), period)
         part = lambda low, high, unit=unit: [jax.tree.map(lambda w: w[low:high], block) for block in unit]
-        if whole:
-            stacks.append(part(0, whole))
+        if before:
+            stacks.append(part(0, before))
         if inside:
-            stacks += [[block] for block in part(whole, whole + 1)]
-        if whole + bool(inside) < R:
-            stacks.append(part(whole + bool(inside), R))
+            stacks += [[block] for block in part(before, before + 1)]
+        if before + bool(inside) < R:
+            stacks.append(part(before + bool(inside), R))
         first += period * R
     return with_stacks(model, stacks)
 

@@ -1,17 +1,18 @@
-"""Upcycling: a mixture of experts that starts as a trained dense network (Komatsuzaki et al. 2022).
+"""Upcycling: initialize a mixture of experts from a trained dense network (Komatsuzaki et al. 2022).
 
-Every expert starts as a copy of its layer's MLP, the router is drawn anew, everything else is taken over. A token's
-chosen experts are then equal, and where their weights sum to one the layer computes what the MLP did: whatever the
-router chooses, the logits are the dense network's. (For the same reason the loss gives routers of whole copies no
-gradient at the first step, only the balance does: the copies part by the tokens that they are given.)
+Every expert starts as a copy of its layer's MLP, the router is initialized at random, and all other weights are copied.
+A token's experts are then equal. If their weights sum to one, the layer computes the same as the MLP, and the logits
+equal those of the dense network for any choice of experts. (For the same reason, the loss gives the router of full
+copies no gradient at the first step; only the balance loss does. The copies diverge because they receive different
+tokens.)
 
-Fine-grained experts (He et al. 2024, "Upcycling large language models into mixture of experts", virtual groups): of
-width F / m an expert holds one of m shards of the MLP's hidden columns, since y = sum over shards of act(x up_s)
-down_s. Experts g m .. g m + m - 1 are the shards of one copy and share a router column, so that a token's top_k = k m
-choices are k whole copies, their equal logits side by side in the order in which top-k breaks ties. A shard's weight is
-the m-th part of its copy's, so `down` is multiplied by m (and divided by `scale`, which all the weights carry). Biases
-of the hidden columns are cut with them; each shard has the whole bias of the output (over `scale`), m of an m-th. The
-router's bias starts at zero.
+Fine-grained experts (He et al. 2024, "Upcycling large language models into mixture of experts", virtual groups): an
+expert of width F / m holds one of m shards of the MLP's hidden columns, since y = sum over shards of act(x up_s)
+down_s. Experts g m .. g m + m - 1 are the shards of one copy and share a router column. Their logits are equal and
+adjacent, and top-k breaks ties by index, so a token's top_k = k m choices are k complete copies. A shard gets 1 / m of
+the weight of its copy, so `down` is multiplied by m (and divided by `scale`, a factor of all weights). Biases of hidden
+columns are split with the columns. Each shard has the full output bias (divided by `scale`): m of them at 1 / m of the
+weight. The router's bias starts at zero.
 
 Shapes: R layers of a stack, D width, G 2 if gated else 1, F hidden width of the MLP, E experts, M shards, f hidden
 width of an expert.
@@ -34,71 +35,71 @@ from model.transformer import Transformer, unstack
 from model.weights import Tree, Weight, map_named_weights, named_weights, repeats
 from sharding.rules import ShardingRules, no_mesh
 
-# Routers whose weights for a token sum to `scale`, in training too; those that read `weights` only with some of its
-# forms.
+# Routers whose weights for a token sum to `scale`, also in training; for those that read `weights`, only with some of
+# its values.
 WHOLE = ("top_k", "noisy_top_k", "sinkhorn", "hash", "random", "dense")
-# Of those, the ones that take experts of equal logits together.
+# Routers in WHOLE that choose experts of equal logits together.
 TOGETHER = ("top_k", "sinkhorn", "dense")
-# What may differ between the two networks: it changes how the function is trained or computed, not the function.
+# Fields that may differ between the two networks: they affect training or execution, but not the function.
 FREE = ("moe", "init", "dropout", "dtype", "remat", "remat_names", "scan_unroll")
 
 
 def upcycle(dense: Transformer, config: ModelConfig, key: PRNGKeyArray, rules: ShardingRules) -> Transformer:
-    """The network of `config` (with experts) that computes what `dense` (without) does, to rounding. `key` draws its
-    routers.
+    """Return a network of `config` (with experts) that computes the same as `dense` (without), up to rounding. `key`
+    draws its routers.
 
-    Under a mesh the weights are laid out as `rules` says. Meant to be jitted: what is drawn only to be replaced is then
-    not computed. Raises ValueError that names field, value and fix where the logits could not be those of `dense`.
+    On a mesh, the weights are sharded by `rules`. Call it inside jit, which skips the initial values that are replaced.
+    Raises ValueError with the field, its value and a fix if the logits could not equal those of `dense`.
     """
     shards = check(dense.config, config)
     fresh = Transformer(key, config, rules)
-    layers = [unit[0] for unit in unstack(dense).stacks]  # each with a leading axis of 1
+    layers = [unit[0] for unit in unstack(dense).stacks]  # every weight has a leading axis of 1
     first = 0
     for unit in fresh.stacks:
         count = repeats(unit) * len(unit)
         for i, block in enumerate(unit):
             unit[i] = _block(block, layers[first + i : first + count : len(unit)], shards)
         first += count
-    taken = _weights(dense)
-    return _replace(fresh, {name: taken[name] for name in _weights(fresh) if not name.startswith("stacks")})
+    copied = _weights(dense)
+    return _replace(fresh, {name: copied[name] for name in _weights(fresh) if not name.startswith("stacks")})
 
 
 def check(dense: ModelConfig, config: ModelConfig) -> int:
-    """Into how many experts the MLP is cut (1: each is all of it). Raises ValueError that names field, value and fix
-    where a network of `config` cannot start as one of `dense`."""
+    """Return the number of experts that one MLP is split into (1: each expert is a full copy). Raises ValueError with
+    the field, its value and a fix if a network of `config` cannot start from one of `dense`."""
     moe = config.moe
     if dense.moe is not None:
-        raise ValueError("model.moe: the network to upcycle has experts already; give one whose model.moe is none")
+        raise ValueError("model.moe: the network to upcycle has experts already. Use one with model.moe = none")
     if moe is None:
-        raise ValueError("model.moe = none: say which experts the network is to have, like model.moe.num_experts=8")
+        raise ValueError("model.moe = none: upcycling needs a config with experts. Try model.moe.num_experts=8")
     for field in fields(ModelConfig):
         old, new = getattr(dense, field.name), getattr(config, field.name)
         if field.name == "attention":
             new = replace(new, implementation=old.implementation, context=old.context)
         if field.name not in FREE and old != new:
             raise ValueError(
-                f"model.{field.name} = {new}: the dense network has {old}; upcycling changes model.moe alone"
+                f"model.{field.name} = {new}: the dense network has {old}. Use that; upcycling changes model.moe alone"
             )
     if moe.shared_experts:
         raise ValueError(
-            f"model.moe.shared_experts = {moe.shared_experts}: what they add, the dense network does not have; set it "
-            f"to 0"
+            f"model.moe.shared_experts = {moe.shared_experts}: would add an output that the dense network lacks. Set "
+            "it to 0"
         )
     if moe.capacity_factor is not None:
         raise ValueError(
-            f"model.moe.capacity_factor = {moe.capacity_factor}: a token that finds no place loses its MLP; set it to "
-            "none (and model.moe.dispatch to auto)"
+            f"model.moe.capacity_factor = {moe.capacity_factor}: a dropped token would lose its MLP. Set it to none "
+            "(and model.moe.dispatch to auto)"
         )
     if moe.router not in WHOLE:
         raise ValueError(
-            f"model.moe.router = {moe.router!r}: the weights of a token's experts do not always sum to one, so that "
-            f"the logits would change; use one of {', '.join(WHOLE)}"
+            f"model.moe.router = {moe.router!r}: the weights of a token's experts do not always sum to one, so the "
+            f"logits would change. Use one of {', '.join(WHOLE)}"
         )
     if moe.router in WEIGHTED and moe.weights not in ALWAYS_ONE:
         more = " and model.moe.top_k = 2 or more" if moe.top_k == 1 else ""
         raise ValueError(
-            f"model.moe.weights = {moe.weights!r}: the weights of a token's experts do not sum to one, so that the "
-            f"logits would change; use one of {', '.join(ALWAYS_ONE)}{more}"
+            f"model.moe.weights = {moe.weights!r}: the weights of a token's experts do not sum to one, so the "
+            f"logits would change. Use one of {', '.join(ALWAYS_ONE)}{more}"
         )
     return _check_shards(config)
 
@@ -109,8 +110,8 @@ def _check_shards(config: ModelConfig) -> int:
     if hidden % moe.hidden_dim:
         divisors = [str(hidden // m) for m in range(1, 17) if hidden % m == 0]
         raise ValueError(
-            f"model.moe.hidden_dim = {moe.hidden_dim}: does not divide model.mlp.hidden_dim = {hidden}, which the "
-            f"experts are cut from; set it to {', '.join(divisors)}"
+            f"model.moe.hidden_dim = {moe.hidden_dim}: does not divide model.mlp.hidden_dim = {hidden}, which is "
+            f"split into experts. Use one of {', '.join(divisors)}"
         )
     shards = hidden // moe.hidden_dim
     if shards == 1:
@@ -118,7 +119,7 @@ def _check_shards(config: ModelConfig) -> int:
     if moe.router not in TOGETHER:
         raise ValueError(
             f"model.moe.router = {moe.router!r}: does not choose the {shards} shards of an MLP together "
-            f"(model.moe.hidden_dim = {moe.hidden_dim} of {hidden}); use one of {', '.join(TOGETHER)}, or experts of "
+            f"(model.moe.hidden_dim = {moe.hidden_dim} of {hidden}). Use one of {', '.join(TOGETHER)}, or experts of "
             f"width {hidden}"
         )
     chosen = {"model.moe.num_experts": moe.num_experts} | (
@@ -127,27 +128,27 @@ def _check_shards(config: ModelConfig) -> int:
     for name, count in chosen.items():
         if count % shards:
             raise ValueError(
-                f"{name} = {count}: experts of width {moe.hidden_dim} are {shards} to an MLP of width {hidden}, and "
-                f"come by whole MLPs; set it to a multiple of {shards}, like {-(-count // shards) * shards}"
+                f"{name} = {count}: {shards} experts of width {moe.hidden_dim} make up one MLP of width {hidden}. Use "
+                f"a multiple of {shards}, like {-(-count // shards) * shards}"
             )
     groups = moe.groups[0]
     if groups > 1 and moe.num_experts // groups % shards:
         raise ValueError(
-            f"model.moe.groups = {moe.groups}: groups of {moe.num_experts // groups} experts would cut the {shards} "
-            f"shards of an MLP apart; use groups of a multiple of {shards} experts, or (1, 1)"
+            f"model.moe.groups = {moe.groups}: groups of {moe.num_experts // groups} experts would separate the "
+            f"{shards} shards of an MLP. Use groups of a multiple of {shards} experts, or (1, 1)"
         )
     return shards
 
 
 def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
-    """The block `fresh` [R, ...] with the weights of R dense layers [1, ...]."""
+    """Return the block `fresh` [R, ...] with the weights of R dense layers [1, ...]."""
     dense = jax.tree.map(lambda *parts: jnp.concatenate(parts), *layers)
-    taken = _weights(dense)
+    copied = _weights(dense)
     if not isinstance(fresh.mlp, MoE):
-        return _replace(fresh, taken)
+        return _replace(fresh, copied)
     moe = fresh.mlp.config.moe
     assert moe is not None
-    shared = {name: weight for name, weight in taken.items() if not name.startswith("mlp.")}
+    shared = {name: weight for name, weight in copied.items() if not name.startswith("mlp.")}
     mlp = _weights(dense.mlp)
     rules = dense.mlp.up.rules
     up_RDGF = _gathered(mlp["up"], rules, "embed", None, None)
@@ -168,7 +169,7 @@ def _block(fresh: Block, layers: list[Block], shards: int) -> Block:
 
 
 def _gathered(weight: Float[Array, "R ..."], rules: ShardingRules, *axes: str | None) -> Array:
-    """The weight with its hidden columns on every device, so that they can be cut anew."""
+    """Return the weight with its hidden columns gathered on every device, so that they can be split differently."""
     return weight if no_mesh() else jax.sharding.reshard(weight, rules.spec("weights", (None, *axes)))
 
 
@@ -178,10 +179,12 @@ def _weights(module: Any) -> dict[str, Array]:
 
 
 def _replace(module: Tree, values: dict[str, Array]) -> Tree:
-    """Return `module` with the values that are named, all others as they are; each in the layout that it has there."""
+    """Return `module` with the named values replaced. Every value keeps the sharding that it has in `module`."""
     own = _weights(module)
     new = own | values
-    assert new.keys() == own.keys() and all(new[n].shape == own[n].shape for n in own), "the networks do not fit"
+    assert new.keys() == own.keys() and all(new[n].shape == own[n].shape for n in own), (
+        "the networks have different weights"
+    )
 
     def replaced(path: str, weight: Weight) -> Weight:
         value = new[path] if no_mesh() else jax.sharding.reshard(new[path], jax.typeof(weight.value).sharding)

@@ -1,10 +1,9 @@
-"""Weights as values that know what they are.
+"""Weights: arrays with the information that their use requires.
 
-A `Weight` holds the stored array, and with it all that using it takes: the logical axes of its dimensions, how many of
-them are contracted, its role, and, if it has them, the scale of a quantised value and a low-rank adapter. Each weight
-is made on one line that reads: shape, logical axes, standard deviation, role. It is stored in float32, sharded as
-`rules.weights` says; `dot` and `gathered` cast it to the dtype of computation and lay it out as `rules.activations`
-says. No layer does that by hand.
+A `Weight` holds the stored array, the logical axes of its dimensions, the number of dimensions to contract, its role
+and, optionally, the scale of a quantised value and a low-rank adapter. One call creates a weight from its shape,
+logical axes, standard deviation and role. It is stored in float32 and sharded by `rules.weights`. `dot` and `gathered`
+cast it to the dtype of computation and reshard it by `rules.activations`, so layers never do that themselves.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Role = Literal[
     "router",  # from hidden states to router logits
     "embedding",  # tokens, positions and the head: one side is the vocabulary or the context
     "vector",  # norm scales, biases, sinks
-    "buffer",  # moved by the train step, never by a gradient (router_bias)
+    "buffer",  # updated by the train step without a gradient (router_bias)
 ]
 PARTS = ("value", "scale", "zero_point", "adapter")  # the fields of a Weight that hold arrays
 Tree = TypeVar("Tree")
@@ -53,15 +52,16 @@ class Adapter:
 @partial(jax.tree_util.register_dataclass, data_fields=PARTS, meta_fields=("name", "axes", "inputs", "role", "rules"))
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """An array of a network, and what it is. Stacked layers add leading dimensions, which `axes` does not name."""
+    """An array of a network with its metadata. Stacked layers add leading dimensions, which `axes` does not name."""
 
     value: Array  # as stored: float, or an integer or 8-bit float with `scale`
-    scale: Array | None = None  # of value's rank, each dimension 1 or dividing value's: value * scale is the weight
-    zero_point: Array | None = None  # shaped like scale: (value - zero_point) * scale is the weight
+    # Has the rank of value; each dimension is 1 or divides value's. The weight is value * scale.
+    scale: Array | None = None
+    zero_point: Array | None = None  # shaped like scale; the weight is then (value - zero_point) * scale
     adapter: Adapter | None = None
     name: str = ""  # "attention.q"; the same for every layer
     axes: Axes = ()  # logical axes
-    inputs: int = 0  # dimensions that are contracted: the leading ones, after those of experts
+    inputs: int = 0  # number of dimensions to contract: the first ones after the expert dimension
     role: Role = "matrix"
     rules: ShardingRules = ShardingRules()
 
@@ -75,22 +75,22 @@ class Weight:
 
     @property
     def experts(self) -> int:
-        """Leading dimensions that count experts: 0 or 1."""
+        """Number of leading expert dimensions: 0 or 1."""
         return int(self.axes[:1] == ("expert",))
 
     def dot(self, x: Array, x_axes: Axes, precision: jax.lax.Precision | None = None) -> Array:
         """Contract the last `inputs` dimensions of `x` with the weight, in the dtype of `x`.
 
-        Returns [*lead, *outputs], where `x_axes` are the logical axes of lead; the result is laid out as they and the
-        weight's own output axes say. `precision`: accelerators round the factors of a float32 product to bfloat16 (TPU)
-        or TF32 (GPU) unless it is HIGHEST. Not for experts, whose products are grouped (model/experts.py).
+        Return [*lead, *outputs], sharded by `x_axes` (the logical axes of lead) and the weight's output axes.
+        `precision`: accelerators round the factors of a float32 product to bfloat16 (TPU) or TF32 (GPU) unless it is
+        HIGHEST. Not for experts, which use grouped matmuls (model/experts.py).
         """
         axes = (*x_axes, *self.axes[self.inputs :])
         if self.scale is not None and self.zero_point is None and self._scale_per_output():
-            w = self._lay_out(self.value.astype(x.dtype), self.axes)
+            w = self._reshard(self.value.astype(x.dtype), self.axes)
             names: Any = self.part_axes().scale
-            scale = self._lay_out(self.scale, names).reshape(self.scale.shape[self.inputs :])
-            # The scales of the outputs are applied to the product: fewer numbers than the weight has.
+            scale = self._reshard(self.scale, names).reshape(self.scale.shape[self.inputs :])
+            # Scale the product instead of the weight, which has more entries.
             y = (contract(x, w, self.inputs, axes, self.rules, precision) * scale).astype(x.dtype)
         else:
             y = contract(x, self._dense(x.dtype), self.inputs, axes, self.rules, precision)
@@ -101,7 +101,7 @@ class Weight:
         return y + self.adapter.factor * contract(rank, up, 1, axes, self.rules, precision)
 
     def gathered(self, dtype: jnp.dtype | type) -> Array:
-        """Return the weight as one dense array of `dtype`, laid out as an activation: dequantised, its adapter
+        """Return the weight as one dense array of `dtype`, sharded as an activation: dequantised, with its adapter
         added."""
         w = self._dense(dtype)
         if self.adapter is None:
@@ -111,14 +111,14 @@ class Weight:
 
     def take(self, ids: Int[Array, "*B"], axes: Axes, dtype: jnp.dtype) -> Array:
         """Return rows `ids` [*B] of an embedding [N, D] as [*B, D] of `dtype`; `axes` are the logical axes of ids."""
-        # The table is gathered along D first: a lookup in rows that are spread over devices is not supported.
+        # Gather the table along D first: JAX does not support a lookup in rows that are sharded.
         return self.gathered(dtype).at[ids].get(out_sharding=activation_spec(self.rules, *axes, *self.axes[1:]))
 
     def entering(self, dtype: jnp.dtype | type) -> tuple[Weight, Weight]:
-        """Return (the weight, cast and laid out to enter shard_map, and its PartitionSpecs in the same tree).
+        """Return (the weight, cast and resharded to enter shard_map, its PartitionSpecs in the same tree).
 
-        Dimensions lie over the devices that compute with them and, within those, over the devices that store them:
-        `local` gathers them there, so that their gradients are reduced and scattered in one collective.
+        Dimensions are sharded over the devices that compute with them and, within these, over the devices that store
+        them. `local` gathers them inside shard_map, so that one collective reduces and scatters their gradients.
         """
 
         def cast(x: Array) -> Array:
@@ -129,9 +129,9 @@ class Weight:
         return jax.tree.map(jax.sharding.reshard, weight, specs), specs
 
     def local(self, dtype: jnp.dtype | type) -> Array:
-        """Return, inside shard_map, this device's experts or columns as one dense array: what a kernel takes.
+        """Return, inside shard_map, this device's experts or columns as one dense array for a kernel.
 
-        Without a mesh this is the whole weight. See `entering`.
+        Without a mesh, return the whole weight. See `entering`.
         """
         if no_mesh():
             return self.gathered(dtype)
@@ -139,16 +139,16 @@ class Weight:
         def gather(x: Array, names: Axes) -> Array:
             return gather_weight(x, self.rules.gathered(names)[1])
 
-        whole = jax.tree.map(gather, self, self.part_axes())
-        w = _dequantised(whole.value, whole.scale, whole.zero_point, dtype)
-        if whole.adapter is None:
+        gathered = jax.tree.map(gather, self, self.part_axes())
+        w = _dequantised(gathered.value, gathered.scale, gathered.zero_point, dtype)
+        if gathered.adapter is None:
             return w
-        return w + whole._delta(whole.adapter.down, whole.adapter.up, None).astype(dtype)
+        return w + gathered._delta(gathered.adapter.down, gathered.adapter.up, None).astype(dtype)
 
     def matrix_dims(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Return (input, output) dimensions of the matrices that the stored value holds; None for vectors and buffers.
+        """Return the (input, output) dimensions of the matrices in the stored value; None for vectors and buffers.
 
-        What is in neither counts matrices: stacked layers, experts, and the two projections of a gated MLP.
+        Dimensions in neither group count matrices: stacked layers, experts, and the two projections of a gated MLP.
         """
         if self.role in ("vector", "buffer"):
             return None
@@ -158,30 +158,31 @@ class Weight:
         return tuple(range(first, first + self.inputs)), kept
 
     def _dense(self, dtype: jnp.dtype | type) -> Array:
-        """The value at use, without the adapter. The cast comes first: half the bytes are gathered."""
+        """Return the value for computation, without the adapter. The cast comes before the gather, to send half the
+        bytes."""
         if self.scale is None:
-            return self._lay_out(self.value.astype(dtype), self.axes)
+            return self._reshard(self.value.astype(dtype), self.axes)
         weight = replace(self._without_blocks(), adapter=None)
-        weight = jax.tree.map(self._lay_out, weight, weight.part_axes())
+        weight = jax.tree.map(self._reshard, weight, weight.part_axes())
         return _dequantised(weight.value, weight.scale, weight.zero_point, dtype)
 
     def _without_blocks(self) -> Weight:
-        """Scales of blocks as scales of single numbers, where a mesh may cut through a block."""
+        """Return the weight with block scales expanded to one scale per entry, because a mesh may split a block."""
         if no_mesh() or self.scale is None:
             return self
 
-        def spread(x: Array) -> Array:
+        def expand(x: Array) -> Array:
             if all(blocks in (1, size) for blocks, size in zip(x.shape, self.shape, strict=True)):
                 return x
-            whole = _spread(jax.sharding.reshard(x, P(*(None,) * x.ndim)), self.shape)
-            names = tuple(a if n > 1 else None for a, n in zip(self.axes, whole.shape, strict=True))
-            return jax.sharding.reshard(whole, self.rules.spec("weights", names))
+            expanded = _expand_blocks(jax.sharding.reshard(x, P(*(None,) * x.ndim)), self.shape)
+            names = tuple(a if n > 1 else None for a, n in zip(self.axes, expanded.shape, strict=True))
+            return jax.sharding.reshard(expanded, self.rules.spec("weights", names))
 
-        zero_point = None if self.zero_point is None else spread(self.zero_point)
-        return replace(self, scale=spread(self.scale), zero_point=zero_point)
+        zero_point = None if self.zero_point is None else expand(self.zero_point)
+        return replace(self, scale=expand(self.scale), zero_point=zero_point)
 
     def _scale_per_output(self) -> bool:
-        """Whether each output has one scale, or all have the same."""
+        """Return whether each output has a single scale, or all outputs share one."""
         assert self.scale is not None
         inputs, outputs = self.scale.shape[: self.inputs], self.scale.shape[self.inputs :]
         shared = all(n in (1, size) for n, size in zip(outputs, self.shape[self.inputs :], strict=True))
@@ -195,25 +196,25 @@ class Weight:
     def _adapter_parts(self) -> tuple[Array, Array]:
         assert self.adapter is not None
         down, up = self.adapter_axes()
-        return self._lay_out(self.adapter.down, down), self._lay_out(self.adapter.up, up)
+        return self._reshard(self.adapter.down, down), self._reshard(self.adapter.up, up)
 
     def _delta(self, down: Array, up: Array, spec: P | None) -> Array:
-        """factor * down @ up, for each expert."""
+        """Return factor * down @ up, for each expert."""
         assert self.adapter is not None
         lead = tuple(range(self.experts))
         dims = (((down.ndim - 1,), (self.experts,)), (lead, lead))
         return self.adapter.factor * jax.lax.dot_general(down, up, dims, out_sharding=spec)
 
     def part_axes(self) -> Weight:
-        """The logical axes of every array in this weight, in its own tree."""
+        """Return the logical axes of every array in this weight, in the tree of the weight."""
         adapter: Any = None
         if self.adapter is not None:
             names: Any = self.adapter_axes()
             adapter = replace(self.adapter, down=names[0], up=names[1])
-        axes: Any = self.axes  # in the place of an array
+        axes: Any = self.axes  # takes the place of an array
 
         def along(part: Array | None) -> Any:
-            """A dimension that is shorter than the value's is shared along it, and lies over no devices."""
+            """Return the axes of `part`. A dimension shorter than the value's is shared along it and not sharded."""
             if part is None:
                 return None
             shapes = part.shape[-len(axes) :], self.shape[-len(axes) :]
@@ -221,9 +222,9 @@ class Weight:
 
         return replace(self, value=axes, scale=along(self.scale), zero_point=along(self.zero_point), adapter=adapter)
 
-    def _lay_out(self, w: Array, axes: Axes) -> Array:
-        """`w` laid out as an activation. One dimension after the other: XLA makes an all-reduce of a gather along two
-        at once, which sends twice as much."""
+    def _reshard(self, w: Array, axes: Axes) -> Array:
+        """Reshard `w` as an activation, one dimension after the other: XLA turns a gather along two dimensions at once
+        into an all-reduce, which sends twice as much."""
         if no_mesh():
             return w
         layouts = list(self.rules.spec("weights", axes)), list(self.rules.spec("activations", axes))
@@ -246,7 +247,7 @@ def normal(
     inputs: int = 1,
     role: Role = "matrix",
 ) -> Weight:
-    """A float32 weight drawn from N(0, std^2); its values do not depend on its sharding."""
+    """Return a float32 weight drawn from N(0, std^2). Its values do not depend on its sharding."""
     value = jax.random.normal(key, shape, jnp.float32, out_sharding=weight_spec(rules, *axes)) * std
     return Weight(value, name=name, axes=axes, inputs=inputs, role=role, rules=rules)
 
@@ -261,7 +262,7 @@ def constant(
     inputs: int = 0,
     role: Role = "vector",
 ) -> Weight:
-    """A float32 weight of equal values (norm scales, biases, sinks)."""
+    """Return a float32 weight filled with `value` (norm scales, biases, sinks)."""
     values = jnp.full(shape, value, jnp.float32, out_sharding=weight_spec(rules, *axes))
     return Weight(values, name=name, axes=axes, inputs=inputs, role=role, rules=rules)
 
@@ -277,41 +278,41 @@ def weight_std(config: ModelConfig, fan_in: int, residual: bool = False) -> floa
 
 
 def is_weight(x: Any) -> bool:
-    """Whether `x` is a Weight: `is_leaf` of tree functions that treat weights as wholes."""
+    """Return whether `x` is a Weight: the `is_leaf` of tree functions that treat a weight as one leaf."""
     return isinstance(x, Weight)
 
 
 def map_weights(f: Callable[..., Any], *models: Any) -> Any:
-    """`f(weight, ...)` of every Weight of one or more networks of one structure, in the structure of the first."""
+    """Return a tree in the structure of the first network, with `f(weight, ...)` for every Weight of the networks."""
     return jax.tree.map(f, *models, is_leaf=is_weight)
 
 
 def named_weights(model: Any) -> list[tuple[str, Weight]]:
-    """(dotted path, weight) of every Weight in order: ("stacks.0.1.attention.q", ...)."""
+    """Return (dotted path, weight) of every Weight in order: ("stacks.0.1.attention.q", ...)."""
     found, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_weight)
     return [(_dotted(path), weight) for path, weight in found]
 
 
 def map_named_weights(f: Callable[[str, Weight], Any], model: Tree) -> Tree:
-    """`f(dotted path, weight)` of every Weight of a network, in its structure."""
+    """Return a tree in the structure of the network, with `f(dotted path, weight)` for every Weight."""
     return jax.tree_util.tree_map_with_path(lambda path, w: f(_dotted(path), w), model, is_leaf=is_weight)
 
 
 def repeats(unit: Any) -> int:
-    """Return R of a stack: how often its unit of layers is repeated, the leading dimension of every weight in it."""
+    """Return R of a stack: the repetitions of its unit of layers, which is the leading dimension of every weight."""
     return jax.tree.leaves(unit)[0].shape[0]
 
 
 def dense_weights(model: Tree) -> Tree:
-    """Return the network with every weight as one float32 array: dequantised, its adapter added."""
+    """Return the network with every weight as one float32 array: dequantised, with its adapter added."""
 
     def dense(weight: Weight) -> Weight:
         if weight.scale is None and weight.adapter is None:
             return weight
-        whole: Callable[[Weight], Array] = lambda w: w.gathered(jnp.float32)
+        gathered: Callable[[Weight], Array] = lambda w: w.gathered(jnp.float32)
         for _ in range(weight.ndim - len(weight.axes)):  # stacked layers
-            whole = jax.vmap(whole)
-        value = whole(weight)
+            gathered = jax.vmap(gathered)
+        value = gathered(weight)
         if not no_mesh():
             value = jax.sharding.reshard(value, jax.typeof(weight.value).sharding)
         return replace(weight, value=value, scale=None, zero_point=None, adapter=None)
@@ -320,8 +321,8 @@ def dense_weights(model: Tree) -> Tree:
 
 
 def split(model: Tree, rule: Callable[[str, Weight, str], bool]) -> tuple[Tree, Tree]:
-    """Return (what `rule(path, weight, part)` selects, the rest): two trees of the model's structure, with None where
-    an array is in the other one. `path` is dotted; `part` is one of PARTS."""
+    """Return (the arrays that `rule(path, weight, part)` selects, the rest): two trees in the model's structure, each
+    with None for the arrays of the other. `path` is dotted; `part` is one of PARTS."""
 
     def side(wanted: bool) -> Tree:
         def parts(path: str, weight: Weight) -> Weight:
@@ -335,7 +336,7 @@ def split(model: Tree, rule: Callable[[str, Weight, str], bool]) -> tuple[Tree, 
 
 
 def merge(selected: Tree, rest: Tree) -> Tree:
-    """The inverse of `split`."""
+    """Return the model that `split` divided: the inverse of `split`."""
     return jax.tree.map(lambda a, b: b if a is None else a, selected, rest, is_leaf=lambda x: x is None)
 
 
@@ -344,19 +345,19 @@ def _dotted(path) -> str:
 
 
 def _dequantised(value: Array, scale: Array | None, zero_point: Array | None, dtype: jnp.dtype | type) -> Array:
-    """(value - zero_point) * scale in float32, as `dtype`. A scale that is shorter along a dimension holds for
-    blocks."""
+    """Return (value - zero_point) * scale, computed in float32, as `dtype`. A scale that is shorter along a dimension
+    applies to blocks."""
     if scale is None:
         return value.astype(dtype)
 
     w = value.astype(jnp.float32)
     if zero_point is not None:
-        w = w - _spread(zero_point, value.shape).astype(jnp.float32)
-    return (w * _spread(scale, value.shape).astype(jnp.float32)).astype(dtype)
+        w = w - _expand_blocks(zero_point, value.shape).astype(jnp.float32)
+    return (w * _expand_blocks(scale, value.shape).astype(jnp.float32)).astype(dtype)
 
 
-def _spread(x: Array, shape: tuple[int, ...]) -> Array:
-    """Return scales of blocks as scales of single numbers; a dimension of 1 stays."""
+def _expand_blocks(x: Array, shape: tuple[int, ...]) -> Array:
+    """Repeat block scales to one scale per entry of `shape`. A dimension of 1 stays 1."""
     for dimension, (blocks, size) in enumerate(zip(x.shape, shape, strict=True)):
         if 1 < blocks < size:
             x = jnp.repeat(x, size // blocks, axis=dimension)
@@ -368,7 +369,7 @@ def contract(
 ) -> Array:
     """Contract the last `count` dimensions of `x` with the first of `w`; the result has the logical `axes`.
 
-    Without a mesh both are reshaped to matrices first: XLA's CPU matmul is 20 % faster so.
+    Without a mesh both are reshaped to matrices first, which makes XLA's CPU matmul 20 % faster.
     """
     lead, kept = x.shape[: x.ndim - count], w.shape[count:]
     if no_mesh():

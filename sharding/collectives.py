@@ -1,9 +1,9 @@
-"""What a compiled program sends between devices: read from the text of its HLO.
+"""Count the collectives of a compiled program from its HLO text: operations, devices and bytes.
 
-A collective in a loop runs as often as the loop goes round. XLA:CPU and XLA:GPU write that number beside the loop
-(`known_trip_count`); XLA:TPU does not, and it is read from the loop's condition, which compares a counter that starts
-at a constant with a constant. A loop whose length depends on data has no such number; what one round of it puts out is
-told apart.
+A collective in a loop runs once per iteration. XLA:CPU and XLA:GPU write the number of iterations next to the loop
+(`known_trip_count`). XLA:TPU does not, so it is read from the loop's condition, which compares a counter that starts at
+a constant with another constant. A loop whose length depends on data has no such number; the bytes of one iteration are
+then reported separately.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-BITS = {"pred": 8, "token": 0}  # of the dtypes that do not say it themselves
+BITS = {"pred": 8, "token": 0}  # widths of dtypes whose names do not contain them
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf"^(?:ROOT )?%?([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -27,26 +27,25 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 class Collective:
     """One collective operation of the program."""
 
-    kind: str  # of KINDS
-    bytes: int  # that one execution puts out on a device: the size of its result
-    devices: int  # that take part together
-    count: int  # executions a run of the program
-    source: str  # the operation of the JAX program it comes from, as XLA remembers it
+    kind: str  # one of KINDS
+    bytes: int  # size of its result on one device
+    devices: int  # devices that take part together
+    count: int  # executions per run of the program
+    source: str  # operation of the JAX program, from XLA's metadata
 
     @property
     def put_out(self) -> int:
-        """Bytes of results a device and run of the program."""
+        """Bytes of results per device and run of the program."""
         return self.bytes * self.count
 
     @property
     def sent(self) -> float:
-        """Bytes a device sends in a run of the program if rings or direct messages do it, which is the least that
-        suffices."""
+        """Bytes that a device sends per run of the program with rings or direct messages, which is the minimum."""
         n = self.devices
         share = {
             "all-gather": (n - 1) / n,
             "all-reduce": 2 * (n - 1) / n,
-            "reduce-scatter": n - 1,  # of the slice that is the result
+            "reduce-scatter": n - 1,  # times the slice that is the result
             "all-to-all": (n - 1) / n,
             "ragged-all-to-all": (n - 1) / n,  # if the buffer is full
             "collective-permute": 1,
@@ -56,13 +55,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The collectives of a program. Where it branches, those of the branches that put out least; loops whose length the
-    text does not say are left out."""
+    """The collectives of a program. At a conditional, those of the branch with the fewest bytes; loops of unknown
+    length are left out."""
 
     collectives: tuple[Collective, ...]
-    most: int  # bytes put out if it takes the branches that put out most
-    open_loops: int  # loops with collectives whose length the text does not say
-    a_round: int  # bytes put out by one round of each of those
+    most: int  # bytes of results if the program takes the branches with the most bytes
+    open_loops: int  # loops of unknown length that contain collectives
+    a_round: int  # bytes of results of one iteration of each of those loops
 
     @property
     def put_out(self) -> int:
@@ -73,7 +72,7 @@ class Traffic:
         return sum(c.sent for c in self.collectives)
 
     def by_kind(self) -> dict[str, tuple[int, int, float]]:
-        """(executions, bytes put out, bytes sent) a device and run of the program, for each kind there is."""
+        """Return {kind: (executions, bytes of results, bytes sent)} per device and run of the program."""
         groups = {kind: [c for c in self.collectives if c.kind == kind] for kind in KINDS}
         return {
             kind: (sum(c.count for c in found), sum(c.put_out for c in found), sum(c.sent for c in found))
@@ -83,27 +82,26 @@ class Traffic:
 
 
 def read_collectives(hlo: str) -> Traffic:
-    """The collectives of an optimized module's text (`compiled.as_text()`, or a dump). Raises ValueError if it is
-    none."""
+    """Return the collectives in the text of an optimized HLO module (`compiled.as_text()`, or a dump). Raises
+    ValueError if `hlo` has no ENTRY computation."""
     computations, entry = _computations(hlo)
     if entry is None:
-        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+        raise ValueError("the text has no ENTRY computation. Pass the text of an HLO module, like compiled.as_text()")
     partitions = re.search(r"num_partitions=(\d+)", hlo)
     replicas = re.search(r"replica_count=(\d+)", hlo)
     devices = int(partitions[1]) if partitions else int(replicas[1]) if replicas else 1
     open_loops: set[str] = set()
 
     def walk(name: str, times: int, choose: Callable, rounds_of_open: int) -> Iterator[Collective]:
-        scatters = name.startswith(
-            "all-reduce-scatter"
-        )  # XLA:TPU's reduce-scatter: a fusion of an all-reduce and its slice
+        # XLA:TPU implements a reduce-scatter as a fusion of an all-reduce and its slice.
+        scatters = name.startswith("all-reduce-scatter")
         for line in computations.get(name, ()):
             if found := _COLLECTIVE.match(line):
                 yield _collective(found, line, times, devices, scatters)
             elif branches := _branches(line):
-                ways = [list(walk(branch, times, choose, rounds_of_open)) for branch in branches]
-                yield from choose(ways, key=_put_out)
-            elif not re.search(r" async-(update|done)\(", line):  # their start has named the computation already
+                options = [list(walk(branch, times, choose, rounds_of_open)) for branch in branches]
+                yield from choose(options, key=_put_out)
+            elif not re.search(r" async-(update|done)\(", line):  # async-start has named their computation already
                 called, rounds = dict(_CALLED.findall(line)), 1
                 if "body" in called:
                     trips = _trips(line, computations)
@@ -123,7 +121,7 @@ def _put_out(collectives: Iterable[Collective]) -> int:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str | None]:
-    """The lines of each computation, without layouts and indents, and the name of the first to run."""
+    """Return the lines of each computation, without layouts and indents, and the name of the entry computation."""
     found: dict[str, list[str]] = {}
     entry, lines = None, []
     for line in hlo.splitlines():
@@ -144,7 +142,7 @@ def _branches(line: str) -> list[str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a while loop goes round; None where the text does not say."""
+    """Return the number of iterations of a while loop, or None if the text does not contain it."""
     if known := re.search(r'known_trip_count":?\{"n":"(\d+)"', line):
         return int(known[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
@@ -155,7 +153,7 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
         root = next((line for line in computations.get(called[2], []) if line.startswith("ROOT ")), "")
     if " compare(" not in root or "direction=LT" not in root:
         return None
-    # The counter goes up by one from 0: that is how scans and loops with constant ends are written.
+    # The counter starts at 0 and goes up by one, as in scans and loops with constant bounds.
     constants = [re.search(r"= [su]\d+\[\] constant\((\d+)\)", line) for line in lines]
     values = {int(found[1]) for found in constants if found}
     return values.pop() if len(values) == 1 else None
@@ -165,7 +163,7 @@ def _collective(found: re.Match, line: str, times: int, devices: int, scatters: 
     _, result, kind, start = found.groups()
     parts = _parts(result)
     if start and kind in ("all-gather", "collective-permute", "reduce-scatter") and len(parts) > 1:
-        parts = [parts[1]]  # of a start: what goes in, what comes out, and what it needs
+        parts = [parts[1]]  # a start returns (operand, result, context)
     size, group = sum(map(_bytes, parts)), _group(line, kind, devices)
     if scatters and kind == "all-reduce":
         kind, size = "reduce-scatter", size // group
@@ -174,7 +172,7 @@ def _collective(found: re.Match, line: str, times: int, devices: int, scatters: 
 
 
 def _parts(result: str) -> list[str]:
-    """The elements of a tuple's type; a type that is no tuple by itself."""
+    """Return the element types of a tuple type, or the type itself if it is not a tuple."""
     if not result.startswith("("):
         return [result]
     parts, depth, first = [], 0, 1
@@ -189,7 +187,7 @@ def _parts(result: str) -> list[str]:
 
 
 def _bytes(text: str) -> int:
-    """Bytes of all arrays in a type."""
+    """Return the bytes of all arrays in a type."""
     bits = 0
     for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text):
         digits = re.match(r"[a-z]+(\d+)", dtype)  # f8e4m3fn is 8 bits wide
@@ -199,7 +197,7 @@ def _bytes(text: str) -> int:
 
 
 def _group(line: str, kind: str, devices: int) -> int:
-    """Devices that take part together, in any of the ways that HLO writes it."""
+    """Return the number of devices that take part together, from any of HLO's notations."""
     if kind == "collective-permute":
         return 2
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):

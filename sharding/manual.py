@@ -1,8 +1,8 @@
-"""What runs inside shard_map: the mesh axes over which an array varies, and collectives that keep to one order.
+"""Helpers for code inside shard_map: varying mesh axes, and collectives that avoid an unsafe reduce-scatter.
 
-XLA:CPU sends between processes with Gloo, whose reduce-scatter overwrites a buffer that it may still be sending
-(jax-ml/jax#40830): from about a megabyte on, a process receives wrong sums, other ones in each run. There, `all_gather`
-(by its gradient) and `sum_scatter` reduce everything and cut.
+Between processes, XLA:CPU communicates with Gloo, whose reduce-scatter overwrites a buffer that it may still be sending
+(jax-ml/jax#40830). From about one megabyte on, a process receives wrong sums, which differ between runs. In that case
+`sum_scatter` and the gradient of `all_gather` use an all-reduce and a slice instead.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from jaxtyping import Array
 
 
 def varying_axes(x: Array | np.ndarray) -> frozenset[str]:
-    """Mesh axes over which `x` differs between devices; empty outside shard_map."""
+    """Return the mesh axes over which `x` differs between devices; empty outside shard_map."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def vary(x: Array | np.ndarray, axes: frozenset[str]) -> Array:
-    """`x` typed as varying over `axes` too. Its gradient is then summed over the axes that were added."""
+    """Return `x` typed as varying over `axes` too. Its gradient is then summed over the added axes."""
     missing = tuple(sorted(axes - varying_axes(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
 
 
 def reduce_scatter_is_safe() -> bool:
-    """Return whether a reduce-scatter gives the right sums here: not between processes on CPUs."""
+    """Return whether reduce-scatter gives correct sums on this backend: it does not between processes on CPUs."""
     return jax.default_backend() != "cpu" or jax.process_count() == 1
 
 
@@ -63,20 +63,22 @@ gather_without_reduce_scatter.defvjp(_gather_forward, _gather_backward)
 
 
 def sum_and_cut(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
-    """Return what `jax.lax.psum_scatter` does, by an all-reduce and a slice."""
+    """Return the result of `jax.lax.psum_scatter`, computed with an all-reduce and a slice."""
     size = x.shape[dimension] // jax.lax.axis_size(axes)
     return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, dimension)
 
 
 def gather_weight(w: Array, spread: tuple[tuple[str, ...], ...]) -> Array:
-    """`w`, whose dimensions are spread over these mesh axes (`ShardingRules.gathered`), whole. Its gradient is
-    reduce-scattered: a weight that is gathered outside of shard_map has its gradient all-reduced, and cut afterwards.
+    """Return `w` gathered along its dimensions, which are sharded over the mesh axes `spread` (from
+    `ShardingRules.gathered`). Its gradient is reduce-scattered. A weight gathered outside shard_map would have its
+    gradient all-reduced and then sliced.
     """
     for dimension, axes in enumerate(spread):
         if axes and jax.lax.axis_size(axes) > 1:
-            # As a stack of matrices: of [E, D, G, F] along D, XLA:TPU all-reduces the whole gradient and cuts it.
+            # Reshape to a stack of matrices: for [E, D, G, F] along D, XLA:TPU would all-reduce the gradient and slice
+            # it.
             rest = w.shape[dimension + 1 :]
             matrices = w.reshape(*w.shape[: dimension + 1], math.prod(rest))
-            whole = all_gather(matrices, axes, dimension)
-            w = whole.reshape(*whole.shape[: dimension + 1], *rest)
+            gathered = all_gather(matrices, axes, dimension)
+            w = gathered.reshape(*gathered.shape[: dimension + 1], *rest)
     return w

@@ -1,11 +1,11 @@
-"""Logical axes to mesh axes: the one place that decides how weights and activations are laid out.
+"""Mapping of logical axes to mesh axes: the only place that decides how weights and activations are sharded.
 
-A weight or an activation names the logical meaning of each of its dimensions ('embed', 'heads', 'batch', ...);
-`ShardingRules` maps those names to axes of the device mesh, apart for weights (how they are stored) and for activations
-(how they are computed with). A weight at use is resharded from the first layout to the second, which is FSDP's
-all-gather; its gradient takes the opposite way, which is the reduce-scatter.
+Each dimension of a weight or an activation has a logical axis ('embed', 'heads', 'batch', ...). `ShardingRules` maps
+logical axes to axes of the device mesh, separately for weights (as stored) and activations (as computed). Before use, a
+weight is resharded from the first layout to the second, which is the all-gather of FSDP. Its gradient goes the opposite
+way, which is the reduce-scatter.
 
-With no mesh set (`jax.sharding.get_abstract_mesh().empty`) every function here does nothing.
+Without a mesh (`jax.sharding.get_abstract_mesh().empty`) the functions here do nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOGICAL_AXES = ("batch", "sequence", "embed", "heads", "kv_heads", "mlp", "exper
 
 @dataclass(frozen=True)
 class AxisRules:
-    """Mesh axes of each logical axis; an empty tuple keeps the dimension whole on every device."""
+    """Mesh axes of each logical axis. An empty tuple replicates the dimension on every device."""
 
     batch: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
@@ -41,13 +41,14 @@ class AxisRules:
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """How logical axes lie on the mesh: `weights` as stored, `activations` as computed (weights at use included)."""
+    """Mesh axes of logical axes: `weights` for stored weights, `activations` for computation, including weights in
+    use."""
 
     weights: AxisRules = AxisRules(embed=("fsdp",))
     activations: AxisRules = AxisRules(batch=("data", "fsdp", "expert"), sequence=("sequence",))
 
     def validate(self) -> None:
-        """Refuses unknown mesh axes and a mesh axis used twice by axes that meet in one array. Raises ValueError."""
+        """Raise ValueError for an unknown mesh axis, or a mesh axis that shards two logical axes of one array."""
         for side in ("weights", "activations"):
             axis_rules = getattr(self, side)
             for field in dataclasses.fields(axis_rules):
@@ -59,14 +60,13 @@ class ShardingRules:
                         )
         if self.weights.layer:
             raise ValueError(
-                f"sharding.weights.layer = {self.weights.layer}: stacked layers are not spread over devices; set it to "
-                f"()"
+                f"sharding.weights.layer = {self.weights.layer}: stacked layers cannot be sharded; set it to ()"
             )
         of_weights = (("embed", "heads"), ("embed", "kv_heads"), ("expert", "embed", "mlp"), ("vocab", "embed"))
         meeting = {
             "weights": of_weights,
             "activations": (
-                *of_weights,  # weights at use are laid out as activations
+                *of_weights,  # weights in use are sharded as activations
                 *(("batch", "sequence", last) for last in ("embed", "heads", "kv_heads", "mlp", "vocab")),
                 ("layer", "batch", "kv_heads"),  # a stack of caches
             ),
@@ -77,20 +77,20 @@ class ShardingRules:
                 twice = sorted({axis for axis in used if used.count(axis) > 1})
                 if twice:
                     raise ValueError(
-                        f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which meet in "
-                        "one array; give one of them another axis or ()"
+                        f"sharding.{side}: mesh axis {twice[0]!r} is used twice by {', '.join(names)}, which occur "
+                        "in one array; give one of them another axis or ()"
                     )
         heads, kv_heads = self.activations.heads, self.activations.kv_heads
         if heads[: len(kv_heads)] != kv_heads:
             raise ValueError(
                 f"sharding.activations.kv_heads = {kv_heads}: must be the first of sharding.activations.heads = "
-                f"{heads}, so that a device's queries find their keys; use {heads[: len(kv_heads)]}"
+                f"{heads}, so that a device has the keys of its queries. Use {heads[: len(kv_heads)]}"
             )
 
     def mesh_axes(self, side: str, axis: str | None) -> tuple[str, ...]:
-        """Mesh axes that the logical `axis` lies over on side 'weights' or 'activations'. Raises ValueError on an
-        unknown name. 'gate' (the two projections of a gated MLP) lies over none; 'rank' (of a factorised projection) is
-        stored like 'embed' and whole at use."""
+        """Return the mesh axes that shard the logical `axis` on side 'weights' or 'activations'. 'gate' (the two
+        projections of a gated MLP) is never sharded. 'rank' (of a factorised projection) is stored like 'embed' and
+        gathered for use. Raises ValueError for an unknown name."""
         if axis in (None, "gate") or (axis == "rank" and side == "activations"):
             return ()
         if axis != "rank" and axis not in LOGICAL_AXES:
@@ -100,8 +100,8 @@ class ShardingRules:
         return getattr(getattr(self, side), "embed" if axis == "rank" else axis)
 
     def spec(self, side: str, axes: tuple[str | None, ...]) -> P:
-        """PartitionSpec of an array whose dimensions are the logical `axes` (None: not sharded), on side 'weights' or
-        'activations', with the mesh axes of size one kept (they cost nothing). Raises ValueError on an unknown name."""
+        """Return the PartitionSpec of an array with the logical `axes` (None: not sharded) on side 'weights' or
+        'activations'. Mesh axes of size one stay in it, at no cost. Raises ValueError for an unknown name."""
         parts: list = []
         for axis in axes:
             mesh_axes = self.mesh_axes(side, axis)
@@ -109,14 +109,18 @@ class ShardingRules:
         return P(*parts)
 
     def batch_slices(self, mesh: Mesh | None = None) -> int:
-        """Return how many slices of rows `mesh` (default: the mesh that is set) makes of a batch; 1 without a mesh."""
+        """Return the number of shards into which `mesh` (default: the current mesh) divides a batch; 1 without a
+        mesh."""
         sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
         return math.prod(sizes.get(axis, 1) for axis in self.activations.batch)
 
     def gathered(self, axes: tuple[str | None, ...]) -> tuple[P, tuple[tuple[str, ...], ...]]:
-        """For a weight of logical `axes` that shard_map gathers: the layout it enters with, which is that of use with
-        each dimension spread further over the axes it is only stored on, and those further axes of each dimension. The
-        dimension 'embed' is whole at use."""
+        """Return (PartitionSpec with which a weight of logical `axes` enters shard_map, mesh axes to gather per
+        dimension).
+
+        The spec is the layout for use, with each dimension sharded further over the axes that only its storage uses.
+        These further axes are the ones to gather. The dimension 'embed' is unsharded for use.
+        """
         used = [() if axis == "embed" else self.mesh_axes("activations", axis) for axis in axes]
         taken = {mesh_axis for part in used for mesh_axis in part}
         stored = [self.mesh_axes("weights", axis) for axis in axes]
@@ -125,20 +129,21 @@ class ShardingRules:
 
 
 def no_mesh() -> bool:
-    """True where no device mesh is set: one device, nothing to lay out."""
+    """Return whether no device mesh is set, which means one device and no sharding."""
     return jax.sharding.get_abstract_mesh().empty
 
 
 def weight_spec(rules: ShardingRules, *axes: str | None) -> P | None:
-    """The `out_sharding` of a weight's initializer; None with no mesh."""
+    """Return the `out_sharding` of a weight's initializer; None without a mesh."""
     return None if no_mesh() else rules.spec("weights", axes)
 
 
 def activation_spec(rules: ShardingRules, *axes: str | None) -> P | None:
-    """The `out_sharding` of an operation that makes an activation; None with no mesh."""
+    """Return the `out_sharding` of an operation that creates an activation; None without a mesh."""
     return None if no_mesh() else rules.spec("activations", axes)
 
 
 def reshard(x: jax.Array | np.ndarray, rules: ShardingRules, *axes: str | None) -> jax.Array:
-    """`x` laid out as an activation of logical `axes`. For a weight: gathered over the axes it is only stored on."""
+    """Return `x` sharded as an activation of logical `axes`. A weight is gathered over the axes that only its storage
+    uses."""
     return jnp.asarray(x) if no_mesh() else jax.sharding.reshard(x, rules.spec("activations", axes))

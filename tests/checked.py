@@ -1,8 +1,8 @@
-"""Checks of shapes and types while tests run: jaxtyping's import hook with beartype as the type checker.
+"""Shape and type checks during tests: jaxtyping's import hook with beartype as the type checker.
 
-The hook rewrites modules as they are imported, so that `install` runs before any of ours is. Arguments and
-results of the rooms' functions are checked as annotated: `Float[Array, "B T D"]` is a float array of three dimensions,
-and B is the same number wherever it occurs in one signature.
+The hook rewrites modules while they are imported, so call `install` before any import of this project. It checks
+arguments and results against their annotations: `Float[Array, "B T D"]` is a float array of three dimensions, and B has
+one value throughout a signature.
 """
 
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ CONF = BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({Self: Any})
 
 
 def check(function):
-    """Return `function` with its arguments and its result checked. Constructors are left out: in a dataclass that is a
-    pytree, transformations put shapes, shardings or axes where an array was."""
+    """Return `function` with its arguments and result checked. Constructors are left out, because transformations
+    replace the arrays of pytree dataclasses with shapes, shardings or axes."""
     if function.__name__ == "__init__":
         return function
     for hint in function.__annotations__.values():
@@ -31,7 +31,7 @@ def check(function):
 
 
 def _allow_isinstance(hint) -> None:
-    """Let beartype ask whether a value has the methods of the protocols in `hint`."""
+    """Let beartype check whether a value has the methods of the protocols in `hint`."""
     if isinstance(hint, type) and getattr(hint, "_is_protocol", False):
         runtime_checkable(hint)
     for part in get_args(hint):
@@ -39,8 +39,8 @@ def _allow_isinstance(hint) -> None:
 
 
 def modules() -> list[str]:
-    """Return the checked modules. Configs are left out: `validate` refuses what users write there, and tests write
-    wrong values on purpose."""
+    """Return the names of the modules to check. Configs are left out: their `validate` refuses wrong values, and tests
+    pass such values on purpose."""
     names = []
     for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -51,13 +51,13 @@ def modules() -> list[str]:
 
 
 def install() -> None:
-    """Check every module of ROOMS that is imported from now on."""
+    """Check every module of ROOMS that is imported after this call."""
     install_import_hook(modules(), f"{__name__}.check")
 
 
 @contextmanager
 def unchecked():
-    """Switch the checks off, for values that annotations exclude and that must end in an error of ours."""
+    """Disable the checks, for values that annotations exclude and that the project's own errors must catch."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

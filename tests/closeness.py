@@ -1,7 +1,8 @@
-"""Closeness relative to the scale of what is compared, and how much of each bound a run used.
+"""Comparison with tolerances relative to the scale of the values, and a log of the margins.
 
-`MARGINS=file python -m pytest ...` appends a line for every comparison, by `assert_close` and by NumPy's
-`assert_allclose`: the fraction of the bound that was used, a tab, the test. The largest are the smallest margins left.
+`MARGINS=file python -m pytest ...` appends one line for every comparison by `assert_close` or NumPy's
+`assert_allclose`: the fraction of the bound that the error used, a tab, and the test. The largest fractions are the
+smallest margins.
 """
 
 import os
@@ -15,8 +16,8 @@ _allclose = np.testing.assert_allclose
 def assert_close(actual, expected, relative: float, *, scale=None, what: str = "") -> None:
     """Assert |actual - expected| <= relative * scale for every entry.
 
-    `scale`: None is the largest magnitude of `expected`, right for sums whose terms are about as large; a number or an
-    array that broadcasts says the size of the terms where they cancel. There is no other slack.
+    `scale`: None uses the largest magnitude of `expected`, which suits sums whose terms are about as large as the
+    results. If terms cancel, pass their size as a number or an array that broadcasts. There is no absolute tolerance.
     """
     expected = np.asarray(expected, np.float64)
     scale = np.abs(expected).max(initial=0) if scale is None else np.asarray(scale, np.float64)
@@ -32,7 +33,7 @@ def assert_close(actual, expected, relative: float, *, scale=None, what: str = "
 
 
 def fraction_used(actual, expected, bound) -> float:
-    """Return the largest error over its bound; infinite where one of the two alone is not finite."""
+    """Return the largest ratio of an error to its bound; infinite if only one of the two values is finite."""
     with np.errstate(all="ignore"):
         error = np.abs(actual - expected)
         same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
@@ -41,7 +42,7 @@ def fraction_used(actual, expected, bound) -> float:
 
 
 def log_margins() -> None:
-    """Log NumPy's comparisons too, if MARGINS names a file."""
+    """Log the comparisons of NumPy too if MARGINS names a file."""
     if "MARGINS" in os.environ:
         np.testing.assert_allclose = _logged
 

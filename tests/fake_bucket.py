@@ -1,4 +1,4 @@
-"""A bucket of Google Cloud Storage in memory, so that the paths of one can be tried without a network or gcsfs."""
+"""An in-memory bucket of Google Cloud Storage, to test gs:// paths without a network or gcsfs."""
 
 from typing import ClassVar
 
@@ -7,12 +7,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class FakeBucket(MemoryFileSystem):
-    """What gs:// names from `use_fake_bucket` on: one store for the whole process."""
+    """The file system behind gs:// after `use_fake_bucket`: one store for the whole process."""
 
     protocol = ("gs", "gcs")
     store: ClassVar[dict] = {}
     pseudo_dirs: ClassVar[list] = [""]
-    failures: ClassVar[list[Exception]] = []  # raised by the next writes, one each
+    failures: ClassVar[list[Exception]] = []  # each of the next writes raises one of these
 
     def _open(self, path, mode="rb", **options):
         if "w" in mode and self.failures:
@@ -26,4 +26,5 @@ class FakeBucket(MemoryFileSystem):
 
 
 def use_fake_bucket() -> None:
+    """Serve gs:// paths from FakeBucket in this process."""
     fsspec.register_implementation("gcs", FakeBucket, clobber=True)

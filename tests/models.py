@@ -1,4 +1,4 @@
-"""Tiny networks with weights that make every choice matter, built without compiling an initializer."""
+"""Tiny networks whose weights make every config field affect the output, built without compiling an initializer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ TINY_ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window
 
 
 def tiny_config(**changes) -> ModelConfig:
-    """Two layers of width 32, float32, vocabulary 64, with `changes` to the fields of ModelConfig."""
+    """Return a config of two layers, width 32, vocabulary 64 and float32, with `changes` to the fields of
+    ModelConfig."""
     tiny = ModelConfig(
         vocab_size=64,
         num_layers=2,
@@ -33,30 +34,31 @@ def tiny_config(**changes) -> ModelConfig:
 
 
 def weight_names(model: Transformer) -> list[tuple[str, jax.Array | jax.ShapeDtypeStruct]]:
-    """(dotted path, stored value) of every weight, in the order of `jax.tree.leaves`."""
+    """Return (dotted path, stored value) of every weight, in the order of `jax.tree.leaves`."""
     return [(path, weight.value) for path, weight in named_weights(model)]
 
 
 def put(module, name: str, value) -> None:
-    """Give a weight of a module another value."""
+    """Replace the value of a weight of `module`."""
     setattr(module, name, dataclasses.replace(getattr(module, name), value=value))
 
 
 def context(ids_BT, positions_BT, valid_BT) -> ForwardContext:
-    """The context of rows that are here as a whole."""
+    """Return the context of a call with whole rows, without a cache."""
     return ForwardContext(ids_BT, positions_BT, valid_BT, positions_BT)
 
 
 def expert_weights(up, down, rules: ShardingRules, biases=None) -> ExpertWeights:
-    """Arrays as the weights of a layer's experts; `biases`: (of the hidden columns, of the output) or None."""
+    """Return arrays as the weights of a layer's experts. `biases`: (hidden bias, output bias) or None."""
     made = lambda value, axes: None if value is None else Weight(value, axes=axes, inputs=1, rules=rules)
     up_bias, down_bias = biases or (None, None)
     return ExpertWeights(made(up, UP), made(down, DOWN), made(up_bias, UP_BIAS), made(down_bias, DOWN_BIAS))
 
 
 def random_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> np.ndarray:
-    """Float32. Matrices N(0, 1 / inputs) with q and k doubled, so that attention is peaked and a wrong choice shows;
-    norm scales 1 + 0.1 n (0.1 n where 1 is added at use); biases and sinks 0.1 n."""
+    """Return a float32 weight made from standard normal numbers n: matrices N(0, 1 / inputs), with q and k doubled to
+    make attention peaked, so that errors show; norm scales 1 + 0.1 n (0.1 n with a unit offset); biases and sinks 0.1
+    n."""
     n = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
     last = name.rsplit(".", 1)[-1]
     if last == "scale":
@@ -76,7 +78,7 @@ def random_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 
 
 def random_model(config: ModelConfig, seed: int = 0, rules: ShardingRules | None = None) -> Transformer:
-    """The Transformer of `config` with weights of `random_weight`; no mesh, nothing is compiled."""
+    """Return the Transformer of `config` with weights of `random_weight`, without a mesh and without compiling."""
     rules = ShardingRules() if rules is None else rules
     abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, rules))
     weights = [jax.device_put(random_weight(name, x.shape, config, seed)) for name, x in weight_names(abstract)]

@@ -1,4 +1,4 @@
-"""Which room may import which: the arrows of the house."""
+"""Allowed imports between the project's folders, and limits on function length."""
 
 import ast
 import json
@@ -21,11 +21,11 @@ ARROWS = {
     "decode": {"decode", "model", "sharding", "data", "jax", "flax", "numpy", "jaxtyping"},
     "experiments": {"experiments", "train", "decode", "interop", "model", "sharding", "data", "pallas_kernels"},
 }
-LIBRARIES = {"train", "experiments"}  # these import what they need of the dependencies
+LIBRARIES = {"train", "experiments"}  # these may import any dependency
 
 
 @pytest.mark.parametrize("room", ARROWS)
-def test_a_room_imports_only_what_its_arrows_allow(room):
+def test_a_folder_imports_only_allowed_modules(room):
     for file in sorted((ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -41,7 +41,7 @@ def test_a_room_imports_only_what_its_arrows_allow(room):
 
 
 def test_no_name_is_undefined():
-    """The linter takes shapes like "B" for names, so that its rule is off; here they are left out."""
+    """The linter mistakes shapes like "B" for names, so its rule is off. This test applies the rule without shapes."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "."]
     found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout)
     names = {re.findall(r"`(\w+)`", row["message"])[0]: f"{row['filename']}:{row['location']['row']}" for row in found}
@@ -49,7 +49,7 @@ def test_no_name_is_undefined():
     assert not {name: place for name, place in names.items() if name not in shapes}
 
 
-def test_decoding_imports_without_the_packages_of_training():
+def test_decoding_imports_without_training_dependencies():
     """GPU machines may lack grain, sentencepiece and orbax."""
     code = """
 import importlib, sys

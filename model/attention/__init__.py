@@ -1,8 +1,8 @@
-"""Variants of attention. Each is one file: a module class that follows the protocol below and owns its config.
+"""Attention variants. Each is one file with a module class that implements the protocol below and owns its config.
 
 The kind of a layer (`AttentionConfig.layers`) chooses the variant: 'global', 'sliding' and 'block_sparse' are masks of
-multi-head attention, or of latent attention where `AttentionConfig.latent` is set; 'package.module:Class' is a variant
-of the user's own, which no file of ours needs to name.
+multi-head attention, or of latent attention where `AttentionConfig.latent` is set; 'package.module:Class' is a user's
+variant, which needs no change to this code.
 
 Shapes: B batch, T time, D width.
 """
@@ -26,14 +26,15 @@ __all__ = ["AttentionVariant", "LatentAttention", "MultiHeadAttention", "attenti
 
 
 class AttentionVariant(Protocol):
-    """What a Block needs of its attention. Implementations are nnx modules, stacked by vmap over their key."""
+    """The interface between a Block and its attention. Implementations are nnx modules, stacked by vmap over their
+    key."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, kind: str): ...
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], ctx: ForwardContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return (output, the cache with this call's tokens, if one was given)."""
+        """Return (output, the cache with this call's tokens or None without a cache)."""
         ...
 
     def init_cache(self, repeats: int, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
@@ -42,8 +43,7 @@ class AttentionVariant(Protocol):
 
     @staticmethod
     def flops(config: ModelConfig, kind: str, length: int) -> float:
-        """Return the FLOPs of the forward pass for one token of a window of `length`, by the convention of
-        model/cost.py."""
+        """Return the forward FLOPs per token of a window of `length`, by the convention of model/cost.py."""
         ...
 
     @staticmethod
@@ -53,7 +53,7 @@ class AttentionVariant(Protocol):
 
 
 def attention_variant(a: AttentionConfig, kind: str) -> type[AttentionVariant]:
-    """Return the class of layers of this kind. Raises ValueError that names the field where 'module:Class' is not
+    """Return the attention class for layers of this kind. Raises ValueError if a 'package.module:Class' is not
     found."""
     if ":" in kind:
         module, _, name = kind.partition(":")
@@ -61,7 +61,7 @@ def attention_variant(a: AttentionConfig, kind: str) -> type[AttentionVariant]:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(
-                f"model.attention.layers = {kind!r}: not found ({error}); give 'package.module:Class', importable from "
-                f"here"
+                f"model.attention.layers = {kind!r}: not found ({error}). Use 'package.module:Class' of a module on "
+                "the Python path"
             ) from error
     return MultiHeadAttention if a.latent is None else LatentAttention

@@ -1,14 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads are read out of one small vector a
+"""Multi-head latent attention (DeepSeek-V2, sec. 2.1): keys and values of all heads come from one small vector per
 token.
 
-Whole rows are attended to as any heads are: the latents are read out into N keys and values. New tokens of a cache,
-which holds latents alone, are absorbed: a head's queries go through its key matrix, so that the latents are the one key
-that all heads share and, weighted, go through its value matrix (sec. 2.1.2: the same product in another order). The
-Triton kernel of decode_attention takes heads of up to 256, and so on GPUs absorbed decoding at the published C = 576 is
-done in plain JAX.
+For whole rows, the latents are projected to N keys and values, and attention runs as for other heads. A cache holds
+only latents, and decoding uses absorbed projections: each head's queries are multiplied by its key matrix, so that the
+latents serve as one key shared by all heads; the attended latents are then multiplied by the value matrix (sec. 2.1.2:
+the same product in another order). The Triton kernel of decode_attention supports head dimensions up to 256, so on GPUs
+absorbed decoding at the published C = 576 runs in plain JAX.
 
-Shapes: B batch, T queries, S slots, D width, N heads, H head dimension, P its last part, which RoPE turns, V value
-dimension, Q rank of the queries, R rank of keys and values, C = R + P numbers that a token leaves in the cache.
+Shapes: B batch, T queries, S keys, D width, N heads, H head dimension, P its last part, which RoPE rotates, V value
+dimension, Q rank of the queries, R rank of keys and values, C = R + P numbers per token in the cache.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from model.positions import apply_rope
 from model.weights import Axes, Weight, constant, normal, weight_std
 from sharding.rules import ShardingRules, activation_spec
 
-# The norms of latents have it in the published code, whatever the model's own is (Moonlight: 1e-5).
+# Epsilon of the latents' norms in the published code, independent of the model's epsilon (Moonlight: 1e-5).
 NORM_EPSILON = 1e-6
 
 
 class LatentAttention(nnx.Module):
-    """Attention as `AttentionConfig.latent` says. Heads divide over devices; latents, the cache among them, are on
-    each."""
+    """Latent attention by `AttentionConfig.latent`. Heads are sharded over devices; latents and their cache are
+    replicated."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, kind: str):
         latent = config.attention.latent
@@ -53,14 +53,14 @@ class LatentAttention(nnx.Module):
         def vector(name: str, size: int, axis: str | None, wanted: bool) -> Weight | None:
             return constant((size,), (axis,), 0.0, rules, name=f"attention.{name}") if wanted else None
 
-        of_up: Axes = ("rank", "heads", None)
+        up_axes: Axes = ("rank", "heads", None)
         self.q_down = None if Q is None else matrix(0, "q_down", (D, Q), ("embed", None))
         self.q_down_norm = None if Q is None else Norm((Q,), (None,), norm, rules, "attention.q_down_norm")
-        self.q = matrix(1, "q", (Q or D, N, H), ("embed", "heads", None) if Q is None else of_up)
+        self.q = matrix(1, "q", (Q or D, N, H), ("embed", "heads", None) if Q is None else up_axes)
         self.kv_down = matrix(2, "kv_down", (D, R + P), ("embed", None))
         self.kv_down_norm = Norm((R,), (None,), norm, rules, "attention.kv_down_norm")
-        self.k_up = matrix(3, "k_up", (R, N, H - P), of_up)
-        self.v_up = matrix(4, "v_up", (R, N, V), of_up)
+        self.k_up = matrix(3, "k_up", (R, N, H - P), up_axes)
+        self.v_up = matrix(4, "v_up", (R, N, V), up_axes)
         out_std, out_axes = weight_std(config, N * V, residual=True), ("heads", None, "embed")
         self.out = normal(keys[5], (N, V, D), out_axes, out_std, rules, name="attention.out", inputs=2)
         biased = a.bias != "none"
@@ -71,8 +71,7 @@ class LatentAttention(nnx.Module):
 
     @staticmethod
     def flops(config: ModelConfig, kind: str, length: int) -> float:
-        """Return the FLOPs of the forward pass for one token of a window of `length`, by the convention of
-        model/cost.py."""
+        """Return the forward FLOPs per token of a window of `length`, by the convention of model/cost.py."""
         a, D, latent = config.attention, config.embed_dim, config.attention.latent
         assert latent is not None
         N, H, V, P, R = a.num_heads, a.head_dim, latent.value_dim, latent.rope_dim, latent.kv_rank
@@ -87,7 +86,7 @@ class LatentAttention(nnx.Module):
         assert latent is not None
         return [
             ("model.attention.num_heads", "heads", a.num_heads),
-            # Ranks are stored like the width.
+            # Ranks are sharded like the width.
             ("model.attention.latent.kv_rank", "embed", latent.kv_rank),
             ("model.attention.latent.q_rank", "embed", latent.q_rank or config.embed_dim),
         ]
@@ -100,14 +99,14 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], ctx: ForwardContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return (output, the cache with this call's latents, if one was given)."""
+        """Return (output, the cache with this call's latents or None without a cache)."""
         q_BTNH, latent_BTC = self._queries(x_BTD, ctx), self._latents(x_BTD, ctx)
         sinks_N = None if self.sinks is None else self.sinks.gathered(jnp.float32)
-        sequence = "sequence" if cache is None else None  # a cache holds whole rows on each device
+        sequence = "sequence" if cache is None else None  # each device caches its rows unsharded
         projections = LatentProjections(lambda latents: self._expand(latents, sequence), self._absorb, self._project)
         spec = AttendSpec(self.config, self.rules, self.kind, sinks_N, latent=projections)
-        seen, cache = append(cache, latent_BTC, None, ctx)
-        out_BTD = self.out.dot(seen.attend(q_BTNH, ctx, spec), ("batch", "sequence"))
+        keys, cache = append(cache, latent_BTC, None, ctx)
+        out_BTD = self.out.dot(keys.attend(q_BTNH, ctx, spec), ("batch", "sequence"))
         if self.out_bias is not None:
             out_BTD = out_BTD + self.out_bias.gathered(x_BTD.dtype)
         return checkpoint_name(out_BTD, "attention_out"), cache
@@ -125,11 +124,11 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate((q_BTNH[..., :nope], rotated_BTNP), axis=-1)
 
     def _latents(self, x_BTD: Array, ctx: ForwardContext) -> Array:
-        """Return what the cache holds of a token, [B, T, C]: the latent, normed, and the key that the heads share,
-        rotated."""
+        """Return the cache entries of the tokens, [B, T, C]: the normalized latent, and the rotated key that the heads
+        share."""
         R = self.latent.kv_rank
-        # All that leads to keys and values starts here: what remat may keep. The rest is cheap to compute from it
-        # again.
+        # Keys and values are computed from this projection, so it is the value for remat to keep. The rest is cheap to
+        # recompute.
         down_BTC = checkpoint_name(self._down(x_BTD, self.kv_down, self.kv_down_bias), "qkv")
         rotated_BT1P = apply_rope(self.config, self.kind, down_BTC[..., None, R:], ctx.positions_BT, None)
         return jnp.concatenate((self.kv_down_norm(down_BTC[..., :R]), rotated_BT1P[..., 0, :]), axis=-1)
@@ -145,18 +144,18 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate((k_BSNX, shared_BSNP), axis=-1), v_BSNV
 
     def _absorb(self, q_BTNH: Array) -> Array:
-        """Return queries among the latents, [B, T, N, C]: each head's queries times its key matrix."""
+        """Return queries in the latent space, [B, T, N, C]: each head's queries times its key matrix."""
         nope = self.config.attention.head_dim - self.latent.rope_dim
         spec = activation_spec(self.rules, "batch", "sequence", "heads", None)
         k_RNX = self.k_up.gathered(q_BTNH.dtype)
         q_BTNR = jnp.einsum("btnx,rnx->btnr", q_BTNH[..., :nope], k_RNX, out_sharding=spec)
         return jnp.concatenate((q_BTNR, q_BTNH[..., nope:]), axis=-1)
 
-    def _project(self, seen_BTNC: Array) -> Array:
+    def _project(self, attended_BTNC: Array) -> Array:
         """Return the values [B, T, N, V] of attended latents: each head's latents times its value matrix."""
         spec = activation_spec(self.rules, "batch", "sequence", "heads", None)
-        seen_BTNR, v_RNV = seen_BTNC[..., : self.latent.kv_rank], self.v_up.gathered(seen_BTNC.dtype)
-        return jnp.einsum("btnr,rnv->btnv", seen_BTNR, v_RNV, out_sharding=spec)
+        attended_BTNR, v_RNV = attended_BTNC[..., : self.latent.kv_rank], self.v_up.gathered(attended_BTNC.dtype)
+        return jnp.einsum("btnr,rnv->btnv", attended_BTNR, v_RNV, out_sharding=spec)
 
     def _down(self, x_BTD: Array, weight: Weight, bias: Weight | None) -> Array:
         y = weight.dot(x_BTD, ("batch", "sequence"))

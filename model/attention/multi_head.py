@@ -1,5 +1,5 @@
-"""Multi-head attention: projections and positions. The attention itself is in model/attend.py, caches in
-model/cache.py.
+"""Multi-head attention: projections and positions. model/attend.py computes the attention; model/cache.py has the
+caches.
 
 Shapes: B batch, T queries, S keys, D width, N query heads, K key/value heads, H head dimension.
 """
@@ -23,7 +23,7 @@ from sharding.rules import ShardingRules
 
 
 class MultiHeadAttention(nnx.Module):
-    """Multi-head, grouped-query or multi-query attention with every published option of `AttentionConfig`."""
+    """Multi-head, grouped-query or multi-query attention with all options of `AttentionConfig`."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules, kind: str):
         self.config, self.rules, self.kind = config, rules, kind
@@ -53,8 +53,7 @@ class MultiHeadAttention(nnx.Module):
 
     @staticmethod
     def flops(config: ModelConfig, kind: str, length: int) -> float:
-        """Return the FLOPs of the forward pass for one token of a window of `length`, by the convention of
-        model/cost.py."""
+        """Return the forward FLOPs per token of a window of `length`, by the convention of model/cost.py."""
         a = config.attention
         matrices = config.embed_dim * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
         return 2 * matrices + 4 * a.num_heads * a.head_dim * keys_seen(config, kind, length)
@@ -69,11 +68,11 @@ class MultiHeadAttention(nnx.Module):
         ]
 
     def init_cache(self, repeats: int, batch: int, capacity: int, dtype: jnp.dtype) -> LayerCache:
-        """Return an empty cache for `repeats` stacked layers: a ring where the layer sees less than `capacity`
-        tokens."""
+        """Return an empty cache for `repeats` stacked layers: a ring if the layer's window is shorter than
+        `capacity`."""
         a, window = self.config.attention, layer_mask(self.config.attention, self.kind).window
         sizes = (a.head_dim, a.head_dim, dtype, self.rules)
-        # ALiBi and dynamic NTK need the index of every key, which a ring does not keep in order.
+        # ALiBi and dynamic NTK need keys in order of their index; a ring does not keep that order.
         ordered = self.config.position.kind == "alibi" or self._rope_after_cache()
         if window is not None and window < capacity and a.mask == "causal" and not ordered:
             return RingCache.empty(repeats, batch, a.num_kv_heads, window, *sizes)
@@ -82,7 +81,7 @@ class MultiHeadAttention(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], ctx: ForwardContext, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Return (output, the cache with this call's keys and values, if one was given)."""
+        """Return (output, the cache with this call's keys and values or None without a cache)."""
         config = self.config
         q = self._project(x_BTD, self.q, self.q_bias)
         k = self._project(x_BTD, self.k, self.k_bias)
@@ -93,17 +92,17 @@ class MultiHeadAttention(nnx.Module):
             q, k, v = (jnp.clip(value, -limit, limit) for value in (q, k, v))
         q, k, v = (checkpoint_name(value, "qkv") for value in (q, k, v))
 
-        # Dynamic NTK rotates every key again when the context grows, so its cache holds keys before rotation.
-        late = self._rope_after_cache()
-        length_B = ctx.length_B if late else None
+        # Dynamic NTK changes the rotation of every key as the context grows, so its cache holds keys before rotation.
+        rope_after_cache = self._rope_after_cache()
+        length_B = ctx.length_B if rope_after_cache else None
         rotate_keys = lambda k_BSKH, positions_BS: apply_rope(config, self.kind, k_BSKH, positions_BS, length_B)
         q = apply_rope(config, self.kind, q, ctx.positions_BT, length_B)
-        if not late:
+        if not rope_after_cache:
             k = rotate_keys(k, ctx.positions_BT)
         sinks_N = None if self.sinks is None else self.sinks.gathered(jnp.float32)
-        spec = AttendSpec(config, self.rules, self.kind, sinks_N, rope_after_cache=rotate_keys if late else None)
-        seen, cache = append(cache, k, v, ctx)
-        out = self.out.dot(seen.attend(q, ctx, spec), ("batch", "sequence"))
+        spec = AttendSpec(config, self.rules, self.kind, sinks_N, rotate_keys if rope_after_cache else None)
+        keys, cache = append(cache, k, v, ctx)
+        out = self.out.dot(keys.attend(q, ctx, spec), ("batch", "sequence"))
         if self.out_bias is not None:
             out = out + self.out_bias.gathered(x_BTD.dtype)
         return checkpoint_name(out, "attention_out"), cache

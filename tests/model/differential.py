@@ -1,8 +1,8 @@
-"""Differential attention (Ye et al. 2024, arXiv:2410.05258, sec. 2.1) as a user would add it: one file, and one line
-of config, `AttentionConfig(layers=("tests.model.differential:DifferentialAttention",))`.
+"""Differential attention (Ye et al. 2024, arXiv:2410.05258, sec. 2.1) as a user would add it: one file, and one line of
+config, `AttentionConfig(layers=("tests.model.differential:DifferentialAttention",))`.
 
-Two softmaxes over the same values, one subtracted from the other. Here its scalar lambda is a weight a head, and there
-is no norm of the heads behind it.
+It subtracts one softmax from another over the same values. Unlike in the paper, the scalar lambda is one weight per
+head, and the heads are not normalized afterwards.
 
 Shapes: B batch, T time, D width, N query heads, K key/value heads, H head dimension.
 """
@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.positions import apply_rope
 from model.weights import constant, normal, weight_std
 
-START = 0.3  # of lambda
+START = 0.3  # initial lambda
 
 
 class DifferentialAttention(nnx.Module):
@@ -41,8 +41,8 @@ class DifferentialAttention(nnx.Module):
         rows = ("batch", "sequence")
         q, k, v = self.q.dot(x_BTD, rows), self.k.dot(x_BTD, rows), self.v.dot(x_BTD, rows)
         q, k = (apply_rope(self.config, self.kind, y, ctx.positions_BT, None) for y in (q, k))
-        seen, cache = append(cache, k, jnp.concatenate((v, v), axis=2), ctx)
-        first, second = jnp.split(seen.attend(q, ctx, AttendSpec(self.config, self.rules, self.kind)), 2, axis=2)
+        keys, cache = append(cache, k, jnp.concatenate((v, v), axis=2), ctx)
+        first, second = jnp.split(keys.attend(q, ctx, AttendSpec(self.config, self.rules, self.kind)), 2, axis=2)
         difference = first - self.weight.gathered(x_BTD.dtype)[:, None] * second
         return self.out.dot(difference, rows), cache
 

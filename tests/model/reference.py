@@ -1,8 +1,10 @@
-"""The whole Transformer again, in float64 NumPy, one row and one layer at a time, written from the papers.
+"""A reference Transformer in float64 NumPy, one row and one layer at a time, written from the papers.
 
-It shares nothing with `model/` but the configuration. Weights come as a flat dict, a layer's under
-`layers.3.attention.q`. Shapes: T time, S keys, D width, N query heads, K key/value heads, H head dimension, E experts,
-C choices, F hidden width.
+It shares only the configuration with `model/`. Weights are a flat dict; those of a layer have names like
+`layers.3.attention.q`.
+
+Shapes: T time, S keys, D width, N query heads, K key/value heads, H head dimension, E experts, C choices, F hidden
+width.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ Weights = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Stats:
-    """A router's losses and load, as RouterStats names them."""
+    """A router's losses and load, with the names of RouterStats."""
 
     load_balance: float
     z: float
@@ -38,15 +40,15 @@ class Stats:
 
 
 def flat_weights(model: Transformer) -> Weights:
-    """Float64 weights by name; the layers are numbered as they run, whatever the stacks they are stored in."""
+    """Return float64 weights by name. Layers are numbered in the order in which they run, independent of stacking."""
     flat: Weights = {}
     arrays = [(name.split("."), np.asarray(x, np.float64)) for name, x in weight_names(model)]
     first = 0
     for stack in range(len(model.stacks)):
         units = len(model.stacks[stack])
-        mine = [(path, x) for path, x in arrays if path[:2] == ["stacks", str(stack)]]
-        repeats = len(mine[0][1])
-        for path, x in mine:
+        stacked = [(path, x) for path, x in arrays if path[:2] == ["stacks", str(stack)]]
+        repeats = len(stacked[0][1])
+        for path, x in stacked:
             for r in range(repeats):
                 flat[".".join(["layers", str(first + r * units + int(path[2])), *path[3:]])] = x[r]
         first += repeats * units
@@ -63,7 +65,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def norm(x: np.ndarray, w: Weights, c: NormConfig, axes: int = 1) -> np.ndarray:
-    """RMSNorm: x / sqrt(mean x^2 + eps); LayerNorm: the same of x - mean; times scale (or 1 + scale), plus bias."""
+    """RMSNorm: x / sqrt(mean x^2 + eps). LayerNorm: the same for x - mean. Then times scale (or 1 + scale), plus
+    bias."""
     dims = tuple(range(x.ndim - axes, x.ndim))
     if c.kind == "layernorm":
         x = x - x.mean(dims, keepdims=True)
@@ -73,7 +76,7 @@ def norm(x: np.ndarray, w: Weights, c: NormConfig, axes: int = 1) -> np.ndarray:
 
 
 def rope_frequencies(dim: int, theta: float, s: RopeScalingConfig | None, length: int) -> np.ndarray:
-    """Radians per position of each of dim / 2 pairs, for a context of `length` positions."""
+    """Return the radians per position of each of dim / 2 pairs, for a context of `length` positions."""
     if s is not None and s.kind == "ntk":
         theta *= s.factor ** (dim / (dim - 2))
     if s is not None and s.kind == "dynamic_ntk" and length > s.original_length:
@@ -86,11 +89,11 @@ def rope_frequencies(dim: int, theta: float, s: RopeScalingConfig | None, length
     if s.kind == "llama3":
         out = []
         for x in f:
-            turns = s.original_length * x / (2 * math.pi)
-            keep = min(max((turns - s.beta_slow) / (s.fast - s.beta_slow), 0), 1)
+            rotations = s.original_length * x / (2 * math.pi)
+            keep = min(max((rotations - s.beta_slow) / (s.fast - s.beta_slow), 0), 1)
             out.append(keep * x + (1 - keep) * x / s.factor)
         return np.array(out)
-    # yarn: the dimension at which `rotations` turns fit into the original length, rounded outward
+    # yarn: the dimension at which `rotations` rotations fit into the original length, rounded outward
     low, high = (
         dim * math.log(s.original_length / (2 * math.pi * rotations)) / (2 * math.log(theta))
         for rotations in (s.fast, s.beta_slow)
@@ -109,24 +112,24 @@ def rope(x_TNH: np.ndarray, positions_T: np.ndarray, p: PositionConfig, theta: f
     stretch = 1.0
     if s is not None and s.kind == "yarn":
         stretch = 0.1 * math.log(s.factor) + 1 if s.attention_factor is None else s.attention_factor
-    turn = stretch * np.exp(1j * angle)[:, None]
+    rotation = stretch * np.exp(1j * angle)[:, None]
     first, second = (slice(0, dim, 2), slice(1, dim, 2)) if p.interleaved else (slice(dim // 2), slice(dim // 2, dim))
-    z = (x_TNH[..., first] + 1j * x_TNH[..., second]) * turn
+    z = (x_TNH[..., first] + 1j * x_TNH[..., second]) * rotation
     out = x_TNH.copy()
     out[..., first], out[..., second] = z.real, z.imag
     return out
 
 
 def slopes(heads: int) -> list[float]:
-    """ALiBi: the powers of 2^(-8/n); off the powers of two, of the power below, filled up with every other of twice
-    it."""
+    """ALiBi: the powers of 2^(-8/n). For n off the powers of two: those of the power of two below, completed with every
+    other slope of twice that power."""
     below = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
     return first + [2.0 ** (-8 * (i + 1) / (2 * below)) for i in range(0, 2 * below, 2)][: heads - below]
 
 
 def sees(a: AttentionConfig, layer: str, q: int, k: int, segments, prefix) -> bool:
-    """Whether the query in slot q sees the key in slot k."""
+    """Return whether the key at index k is visible to the query at index q."""
     if segments is not None and segments[q] != segments[k]:
         return False
     if a.mask == "causal" and k > q:
@@ -142,7 +145,7 @@ def sees(a: AttentionConfig, layer: str, q: int, k: int, segments, prefix) -> bo
 
 
 def latent_qkv(x_TD, w: Weights, c: ModelConfig, positions_T, theta: float) -> tuple[np.ndarray, ...]:
-    """DeepSeek-V2, eq. 37 to 47, with a bias on what goes down and RMSNorms of epsilon 1e-6 as in the published
+    """DeepSeek-V2, eq. 37 to 47, with biases on the down projections and RMSNorms of epsilon 1e-6 as in the published
     code."""
     latent, N = c.attention.latent, c.attention.num_heads
     plain, small = c.attention.head_dim - latent.rope_dim, dataclasses.replace(c.norm, epsilon=1e-6)
@@ -211,7 +214,7 @@ def feed_forward(x_TD, up_DGF, down_FD, kind: str, up_bias=0.0, down_bias=0.0) -
 
 
 def moe(x_TD, w: Weights, m: MoEConfig, mlp: MLPConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Output [T, D], router logits [T, E], one-hot choices [T, E]."""
+    """Return (output [T, D], router logits [T, E], one-hot choices [T, E])."""
     scores_TE = x_TD @ w["router"]
     p_TE = softmax(scores_TE)
     y, chosen_TE = np.zeros_like(x_TD), np.zeros_like(p_TE)
@@ -244,7 +247,7 @@ def router_stats(scores_BTE, chosen_BTE, valid_BT, m: MoEConfig) -> Stats:
 def transformer(
     w: Weights, c: ModelConfig, tokens_BT, *, positions_BT=None, segment_ids_BT=None, prefix_BT=None
 ) -> tuple[np.ndarray, list[Stats]]:
-    """Float64 logits [B, T, V] and the statistics of each MoE layer."""
+    """Return (float64 logits [B, T, V], the statistics of each MoE layer)."""
     B, T = tokens_BT.shape
     positions_BT = np.tile(np.arange(T), (B, 1)) if positions_BT is None else positions_BT
     valid_BT = np.ones((B, T), bool) if segment_ids_BT is None else segment_ids_BT > 0

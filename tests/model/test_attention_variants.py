@@ -1,4 +1,4 @@
-"""A variant of attention is one file and one line of config; layers run by whatever `run_layers` is given."""
+"""Users' attention variants, and users' `run_layers`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def network(config=CONFIG):
 
 
 def softmax_attention(q_TH, k_TH, v_TH):
-    """Causal, float64."""
+    """Return causal softmax attention in float64."""
     scores = q_TH @ k_TH.T * q_TH.shape[1] ** -0.5
     scores = np.where(np.tril(np.ones_like(scores, bool)), scores, -np.inf)
     weights = np.exp(scores - scores.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True) @ v_TH
 
 
-def test_a_variant_of_ones_own_is_the_papers_formula_and_goes_everywhere():
+def test_a_user_variant_matches_the_paper_and_works_cached_and_on_a_mesh():
     CONFIG.validate()
     model = network()
-    whole = jax.jit(lambda m: logits(m, forward(m, TOKENS).hidden_BTD))(model)
+    expected = jax.jit(lambda m: logits(m, forward(m, TOKENS).hidden_BTD))(model)
 
-    # The formula, for one layer in float64.
+    # One layer against the formula in float64.
     layer = jax.tree.map(lambda w: w[0], model.stacks[0][0].attention)
     norm = jax.tree.map(lambda w: w[0], model.stacks[0][0].attention_norm)
     x = np.asarray(model.embedding.value)[TOKENS]
@@ -63,34 +63,34 @@ def test_a_variant_of_ones_own_is_the_papers_formula_and_goes_everywhere():
             want[b] += (first - 0.3 * second) @ out[n]
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
-    # Cached, on a mesh, and counted.
+    # With a cache, on a mesh, and in the FLOP count.
     step = jax.jit(lambda m, cache, new: forward(m, new, cache=cache))
     found, cache = [], init_cache(model, 4, 16)
     for low, high in ((0, 6), (6, 7), (7, 11)):
         output = step(model, cache, TOKENS[:, low:high])
         found.append(logits(model, output.hidden_BTD))
         cache = output.cache
-    scale = float(np.abs(whole).max())
-    np.testing.assert_allclose(np.concatenate(found, 1), whole, atol=1e-5 * scale)
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(np.concatenate(found, 1), expected, atol=1e-5 * scale)
     with use_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        spread = jax.jit(lambda: Transformer(jax.random.key(3), CONFIG, ShardingRules()))()
-        got = jax.jit(lambda m: logits(m, forward(m, TOKENS).hidden_BTD))(spread)
-    np.testing.assert_allclose(got, whole, atol=1e-5 * scale)
+        sharded = jax.jit(lambda: Transformer(jax.random.key(3), CONFIG, ShardingRules()))()
+        got = jax.jit(lambda m: logits(m, forward(m, TOKENS).hidden_BTD))(sharded)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * scale)
     plain = replace(CONFIG, attention=replace(CONFIG.attention, layers=("global", "sliding")))
     more = 2 * (2 * 32 * 8 * (3 * 4 + 3 * 2 - 2 * 4 - 2 * 2) + 4 * 4 * 8 * 32 / 2)
     assert forward_flops_per_token(CONFIG, 32) - forward_flops_per_token(plain, 32) == more
 
 
 @pytest.mark.parametrize("kind", ["diferential", "tests.model.differential:Missing", "no.such.module:X"])
-def test_an_unknown_variant_is_named(kind):
+def test_an_unknown_variant_is_refused_by_name(kind):
     wrong = tiny_config(attention=replace(TINY_ATTENTION, layers=(kind,)))
     with pytest.raises(ValueError, match=r"model\.attention\.layers = "):
         wrong.validate()
         jax.eval_shape(lambda: Transformer(jax.random.key(0), wrong, ShardingRules()))
 
 
-def test_layers_run_by_whatever_is_given():
-    """A loop in Python over the repetitions gives the hidden states, caches, statistics and gradients of the scan."""
+def test_a_custom_run_layers_matches_the_scan():
+    """A Python loop over the repetitions gives the same hidden states, caches, statistics and gradients as the scan."""
 
     def one_by_one(config, stacks, x_BTD, ctx, caches, keys):
         new_caches, stats, layer = [], [], 0

@@ -1,4 +1,4 @@
-"""Balance: both conventions of the loss, its scopes, what is measured of a router, the bias that balances without a
+"""Load balance: both conventions of the loss, its scopes, router statistics, and the bias that balances without a
 loss."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_losses_and_statistics_equal_the_reference(shape, k, seed, scope):
     np.testing.assert_allclose(ours.load_E.sum(), 1, rtol=1e-6)
     for name, value in vars(expected).items():
         np.testing.assert_allclose(getattr(ours, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
-    padding = np.where(valid_BT[..., None], x_BTE, np.nan)  # whatever stands there
+    padding = np.where(valid_BT[..., None], x_BTE, np.nan)  # padding may have any value
     again = stats(padding, valid_BT, config)
     for name in expected.__dict__:
         np.testing.assert_array_equal(getattr(again, name), getattr(ours, name), err_msg=name)
@@ -65,12 +65,12 @@ def test_balance_is_one_when_even_and_e_over_k_when_collapsed(scope):
     np.testing.assert_allclose(stats(even, valid, config, 2).load_balance, 1, rtol=1e-5)
     collapsed = jnp.zeros((2, 3, 6)).at[..., :2].set(50.0)
     np.testing.assert_allclose(stats(collapsed, valid, config, 2).load_balance, 6 / 2, rtol=1e-5)
-    # Switch (Fedus et al. 2021, eq. 4): alpha times it is alpha at uniform routing, whatever the choices are.
+    # Switch (Fedus et al. 2021, eq. 4): the loss is alpha at uniform routing for any choices.
     np.testing.assert_allclose(stats(jnp.zeros((2, 3, 6)), valid, config, 2).load_balance, 1, rtol=1e-6)
 
 
-def test_the_convention_of_transformers_is_k_at_balance():
-    """Its load_balancing_loss_func by hand: layers pooled, E * sum over k and e of mean mask * mean probability."""
+def test_the_loss_of_transformers_is_k_at_balance():
+    """load_balancing_loss_func by hand: layers pooled, E * sum over k and e of mean mask * mean probability."""
     L, N, E, k = 2, 7, 4, 3
     rng = np.random.default_rng(0)
     p = softmax(rng.standard_normal((L, N, E)))
@@ -86,8 +86,8 @@ def test_the_convention_of_transformers_is_k_at_balance():
     np.testing.assert_allclose(load_balance(even, even / k, tokens), 1, rtol=1e-6)
 
 
-def test_scopes_see_what_they_should():
-    """Each row sends all to two experts of its own: bad for the row, even over pairs of rows and over the batch."""
+def test_each_scope_balances_its_own_tokens():
+    """Each row uses only two experts: unbalanced per row, but balanced over pairs of rows and over the batch."""
     config = MoEConfig(4, 2, balance_scope="sequence")
     x = np.full((4, 5, 4), -9.0, np.float32)
     x[[0, 2], :, :2] = x[[1, 3], :, 2:] = 9.0
@@ -101,12 +101,12 @@ def test_scopes_see_what_they_should():
     )
     with pytest.raises(ValueError, match="4 rows do not divide into the 3 devices"):
         stats(x, valid, MoEConfig(4, 2, balance_scope="device"), 3)
-    # A row of padding weighs nothing.
+    # A row of padding has no weight.
     valid[3] = False
     np.testing.assert_allclose(stats(x, valid, config).load_balance, 2, rtol=1e-4)
 
 
-def test_deepseek_v3s_sequence_loss_is_equations_17_to_20():
+def test_the_sequence_loss_matches_equations_17_to_20_of_deepseek_v3():
     E, k, T = 6, 2, 9
     config = MoEConfig(E, k, weights="sigmoid_renormalized", balance_scope="sequence")
     x = np.random.default_rng(0).standard_normal((1, T, E)).astype(np.float32)
@@ -135,7 +135,7 @@ def test_the_gradient_of_the_balance_flows_through_the_probabilities_alone():
     np.testing.assert_allclose(of_probs, 3 * counts / 6 / 3, rtol=1e-6)
 
 
-def test_z_loss_is_the_square_of_ln_e_at_zero_and_its_gradient_2_lse_softmax():
+def test_z_loss_and_its_gradient_match_the_formula():
     valid = jnp.ones((1, 1), bool)
 
     @jax.jit
@@ -148,15 +148,15 @@ def test_z_loss_is_the_square_of_ln_e_at_zero_and_its_gradient_2_lse_softmax():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 2 * lse * softmax(np.asarray(x, np.float64)), rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- measures
+# ---------------------------------------------------------------------------------------------------- statistics
 
 
-def test_max_violation_is_0_at_balance_and_e_over_k_less_1_at_collapse():
+def test_max_violation_is_0_at_balance_and_e_over_k_minus_1_at_collapse():
     load = jnp.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.4, 0.3, 0.2, 0.1]])
     np.testing.assert_allclose(max_violation(load), [0, 1, 3, 0.6], atol=1e-6)
 
 
-def test_saturation_and_co_activation_by_hand():
+def test_saturation_and_co_activation_match_hand_counts():
     early = jnp.array([[0, 1], [2, 3], [0, 2], [1, 3]])
     late = jnp.array([[1, 0], [2, 0], [4, 1], [1, 3]])  # 4: dropped
     assert saturation(late, late, 4) == 1 and saturation(early, late, 4) == pytest.approx(5 / 7)
@@ -190,7 +190,7 @@ def biases(model) -> dict[str, np.ndarray]:
 
 
 def test_biases_move_by_the_sign_of_the_load_layer_by_layer():
-    """Layers in their order, though stacked; nothing but the biases changes."""
+    """Stacked layers keep their order, and only the biases change."""
     model = random_model(BIASED)
     assert len(biases(model)) > 1 and any(x.shape[0] > 1 for x in biases(model).values()), "stacks of several layers"
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
@@ -201,7 +201,7 @@ def test_biases_move_by_the_sign_of_the_load_layer_by_layer():
         assert np.all(np.isclose(change, 0.25) | (change == 0)) and change.max() > 0
     for (name, a), (_, b) in zip(weight_names(model), weight_names(moved), strict=True):
         assert name.endswith("router_bias") or a is b or (np.asarray(a) == np.asarray(b)).all()
-    # Expert l of MoE layer l overloaded, by hand: the same layer in `forward` must lose it.
+    # Overload expert l of MoE layer l by hand: the same layer in `forward` must stop using it.
     load = np.full((4, 4), 0.2, np.float32)
     load[np.arange(4), np.arange(4)] = 0.4
     far = model
@@ -211,13 +211,13 @@ def test_biases_move_by_the_sign_of_the_load_layer_by_layer():
     assert (after[np.arange(4), np.arange(4)] == 0).all() and (after[~np.eye(4, dtype=bool)] > 0).all()
 
 
-def test_no_rate_leaves_the_model_alone():
+def test_a_rate_of_0_returns_the_same_model():
     model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, bias_rate=0.0)))
     assert update_biases(model, jnp.zeros((2, 4)), model.config.moe) is model
 
 
-def test_the_bias_brings_a_skewed_router_to_balance():
-    """A toy of Wang et al. 2024: fixed tokens, preferences far from even, only the bias moves."""
+def test_the_bias_balances_a_skewed_router():
+    """A toy version of Wang et al. 2024: fixed tokens, skewed preferences, and updates of the bias only."""
     config = MoEConfig(8, 2, weights="sigmoid", bias_rate=0.01)
     x = jax.random.normal(jax.random.key(0), (4, 100, 8)) + jnp.linspace(-1.5, 1.5, 8)
     valid = jnp.ones((4, 100), bool)
@@ -251,8 +251,8 @@ def test_the_bias_has_no_gradient():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_no_optimizer_moves_the_bias(name):
-    """Not by decay, nor by a gradient if it had one; all else is moved."""
+def test_no_optimizer_changes_the_bias(name):
+    """Neither weight decay nor a gradient changes the bias; all other weights change."""
     config = tiny_config(num_layers=1, moe=MoEConfig(4, 2, 24, weights="sigmoid", bias_rate=0.1, shared_experts=1))
     model = random_model(config)
     optimizer = make_optimizer(OptimizerConfig(name=name, decay="all", warmup_steps=0, weight_decay=0.5), config, 10)
@@ -261,7 +261,7 @@ def test_no_optimizer_moves_the_bias(name):
         assert (np.asarray(x) == 0).all() == weight.endswith("router_bias"), weight
 
 
-def test_shared_experts_and_the_noise_are_matrices_for_decay_and_muon():
+def test_shared_experts_are_matrices_and_the_noise_is_a_router():
     model = random_model(tiny_config(moe=MoEConfig(4, 2, 24, router="noisy_top_k", shared_experts=2)))
     roles = {weight.name: weight.role for _, weight in named_weights(model)}
     assert roles["shared.up"] == roles["shared.down"] == "matrix" and roles["mlp.router_noise"] == "router"

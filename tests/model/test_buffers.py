@@ -1,4 +1,4 @@
-"""Buffers with a bounded number of places, by gathers and by one-hot matmuls, beside every expert on every token."""
+"""Expert buffers of fixed capacity, filled by gathers and by one-hot matmuls, against every expert on every token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from model.buffers import buffered_experts
-from model.capacity import positions_in_experts as places
+from model.capacity import positions_in_experts
 from model.experts import every_expert
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
 from sharding.rules import AxisRules, ShardingRules
@@ -25,28 +25,28 @@ NAMES = ["y", "gradient of x", "of weights", "of up", "of down"]
 
 
 def inputs(style: str, C: int, capacity: int, G: int = 2, seed: int = 0) -> list[np.ndarray]:
-    """x, indices, weights, places, up, down and the gradient of y; a tenth of the choices goes nowhere, and what finds
-    no place."""
+    """Return x, indices, weights, positions, up, down and the gradient of y. A tenth of the choices, and those beyond
+    the capacity, have no expert."""
     rng = np.random.default_rng(seed)
     shapes = [(B, T, D), (B, T, C), (E, D, G, F), (E, F, D), (B, T, D)]
     x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     indices = np.stack([rng.permutation(E)[:C] for _ in range(B * T)]).reshape(B, T, C)
-    if style == "same":  # most find no place
+    if style == "same":  # most choices exceed the capacity
         indices[:] = np.arange(C)
     indices = np.where(rng.random(indices.shape) < (1.0 if style == "none" else 0.1), E, indices).astype(np.int32)
-    kept, place = places(jnp.asarray(indices), E, capacity)
-    return [x, np.asarray(kept), weights, np.asarray(place), up, down, dy]
+    kept, position = positions_in_experts(jnp.asarray(indices), E, capacity)
+    return [x, np.asarray(kept), weights, np.asarray(position), up, down, dy]
 
 
 def program(how: str | None, capacity: int, kind: str = "swiglu", rules: ShardingRules = RULES):
-    """Value and gradients; `how` None: the oracle."""
+    """Return a function for the value and gradients; None for `how` selects the oracle."""
 
-    def f(x, indices, weights, place, up, down, dy):
+    def f(x, indices, weights, position, up, down, dy):
         def run(x, weights, up, down):
             if how is None:
                 flat = (y.reshape(B * T, -1) for y in (x, indices, weights))
                 return every_expert(*flat, up, down, kind).reshape(x.shape)
-            return buffered_experts(x, indices, weights, place, capacity, up, down, kind, rules, how)
+            return buffered_experts(x, indices, weights, position, capacity, up, down, kind, rules, how)
 
         y, pull = jax.vjp(run, x, weights, up, down)
         return y, *pull(dy)
@@ -61,7 +61,7 @@ def compare(found, expected, message: str = ""):
 
 @pytest.mark.parametrize("how", ["gather", "einsum"])
 @pytest.mark.parametrize("C, capacity, kind", [(2, 3, "swiglu"), (1, 1, "relu2"), (4, 8, "geglu")])
-def test_buffers_equal_the_oracle_with_the_same_choices_dropped(C, capacity, kind, how):
+def test_buffers_match_the_oracle_with_the_same_drops(C, capacity, kind, how):
     ours, oracle = program(how, capacity, kind), program(None, capacity, kind)
 
     @given(style=st.sampled_from(["any", "same", "none"]), seed=st.integers(0, 1000))
@@ -83,14 +83,14 @@ BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("e
     [
         ({"data": 2, "expert": 2, "tensor": 2}, RULES),
         ({"sequence": 2, "expert": 4}, RULES),
-        ({"data": 2, "sequence": 4}, SEQUENCE),  # experts where the parts of a sequence are
+        ({"data": 2, "sequence": 4}, SEQUENCE),  # experts on the devices of a sequence's shards
         ({"data": 2, "expert": 2, "tensor": 2}, BOTH),
     ],
     ids=["data-expert-tensor", "sequence-expert", "over-sequence", "over-two"],
 )
-def test_buffers_on_a_mesh_equal_one_device(axes, rules, how):
+def test_buffers_on_a_mesh_match_one_device(axes, rules, how):
     rules.validate()
-    capacity = 4 if how == "gather" else 3  # 3: places that the axes of the sequence do not divide
+    capacity = 4 if how == "gather" else 3  # the sequence axes do not divide 3
     with use_mesh(mesh := make_mesh(MeshConfig(**{"fsdp": 1, **axes}))):
         together = program(how, capacity, rules=rules)
     oracle = program(None, capacity)
@@ -106,7 +106,7 @@ def test_buffers_on_a_mesh_equal_one_device(axes, rules, how):
         assert found[0].sharding.is_equivalent_to(laid_out[0].sharding, 3)
 
 
-def test_a_token_that_is_not_finite_reaches_itself_alone():
+def test_a_non_finite_token_affects_only_itself():
     given = inputs("any", 2, 3)
     clean = program("gather", 3)(*given)[0]
     given[0][2, 5] = np.nan
@@ -117,7 +117,7 @@ def test_a_token_that_is_not_finite_reaches_itself_alone():
 
 
 def test_experts_are_exchanged_by_all_to_all():
-    """GShard's collective: buffers change from sequences apart to experts apart, and nothing is gathered."""
+    """As in GShard, an all-to-all reshards buffers from sequences to experts, and nothing is gathered."""
     with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, data=2, expert=4))):
         given = [
             jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, RULES.spec("activations", names)))

@@ -1,4 +1,4 @@
-"""Caches as objects: what does not fit is an error, a ring keeps a window, and nothing is dropped silently."""
+"""Caches: overflow is an error, a ring keeps its window, and no argument is ignored silently."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ SLIDING = tiny_config(attention=replace(TINY_ATTENTION, layers=("sliding", "glob
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
 
 
-def test_tokens_beyond_the_capacity_are_refused_or_show():
+def test_tokens_beyond_the_capacity_are_refused_or_give_nan():
     model = unstack(random_model(SLIDING))
     cache = init_cache(model, 2, 8)
     with pytest.raises(ValueError, match=r"9 tokens for a cache of capacity 8 whose longest row holds 0"):
         forward(model, TOKENS[:, :9], cache=cache)
     step = jax.jit(lambda m, cache, new: forward(m, new, cache=cache))
     full = step(model, cache.at_length(jnp.asarray([3, 6], jnp.int32)), TOKENS[:, :3])
-    assert np.isfinite(full.hidden_BTD[0]).all(), "a row with room is as it was"
-    assert np.isnan(full.hidden_BTD[1]).all(), "inside jit the row that overflows is NaN"
+    assert np.isfinite(full.hidden_BTD[0]).all(), "a row within the capacity is unaffected"
+    assert np.isnan(full.hidden_BTD[1]).all(), "inside jit a row that overflows is NaN"
     with pytest.raises(ValueError, match=r"whose longest row holds 9"):
         forward(model, TOKENS[:, :1], cache=full.cache)
 
 
 @pytest.mark.parametrize("name", ["positions_BT", "segment_ids_BT"])
-def test_what_a_cache_would_drop_is_refused(name):
+def test_arguments_that_a_cache_cannot_honor_are_refused(name):
     model = random_model(SLIDING)
     with pytest.raises(ValueError, match=f"{name} with a cache"):
         forward(model, TOKENS, cache=init_cache(model, 2, 24), **{name: np.ones_like(TOKENS)})
 
 
-def test_a_sliding_layer_keeps_its_window_alone_and_a_global_one_every_token():
+def test_a_sliding_layer_caches_its_window_and_a_global_layer_every_token():
     cache = init_cache(unstack(random_model(SLIDING)), 2, 24)
     ring, contiguous = cache.stacks[0][0], cache.stacks[1][0]
     assert isinstance(ring, RingCache) and ring.k_BKWH.shape == (1, 2, 2, TINY_ATTENTION.window, 8)
     assert isinstance(contiguous, ContiguousCache) and contiguous.k_BKSH.shape == (1, 2, 2, 24, 8)
 
 
-def test_a_ring_gives_the_logits_of_whole_rows_however_they_are_cut():
-    """Chunks shorter and longer than the window, single tokens, and padding behind rows of uneven length."""
+def test_a_ring_cache_matches_whole_rows_for_any_chunks():
+    """Chunks shorter and longer than the window, single tokens, and padding after rows of uneven length."""
     model = unstack(random_model(SLIDING))
     whole = np.asarray(jax.jit(lambda m: logits(m, forward(m, TOKENS).hidden_BTD))(model))
     step = jax.jit(lambda m, cache, new, valid: forward(m, new, cache=cache, valid_BT=valid))
@@ -70,8 +70,8 @@ def test_a_ring_gives_the_logits_of_whole_rows_however_they_are_cut():
 
 
 @pytest.mark.parametrize("chosen", ["off", "reference"])
-def test_the_kernel_of_decoding_can_be_switched_off(chosen):
-    """And the result is the same: with 'off' the kernel of whole rows attends to the cache."""
+def test_the_decode_kernel_can_be_switched_off(chosen):
+    """The result stays the same: with 'off' the kernel for whole rows attends to the cache."""
     config = replace(SLIDING, attention=replace(SLIDING.attention, decode_implementation=chosen))
     step = jax.jit(lambda m, cache, new: forward(m, new, cache=cache))
     found = []

@@ -1,4 +1,4 @@
-"""Places of experts with a bounded number of them: who gets one does not depend on who comes later."""
+"""Capacity of experts: earlier tokens come first, so no choice depends on later tokens."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 
 from model.balance import router_stats
-from model.capacity import positions_in_experts as places
+from model.capacity import positions_in_experts
 from model.moe_config import MoEConfig
 from model.routers import route
 
 B, T, C, E = 2, 7, 2, 4
-compiled = jax.jit(places, static_argnums=(1, 2))
+compiled = jax.jit(positions_in_experts, static_argnums=(1, 2))
 
 
 def choices(seed: int) -> np.ndarray:
-    """Distinct experts of each token, some of them nowhere."""
+    """Return distinct experts of each token; some choices have no expert."""
     rng = np.random.default_rng(seed)
     indices = rng.permuted(np.broadcast_to(np.arange(E), (B, T, E)), axis=-1)[..., :C].astype(np.int32)
     return np.where(rng.random(indices.shape) < 0.2, E, indices)
@@ -31,17 +31,17 @@ def choices(seed: int) -> np.ndarray:
 
 @given(seed=st.integers(0, 1000), capacity=st.sampled_from([1, 2, 7]))
 @settings(max_examples=40, deadline=None)
-def test_the_first_that_come_are_served(seed, capacity):
+def test_each_expert_takes_the_first_tokens(seed, capacity):
     indices = choices(seed)
-    kept, place = compiled(indices, E, capacity)
+    kept, position = compiled(indices, E, capacity)
     for b in range(B):
         taken = [0] * E
         for t, c in np.ndindex(T, C):
             e = indices[b, t, c]
             if e == E:
-                assert kept[b, t, c] == E  # nowhere, and no place taken
+                assert kept[b, t, c] == E  # no expert, and no position taken
                 continue
-            assert place[b, t, c] == taken[e]
+            assert position[b, t, c] == taken[e]
             assert kept[b, t, c] == (e if taken[e] < capacity else E)
             taken[e] += 1
         assert np.bincount(np.ravel(kept[b]), minlength=E)[:E].max() <= capacity
@@ -49,7 +49,7 @@ def test_the_first_that_come_are_served(seed, capacity):
 
 @given(seed=st.integers(0, 1000), cut=st.integers(1, T - 1))
 @settings(max_examples=20, deadline=None)
-def test_later_tokens_and_other_rows_take_no_place_from_earlier_ones(seed, cut):
+def test_later_tokens_and_other_rows_do_not_displace_earlier_tokens(seed, cut):
     indices, other = choices(seed), choices(seed + 1)
     mixed = np.where(np.arange(T)[:, None] < cut, indices, other)
     mixed[1] = other[1]
@@ -58,14 +58,14 @@ def test_later_tokens_and_other_rows_take_no_place_from_earlier_ones(seed, cut):
         np.testing.assert_array_equal(a[0, :cut], b[0, :cut])
 
 
-def test_a_greater_factor_never_drops_more_and_padding_takes_no_place():
+def test_a_larger_factor_never_drops_more_and_padding_uses_no_capacity():
     x = jax.random.normal(jax.random.key(0), (2, 32, 8)) + jnp.linspace(0, 2, 8)
     config = MoEConfig(8, 2)
 
     @jax.jit
     def dropped(x, valid, capacity):
         routing = route(x, valid, config)
-        kept, _ = places(routing.indices_BTC, 8, capacity)
+        kept, _ = positions_in_experts(routing.indices_BTC, 8, capacity)
         return router_stats(routing, kept, valid, config).dropped, kept
 
     valid = np.ones((2, 32), bool)
@@ -73,12 +73,12 @@ def test_a_greater_factor_never_drops_more_and_padding_takes_no_place():
     capacities = [replace(config, capacity_factor=factor).capacity(32) for factor in factors]
     fractions = [float(dropped(x, valid, capacity)[0]) for capacity in capacities]
     assert all(a >= b for a, b in itertools.pairwise(fractions)) and fractions[0] > 0.5 and fractions[-1] == 0
-    # Padding in front leaves the places to the others: as if they came first.
+    # Padding at the front uses no capacity: the tokens after it are served as if they came first.
     padded = np.where(np.arange(32) < 16, False, valid)
-    _, late = dropped(x, padded, 8)
+    _, after_padding = dropped(x, padded, 8)
     _, first = dropped(jnp.roll(x, -16, axis=1), ~padded, 8)
-    assert (late[:, :16] == 8).all() and (late[:, 16:] == 8).any()
-    np.testing.assert_array_equal(late[:, 16:], first[:, :16])
+    assert (after_padding[:, :16] == 8).all() and (after_padding[:, 16:] == 8).any()
+    np.testing.assert_array_equal(after_padding[:, 16:], first[:, :16])
 
 
 @given(
@@ -88,7 +88,7 @@ def test_a_greater_factor_never_drops_more_and_padding_takes_no_place():
     experts=st.integers(1, 256),
 )
 @settings(max_examples=100, deadline=None)
-def test_capacity_is_the_ceiling_exactly(factor, k, tokens, experts):
+def test_capacity_is_the_exact_ceiling(factor, k, tokens, experts):
     exact = Fraction(str(factor)) * k * tokens / experts
     capacity = MoEConfig(experts, k, capacity_factor=factor).capacity(tokens)
     assert 1 <= capacity <= tokens
@@ -99,20 +99,20 @@ def test_capacity_is_the_ceiling_exactly(factor, k, tokens, experts):
     else:
         with pytest.raises(ValueError, match=r"model\.moe\.capacity_factor = .* less than one") as refusal:
             config.validate_length(tokens)
-        told = float(str(refusal.value).split("; use ")[1].split()[0])
-        MoEConfig(experts, k, capacity_factor=told).validate_length(tokens)
+        suggested = float(str(refusal.value).split(". Use ")[1].split()[0])
+        MoEConfig(experts, k, capacity_factor=suggested).validate_length(tokens)
     if k * tokens < experts:
         with pytest.raises(ValueError, match="less than one"):
             MoEConfig(experts, k, router="expert_choice").validate_length(tokens)
 
 
-def test_capacity_does_not_suffer_from_binary_fractions():
+def test_capacity_uses_the_decimal_value_of_the_factor():
     assert 1.1 * 100 / 10 > 11  # in float64
     assert MoEConfig(10, 1, capacity_factor=1.1).capacity(100) == 11
 
 
-def test_places_take_memory_by_tokens_and_experts_and_not_by_their_product_with_choices():
-    """Of a compiled program for 8 of 64 experts: temporaries far below one [B, T, C, E] array of int32."""
+def test_positions_need_less_memory_than_choices_times_experts():
+    """For 8 of 64 experts, the compiled program's temporaries are far below one [B, T, C, E] array of int32."""
     shape = jax.ShapeDtypeStruct((4, 512, 8), jnp.int32)
-    memory = jax.jit(places, static_argnums=(1, 2)).lower(shape, 64, 100).compile().memory_analysis()
+    memory = jax.jit(positions_in_experts, static_argnums=(1, 2)).lower(shape, 64, 100).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * 4 * 4 * 512 * 8 * 64

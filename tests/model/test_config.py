@@ -1,4 +1,4 @@
-"""Every configuration that cannot be built is refused with the field, the value and the fix."""
+"""A configuration that cannot be built is refused with the field, its value and a fix."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ BAD = [
     ),
     *((MOE, f"moe.{f}", value) for f in ("jitter", "router_dropout") for value in (1.0, -0.1)),
     (MOE, "moe.router", "topk"),
-    (MOE, "moe.router", "expert_choice"),  # see later tokens
+    (MOE, "moe.router", "expert_choice"),  # reads later tokens
     (MOE, "moe.router", "soft"),
     (MOE, "moe.top_k", 1),  # every weight 1
     (router("switch", 1), "moe.top_k", 2),
@@ -105,7 +105,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("config, path, value", BAD, ids=lambda x: "" if isinstance(x, ModelConfig) else str(x))
-def test_a_bad_field_is_named_with_its_value_and_a_fix(config, path, value):
+def test_errors_name_the_field_its_value_and_a_fix(config, path, value):
     config.validate()
     with pytest.raises(ValueError) as error:
         changed(config, path, value).validate()
@@ -114,7 +114,7 @@ def test_a_bad_field_is_named_with_its_value_and_a_fix(config, path, value):
     assert path.rsplit(".", 1)[-1] in message and "model." + path.rsplit(".", 1)[0] in message
     wrong = value[-1] if isinstance(value, tuple) and value else value
     assert str(wrong) in message
-    assert len(message.split(":", 1)[1].strip()) > 10  # what to do
+    assert len(message.split(":", 1)[1].strip()) > 10  # the reason and the fix
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,15 +129,15 @@ def test_the_published_architectures_are_accepted(name):
         MoEConfig(4, 1, router="switch", capacity_factor=1.0, dispatch="einsum", jitter=0.01),
         MoEConfig(4, 1, weights="sigmoid"),
         MoEConfig(4, 2, dispatch="dense", capacity_factor=0.5),
-        MoEConfig(1, 1),  # one expert: nothing to weigh
+        MoEConfig(1, 1),  # one expert needs no weights
         *(MoEConfig(4, 2, router=name) for name in ("gshard", "noisy_top_k", "sinkhorn", "hash", "random")),
     ],
 )
-def test_what_decoders_may_have(moe):
+def test_causal_routers_are_accepted_in_decoders(moe):
     moe.validate(causal=True)
 
 
-def test_what_only_encoders_may_have():
+def test_noncausal_routers_are_accepted_in_encoders_only():
     for moe in (MoEConfig(4, 2, router="expert_choice", dispatch="gather"), MoEConfig(4, 2, router="soft", scale=2.0)):
         moe.validate(causal=False)
         with pytest.raises(ValueError, match=r"model\.moe\.router = .*later ones.*train\.objective='masked'"):

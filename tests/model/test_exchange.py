@@ -1,4 +1,4 @@
-"""Experts over eight devices: values and gradients of one device, whatever the mesh and however skewed the routing."""
+"""Experts on eight devices give the values and gradients of one device, for any mesh and any skew of the routing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NAMES = ["y", "gradient of x", "of weights", "of up", "of down"]
 
 
 def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """jax.lax.ragged_all_to_all as its documentation has it, of collectives that CPUs have; NaN where its rules are
-    broken."""
+    """Emulate jax.lax.ragged_all_to_all, as documented, with collectives that CPUs support. Return NaN if the arguments
+    break its rules."""
     sent, start, size, end = (
         jax.lax.all_gather(x, axis_name) for x in (operand, input_offsets, send_sizes, output_offsets)
     )
@@ -44,15 +44,15 @@ def emulated(operand, output, input_offsets, send_sizes, output_offsets, recv_si
 
 
 def inputs(style: str, k: int, seed: int = 0) -> list[np.ndarray]:
-    """x, indices, weights, up, down and the gradient of y. A tenth of the pairs goes nowhere, as capacity and padding
-    have it."""
+    """Return x, indices, weights, up, down and the gradient of y. A tenth of the pairs have no expert, as with a
+    capacity or padding."""
     rng = np.random.default_rng(seed)
     shapes = [(B, T, D), (B, T, k), (E, D, 2, F), (E, F, D), (B, T, D)]
     x, weights, up, down, dy = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     indices = np.stack([rng.permutation(E)[:k] for _ in range(B * T)]).reshape(B, T, k)
-    if style == "same":  # the same experts for all: most devices get nothing
+    if style == "same":  # the same experts for all tokens: most devices receive none
         indices[:] = np.arange(k)
-    if style == "half":  # rows of half of the devices to the last experts
+    if style == "half":  # half of the devices send all rows to the last experts
         indices[: B // 2] = E - 1 - np.arange(k)
     indices = np.where(rng.random(indices.shape) < (1.0 if style == "none" else 0.1), E, indices).astype(np.int32)
     return [x, indices, weights, up, down, dy]
@@ -69,7 +69,7 @@ def values_and_gradients(config: ModelConfig, rules: ShardingRules = RULES):
     return jax.jit(f)
 
 
-def spread_over(mesh, arrays, rules=RULES):
+def shard_over(mesh, arrays, rules=RULES):
     return [
         jax.device_put(x, jax.NamedSharding(mesh, rules.spec("activations", axes)))
         for x, axes in zip(arrays, AXES, strict=True)
@@ -82,7 +82,7 @@ def config_of(k: int, factor: float | None, **changes) -> ModelConfig:
 
 @functools.cache
 def oracle(k: int, style: str):
-    """What one device gives that runs every expert on every token; the same for every exchange."""
+    """Return the result of one device that runs every expert on every token: the oracle for every exchange."""
     return values_on_one_device(k)(*inputs(style, k))
 
 
@@ -100,7 +100,7 @@ def check(
     for style in styles:
         expected = oracle(k, style)
         with use_mesh(mesh):
-            found = together(*spread_over(mesh, inputs(style, k), rules))
+            found = together(*shard_over(mesh, inputs(style, k), rules))
         for name, a, b in zip(NAMES, found, expected, strict=True):
             message = f"{style}: {name}"
             np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-6), rtol=0, err_msg=message)
@@ -126,7 +126,7 @@ def name(x) -> str:
 
 
 @pytest.mark.parametrize("axes, k, factor, ragged", WAYS, ids=name)
-def test_the_exchange_gives_what_one_device_gives(axes, k, factor, ragged, monkeypatch):
+def test_the_exchange_matches_one_device(axes, k, factor, ragged, monkeypatch):
     monkeypatch.setattr(exchange, "ROW_MULTIPLE", 1)  # so that a few tokens overflow
     if ragged:
         monkeypatch.setattr(exchange, "target", lambda: ("tpu", "emulated"))
@@ -144,7 +144,7 @@ BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("e
     "axes, rules, factor",
     [
         ({"expert": 4, "tensor": 2}, RULES, None),
-        ({"data": 2, "sequence": 4}, SEQUENCE, None),  # experts where the parts of a sequence are
+        ({"data": 2, "sequence": 4}, SEQUENCE, None),  # experts on the devices of a sequence's shards
         ({"data": 2, "sequence": 4}, SEQUENCE, 1.0),
         ({"data": 2, "tensor": 4}, TENSOR, 1.0),  # each device has the group's tokens already
         ({"data": 2, "expert": 2, "tensor": 2}, BOTH, 1.0),
@@ -152,7 +152,7 @@ BOTH = replace(RULES, activations=AxisRules(batch=("data", "expert"), expert=("e
     ],
     ids=["gathered", "sequence-gathered", "sequence", "tensor", "both", "two"],
 )
-def test_experts_may_lie_over_any_axis(axes, rules, factor):
+def test_experts_can_be_sharded_over_any_axis(axes, rules, factor):
     rules.validate()
     check(config_of(2, factor), axes, rules, styles=("any", "same"))
 
@@ -167,30 +167,35 @@ def test_buffers_without_a_capacity_are_refused():
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-def test_tokens_come_back_bit_for_bit_to_where_they_were(ragged, monkeypatch):
-    """Experts that return their rows, and NaN for a row of another's: in several rounds, and in place."""
+def test_tokens_return_bit_for_bit_to_their_rows(ragged, monkeypatch):
+    """The experts return their own rows, and NaN for a row of another expert. The exchange takes several rounds."""
     monkeypatch.setattr(exchange, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", emulated)
     rng = np.random.default_rng(0)
-    indices = np.where(rng.random((64, 1)) < 0.7, 5, rng.integers(0, 9, (64, 1))).astype(np.int32)  # 8: nowhere
+    indices = np.where(rng.random((64, 1)) < 0.7, 5, rng.integers(0, 9, (64, 1))).astype(np.int32)  # 8: no expert
     x = np.concatenate([indices, np.arange(64)[:, None], rng.standard_normal((64, 6))], 1).astype(np.float32)
 
     def local(x, indices, up, down):
         def experts(x_RD, expert_R, up, down):
-            mine = (x_RD[:, 0] == jax.lax.axis_index("expert") * 2 + expert_R) | (expert_R == 2)
-            return jnp.where(mine[:, None], x_RD, jnp.nan)
+            belongs = (x_RD[:, 0] == jax.lax.axis_index("expert") * 2 + expert_R) | (expert_R == 2)
+            return jnp.where(belongs[:, None], x_RD, jnp.nan)
 
         ones = jnp.ones(indices.shape, jnp.float32)
         options = {"axes": ("expert",), "agree": ("data", "expert"), "factor": 1.0, "ragged": ragged}
         return exchange.exchanged_experts(x, indices, ones, up, down, experts, **options)
 
     with use_mesh(mesh := make_mesh(MeshConfig(data=2, fsdp=1, expert=4))):
-        rows, held = jax.P(("data", "expert")), jax.P("expert")
+        rows, by_expert = jax.P(("data", "expert")), jax.P("expert")
         arrays = [
             jax.device_put(a, jax.NamedSharding(mesh, spec))
-            for a, spec in [(x, rows), (indices, rows), (np.zeros((8, 8, 2, 2)), held), (np.zeros((8, 2, 8)), held)]
+            for a, spec in [
+                (x, rows),
+                (indices, rows),
+                (np.zeros((8, 8, 2, 2)), by_expert),
+                (np.zeros((8, 2, 8)), by_expert),
+            ]
         ]
-        call = jax.shard_map(local, in_specs=(rows, rows, held, held), out_specs=rows, check_vma=False)
+        call = jax.shard_map(local, in_specs=(rows, rows, by_expert, by_expert), out_specs=rows, check_vma=False)
         y = jax.jit(call)(*arrays)
     np.testing.assert_array_equal(y, np.where(indices == 8, 0, x))
 
@@ -200,7 +205,7 @@ def test_tokens_come_back_bit_for_bit_to_where_they_were(ragged, monkeypatch):
     factor=st.floats(0.1, 8), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_buffers_hold_their_share_and_rounds_hold_the_rest(tokens, k, experts, peers, factor, seed):
+def test_buffers_take_a_share_and_rounds_cover_the_rest(tokens, k, experts, peers, factor, seed):
     k = min(k, experts * peers)
     rows = exchange.room(tokens * k, tokens, k, experts, peers, factor)
     bound, most = rows // peers, tokens * min(k, experts)
@@ -217,36 +222,36 @@ def test_buffers_hold_their_share_and_rounds_hold_the_rest(tokens, k, experts, p
     assert exchange.rounds(jnp.asarray(even), peers * experts * 16, True) == 1
 
 
-def test_only_pairs_travel():
-    """One choice of 64 tokens a device, of eight devices, with room for an even share: an eighth of what gathering
-    takes."""
+def test_the_exchange_sends_only_pairs():
+    """With one choice for each of 64 tokens per device, eight devices and buffers for an even share, the exchange sends
+    an eighth of the bytes of gathering."""
     traffic = {}
     for factor in (1.0, None):
         with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=8))):
             x, indices, weights, up, down, dy = inputs("any", 1)
             x, indices, weights, dy = (np.repeat(a, 8, 1) for a in (x, indices, weights, dy))
-            arrays = spread_over(mesh, [x, indices, weights, up, down, dy])
+            arrays = shard_over(mesh, [x, indices, weights, up, down, dy])
             text = values_and_gradients(config_of(1, factor)).lower(*arrays).compile().as_text()
         found = read_collectives(text)
         traffic[factor] = {c.kind: c.bytes for c in found.collectives if c.devices == 8 and c.bytes >= 64 * D * 4}
         if factor is not None:
-            assert found.open_loops == 2  # further rounds, of both directions
+            assert found.open_loops == 2  # overflow rounds, in both directions
     assert traffic[1.0] == {"all-to-all": 64 * D * 4}
     assert traffic[None] == {"all-gather": 8 * 64 * D * 4, "reduce-scatter": 64 * D * 4}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_the_ragged_carrier_is_the_default_on_tpus_alone(platform, monkeypatch):
+def test_the_ragged_transport_is_the_default_on_tpus_only(platform, monkeypatch):
     monkeypatch.setattr(exchange, "target", lambda: (platform, "as on it"))
     with use_mesh(mesh := make_mesh(MeshConfig(fsdp=1, expert=8))):
-        traced = str(values_and_gradients(config_of(2, 1.0)).trace(*spread_over(mesh, inputs("any", 2))).jaxpr)
+        traced = str(values_and_gradients(config_of(2, 1.0)).trace(*shard_over(mesh, inputs("any", 2))).jaxpr)
     assert (" ragged_all_to_all[" in traced, " all_to_all[" in traced) == (platform == "tpu", platform != "tpu")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)], ids=["lowered", "compiled"])
-def test_what_experts_received_and_sent_back_can_be_kept(compiled):
-    """Rematerialization that keeps it sends nothing anew in the backward pass: each of two layers there and back,
-    twice."""
+def test_rematerialization_can_keep_expert_inputs_and_outputs(compiled):
+    """If it keeps them, the backward pass repeats no exchange. Each of two layers sends and returns tokens once forward
+    and once backward."""
     moe = MoEConfig(4, 2, 8, exchange=8.0, dispatch="dense")  # compiles faster
     found = {}
     for changes in ({"remat": "full"}, {"remat": "names", "remat_names": ("expert_in", "expert_out")}):
@@ -268,5 +273,5 @@ def test_what_experts_received_and_sent_back_can_be_kept(compiled):
                 found[config.remat] = program.as_text().count("stablehlo.all_to_all")
     if compiled:
         assert found == {"full": 12, "names": 8}
-    else:  # the layers are a loop, and further rounds are in the text
+    else:  # the layers are a loop, and the text includes overflow rounds
         assert found["names"] == found["full"] - 2

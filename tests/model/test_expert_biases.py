@@ -1,7 +1,7 @@
-"""Biases of experts, in every way that experts are run, on one device and on eight: values beside the formula,
-gradients beside every expert on every token. The activation that clamps.
+"""Biases of experts for every dispatch, on one device and on eight: values against the formula, and gradients against
+every expert on every token. The clamped activation.
 
-Shapes: B batch, T time, D width, E experts, C choices of a token, G gates, F hidden width, P places.
+Shapes: B batch, T time, D width, E experts, C choices of a token, G gates, F hidden width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.capacity import positions_in_experts as places
+from model.capacity import positions_in_experts
 from model.config import MLPConfig, ModelConfig
 from model.cost import count_parameters
 from model.dispatch import DOWN, DOWN_BIAS, UP, UP_BIAS, run_experts
@@ -28,7 +28,7 @@ from tests.models import context, expert_weights, put, tiny_config
 
 B, T, D, E, C, F = 8, 6, 8, 8, 2, 6
 RULES = ShardingRules()
-CAPACITY = 1.5  # some choices find no place
+CAPACITY = 1.5  # drops some choices
 TOKEN = ("batch", "sequence", None)
 NAMES = ["y", "x", "weights", "up", "down", "up_bias", "down_bias"]
 
@@ -39,8 +39,8 @@ def config_of(kind: str = "swiglu", **changes) -> ModelConfig:
 
 @cache
 def inputs(kind: str = "swiglu", bounded: bool = False) -> tuple[np.ndarray, ...]:
-    """x, indices, weights, up, down, their biases and the gradient of y. A tenth of the choices goes nowhere, and no
-    token goes to the last expert but one. Hidden values beyond 7 are common."""
+    """Return x, indices, weights, up, down, their biases and the gradient of y. A tenth of the choices have no expert,
+    and no token uses the second to last expert. Hidden values beyond 7 are common."""
     rng = np.random.default_rng(0)
     x, weights, up, down, up_bias, down_bias, dy = (
         rng.standard_normal(s).astype(np.float32)
@@ -50,20 +50,20 @@ def inputs(kind: str = "swiglu", bounded: bool = False) -> tuple[np.ndarray, ...
     indices = np.where((rng.random(indices.shape) < 0.1) | (indices == E - 2), E, indices).astype(np.int32)
     if bounded:
         indices = np.asarray(
-            places(jnp.asarray(indices), E, MoEConfig(E, C, F, capacity_factor=CAPACITY).capacity(T))[0]
+            positions_in_experts(jnp.asarray(indices), E, MoEConfig(E, C, F, capacity_factor=CAPACITY).capacity(T))[0]
         )
     return x, indices, np.abs(weights), up, down * np.float32(F**-0.5), up_bias * 4, down_bias, dy
 
 
 def program(config: ModelConfig, rules: ShardingRules = RULES):
-    """Value and gradients."""
+    """Return a function for the value and gradients."""
 
     def f(x, indices, weights, up, down, up_bias, down_bias, dy):
-        place = places(indices, E, config.moe.capacity(T))[1] if config.moe.bounded else None
+        position = positions_in_experts(indices, E, config.moe.capacity(T))[1] if config.moe.bounded else None
 
         def run(x, weights, up, down, up_bias, down_bias):
             return run_experts(
-                x, indices, weights, place, expert_weights(up, down, rules, (up_bias, down_bias)), config, rules
+                x, indices, weights, position, expert_weights(up, down, rules, (up_bias, down_bias)), config, rules
             )
 
         y, pull = jax.vjp(run, x, weights, up, down, up_bias, down_bias)
@@ -83,7 +83,7 @@ def compare(found, expected) -> None:
 
 
 def hidden(kind: str, h: np.ndarray) -> np.ndarray:
-    """[..., G, F] -> [..., F], in the dtype that is given: float64."""
+    """Return the activation [..., F] of h [..., G, F], in the dtype of h: float64."""
     gate, up = h[..., 0, :], h[..., -1, :]
     if kind == "swiglu_clamped":
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
@@ -92,7 +92,7 @@ def hidden(kind: str, h: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["swiglu_clamped", "relu2"])
-def test_every_expert_on_every_token_is_the_formula(kind):
+def test_every_expert_on_every_token_matches_the_formula(kind):
     x, indices, weights, up, down, up_bias, down_bias, _ = (a.astype(np.float64) for a in inputs(kind))
     expected = np.zeros_like(x)
     for b, t, c in np.ndindex(*indices.shape):
@@ -112,14 +112,14 @@ def test_every_expert_on_every_token_is_the_formula(kind):
         pytest.param("relu2", "sort", marks=pytest.mark.slow),
     ],
 )
-def test_one_device(kind, how):
+def test_every_dispatch_matches_the_oracle_on_one_device(kind, how):
     bounded = how != "sort"
     config = config_of(kind, dispatch=how, capacity_factor=CAPACITY if bounded else None)
     compare(program(config)(*inputs(kind, bounded)), oracle(kind, bounded))
 
 
-# Exchanged in several rounds, with columns of experts on two devices and slices of weights on two; tokens gathered, and
-# all of a group's on each device; buffers.
+# The exchange in several rounds, with the columns of experts and the slices of weights each on two devices; gathered
+# tokens; buffers; all of a group's tokens on each device.
 @pytest.mark.parametrize(
     "axes, changes",
     [
@@ -137,7 +137,7 @@ def test_one_device(kind, how):
         ),
     ],
 )
-def test_eight_devices(axes, changes):
+def test_eight_devices_match_one(axes, changes):
     config = config_of(**changes)
     kinds = ("activations", TOKEN), ("activations", TOKEN), ("activations", TOKEN)
     stored = [("weights", axes) for axes in (UP, DOWN, UP_BIAS, DOWN_BIAS)]
@@ -152,7 +152,7 @@ def test_eight_devices(axes, changes):
 
 
 def test_gradients_of_biases_are_summed_in_float32():
-    """They are sums of many rows: in bfloat16 they would stop growing at 256."""
+    """These gradients are sums over many rows, which would stop growing at 256 in bfloat16."""
     rows, config = 4096, replace(config_of(), moe=MoEConfig(1, 1, F))
     x, up, down, ones, up_bias = (
         jnp.zeros(s, jnp.bfloat16) for s in [(1, rows, D), (1, D, 2, F), (1, F, D), (1, rows, 1), (1, 2, F)]
@@ -170,9 +170,9 @@ def test_gradients_of_biases_are_summed_in_float32():
     np.testing.assert_allclose(gradient(jnp.zeros((1, D))), rows)
 
 
-def test_router_and_parameter_count():
-    """The router's bias is in its logits, choice and weights alike; an expert's biases are idle where it is not
-    chosen."""
+def test_the_router_bias_is_used_and_biases_are_counted():
+    """The router's bias is part of the logits, so it affects choice and weights. The biases of an expert count as
+    active only if it is chosen."""
     config = tiny_config(mlp=MLPConfig("swiglu_clamped", 48, bias=True), moe=MoEConfig(4, 2, 12, shared_experts=1))
     plain = replace(config, mlp=replace(config.mlp, bias=False))
     with_, without = count_parameters(config), count_parameters(plain)
@@ -180,23 +180,23 @@ def test_router_and_parameter_count():
     assert with_.total - without.total == 2 * (4 * expert + 4 + expert)
     assert with_.active - without.active == 2 * (2 * expert + 4 + expert)
 
-    def born(config):
+    def abstract(config):
         return jax.eval_shape(lambda: MoE(jax.random.key(0), config, RULES))
 
     rng = np.random.default_rng(1)
-    layer = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), born(config))
+    layer = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract(config))
     put(layer, "router_logit_bias", jnp.asarray([0.0, 0.0, 150.0, 140.0]))
     x_BTD = rng.standard_normal((2, 5, 32)).astype(np.float32)
     integers = jnp.zeros((2, 5), jnp.int32)
     _, stats = jax.jit(lambda layer, x: layer(x, context(integers, integers, integers == 0)))(layer, x_BTD)
     np.testing.assert_allclose(stats.load_E, [0, 0, 0.5, 0.5])
-    soft, hashed = (born(replace(config, moe=MoEConfig(4, 2, 12, router=name))) for name in ("soft", "hash"))
+    soft, hashed = (abstract(replace(config, moe=MoEConfig(4, 2, 12, router=name))) for name in ("soft", "hash"))
     assert (
         soft.router_logit_bias.shape == (8,) and hashed.router_logit_bias is None and hashed.up_bias.shape == (4, 2, 12)
     )
 
 
-def test_the_clamped_activation_and_its_gradient():
+def test_the_clamped_activation_and_its_gradient_match_the_formula():
     rng = np.random.default_rng(2)
     h = np.concatenate([rng.uniform(-12, 12, (500, 2, 3)), np.full((1, 2, 3), 1000.0), np.full((1, 2, 3), -1000.0)])
     assert (np.abs(h) > 7).mean() > 0.3
@@ -210,7 +210,7 @@ def test_the_clamped_activation_and_its_gradient():
 
 
 def test_the_clamped_activation_is_compiled_into_kernels():
-    """Interpreted: the activation within the TPU's kernel."""
+    """Runs the TPU kernel with the activation in interpret mode."""
     rng = np.random.default_rng(3)
     x, up = rng.standard_normal((16, 128)).astype(np.float32), rng.standard_normal((2, 128, 2, 128)).astype(np.float32)
     sizes = np.array([5, 9], np.int32)

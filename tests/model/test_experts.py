@@ -1,4 +1,4 @@
-"""The experts, sorted, beside every expert on every token: equal values and gradients, nothing lost. The router."""
+"""Sorted experts against every expert on every token: equal values and gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def value_and_gradients(x, indices, weights, up, down, dy, kind, implementation)
 
 
 def choose(style: str, rng, N: int, C: int, E: int) -> np.ndarray:
-    """Indices [N, C]; 'foreign' ones lie in [-E, 2E), of which [0, E) are here."""
+    """Return indices [N, C]; 'foreign' ones are in [-E, 2E), where only [0, E) are local experts."""
     if style == "one":
         return np.full((N, C), rng.integers(E))
     if style == "few":  # most experts stay empty
@@ -44,9 +44,9 @@ def choose(style: str, rng, N: int, C: int, E: int) -> np.ndarray:
     return np.stack([rng.permutation(E)[:C] for _ in range(N)])
 
 
-# Few shapes, as each is compiled; blocks of 4 and 2 rows put runs across, at and below block borders.
+# Few shapes, because each one compiles. With blocks of 4 and 2 rows, runs cross, meet and stay within block borders.
 @pytest.mark.parametrize("N, C, E, kind", [(13, 2, 3, "swiglu"), (8, 1, 4, "relu2"), (1, 3, 5, "geglu")])
-def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
+def test_sorted_and_dense_experts_match_the_formula(N, C, E, kind, monkeypatch):
     monkeypatch.setattr(xla, "BLOCKS", (4, 2))
     G = 2 if kind.endswith("glu") else 1
 
@@ -58,8 +58,8 @@ def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
         x, weights, up, down, dy = (
             rng.standard_normal(shape).astype(np.float32) for shape in [(N, D), (N, C), (E, D, G, F), (E, F, D), (N, D)]
         )
-        # As a network's: results of the order of one, and no choices of one expert whose weights cancel: the tolerance
-        # is relative to results, rounding to what they are summed from.
+        # As in a network, results are of order one, and the weights of choices do not cancel: the tolerance is relative
+        # to the results, while rounding errors are relative to the terms of the sums.
         weights, up, down = np.abs(weights), up * np.float32(D**-0.5), down * np.float32(F**-0.5)
         expected = np.zeros((N, D))
         for n, c in np.ndindex(N, C):
@@ -79,9 +79,8 @@ def test_sorted_and_dense_agree_with_the_formula(N, C, E, kind, monkeypatch):
     check()
 
 
-def test_many_tokens_many_choices_and_the_way_for_many_experts():
-    """Blocks of real size; more choices than are written out; so many pairs and experts that one integer holds not
-    both."""
+def test_many_tokens_and_many_choices_match_the_oracle():
+    """Covers blocks of real size, and more choices than the unrolled sum handles."""
     rng = np.random.default_rng(0)
     for N, C, E in ((300, 2, 3), (40, experts.UNROLLED + 1, 12)):
         shapes = [(N, D), (N, C), (E, D, 2, F), (E, F, D), (N, D)]
@@ -94,9 +93,9 @@ def test_many_tokens_many_choices_and_the_way_for_many_experts():
                 np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
 
 
-def test_layout_is_the_stable_sort_by_expert():
+def test_layout_is_a_stable_sort_by_expert():
     rng = np.random.default_rng(1)
-    for E in (5, 2**29):  # the second does not fit one integer with the pair's number
+    for E in (5, 2**29):  # 2**29 experts and the pair's index do not fit into one int32
         few = np.array([-3, 0, 2, 4, E - 1, E, E + 7])
         indices = rng.choice(few, (9, 3)).astype(np.int32)
         sorted_by = np.where((indices >= 0) & (indices < E), indices, E).ravel()
@@ -111,7 +110,7 @@ def test_layout_is_the_stable_sort_by_expert():
 
 
 @pytest.mark.parametrize("tokens, experts_read", [(1, 2), (3, 6)])
-def test_bfloat16_sums_in_float32(tokens, experts_read):
+def test_bfloat16_results_are_summed_in_float32(tokens, experts_read):
     rng = np.random.default_rng(2)
     shapes = [(tokens, 64), (tokens, 2), (8, 64, 2, 32), (8, 32, 64)]
     x, weights, up, down = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes)

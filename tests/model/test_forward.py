@@ -1,5 +1,4 @@
-"""What `forward` promises whatever the architecture: who sees whom, packing, dropout, and that layout changes no
-value."""
+"""Properties of `forward` for any architecture: visibility, packing, dropout, and independence of layers' storage."""
 
 from __future__ import annotations
 
@@ -28,9 +27,9 @@ def predict(model, batch):
     return logits(model, out.hidden_BTD), out.router
 
 
-# --- who sees whom
+# --- visibility
 
-SIGHT = {
+VISIBILITY = {
     "causal, moe": (dict(moe=MoEConfig(4, 2, 24)), tokens),
     "sliding, block-sparse, sinks": (
         dict(
@@ -49,9 +48,9 @@ SIGHT = {
 }
 
 
-@pytest.mark.parametrize("name", SIGHT)
-def test_gradients_flow_from_visible_tokens_and_from_no_other(name):
-    changes, inputs = SIGHT[name]
+@pytest.mark.parametrize("name", VISIBILITY)
+def test_gradients_flow_only_from_visible_tokens(name):
+    changes, inputs = VISIBILITY[name]
     config = tiny_config(**changes)
     model, batch = random_model(config), inputs()
     T = batch["tokens_BT"].shape[1]
@@ -59,7 +58,7 @@ def test_gradients_flow_from_visible_tokens_and_from_no_other(name):
 
     @jax.jit
     def dependence(model):
-        """[query, token]: how much each embedding moves each prediction; each token has a row of its own."""
+        """Return [query, token]: the influence of each token's embedding on each prediction. All tokens differ."""
 
         def outputs(embedding):
             node = jax.tree.unflatten(structure, [embedding, *leaves[1:]])
@@ -72,16 +71,16 @@ def test_gradients_flow_from_visible_tokens_and_from_no_other(name):
     for i in range(config.num_layers):
         kind = config.attention.layers[i % len(config.attention.layers)]
         ids, prefix = (batch.get(k, [None])[0] for k in ("segment_ids_BT", "prefix_BT"))
-        seen = np.array([[sees(config.attention, kind, q, k, ids, prefix) for k in range(T)] for q in range(T)])
-        reach = reach | (seen @ reach)
+        visible = np.array([[sees(config.attention, kind, q, k, ids, prefix) for k in range(T)] for q in range(T)])
+        reach = reach | (visible @ reach)
     moved = np.asarray(dependence(model)) > 0
     np.testing.assert_array_equal(moved, reach)
 
 
-def test_what_follows_a_token_never_moves_its_prediction():
+def test_later_tokens_do_not_change_a_prediction():
     model, batch = random_model(tiny_config(moe=MoEConfig(4, 2, 24))), tokens()
     before, _ = predict(model, batch)
-    changed = batch["tokens_BT"].copy()  # in place it may be read by the first call, which need not have begun
+    changed = batch["tokens_BT"].copy()  # a copy, because the asynchronous first call may still read the original
     changed[:, 11:] = (changed[:, 11:] + 7) % 64
     after, _ = predict(model, batch | {"tokens_BT": changed})
     np.testing.assert_allclose(after[:, :11], before[:, :11], atol=1e-6)
@@ -92,7 +91,7 @@ def test_what_follows_a_token_never_moves_its_prediction():
 
 
 @pytest.mark.parametrize("position", ["rope", pytest.param("learned", marks=pytest.mark.slow), "alibi"])
-def test_packed_rows_equal_rows_of_their_own(position):
+def test_packed_rows_match_separate_rows(position):
     config = tiny_config(
         num_layers=3,
         position=PositionConfig(position),
@@ -101,26 +100,26 @@ def test_packed_rows_equal_rows_of_their_own(position):
     )
     model, together = random_model(config), packed()
     ids, T = together["segment_ids_BT"], together["tokens_BT"].shape[1]
-    apart = {k: [] for k in together}
-    places = []
+    separate = {k: [] for k in together}
+    segments_of_rows = []
     for b in range(2):
         for s in range(1, ids[b].max() + 1):
             where = np.flatnonzero(ids[b] == s)
-            places.append((b, where))
+            segments_of_rows.append((b, where))
             for k, x in together.items():
-                apart[k].append(np.pad(x[b, where], (0, T - len(where))))  # padding has segment 0
-    apart = {k: np.stack(x) for k, x in apart.items()}
-    empty = len(places) - 2  # rows of padding alone, so that both batches run the same program
+                separate[k].append(np.pad(x[b, where], (0, T - len(where))))  # padding has segment 0
+    separate = {k: np.stack(x) for k, x in separate.items()}
+    empty = len(segments_of_rows) - 2  # rows of padding only, so that both batches run the same program
     together = {k: np.pad(x, ((0, empty), (0, 0))) for k, x in together.items()}
     ids = together["segment_ids_BT"]
     ours, stats = predict(model, together)
-    theirs, stats_apart = predict(model, apart)
-    for row, (b, where) in enumerate(places):
+    theirs, stats_separate = predict(model, separate)
+    for row, (b, where) in enumerate(segments_of_rows):
         assert_close(ours[b, where], theirs[row, : len(where)], 1e-5)
-    for row, (b, where) in enumerate(places):
-        np.testing.assert_array_equal(stats.choices_BTC[:, b, where], stats_apart.choices_BTC[:, row, : len(where)])
-    told, told_apart = (s._replace(choices_BTC=None) for s in (stats, stats_apart))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), told, told_apart)
+    for row, (b, where) in enumerate(segments_of_rows):
+        np.testing.assert_array_equal(stats.choices_BTC[:, b, where], stats_separate.choices_BTC[:, row, : len(where)])
+    found, expected = (s._replace(choices_BTC=None) for s in (stats, stats_separate))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
     padding = ids == 0
     together["tokens_BT"] = np.where(padding, (together["tokens_BT"] + 5) % 64, together["tokens_BT"])
@@ -132,15 +131,16 @@ def test_packed_rows_equal_rows_of_their_own(position):
 # --- dropout
 
 
-def test_dropout_needs_a_key_and_draws_each_branch_of_each_layer_afresh():
+def test_dropout_needs_a_key_and_is_independent_for_each_branch_and_layer():
     config = tiny_config(
         dropout=0.5,
         embedding_scale=0.0,
-        norm=NormConfig(epsilon=1e6),  # the final norm divides by 1000 and no more
+        norm=NormConfig(epsilon=1e6),  # the final norm only divides by 1000
         attention=replace(TINY_ATTENTION, bias="all"),
         mlp=MLPConfig("gelu", 48, bias=True),
     )
-    # Only the output biases of the four branches are left, each 1: every entry counts the branches that were kept.
+    # Only the output biases of the four branches are nonzero, each 1, so every entry counts the branches that were
+    # kept.
     model = jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.full_like(x, float(any(n in str(path) for n in ("out_bias", "down_bias", "scale")))),
         random_model(config),
@@ -168,7 +168,7 @@ def test_dropout_keeps_the_expectation():
     assert dropout(x, 0.2, None) is x
 
 
-# --- the plan of layers
+# --- layers as scan groups
 
 
 @given(
@@ -177,7 +177,7 @@ def test_dropout_keeps_the_expectation():
     experts=st.none() | st.lists(st.sampled_from(["dense", "moe"]), min_size=1, max_size=5),
 )
 @hypothesis_settings(deadline=None, max_examples=150)
-def test_the_plan_gives_the_layers_with_the_fewest_bodies(pattern, layers, experts):
+def test_segments_give_the_layers_with_the_fewest_loop_bodies(pattern, layers, experts):
     config = tiny_config(
         num_layers=layers,
         attention=replace(TINY_ATTENTION, layers=tuple(pattern)),
@@ -198,13 +198,13 @@ def test_the_plan_gives_the_layers_with_the_fewest_bodies(pattern, layers, exper
     assert sum(len(s.unit) for s in plan) == fewest
 
 
-# --- layouts and policies change no value
+# --- stacking and rematerialization
 
 DEEP = tiny_config(num_layers=4, moe=MoEConfig(4, 2, 24, layers=("moe", "dense")))
 
 
 def with_config(model, config):
-    """`model` with the same weights under another config: the config sits on every block."""
+    """Return `model` with the same weights and another config, which every block refers to."""
     fresh = jax.eval_shape(lambda: type(model)(jax.random.key(0), config, model.rules))
     return jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(model))
 
@@ -243,7 +243,7 @@ def test_unrolling_and_rematerialization_change_neither_value_nor_gradient(chang
 
 
 def count(jaxpr, primitive: str) -> int:
-    """How often `primitive` stands in a jaxpr and in all that it contains."""
+    """Return how often `primitive` occurs in a jaxpr, including nested ones."""
     inner = [
         p for e in jaxpr.eqns for p in jax.tree.leaves(list(e.params.values()), is_leaf=lambda p: hasattr(p, "eqns"))
     ]
@@ -253,7 +253,7 @@ def count(jaxpr, primitive: str) -> int:
     )
 
 
-def test_rematerialization_recomputes_what_its_policy_says():
+def test_rematerialization_recomputes_according_to_its_policy():
     config = tiny_config()
     model, batch = random_model(config), tokens()
 
@@ -264,20 +264,20 @@ def test_rematerialization_recomputes_what_its_policy_says():
 
     none, dots, full = matmuls(), matmuls(remat="dots"), matmuls(remat="full")
     some = matmuls(remat="names", remat_names=("qkv", "mlp_hidden"))
-    assert none <= dots < some < full  # dots: products of two activations, attention's, may be computed again
+    assert none <= dots < some < full  # dots may recompute products of two activations, as in attention
     assert none < matmuls(remat="names") <= full
 
 
-def test_unstacked_equals_stacked():
+def test_unstacked_layers_match_stacked_ones():
     model, batch = random_model(DEEP), tokens()
-    loose = unstack(model)
-    assert len(loose.stacks) == DEEP.num_layers > len(model.stacks)
-    for a, b in zip(jax.tree.leaves(predict(model, batch)), jax.tree.leaves(predict(loose, batch)), strict=True):
+    unstacked = unstack(model)
+    assert len(unstacked.stacks) == DEEP.num_layers > len(model.stacks)
+    for a, b in zip(jax.tree.leaves(predict(model, batch)), jax.tree.leaves(predict(unstacked, batch)), strict=True):
         assert_close(b, a, 1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.06), ("float16", 0.01)])
-def test_half_precision_is_close_and_keeps_float32_where_it_matters(dtype, tolerance):
+def test_half_precision_is_close_and_keeps_float32_weights_and_logits(dtype, tolerance):
     config = tiny_config(attention=replace(TINY_ATTENTION, qk_norm="head", softcap=20.0))
     model, batch = random_model(config), tokens()
     half = with_config(model, replace(config, dtype=dtype))

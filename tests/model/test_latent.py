@@ -1,4 +1,4 @@
-"""Multi-head latent attention: values, slopes, the cache of latents, many devices, costs, refusals.
+"""Multi-head latent attention: values, gradients, the latent cache, several devices, costs and refusals.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -37,7 +37,7 @@ from tests.sharding.test_equivalence import test_a_mesh_gives_the_loss_and_gradi
 
 LATENT = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=12, latent=LatentConfig(None, 16, 4, 6), window=5)
 PLAIN = tiny_config(attention=LATENT)
-# All that there is at once: the queries' own latent, biases, sinks, a window, scaled and interleaved positions.
+# All options at once: a latent for queries, biases, sinks, a window, scaled and interleaved positions.
 FULL = tiny_config(
     norm=NormConfig(epsilon=0.1),
     attention=replace(
@@ -57,8 +57,8 @@ WRONG = {
 }
 
 
-def test_logits_and_slope_equal_the_reference_and_every_choice_matters():
-    """Packed rows: what another document holds does not matter."""
+def test_logits_and_gradient_match_the_reference_and_every_field_matters():
+    """Rows are packed, so other documents of a row must not matter."""
     FULL.validate()
     model, direction, batch = random_model(FULL), random_model(FULL, seed=5), packed()
     real = batch["segment_ids_BT"] > 0
@@ -90,8 +90,8 @@ def test_logits_and_slope_equal_the_reference_and_every_choice_matters():
         assert np.abs(g).max() > 1e-4, f"{name} has no gradient"
 
 
-def test_without_a_latent_of_queries_and_no_gradient_from_the_future():
-    """Of the logits of token 7: none to the embeddings of tokens that come later only."""
+def test_without_a_query_latent_logits_match_and_no_gradient_comes_from_later_tokens():
+    """The logits at token 7 have no gradient for embeddings of tokens that only occur later."""
     PLAIN.validate()
     model, batch = random_model(replace(PLAIN, tied_embeddings=False)), tokens()
 
@@ -111,9 +111,9 @@ def test_without_a_latent_of_queries_and_no_gradient_from_the_future():
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
-    """A prompt that is read out whole (26 tokens), one that is absorbed (9), single tokens, three at once; uneven
-    rows."""
+def test_a_latent_cache_matches_whole_rows(full: bool):
+    """Covers a prompt with expanded latents (26 tokens), one with absorbed projections (9), single tokens, three tokens
+    at once, and uneven rows."""
     config = FULL if full else replace(PLAIN, num_layers=1)
     model = unstack(random_model(config))
     rows = np.random.default_rng(2).integers(0, 64, (2, 32))
@@ -127,21 +127,19 @@ def test_a_cache_of_latents_gives_the_logits_of_whole_rows(full: bool):
     prompt = 26 if full else 9
     got, cache = extended(model, init_cache(model, 2, 40), rows[:, :prompt])
     assert_close(got, want[:, :prompt], 1e-5)
-    lengths = np.array([prompt, prompt - 4])  # the second row forgets its last tokens and is given them again
+    lengths = np.array([prompt, prompt - 4])  # cut the last tokens off the second row and append them again
     for steps in (1, 1, 3):
         cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
         places = lengths[:, None] + np.arange(steps)
         got, cache = extended(model, cache, np.take_along_axis(rows, places, 1))
         assert_close(got, np.take_along_axis(np.asarray(want), places[..., None], 1), 1e-5)
         lengths = lengths + steps
-    held = sum(x.size for x in jax.tree.leaves(cache.stacks))
-    assert held == config.num_layers * 2 * 40 * (16 + 4), (
-        "of a token the cache holds kv_rank + rope_dim numbers a layer"
-    )
+    size = sum(x.size for x in jax.tree.leaves(cache.stacks))
+    assert size == config.num_layers * 2 * 40 * (16 + 4), "kv_rank + rope_dim numbers per token and layer"
 
 
 @pytest.mark.slow
-def test_text_is_that_of_whole_rows_on_one_device_and_on_eight():
+def test_generated_tokens_match_whole_rows_on_one_device_and_on_eight():
     config = replace(FULL, moe=MoEConfig(4, 2, 24, layers=("dense", "moe")))
     model, greedy = random_model(config), SamplingParams(max_new_tokens=4, temperature=0.0)
     prompts = [np.random.default_rng(i).integers(0, 64, n).tolist() for i, n in enumerate((20, 5))]
@@ -163,20 +161,20 @@ def test_text_is_that_of_whole_rows_on_one_device_and_on_eight():
         {"fsdp": 2, "sequence": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2},
     ))],
 )  # fmt: skip
-def test_eight_devices_give_the_loss_and_gradients_of_one(axes):
+def test_eight_devices_match_the_loss_and_gradients_of_one(axes):
     compare_with_mesh(FULL, axes)
 
 
-def test_costs():
-    """Two FLOPs a weight of a matrix and token; attention by the widths of keys and of values."""
+def test_flops_and_parameters_match_the_shapes():
+    """Two FLOPs per matrix entry and token; attention FLOPs from the widths of keys and values."""
     config = replace(FULL, num_layers=1, attention=replace(FULL.attention, layers=("global",)))
     weights = weight_names(abstract_model(config, ShardingRules()))
     matrices = {
         n: math.prod(x.shape) for n, x in weights if not n.endswith(("bias", "scale", "sinks")) and n != "embedding"
     }
     assert sum("attention" in n for n in matrices) == 6
-    seen = 30 / 2
-    assert forward_flops_per_token(config, 30) == 2 * sum(matrices.values()) + 2 * 4 * (12 + 6) * seen
+    visible = 30 / 2
+    assert forward_flops_per_token(config, 30) == 2 * sum(matrices.values()) + 2 * 4 * (12 + 6) * visible
     D, N, H, Q, R, P, X = 32, 4, 12, 20, 16, 4, 6
     attention = D * Q + Q + Q + Q * N * H + D * (R + P) + (R + P) + R + R * N * (H - P + X) + N * X * D + D + N
     assert sum(math.prod(x.shape) for n, x in weights if ".attention." in n) == attention
@@ -203,11 +201,11 @@ def test_costs():
         ("position.scaling.kind", "dynamic_ntk"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(path: str, value: object):
+def test_incompatible_fields_are_refused(path: str, value: object):
     config = FULL
     if path == "position.kind":
         config = replace(FULL, position=replace(FULL.position, scaling=None))
     wrong: ModelConfig = changed(config, path, value)
-    with pytest.raises(ValueError, match=f"model.{path}") as told:
+    with pytest.raises(ValueError, match=f"model.{path}") as error:
         wrong.validate()
-    assert repr(value) in str(told.value)
+    assert repr(value) in str(error.value)

@@ -1,4 +1,4 @@
-"""The layer of experts as it is lowered."""
+"""The lowered program of an MoE layer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sharding.rules import ShardingRules
 from tests.models import context, tiny_config
 
 
-def test_a_float32_router_multiplies_in_float32_on_accelerators_too():
-    """Their default rounds factors to bfloat16 or TF32: forward, and both gradients, ask for the highest precision."""
+def test_a_float32_router_requests_the_highest_precision():
+    """By default, accelerators round factors to bfloat16 or TF32. The forward pass and both gradients must not."""
     layers = {}
     for dtype in ("float32", "bfloat16"):
         config = tiny_config(moe=MoEConfig(6, 2, 8, router_dtype=dtype, dispatch="dense"))

@@ -1,4 +1,4 @@
-"""muP's coordinate check (Yang et al. 2022, app. D.1): what training moves does not grow with the width."""
+"""Coordinate check of muP (Yang et al. 2022, app. D.1): changes by training do not grow with the width."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STEPS = 4
 
 
 def movement(width: int, mup: bool) -> tuple[float, float, float]:
-    """Root mean square of the logits at the start, and of the change of hidden states and logits over a few Adam
-    steps."""
+    """Return the root mean squares of the initial logits, and of the changes of hidden states and logits over a few
+    Adam steps."""
     config = tiny_config(
         embed_dim=width,
         attention=AttentionConfig(num_heads=width // 16, num_kv_heads=width // 16, head_dim=16),
@@ -61,7 +61,7 @@ def movement(width: int, mup: bool) -> tuple[float, float, float]:
 
 
 @pytest.mark.slow
-def test_training_moves_a_wide_network_no_more_than_a_narrow_one():
+def test_training_changes_a_wide_network_no_more_than_a_narrow_one():
     mup, plain = (np.array([movement(width, mup) for width in WIDTHS]) for mup in (True, False))
     growth, plain_growth = mup[1] / mup[0], plain[1] / plain[0]
     assert growth[0] < 0.6  # logits start at 1 / sqrt(width)

@@ -1,4 +1,4 @@
-"""Position formulas against numbers recorded from `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 and from the ALiBi
+"""Position encodings against numbers recorded from `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 and from the ALiBi
 paper."""
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tests.models import TINY_ATTENTION, tiny_config
 LINEAR = RopeScalingConfig("linear", 4.0)
 DYNAMIC = RopeScalingConfig("dynamic_ntk", 4.0, 64)
 YARN = RopeScalingConfig("yarn", 4.0, 64)
-# The ramp's upper end is below its lower one, before and after rounding: the original length is below 2 pi beta_slow.
+# The original length is below 2 pi beta_slow, so the ramp's upper end is below its lower end, before and after
+# rounding.
 YARN_SHORT = RopeScalingConfig("yarn", 4.0, 4, truncate=False)
 YARN_SHORTEST = RopeScalingConfig("yarn", 4.0, 1)
 YARN_FACTOR = RopeScalingConfig("yarn", 8.0, 4096, beta_fast=16.0, beta_slow=2.0, attention_factor=0.7)
@@ -56,7 +57,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_rope_scaling_equals_transformers(name):
+def test_rope_scaling_matches_transformers(name):
     scaling, dim, theta, length, stretch, recorded = RECORDED[name]
     pairs, radians = list(recorded), np.array(list(recorded.values()))
     np.testing.assert_allclose(rope_frequencies(dim, theta, scaling, length)[pairs], radians, rtol=3e-6)
@@ -65,27 +66,28 @@ def test_rope_scaling_equals_transformers(name):
     config = tiny_config(
         attention=replace(TINY_ATTENTION, head_dim=dim), position=PositionConfig(theta=theta, scaling=scaling)
     )
-    # At position 1 the tables are the stretched cosine and sine of the frequency itself.
+    # At position 1 the tables hold the stretched cosine and sine of the frequency.
     cos, sin = rope_tables(config, jnp.ones((1, 1), jnp.int32), jnp.array([length]))
     np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, pairs], radians, rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(np.hypot(cos, sin), stretch, rtol=1e-6)
 
 
-def test_ntk_reaches_the_last_frequency_of_linear_and_keeps_the_first():
+def test_ntk_keeps_the_first_frequency_and_matches_the_last_one_of_linear():
     ntk, linear = (inverse_frequencies(32, 1e4, RopeScalingConfig(kind, 4.0)) for kind in ("ntk", "linear"))
     assert ntk[0] == 1.0
-    assert math.isclose(ntk[-1], linear[-1], rel_tol=1e-9)  # what bloc97 chose the exponent dim / (dim - 2) for
+    assert math.isclose(ntk[-1], linear[-1], rel_tol=1e-9)  # bloc97 chose the exponent dim / (dim - 2) for this
 
 
 @given(shift=st.integers(0, 500), interleaved=st.booleans(), fraction=st.sampled_from([0.25, 0.5, 1.0]))
 @settings(deadline=None, max_examples=20)
-def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
+def test_rope_products_depend_only_on_distance(shift, interleaved, fraction):
     config = tiny_config(
         attention=replace(TINY_ATTENTION, head_dim=16), position=PositionConfig(rotary_fraction=fraction)
     )
     x = jnp.asarray(np.random.default_rng(shift).standard_normal((1, 2, 1, 16)), jnp.float32)
 
-    def product(positions):  # and the error it may have: an angle errs by 2^-24 of itself, a pair's part of it by that
+    def product(positions):
+        """Return (the product, its error bound): an angle has a relative error of 2^-24, and so has a pair's term."""
         y = np.asarray(rotate(x, *rope_tables(config, jnp.array([positions])), interleaved))
         np.testing.assert_array_equal(y[..., int(16 * fraction) :], x[..., int(16 * fraction) :])
         sizes = np.linalg.norm(y[0, 0, 0]) * np.linalg.norm(y[0, 1, 0])
@@ -95,7 +97,7 @@ def test_rope_products_depend_on_distance_alone(shift, interleaved, fraction):
     assert abs(here - there) <= error_here + error_there
 
 
-def test_alibi_slopes_of_the_paper():
+def test_alibi_slopes_match_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     for heads in range(1, 40):
         np.testing.assert_allclose(alibi_slopes(heads), slopes(heads), rtol=1e-6)

@@ -1,7 +1,8 @@
 """The network against a float64 reference written from the papers.
 
-Each case switches many choices at once. The same weights under a reference with one choice undone must give other
-logits, or the comparison would prove nothing: with a plain initialization a wrong softcap moves them by 2e-4 only.
+Each case sets many fields at once. To show that the comparison would detect an error, a reference with one field
+changed must give different logits for the same weights. (With a plain initialization, a wrong softcap changes them by
+only 2e-4.)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCALING = RopeScalingConfig(factor=4.0, original_length=8)
 
 
 def changed(config, path: str, value):
-    """`config` with the field, or the entry of a tuple, at the dotted `path` replaced."""
+    """Return `config` with the field, or the entry of a tuple, at the dotted `path` replaced by `value`."""
     head, _, rest = path.partition(".")
     if isinstance(config, tuple):
         return tuple(value if i == int(head) else x for i, x in enumerate(config))
@@ -41,7 +42,7 @@ def prefixed() -> dict[str, np.ndarray]:
 
 
 def packed() -> dict[str, np.ndarray]:
-    """Rows of two or three segments; the second row ends in padding."""
+    """Return rows of three and two segments; the second row ends in padding."""
     lengths = [[7, 9, 3], [11, 5]]
     positions, ids = np.zeros((2, 2, T), np.int32)
     for b, row in enumerate(lengths):
@@ -52,7 +53,7 @@ def packed() -> dict[str, np.ndarray]:
     return tokens() | {"positions_BT": positions, "segment_ids_BT": ids}
 
 
-# name: (config, inputs, {field: another value, under which the reference must give other logits})
+# name: (config, inputs, {field: a value for which the reference must give different logits})
 CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
     "llama": (
         tiny_config(
@@ -221,7 +222,7 @@ CASES: dict[str, tuple[ModelConfig, object, dict[str, object]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_and_router_equal_the_reference_and_every_choice_matters(name):
+def test_logits_and_router_match_the_reference_and_every_field_matters(name):
     config, inputs, mutations = CASES[name]
     config.validate()
     model, batch = random_model(config), inputs()
@@ -245,14 +246,14 @@ def test_logits_and_router_equal_the_reference_and_every_choice_matters(name):
 
     w |= {k.replace("_post_norm", "_norm"): x for k, x in w.items() if config.norm.placement == "post"}
     for path, value in mutations.items():
-        cut = path == "moe.num_experts"  # fewer experts out of the same weights
+        cut = path == "moe.num_experts"  # use fewer of the experts' weights
         other = {k: x[:, :value] if cut and k.endswith("router") else x for k, x in w.items()}
         wrong, _ = transformer(other, changed(config, path, value), **batch)
         assert np.abs(wrong - ours)[real].max() > 1e-3, f"{path} = {value} makes no difference"
 
 
 @pytest.mark.parametrize("name", ["gemma", "gpt-oss", "packed"])
-def test_gradient_equals_the_slope_of_the_reference(name):
+def test_the_gradient_matches_the_slope_of_the_reference(name):
     config, inputs, _ = CASES[name]
     model, direction, batch = random_model(config), random_model(config, seed=5), inputs()
     real = batch.get("segment_ids_BT", np.ones_like(batch["tokens_BT"])) > 0

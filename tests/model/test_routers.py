@@ -1,4 +1,4 @@
-"""Every router against its paper's formula in float64 NumPy, one token at a time; what it may see; what a NaN does.
+"""Every router against its paper's formula in float64 NumPy, one token at a time; causality; effects of a NaN.
 
 Shapes: B batch, T time, D width, E experts, C choices of a token.
 """
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from jax.sharding import PartitionSpec as P
 
 from model.balance import router_stats
-from model.capacity import positions_in_experts as places
+from model.capacity import positions_in_experts
 from model.moe import MoE
 from model.moe_config import MoEConfig
 from model.routers import SINKHORN_ITERATIONS, draw, noisy_input, route
@@ -32,7 +32,7 @@ B, T, E = 2, 6, 6
 KEY = jax.random.key(7)
 
 
-@partial(jax.jit, static_argnames="config")  # one program a config, not dozens of single operations
+@partial(jax.jit, static_argnames="config")  # one program per config instead of dozens of operations
 def routed(config, logits_BTE, valid_BT, bias_E=None, noise_BTE=None, ids_BT=None, positions_BT=None, key=None):
     return route(
         logits_BTE,
@@ -47,7 +47,7 @@ def routed(config, logits_BTE, valid_BT, bias_E=None, noise_BTE=None, ids_BT=Non
 
 
 def some(seed: int, shape=(B, T, E)) -> tuple[np.ndarray, np.ndarray]:
-    """Logits, and which tokens are real: the first of each row at least."""
+    """Return (logits, a mask of valid tokens, which always include the first of each row)."""
     rng = np.random.default_rng(seed)
     valid = rng.random(shape[:2]) < 0.7
     valid[:, 0] = True
@@ -55,13 +55,13 @@ def some(seed: int, shape=(B, T, E)) -> tuple[np.ndarray, np.ndarray]:
 
 
 def where(shape=(B, T)) -> dict[str, np.ndarray]:
-    """Ids and positions of tokens."""
+    """Return the ids and positions of tokens."""
     ids = np.random.default_rng(0).integers(0, 1000, shape).astype(np.int32)
     return {"ids_BT": ids, "positions_BT": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)}
 
 
 def as_weights(routing) -> np.ndarray:
-    """[B, T, E]: the weight of each expert, 0 where it was not chosen. Each expert at most once."""
+    """Return [B, T, E]: the weight of each expert, 0 if it was not chosen. Assert that no expert is chosen twice."""
     out = np.zeros((*routing.indices_BTC.shape[:2], E + 1))
     for b, t, c in np.ndindex(routing.indices_BTC.shape):
         e = int(routing.indices_BTC[b, t, c])
@@ -74,19 +74,18 @@ def best(x: np.ndarray, k: int) -> list[int]:
     return list(np.argsort(-x, kind="stable")[:k])
 
 
-# ---------------------------------------------------------------------------------------------------- one token at a
-# time
+# ---------------------------------------------------------------------------------------------- one token at a time
 
 
 def choose_top_k(x, bias, m: MoEConfig) -> dict[int, float]:
-    """{expert: weight} of one token's float64 logits."""
+    """Return {expert: weight} for one token's float64 logits."""
     sigmoid = m.weights.startswith("sigmoid")
     value = 1 / (1 + np.exp(-x)) if sigmoid else softmax(x)
     ranked = (x if m.weights == "softmax_top_k" else value) + bias
     groups, used = m.groups
     parts = ranked.reshape(groups, -1)
-    worth = np.array([sum(sorted(part)[-2:]) if sigmoid else max(part) for part in parts])
-    for g in set(range(groups)) - set(best(worth, used)):
+    group_scores = np.array([sum(sorted(part)[-2:]) if sigmoid else max(part) for part in parts])
+    for g in set(range(groups)) - set(best(group_scores, used)):
         ranked[g * parts.shape[1] : (g + 1) * parts.shape[1]] = -np.inf
     chosen = best(ranked, m.top_k)
     if m.weights == "softmax_top_k":
@@ -110,7 +109,7 @@ def choose_top_k(x, bias, m: MoEConfig) -> dict[int, float]:
         ("sigmoid_renormalized", 2, {"groups": (3, 2)}),
     ],
 )
-def test_top_k_equals_the_formula(weights, k, fields):
+def test_top_k_matches_the_formula(weights, k, fields):
     config = MoEConfig(E, k, weights=weights, bias_rate=0.1, **fields)
     config.validate(causal=True)
 
@@ -134,39 +133,39 @@ def test_top_k_equals_the_formula(weights, k, fields):
     check()
 
 
-def test_deepseek_v3s_details_by_hand():
-    """A group is worth its two best biased scores; the bias chooses but does not weigh."""
+def test_groups_and_bias_match_deepseek_v3():
+    """A group's score is the sum of its two best biased scores. The bias affects the choice but not the weights."""
     config = MoEConfig(E, 2, weights="sigmoid_renormalized", groups=(3, 1), bias_rate=0.1)
     x = np.full((1, 1, E), -9.0, np.float32)
     x[0, 0] = [1.2, -9.0, 1.0, 1.0, 0.0, 0.0]  # group 0 has the best expert, group 1 the best pair
     valid = np.ones((1, 1), bool)
     assert set(np.ravel(routed(config, x, valid, np.zeros(E, np.float32)).indices_BTC)) == {2, 3}
-    of_softmax = dataclasses.replace(config, weights="softmax")  # DeepSeek-V2: the best one counts
+    of_softmax = dataclasses.replace(config, weights="softmax")  # DeepSeek-V2: only the best one counts
     assert set(np.ravel(routed(of_softmax, x, valid, np.zeros(E, np.float32)).indices_BTC)) == {0, 1}
     bias = np.array([0, 0, 0, 0, 0.5, 0.75], np.float32)
     routing = routed(config, x, valid, bias)
     assert np.ravel(routing.indices_BTC).tolist() == [5, 4]
     np.testing.assert_array_equal(np.ravel(routing.weights_BTC), [0.5, 0.5])
-    # A bias so low that all scores are below 0 brings no expert of another group in.
+    # A bias that makes all scores negative does not admit experts of other groups.
     routing = routed(config, x, valid, np.full(E, -5, np.float32))
     assert set(np.ravel(routing.indices_BTC)) == {2, 3}
 
 
-def test_softmax_over_the_chosen_is_the_renormalized_softmax():
+def test_softmax_over_the_chosen_equals_the_renormalized_softmax():
     x, valid = some(0)
     a, b = (routed(MoEConfig(E, 3, weights=form), x, valid) for form in ("renormalized", "softmax_top_k"))
     np.testing.assert_array_equal(a.indices_BTC, b.indices_BTC)
     np.testing.assert_allclose(a.weights_BTC, b.weights_BTC, rtol=2e-6)
 
 
-def test_a_bias_may_choose_what_has_no_probability():
+def test_a_bias_may_choose_experts_of_zero_probability():
     x = np.zeros((1, 1, E), np.float32)
     x[..., 0] = 500.0
     bias = np.array([-9, 0, 0, 0, 0, 0], np.float32)
     assert np.isfinite(routed(MoEConfig(E, 2, bias_rate=0.1), x, np.ones((1, 1), bool), bias).weights_BTC).all()
 
 
-def test_switch_dense_and_gshard_without_a_key():
+def test_switch_dense_and_gshard_match_their_formulas_without_a_key():
     x, valid = some(1)
     p = softmax(x.astype(np.float64))
     for router, k in (("switch", 1), ("dense", E), ("gshard", 2)):
@@ -179,7 +178,7 @@ def test_switch_dense_and_gshard_without_a_key():
         np.testing.assert_allclose(as_weights(routed(config, x, valid)), expected, rtol=1e-5, atol=1e-8, err_msg=router)
 
 
-def test_gshard_keeps_the_second_expert_as_often_as_its_weight_says():
+def test_gshard_keeps_the_second_expert_with_twice_its_weight_as_probability():
     tokens = 4000
     for gap in (0.5, 2.0):
         x = np.full((1, tokens, 4), -20.0, np.float32)
@@ -194,7 +193,7 @@ def test_gshard_keeps_the_second_expert_as_often_as_its_weight_says():
         np.testing.assert_allclose(np.asarray(routing.weights_BTC)[..., 1], np.where(kept, g2, 0), rtol=1e-5)
 
 
-def test_noisy_top_k_is_equations_3_to_5():
+def test_noisy_top_k_matches_equations_3_to_5():
     config = MoEConfig(E, 2, router="noisy_top_k")
     x, valid = some(2)
     scale = np.random.default_rng(3).standard_normal((B, T, E)).astype(np.float32)
@@ -214,19 +213,18 @@ def test_expert_choice_takes_the_best_tokens_of_each_expert(factor):
     config = MoEConfig(E, 2, router="expert_choice", capacity_factor=factor)
     config.validate(causal=False)
     x, valid = some(4)
-    p, places_of_each = softmax(x.astype(np.float64)), 2 if factor is None else 4
-    assert config.capacity(T) == places_of_each
+    p, capacity = softmax(x.astype(np.float64)), 2 if factor is None else 4
+    assert config.capacity(T) == capacity
     expected = np.zeros((B, T, E))
     for b, e in np.ndindex(B, E):
-        tokens = [t for t in best(p[b, :, e], T) if valid[b, t]][:places_of_each]
+        tokens = [t for t in best(p[b, :, e], T) if valid[b, t]][:capacity]
         expected[b, tokens, e] = p[b, tokens, e]
     np.testing.assert_allclose(as_weights(routed(config, x, valid)), expected, rtol=1e-5, atol=1e-8)
-    # Without padding every expert has exactly its capacity, equals or not: no variance of load, and nothing finds no
-    # place.
+    # Without padding, every expert takes exactly its capacity, even with ties, and the capacity limit drops nothing.
     routing = routed(config, np.round(x / 3) if factor else np.zeros_like(x), np.ones((B, T), bool))
     load = (np.asarray(routing.indices_BTC)[..., None] == np.arange(E)).sum((1, 2))
-    assert (load == places_of_each).all()
-    kept, _ = places(routing.indices_BTC, E, places_of_each)
+    assert (load == capacity).all()
+    kept, _ = positions_in_experts(routing.indices_BTC, E, capacity)
     np.testing.assert_array_equal(kept, routing.indices_BTC)
 
 
@@ -248,14 +246,14 @@ def test_sinkhorn_chooses_by_a_balanced_plan_in_training_and_by_logits_in_scorin
     assert worst_balanced < 0.6 * worst_greedy and worst_balanced < 1.7 * valid.sum() / E
     chosen = np.take_along_axis(x, np.minimum(balanced.indices_BTC, E - 1), -1)[valid]
     np.testing.assert_allclose(np.asarray(balanced.weights_BTC)[valid], 1 / (1 + np.exp(-chosen)), rtol=1e-5)
-    # Padding and tokens whose logits are not finite have no part in the plan.
+    # Padding and tokens with non-finite logits are left out of the plan.
     other = np.where(valid[..., None], x, np.nan)
     again = routed(config, other, valid, key=KEY)
     np.testing.assert_array_equal(again.indices_BTC, balanced.indices_BTC)
     np.testing.assert_array_equal(np.asarray(again.weights_BTC)[valid], np.asarray(balanced.weights_BTC)[valid])
 
 
-def test_hash_depends_on_the_id_alone_and_spreads_the_ids():
+def test_hash_depends_only_on_the_id_and_balances_the_experts():
     config = MoEConfig(E, 2, router="hash", scale=3.0)
     config.validate(causal=True)
     ids = np.arange(6000, dtype=np.int32).reshape(2, 3000)
@@ -268,16 +266,15 @@ def test_hash_depends_on_the_id_alone_and_spreads_the_ids():
     np.testing.assert_array_equal(moved.reshape(-1, 2), indices.reshape(-1, 2)[order])
     assert (indices[..., 0] != indices[..., 1]).all()
     pairs = np.bincount(np.ravel(indices[..., 0] * E + indices[..., 1]), minlength=E * E)
-    share = (
-        np.delete(pairs, np.arange(E) * (E + 1)) / ids.size
-    )  # each of the 30 ordered pairs as often: independent hashes
+    # Hashes are independent, so each of the 30 ordered pairs is equally frequent.
+    share = np.delete(pairs, np.arange(E) * (E + 1)) / ids.size
     assert np.abs(share - 1 / 30).max() < 5 * (1 / 30 / ids.size) ** 0.5
     routing = routed(config, None, valid, ids_BT=ids)
     assert (np.asarray(routing.weights_BTC) == 1.5).all() and (np.asarray(routing.log_total_BT) == 0).all()
     np.testing.assert_allclose(np.asarray(routing.probs_BTE).sum(-1), 1)
 
 
-def test_random_is_drawn_in_training_and_repeats_in_scoring():
+def test_random_routing_is_drawn_in_training_and_repeatable_in_scoring():
     config = MoEConfig(E, 2, router="random")
     ids, valid = np.zeros((2, 3000), np.int32), np.ones((2, 3000), bool)
     at = {"ids_BT": ids, "positions_BT": np.broadcast_to(np.arange(3000, dtype=np.int32), ids.shape)}
@@ -286,7 +283,7 @@ def test_random_is_drawn_in_training_and_repeats_in_scoring():
         return np.asarray(routed(config, None, valid, **(at | changes), key=key).indices_BTC)
 
     scored = indices()
-    np.testing.assert_array_equal(scored[0], scored[1])  # the same id at the same place
+    np.testing.assert_array_equal(scored[0], scored[1])  # the same id at the same position
     assert (scored != indices(ids_BT=ids + 1)).any() and (scored[0, :-1] != scored[0, 1:]).any()
     drawn = indices(KEY)
     assert (drawn[0] != drawn[1]).any() and (drawn != indices(jax.random.key(8))).any()
@@ -296,7 +293,7 @@ def test_random_is_drawn_in_training_and_repeats_in_scoring():
         assert np.abs(load - 1 / E).max() < 5 * (1 / E / 6000) ** 0.5
 
 
-def test_soft_moe_is_the_papers_formula():
+def test_soft_moe_matches_the_formula_of_the_paper():
     D, F, S = 8, 5, 2
     config = tiny_config(embed_dim=D, moe=MoEConfig(3, S, F, router="soft", scale=2.0))
     rng = np.random.default_rng(0)
@@ -330,11 +327,11 @@ CAUSAL = {
 
 
 def layer(config: MoEConfig):
-    """(f, x [2, 6, D], ids): f(x, ids) -> (output, statistics) of a layer with random weights, compiled."""
-    whole = tiny_config(embed_dim=8, moe=config)
-    abstract = jax.eval_shape(lambda: MoE(jax.random.key(0), whole, ShardingRules()))
+    """Return (f, x [2, 6, D], ids). f(x, ids) gives (output, statistics) of a layer with random weights, compiled."""
+    full_config = tiny_config(embed_dim=8, moe=config)
+    abstract = jax.eval_shape(lambda: MoE(jax.random.key(0), full_config, ShardingRules()))
     names = [(f"stacks.{name}", leaf.shape) for name, leaf in weight_names(abstract)]
-    weights = [random_weight(name, (1, *shape), whole, 0)[0] for name, shape in names]
+    weights = [random_weight(name, (1, *shape), full_config, 0)[0] for name, shape in names]
     moe = jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(w) for w in weights])
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
@@ -348,12 +345,12 @@ def layer(config: MoEConfig):
 
 
 @pytest.mark.parametrize("router", CAUSAL)
-def test_later_tokens_change_nothing_and_a_nan_stays_where_it_is(router):
+def test_later_tokens_change_nothing_and_a_nan_affects_only_its_token(router):
     f, x, ids = layer(
         MoEConfig(**{"num_experts": 4, "hidden_dim": 5, "router": router, "capacity_factor": 1.0, **CAUSAL[router]})
     )
     out, stats = f(x, ids)
-    assert router == "dense" or stats.dropped > 0  # a capacity that bites
+    assert router == "dense" or stats.dropped > 0  # the capacity drops choices
     later = np.arange(T)[:, None] > 2
     other, _ = f(np.where(later, 3 - x, x), np.where(later[:, 0], ids + 1, ids))
     np.testing.assert_array_equal(out[:, :3], other[:, :3])
@@ -374,7 +371,7 @@ def test_expert_choice_leaks_later_tokens_and_shows_a_nan():
     later = np.arange(T)[:, None] > 2
     other, _ = f(np.where(later, 3 - x, x), ids)
     assert (np.asarray(out)[:, :3] != np.asarray(other)[:, :3]).any(), (
-        "no leak: the refusal in decoders would have no reason"
+        "no leak, so decoders would not need to refuse it"
     )
     bad = x.copy()
     bad[0, 1, 3] = np.nan
@@ -383,7 +380,7 @@ def test_expert_choice_leaks_later_tokens_and_shows_a_nan():
     assert np.isfinite(np.asarray(out)[0, [0, 2, 3, 4, 5]]).all() and np.isfinite(out[1]).all()
 
 
-def test_sinkhorn_leaks_in_training_alone():
+def test_sinkhorn_leaks_in_training_only():
     config = MoEConfig(E, 1, router="sinkhorn", weights="softmax")
     x, valid = some(6)[0], np.ones((B, T), bool)
     other = np.where(np.arange(T)[:, None] > 2, np.linspace(9, 0, E), x).astype(np.float32)
@@ -395,7 +392,7 @@ def test_sinkhorn_leaks_in_training_alone():
 
 @pytest.mark.parametrize("router", sorted({*CAUSAL, "expert_choice"} - {"hash", "random"}))  # these have no logits
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_not_finite_marks_its_token_alone(router, poison):
+def test_a_non_finite_logit_marks_only_its_token(router, poison):
     config = MoEConfig(
         E, {"switch": 1, "dense": E}.get(router, 2), router=router, bias_rate=0.1 if router == "top_k" else None
     )
@@ -412,8 +409,7 @@ def test_a_logit_that_is_not_finite_marks_its_token_alone(router, poison):
         assert not np.isfinite(routed(config, x, valid, noise_BTE=noise, key=KEY).weights_BTC[1, 2]).any()
 
 
-# ---------------------------------------------------------------------------------------------------- precision and
-# noise
+# -------------------------------------------------------------------------------------------- precision and noise
 
 
 def test_a_bfloat16_router_changes_choices_and_a_float32_one_does_not():
@@ -433,7 +429,8 @@ def test_a_bfloat16_router_changes_choices_and_a_float32_one_does_not():
             assert_close(routing.probs_BTE, probs, 1e-5, scale=probs)
             assert_close(routing.log_total_BT, log_total, 1e-6, scale=log_total)
         else:
-            # Half a unit of 8 bits for each step: the logit, the largest, their difference; exp, sum and quotient.
+            # Each step has a relative error of half a unit of 8 bits: the logit, the maximum, their difference, exp,
+            # sum and quotient.
             top = np.abs(wide.max(-1, keepdims=True))
             distance = np.abs(wide - wide.max(-1, keepdims=True))
             assert_close(routing.probs_BTE, probs, 2**-8, scale=probs * (np.abs(wide) + top + distance + 4))
@@ -441,7 +438,7 @@ def test_a_bfloat16_router_changes_choices_and_a_float32_one_does_not():
     assert flips["float32"] == 0 and 0.001 < flips["bfloat16"] < 0.1
 
 
-def test_jitter_and_dropout_of_the_routers_input():
+def test_jitter_and_dropout_change_the_router_input_in_training():
     x = jnp.ones((4, 50, 16))
     assert noisy_input(x, MoEConfig(jitter=0.1, router_dropout=0.2), None) is x
     jittered = np.asarray(noisy_input(x, MoEConfig(jitter=0.1), KEY))
@@ -450,7 +447,7 @@ def test_jitter_and_dropout_of_the_routers_input():
     assert set(np.unique(dropped)) == {0, np.float32(1.25)} and abs(dropped.mean() - 1) < 0.04
 
 
-# ---------------------------------------------------------------------------------------------------- over a mesh
+# ---------------------------------------------------------------------------------------------------- on a mesh
 
 
 MORE = ("switch", "gshard", "noisy_top_k", "hash", "random", "dense")
@@ -460,7 +457,7 @@ MORE = ("switch", "gshard", "noisy_top_k", "hash", "random", "dense")
     "router", ["top_k", "sinkhorn", "expert_choice", *(pytest.param(r, marks=pytest.mark.slow) for r in MORE)]
 )
 def test_a_mesh_routes_as_one_device_does(router):
-    """A router in training, its places and its statistics, batch and sequence spread over the devices."""
+    """A router in training, with its positions and statistics; batch and sequence are sharded."""
     shape = (4, 8, E)
     x, valid = some(8, shape)
     ids = where(shape[:2])
@@ -470,8 +467,8 @@ def test_a_mesh_routes_as_one_device_does(router):
     @jax.jit
     def run(x, noise, valid, ids):
         routing = route(x, valid, config, noise_BTE=noise, **ids, key=KEY)
-        kept, place = places(routing.indices_BTC, E, 1)
-        return routing, kept, jnp.where(kept < E, place, -1), router_stats(routing, kept, valid, config, 4)
+        kept, position = positions_in_experts(routing.indices_BTC, E, 1)
+        return routing, kept, jnp.where(kept < E, position, -1), router_stats(routing, kept, valid, config, 4)
 
     alone = run(x, 0.5 * x, valid, ids)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
@@ -487,8 +484,8 @@ def test_a_mesh_routes_as_one_device_does(router):
 
 
 @pytest.mark.slow
-def test_soft_moe_over_a_mesh():
-    """Values and gradients of one device, experts and sequence spread."""
+def test_soft_moe_on_a_mesh_matches_one_device():
+    """Values and gradients, with experts and sequence sharded."""
     D, F, S, rules = 8, 5, 2, ShardingRules()
     config = tiny_config(embed_dim=D, moe=MoEConfig(4, S, F, router="soft"))
     rng = np.random.default_rng(0)
@@ -510,11 +507,11 @@ def test_soft_moe_over_a_mesh():
         rules.spec("weights", ("expert", "mlp", "embed")),
     ]
     with use_mesh(mesh):
-        put = [
+        sharded = [
             jax.device_put(x, jax.NamedSharding(mesh, spec))
             for x, spec in zip(given, [rows, rows, *weights], strict=True)
         ]
-        spread = run(put, jax.device_put(valid, jax.NamedSharding(mesh, P(*rows[:2]))))
+        spread = run(sharded, jax.device_put(valid, jax.NamedSharding(mesh, P(*rows[:2]))))
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=1e-5)
 

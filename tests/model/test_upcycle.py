@@ -1,4 +1,5 @@
-"""A network with experts that starts as a dense one: the same logits, and a refusal by name where they could not be."""
+"""Upcycling: a network with experts gives the logits of its dense network, and configs that prevent this are
+refused."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def with_experts(dense: ModelConfig, moe: MoEConfig, seed: int = 1) -> Transform
     [
         (DENSE, MoEConfig(num_experts=4, top_k=2, hidden_dim=48)),
         (DENSE, MoEConfig(num_experts=4, top_k=2, hidden_dim=48, router="hash", dispatch="dense", scale=0.5)),
-        # Layers of both kinds in a scanned unit and after it; shards of a plain activation.
+        # Dense and MoE layers in a scanned unit and after it; shards of an MLP without gates.
         (DEEP, MoEConfig(num_experts=12, top_k=6, hidden_dim=16, layers=("dense", "moe"), dispatch="dense")),
         (
             BIASED,
@@ -57,17 +58,17 @@ def with_experts(dense: ModelConfig, moe: MoEConfig, seed: int = 1) -> Transform
     ],
     ids=["copies", "hash", "mixed_layers", "deepseek", "dense_router"],
 )
-def test_the_logits_are_those_of_the_dense_network(dense, moe):
+def test_logits_match_the_dense_network(dense, moe):
     want = predict(random_model(dense))
     assert np.abs(want).max() > 0.5
-    # 5 units in the last place of the largest logit (23) were measured: the sum over the hidden width of an MLP is
-    # regrouped into one sum an expert.
+    # The measured error was 5 units in the last place of the largest logit (23): the sum over an MLP's hidden width is
+    # regrouped into one sum per expert.
     assert_close(predict(with_experts(dense, moe)), want, 16 * 2.0**-23)
 
 
-def test_a_fine_grained_router_takes_whole_copies_of_the_mlp():
+def test_a_fine_grained_router_chooses_complete_copies_of_the_mlp():
     layer = with_experts(DENSE, FINE).stacks[0][0].mlp
-    router_DE = layer.router.value[1]  # of the second layer of the stack
+    router_DE = layer.router.value[1]  # router of the second layer of the stack
     x_BTD = np.random.default_rng(2).standard_normal((2, 50, 32)).astype(np.float32)
     x_BTD[0, :7] = 0  # all the logits tie
     indices_BTC = np.asarray(route(x_BTD @ router_DE, jnp.ones((2, 50), bool), layer.config.moe).indices_BTC)
@@ -76,10 +77,10 @@ def test_a_fine_grained_router_takes_whole_copies_of_the_mlp():
     assert np.all(copies[..., 0] % 2 == 0) and np.all(copies[..., 1] == copies[..., 0] + 1)
 
 
-def test_routers_are_drawn_anew_and_the_rest_is_taken_over():
+def test_routers_are_drawn_and_other_weights_are_copied():
     model, other = dict(weight_names(with_experts(DENSE, FINE))), dict(weight_names(with_experts(DENSE, FINE, seed=2)))
     router_RDE = model["stacks.0.0.mlp.router"]
-    assert len(np.unique(router_RDE)) == router_RDE.size / 2, "one column for the two shards of a copy, no other equal"
+    assert len(np.unique(router_RDE)) == router_RDE.size / 2, "only the two shards of a copy share a column"
     assert 0.8 < np.std(router_RDE) * 32**0.5 < 1.2
     changed = [name for name in model if not np.array_equal(model[name], other[name])]
     assert changed == ["stacks.0.0.mlp.router"]
@@ -88,14 +89,14 @@ def test_routers_are_drawn_anew_and_the_rest_is_taken_over():
         np.testing.assert_array_equal(model[name], dense[name], err_msg=name)
 
 
-def test_on_a_mesh_weights_and_layout_are_those_of_a_network_born_there():
+def test_upcycling_on_a_mesh_gives_the_same_weights_and_the_usual_sharding():
     config, want = replace(DENSE, moe=FINE), with_experts(DENSE, FINE)
     with use_mesh(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))):
-        born = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
+        usual = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
         layout = jax.eval_shape(lambda: Transformer(jax.random.key(0), DENSE, RULES))
         dense = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding.spec), random_model(DENSE), layout)
         model = jax.jit(lambda dense: upcycle(dense, config, jax.random.key(1), RULES))(dense)
-    for (name, weight), (_, like), (_, value) in zip(*map(weight_names, (model, born, want)), strict=True):
+    for (name, weight), (_, like), (_, value) in zip(*map(weight_names, (model, usual, want)), strict=True):
         assert weight.sharding.spec == like.sharding.spec, name
         np.testing.assert_array_equal(weight, value, err_msg=name)
 
@@ -104,7 +105,7 @@ def test_on_a_mesh_weights_and_layout_are_those_of_a_network_born_there():
     "change, names",
     [
         ({"moe": None}, ["model.moe = none"]),
-        ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "set it to 0"]),
+        ({"moe": replace(FINE, shared_experts=1)}, ["model.moe.shared_experts = 1", "Set it to 0"]),
         ({"moe": replace(FINE, capacity_factor=1.5)}, ["model.moe.capacity_factor = 1.5", "none"]),
         ({"moe": replace(FINE, weights="softmax")}, ["model.moe.weights = 'softmax'", "renormalized"]),
         (
@@ -124,13 +125,13 @@ def test_on_a_mesh_weights_and_layout_are_those_of_a_network_born_there():
         ({"moe": FINE, "attention": AttentionConfig()}, ["model.attention = "]),
     ],
 )
-def test_what_cannot_be_exact_is_refused_by_name(change, names):
+def test_configs_that_change_the_logits_are_refused_by_name(change, names):
     with pytest.raises(ValueError) as refused:
         upcycle(random_model(DENSE), replace(DENSE, **change), jax.random.key(0), RULES)
     assert all(name in str(refused.value) for name in names), refused.value
 
 
-def test_only_a_dense_network_is_upcycled():
+def test_only_dense_networks_can_be_upcycled():
     sparse = replace(DENSE, moe=FINE)
     with pytest.raises(ValueError, match=r"has experts already"):
         upcycle(random_model(sparse), sparse, jax.random.key(0), RULES)

@@ -1,4 +1,4 @@
-"""Weights on their way from storage into a computation, on eight devices."""
+"""Resharding of weights from storage to computation, on eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ RULES = ShardingRules(weights=AxisRules(embed=("fsdp",), heads=("tensor", "exper
 AXES = ("embed", "heads", None)
 
 
-def test_a_weight_stored_over_two_axes_is_gathered_along_one_after_the_other():
+def test_a_weight_stored_over_two_axes_is_gathered_along_one_at_a_time():
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     w = np.random.default_rng(0).normal(size=(8, 8, 4)).astype(np.float32)
     with use_mesh(mesh):
@@ -32,7 +32,7 @@ def test_a_weight_stored_over_two_axes_is_gathered_along_one_after_the_other():
     np.testing.assert_allclose(gradient, 2 * w, rtol=2e-2)
 
 
-def test_the_gradient_of_a_weight_gathered_inside_shard_map_is_reduced_where_it_is_stored():
+def test_the_gradient_of_a_weight_gathered_in_shard_map_has_the_stored_sharding():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     rng = np.random.default_rng(1)
     w, x = rng.normal(size=(1, 8, 2, 4)).astype(np.float32), rng.normal(size=(16, 8)).astype(np.float32)
@@ -61,7 +61,7 @@ def test_the_gradient_of_a_weight_gathered_inside_shard_map_is_reduced_where_it_
     np.testing.assert_allclose(gradient, expected, rtol=1e-4)
 
 
-def test_what_is_used_as_it_is_stored_is_not_gathered():
+def test_axes_of_both_storage_and_use_are_not_gathered():
     rules = ShardingRules(weights=AxisRules(embed=("tensor", "fsdp"), mlp=()))
-    # 'tensor' spreads the columns at use, and so cannot spread the rows that are gathered.
+    # 'tensor' shards the columns in use, so it cannot shard the rows that are gathered.
     assert rules.gathered(("expert", "mlp", "embed")) == (P(("expert",), ("tensor",), ("fsdp",)), ((), (), ("fsdp",)))

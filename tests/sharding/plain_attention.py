@@ -1,4 +1,4 @@
-"""Attention as its formula stands: the oracle of whole rows, and the pair of functions that a ring takes.
+"""Attention straight from the formula: an oracle for whole rows, and the pair of functions that a ring takes.
 
 Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension.
 """
@@ -15,7 +15,7 @@ UNSEEN = -1e30
 
 
 class Problem(NamedTuple):
-    """Inputs, the output's cotangent and documents of whole rows."""
+    """Inputs, the cotangent of the output and the document ids of whole rows."""
 
     q_BTNH: jax.Array
     k_BTKH: jax.Array
@@ -25,29 +25,29 @@ class Problem(NamedTuple):
 
 
 def visible(T: int, S: int, offset, q_segments, k_segments, causal: bool, window: int | None = None):
-    """Bool, broadcastable to [B, T, S]."""
-    behind = jnp.arange(T)[:, None] + offset - jnp.arange(S)
-    seen = jnp.ones((1, T, S), bool)
+    """Return the mask of visible keys, bool and broadcastable to [B, T, S]."""
+    distance = jnp.arange(T)[:, None] + offset - jnp.arange(S)
+    mask = jnp.ones((1, T, S), bool)
     if causal:
-        seen &= behind >= 0
+        mask &= distance >= 0
     if window is not None:
-        seen &= behind < window
+        mask &= distance < window
     if q_segments is not None:
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
-    return seen
+        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :])
+    return mask
 
 
-def logits(q, k, seen):
+def logits(q, k, mask):
     B, T, N, H = q.shape
     K = k.shape[2]
     grouped = q.astype(jnp.float32).reshape(B, T, K, N // K, H) * H**-0.5
-    return jnp.where(seen[:, None, None], jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)), -jnp.inf)
+    return jnp.where(mask[:, None, None], jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)), -jnp.inf)
 
 
 def attend(q, k, v, *, offset, q_segments, k_segments, causal: bool = True, window: int | None = None):
-    """(out in q's dtype, lse float32 [B, N, T]); differentiable."""
-    seen = visible(q.shape[1], k.shape[1], offset, q_segments, k_segments, causal, window)
-    s = logits(q, k, seen)
+    """Return (out in q's dtype, lse float32 [B, N, T]); differentiable."""
+    mask = visible(q.shape[1], k.shape[1], offset, q_segments, k_segments, causal, window)
+    s = logits(q, k, mask)
     top = jax.lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True), -1e29))
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
@@ -60,12 +60,12 @@ def attend(q, k, v, *, offset, q_segments, k_segments, causal: bool = True, wind
 def attend_backward(
     q, k, v, out, lse, dout, *, offset, q_segments, k_segments, causal: bool = True, window: int | None = None
 ):
-    """(dq, dk, dv) in float32 of these keys, for out, lse and dout of whole rows."""
+    """Return the contribution (dq, dk, dv) of these keys in float32, for out, lse and dout of whole rows."""
     B, T, N, H = q.shape
     K, S = k.shape[2], k.shape[1]
-    seen = visible(T, S, offset, q_segments, k_segments, causal, window)
+    mask = visible(T, S, offset, q_segments, k_segments, causal, window)
     group = lambda x: x.astype(jnp.float32).reshape(B, T, K, N // K, -1)
-    p = jnp.exp(logits(q, k, seen) - lse.reshape(B, K, N // K, T, 1))
+    p = jnp.exp(logits(q, k, mask) - lse.reshape(B, K, N // K, T, 1))
     dp = jnp.einsum("btkgh,bskh->bkgts", group(dout), v.astype(jnp.float32))
     delta = (group(out) * group(dout)).sum(-1).transpose(0, 2, 3, 1)[..., None]
     ds = p * (dp - delta) * H**-0.5
@@ -74,12 +74,12 @@ def attend_backward(
 
 
 def pair(**options):
-    """The two functions with their mask."""
+    """Return the two functions with mask options bound."""
     return dict(attend=partial(attend, **options), attend_backward=partial(attend_backward, **options))
 
 
 def problem(seed: int, B: int, T: int, N: int, K: int, H: int, dtype=jnp.float32, documents: int = 3) -> Problem:
-    """Normal numbers; each row packed with `documents` of random lengths."""
+    """Return normal random inputs; each row packs `documents` documents of random lengths."""
     keys = jax.random.split(jax.random.key(seed), 5)
     heads = (N, K, K, N)
     arrays = [jax.random.normal(key, (B, T, n, H)).astype(dtype) for key, n in zip(keys, heads, strict=False)]

@@ -1,5 +1,5 @@
-"""The network's attention compiled for four TPUs that are not here: kernels in shard_map, with the collectives one
-expects."""
+"""Ahead-of-time compilation of the network's attention for four TPUs: kernels in shard_map, with the expected
+collectives."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ RULES = ShardingRules()
 
 
 def compiled(config: ModelConfig) -> str:
-    """The program of loss and gradients for v5p, `tensor` and `sequence` of two."""
+    """Return the compiled text of loss and gradients for v5p, with `tensor` and `sequence` of size two."""
     ahead_of_time.mesh_of("v5p")  # loads the compiler
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     sizes = {"tensor": 2, "sequence": 2}
@@ -54,7 +54,7 @@ def test_the_network_runs_the_tpu_kernels_on_a_mesh(context):
     kernels, exchanges, hops = (
         program.count(x) for x in ("tpu_custom_call", "all-to-all(", "collective-permute-start")
     )
-    assert kernels >= 2  # of the scan over layers: forward, backward
+    assert kernels >= 2  # in the scan over layers: forward and backward
     assert (exchanges > 0) == (context == "ulysses")
     assert (hops > 0) == (context == "ring")
 
@@ -62,14 +62,14 @@ def test_the_network_runs_the_tpu_kernels_on_a_mesh(context):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 def test_latent_attention_runs_the_tpu_kernels_on_a_mesh():
-    """DeepSeek-V3's widths of a head: 192 of queries and keys, 128 of values."""
+    """The head widths of DeepSeek-V3: 192 for queries and keys, 128 for values."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=192, latent=LatentConfig(128, 512, 64, 128))
     assert compiled(replace(CONFIG, attention=attention)).count("tpu_custom_call") >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
-def test_a_cache_of_latents_is_read_by_the_tpu_kernel_and_written_in_place():
+def test_the_tpu_kernel_reads_a_latent_cache_that_is_written_in_place():
     attention = AttentionConfig(num_heads=8, num_kv_heads=8, head_dim=192, latent=LatentConfig(None, 512, 64, 128))
     config = replace(CONFIG, attention=attention)
     ahead_of_time.mesh_of("v5p")  # loads the compiler
@@ -95,6 +95,6 @@ def test_a_cache_of_latents_is_read_by_the_tpu_kernel_and_written_in_place():
         ids = jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=jax.NamedSharding(mesh, spec))
         lowered = jax.jit(decode, donate_argnums=1).trace(model, cache, ids).lower(lowering_platforms=("tpu",))
     lines = lowered.compile().as_text().splitlines()
-    assert sum("tpu_custom_call" in line for line in lines) == 2  # one a layer
+    assert sum("tpu_custom_call" in line for line in lines) == 2  # one per layer
     body = [line for line in lines if "bf16[8,1,1024,576]" in line.split("(")[0] and "while/body" in line]
     assert body and not [line for line in body if " copy(" in line or " transpose(" in line]

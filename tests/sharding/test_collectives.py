@@ -1,4 +1,4 @@
-"""Reading collectives: from small texts, and from programs compiled for eight CPU devices whose traffic is known."""
+"""Collectives read from a small text, and from programs with known traffic compiled for eight CPU devices."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_every_way_of_writing():
+def test_every_notation_of_hlo_is_read():
     traffic = read_collectives(TEXT)
     read = {(c.kind, c.bytes, c.devices, c.count) for c in traffic.collectives}
     assert read == {
@@ -94,13 +94,13 @@ def test_every_way_of_writing():
     assert traffic.by_kind()["all-reduce"][2] == pytest.approx(2 * 16 * 7 / 8)
 
 
-def test_what_is_no_program_is_refused():
+def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_collectives("nothing")
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])
-def test_a_compiled_scan_counts_its_rounds(length):
+def test_a_compiled_scan_counts_its_iterations(length):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     def local(w, x):
@@ -122,7 +122,7 @@ def test_a_compiled_scan_counts_its_rounds(length):
     assert traffic.open_loops == 0
 
 
-def test_a_loop_that_data_ends_is_told_apart():
+def test_a_loop_of_unknown_length_is_reported_separately():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
 
     def local(x, limit):

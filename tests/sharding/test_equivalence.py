@@ -1,4 +1,4 @@
-"""Every way of spreading a network over eight devices gives the loss and the gradients of one device."""
+"""Every sharding of a network over eight devices gives the loss and the gradients of one device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RULES = ShardingRules()
 
 
 def around(config: ModelConfig, context: str) -> ModelConfig:
-    """`config` with another way to attend over rows that are spread."""
+    """Return `config` with another method for attention over sharded rows."""
     return replace(config, attention=replace(config.attention, context=context))
 
 
-# Between them, every kind of weight that there is.
+# Together, these two have every kind of weight.
 DENSE = tiny_config(
     norm=NormConfig("layernorm", bias=True, placement="sandwich"),
     attention=replace(TINY_ATTENTION, bias="all", qk_norm="full", sinks=True),
@@ -36,13 +36,13 @@ SPARSE = tiny_config(
     moe=MoEConfig(4, 2, 24, layers=("dense", "moe"), load_balance=0.1),
     tied_embeddings=True,
 )
-# Buffers so small that pairs go in several rounds; computed anew in the backward pass.
+# Buffers so small that pairs need several rounds, and rematerialization.
 ROUNDS = replace(SPARSE, remat="full", moe=replace(SPARSE.moe, exchange=0.5))
 GATHERED = replace(SPARSE, moe=replace(SPARSE.moe, exchange=None))
 
 
 def packed_batch() -> dict[str, np.ndarray]:
-    """Eight rows of 16, each of two segments that end in padding."""
+    """Return eight rows of 16 tokens, each with two segments and padding at the end."""
     rng = np.random.default_rng(0)
     ids, positions = np.zeros((2, 8, 16), np.int32)
     for b, cut in enumerate(rng.integers(3, 12, 8)):
@@ -65,18 +65,18 @@ def loss(model: Transformer, batch: dict) -> jax.Array:
 
 @functools.cache
 def alone(config: ModelConfig):
-    """Loss and gradients of one device."""
+    """Return the loss and gradients of one device."""
     return jax.jit(jax.value_and_grad(loss))(random_model(config), packed_batch())
 
 
 def without_a_mesh(config: ModelConfig) -> ModelConfig:
-    """`config` without the choices that only a mesh, or the memory of the backward pass, can tell."""
+    """Return `config` with defaults for the fields that only affect a mesh or the memory of the backward pass."""
     moe = config.moe if config.moe is None else replace(config.moe, exchange=MoEConfig().exchange)
     return replace(around(config, "gather"), remat="none", moe=moe)
 
 
 def on_mesh(config: ModelConfig, mesh) -> Transformer:
-    """The network of `random_model` laid out on `mesh`, as the current one."""
+    """Return the network of `random_model` sharded on `mesh`, which must be the current mesh."""
     abstract = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, RULES))
     shardings = [x.sharding for x in jax.tree.leaves(concrete_shardings(abstract, mesh))]
     weights = map(jax.device_put, map(np.asarray, jax.tree.leaves(random_model(config))), shardings)
@@ -135,7 +135,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     assert split > 0 or axes.get("data") == 8
 
 
-def test_initial_values_follow_the_config_and_not_the_mesh():
+def test_initial_values_do_not_depend_on_the_mesh():
     config = tiny_config(moe=MoEConfig(2, 1, 8))
 
     def init(key):
@@ -147,9 +147,9 @@ def test_initial_values_follow_the_config_and_not_the_mesh():
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(a, b)
     first, second = alone.stacks[0][0].attention.q.value
-    assert jnp.abs(first - second).max() > 0.1  # each layer has its own draw
+    assert jnp.abs(first - second).max() > 0.1  # each layer has a separate draw
     attention = alone.stacks[0][0].attention
-    expected = {  # 1 / sqrt(inputs); into the residual stream, another 1 / sqrt(2 layers)
+    expected = {  # 1 / sqrt(inputs), and another 1 / sqrt(2 layers) into the residual stream
         "q": (attention.q, 32**-0.5),
         "out": (attention.out, (32 * 4) ** -0.5),
         "head": (alone.head, 32**-0.5),
@@ -164,5 +164,5 @@ def test_rows_over_two_mesh_axes_are_refused_by_the_ring():
     rules = replace(RULES, activations=replace(RULES.activations, batch=("data",), sequence=("sequence", "expert")))
     with use_mesh(make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))):
         model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, rules))
-        with pytest.raises(ValueError, match=r"context = 'ring'.*name one"):
+        with pytest.raises(ValueError, match=r"context = 'ring'.*Name one axis"):
             jax.eval_shape(lambda model: forward(model, jnp.zeros((8, 16), jnp.int32)), model)

@@ -1,5 +1,5 @@
-"""A layer's experts compiled for four TPUs that are not here: the exchange, ragged and padded, around the grouped
-matmul's kernel."""
+"""Ahead-of-time compilation of a layer's experts for four TPUs: the exchange, ragged and padded, with the grouped
+matmul kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ RULES = ShardingRules()
 
 
 def lowered(target: str, sizes: dict[str, int], factor: float | None, biased: bool) -> jax.stages.Lowered:
-    """Value and gradients of a layer's experts, for the four devices of the smallest topology of `target`."""
+    """Return the lowered value and gradients of a layer's experts for the four devices of `target`'s smallest
+    topology."""
     ahead_of_time.mesh_of(target)  # loads the compiler
     devices = topologies.get_topology_desc(platform="tpu", topology_name=ahead_of_time.TOPOLOGIES[target]).devices
     mesh = jax.sharding.Mesh(
@@ -75,7 +76,8 @@ def test_the_exchange_and_the_kernel_compile(target, sizes, factor, ragged, bias
         monkeypatch.setattr(exchange, "target", lambda: ("cpu", "as on it"))
     program = lowered(target, sizes, factor, biased)
     text = program.as_text()
-    # Each way once forward and once backward; in the loops of further rounds, where the backward pass runs forward too.
+    # Each direction once forward and once backward; again in the loops of overflow rounds, whose backward pass also
+    # runs the forward pass.
     assert text.count("@ragged_all_to_all") == (2 + 2 + 2 + 4 if ragged else 0)
     assert text.count("stablehlo.all_to_all") == (2 + 2 + 2 + 4 if ragged is False else 0)
     assert text.count("@tpu_custom_call") > 0

@@ -1,4 +1,4 @@
-"""Collectives without reduce-scatter, for processes on CPUs, give what JAX's own give, gradients included."""
+"""Collectives without reduce-scatter, for processes on CPUs, match those of JAX, including gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sharding.manual import gather_without_reduce_scatter, sum_and_cut
 
 @pytest.mark.parametrize("axes", [("data",), ("tensor",), ("data", "tensor")])
 @pytest.mark.parametrize("check", [True, False])
-def test_gather_and_scatter_equal_those_of_jax(axes, check):
+def test_gather_and_scatter_match_jax(axes, check):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,) * 2)
     rng = np.random.default_rng(0)
     x, scale = rng.normal(size=(2, 8, 12)).astype(np.float32)

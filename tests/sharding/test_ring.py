@@ -1,5 +1,4 @@
-"""Ring and all-to-all attention: n devices give what one gives, forward and backward, with equal work and little
-memory."""
+"""Ring and all-to-all attention: n devices match one, forward and backward, with balanced work and little memory."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def mesh_of(n: int, devices=None) -> Mesh:
 
 
 def spread(n: int, attention, given: Problem, packed: bool = True, check_vma: bool = True):
-    """(out, dq, dk, dv) of `attention(q, k, v, segments=...)` inside shard_map over n devices."""
+    """Return (out, dq, dk, dv) of `attention(q, k, v, segments=...)` inside shard_map over n devices."""
     mesh = mesh_of(n)
     inside = jax.shard_map(
         lambda q, k, v, segments: attention(q, k, v, segments=segments if packed else None),
@@ -48,7 +47,7 @@ def spread(n: int, attention, given: Problem, packed: bool = True, check_vma: bo
 
 
 def one_device(given: Problem, packed: bool = True, causal: bool = True, window: int | None = None):
-    """The same of whole rows on one device, differentiated by JAX."""
+    """Return the same for whole rows on one device, differentiated by JAX."""
     segments = given.segments_BT if packed else None
 
     @jax.jit
@@ -64,14 +63,14 @@ alone = cache(partial(one_device, PACKED))
 
 
 def same(found, expected, tolerance: float = 1e-5):
-    """Within `tolerance` of the largest entry, or of 1, the size of what goes in, where that is less."""
+    """Assert equality within `tolerance` of the largest entry, or of 1, the size of the inputs, if that is larger."""
     for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1), err_msg=name)
 
 
-def test_the_oracles_two_halves_agree():
-    """The backward pass that the ring is given here, on whole rows, is the gradient that JAX derives."""
+def test_the_oracles_forward_and_backward_agree():
+    """On whole rows, the backward function of these tests equals the gradient that JAX derives."""
     options = dict(offset=0, q_segments=PACKED.segments_BT, k_segments=PACKED.segments_BT)
     out, lse = attend(*PACKED[:3], **options)
     same((out, *plain.attend_backward(*PACKED[:3], out, lse, PACKED.dout_BTNH, **options)), alone())
@@ -93,24 +92,24 @@ def test_the_oracles_two_halves_agree():
         ),
     ],
 )
-def test_n_devices_give_what_one_gives(n, causal, zigzag, packed):
-    """Two query heads a key head; packed documents cross the borders of chunks."""
+def test_n_devices_match_one(n, causal, zigzag, packed):
+    """Two query heads share a key head, and packed documents cross the borders of chunks."""
     found = spread(n, partial(ring_attention, **pair(causal=causal), causal=causal, zigzag=zigzag), PACKED, packed)
     same(found, alone(packed, causal))
 
 
-def test_a_ring_of_one_is_plain_attention():
+def test_a_ring_of_one_device_is_plain_attention():
     same(spread(1, partial(ring_attention, **pair()), PACKED), alone())
 
 
-def test_without_checked_types_the_results_are_the_same():
-    """Kernels whose results carry no varying axes need check_vma=False around them."""
+def test_results_do_not_depend_on_check_vma():
+    """Kernels whose results carry no varying axes need check_vma=False."""
     same(spread(4, partial(ring_attention, **pair()), PACKED, check_vma=False), alone())
 
 
-def test_half_precision_is_rounded_once_a_part():
-    """bfloat16 keeps 8 bits: each part's output is rounded before it is merged in float32, the gradients once at the
-    end."""
+def test_half_precision_is_rounded_once_per_shard():
+    """bfloat16 has 8 bits. The output for each shard is rounded before the merge in float32; gradients are rounded once
+    at the end."""
     given = Problem(*(x.astype(jnp.bfloat16) for x in PACKED[:4]), PACKED.segments_BT)
     exact = Problem(*(x.astype(jnp.float32) for x in given[:4]), PACKED.segments_BT)
     found = spread(4, partial(ring_attention, **pair()), given)
@@ -120,15 +119,16 @@ def test_half_precision_is_rounded_once_a_part():
 
 @pytest.mark.parametrize("window, steps", [(1, 1), (8, 2), (9, 2), (10, 3), (100, 4)])
 def test_a_window_ends_the_ring_early(window, steps):
-    """Eight rows a device: with window 9 the first of them sees eight keys of the device before."""
+    """Eight positions per device: with a window of 9, the first one attends to eight keys of the device before."""
     attention = partial(ring_attention, **pair(window=window), zigzag=False, window=window)
-    assert met(4, attention) == steps
+    assert ring_steps(4, attention) == steps
     if window == 9:
         same(spread(4, attention, PACKED), alone(window=window))
 
 
-def met(n: int, attention) -> int:
-    """How many devices' keys a query meets: the last hop of the backward pass, home, says how far they came."""
+def ring_steps(n: int, attention) -> int:
+    """Return the number of devices whose keys a query attends to, from the last hop of the backward pass, which returns
+    the gradients to their device."""
 
     def gradients(q, k, v):
         out, pull = jax.vjp(attention, q, k, v)
@@ -143,14 +143,14 @@ def met(n: int, attention) -> int:
 
 
 def traced(n: int, function, *arrays):
-    """The jaxpr of `function` inside shard_map over n devices, for arrays of these shapes."""
+    """Return the jaxpr of `function` inside shard_map over n devices, for arrays of these shapes."""
     mesh = mesh_of(n)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, ROWS)) for x in arrays]
     return jax.make_jaxpr(jax.shard_map(function, mesh=mesh, in_specs=ROWS, out_specs=ROWS))(*shapes)
 
 
 def equations(jaxpr):
-    """Every equation, those inside of others too."""
+    """Yield every equation, including nested ones."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
@@ -159,8 +159,8 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def test_a_contiguous_causal_ring_does_not_compute_what_no_query_sees():
-    """One of two branches has no matmul."""
+def test_a_contiguous_causal_ring_skips_invisible_keys():
+    """One of the two branches has no matmul."""
     names = lambda jaxpr: [eqn.primitive.name for eqn in equations(jaxpr)]
     ring = traced(4, partial(ring_attention, **pair(), zigzag=False), *PACKED[:3])
     choices = [eqn.params["branches"] for eqn in equations(ring.jaxpr) if eqn.primitive.name == "cond"]
@@ -194,7 +194,7 @@ def test_sinks_are_counted_once():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-def test_other_axes_of_the_mesh_keep_their_meaning():
+def test_the_ring_works_with_other_mesh_axes():
     """Rows over `data`, heads over `tensor`, positions over `sequence`."""
     mesh = Mesh(
         np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3
@@ -229,8 +229,8 @@ def test_zigzag_gives_device_i_chunks_i_and_2n_minus_1_minus_i_and_back(n):
     np.testing.assert_array_equal(back, x)
 
 
-def test_rows_that_lie_in_zigzag_stay_so():
-    """No exchange: the whole rows are permuted before and after."""
+def test_zigzag_rows_stay_zigzag():
+    """With layout='zigzag' the ring does not exchange rows, so this test permutes them before and after."""
     n, T = 4, 32
     order = np.concatenate([np.arange(T).reshape(2 * n, -1)[[i, 2 * n - 1 - i]].ravel() for i in range(n)])
     laid = Problem(*(jnp.asarray(np.asarray(x)[:, order]) for x in PACKED))
@@ -239,9 +239,9 @@ def test_rows_that_lie_in_zigzag_stay_so():
 
 
 @pytest.mark.parametrize("n", [pytest.param(2, marks=slow), 4])
-def test_zigzag_work_is_equal_and_none_of_it_is_masked(n):
-    """Parts are masked only where a chunk meets itself: elsewhere an attention without mask gives the same. There is
-    no branch, so every device computes the same pairs: over all steps, exactly the causal half."""
+def test_zigzag_work_is_balanced_and_never_masked(n):
+    """Only a chunk's attention to itself needs the causal mask; elsewhere attention without a mask gives the same.
+    There is no branch, so every device computes the same number of pairs: over all steps, exactly the causal half."""
     sizes = []
 
     def unmasked(function):
@@ -255,7 +255,7 @@ def test_zigzag_work_is_equal_and_none_of_it_is_masked(n):
 
     attention = partial(ring_attention, attend=unmasked(attend), attend_backward=unmasked(plain.attend_backward))
     same(spread(n, attention, PACKED), alone())
-    first, later = sizes[:3], sizes[3:5]  # of the forward pass; its loop and its last step are traced apart
+    first, later = sizes[:3], sizes[3:5]  # in the forward pass, which traces its loop and its last step separately
     assert n * (sum(first) + (n - 1) * sum(later)) == 32 * 32 / 2
     names = {eqn.primitive.name for eqn in equations(traced(n, attention, *PACKED[:3]).jaxpr)}
     assert "dot_general" in names and "cond" not in names
@@ -265,7 +265,7 @@ def test_zigzag_work_is_equal_and_none_of_it_is_masked(n):
 
 
 def compiled(n: int, T: int, devices=None, dtype=jnp.float32, **options):
-    """The compiled gradient for T rows a device, 4 heads of 32."""
+    """Return the compiled gradient for T positions per device and 4 heads of 32."""
     mesh = mesh_of(n, devices)
     ring = jax.shard_map(partial(ring_attention, **pair(), **options), mesh=mesh, in_specs=ROWS, out_specs=ROWS)
     x = jax.ShapeDtypeStruct((1, n * T, 4, 32), dtype, sharding=NamedSharding(mesh, ROWS))
@@ -278,7 +278,7 @@ def compiled(n: int, T: int, devices=None, dtype=jnp.float32, **options):
 
 
 def test_memory_does_not_grow_with_the_number_of_devices_and_nothing_is_gathered():
-    """256 rows a device, so that rows of 1,024 and of 2,048; temporaries of a device are the same."""
+    """With 256 positions per device, sequences of 1,024 and 2,048 need the same temporaries on a device."""
     sizes = {}
     for n in (4, 8):
         program = compiled(n, 256, layout="zigzag")
@@ -289,11 +289,12 @@ def test_memory_does_not_grow_with_the_number_of_devices_and_nothing_is_gathered
 
 
 @slow
-@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")  # of a device that is not here
-def test_the_tpu_compiler_takes_it_and_overlaps_the_exchange(monkeypatch):
-    """For four v5p chips that are not here: keys are on their way while attention is computed."""
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")  # the device is absent
+def test_the_tpu_compiler_overlaps_the_ring_with_attention(monkeypatch):
+    """Compiled ahead of time for four v5p chips: keys are sent while attention is computed."""
     pytest.importorskip("libtpu")
-    jax.devices()  # the CPU's flags are read by now; the TPU's compiler ends the process at one that it does not know
+    # Initialize the CPU first, which reads XLA_FLAGS: the TPU compiler aborts the process at a flag it does not know.
+    jax.devices()
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -313,23 +314,23 @@ def test_the_tpu_compiler_takes_it_and_overlaps_the_exchange(monkeypatch):
 
 
 @pytest.mark.parametrize("n, N, K", [(2, 4, 2), (8, 8, 2), pytest.param(4, 4, 1, marks=slow)])
-def test_all_to_all_gives_what_one_device_gives(n, N, K):
-    """Key heads that divide over the devices, and fewer of them than devices."""
+def test_all_to_all_matches_one_device(n, N, K):
+    """With key heads that divide over the devices, and with fewer key heads than devices."""
     given = problem(1, B=2, T=32, N=N, K=K, H=4)
     found = spread(n, partial(ulysses_attention, attend=attend), given)
     same(found, one_device(given))
 
 
 def test_all_to_all_sends_each_device_only_its_heads():
-    """One key head for eight query heads on four devices: each is sent one, not the four that all have in common."""
+    """Two key heads for eight query heads on four devices: each device receives one key head."""
     shapes = []
 
-    def seeing(q, k, v, **options):
+    def recording(q, k, v, **options):
         shapes.append((q.shape, k.shape))
         return attend(q, k, v, **options)
 
     q, k = jnp.zeros((1, 32, 8, 4)), jnp.zeros((1, 32, 2, 4))
-    traced(4, partial(ulysses_attention, attend=seeing), q, k, k)
+    traced(4, partial(ulysses_attention, attend=recording), q, k, k)
     assert shapes == [((1, 32, 2, 4), (1, 32, 1, 4))]
 
 
@@ -352,13 +353,13 @@ def test_all_to_all_sends_each_device_only_its_heads():
         (partial(ring_attention, **pair()), (4, 4, 12), "3 queries a device"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(attention, shapes, message):
+def test_impossible_arguments_are_refused_by_name(attention, shapes, message):
     N, K, T = (*shapes, 16)[:3]
     q, k = jnp.zeros((1, T, N, 4)), jnp.zeros((1, T, K, 4))
     with pytest.raises(ValueError, match=message):
         traced(4, attention, q, k, k)
 
 
-def test_keyword_defaults_are_the_balanced_causal_ring():
+def test_the_default_is_a_balanced_causal_ring():
     defaults = {name: p.default for name, p in inspect.signature(ring_attention).parameters.items()}
     assert (defaults["causal"], defaults["zigzag"], defaults["layout"]) == (True, True, "contiguous")

@@ -1,4 +1,4 @@
-"""Mesh sizes and axis rules: what is built, and what is refused with both numbers or names."""
+"""Mesh sizes and axis rules: valid ones are built, and errors name the numbers or axes in conflict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sharding.rules import LOGICAL_AXES, MESH_AXES, AxisRules, ShardingRules, ac
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=6, max_size=6), wild=st.integers(0, 6), devices=st.integers(1, 64))
 @settings(deadline=None)
-def test_sizes_multiply_to_the_devices_or_both_numbers_are_printed(sizes, wild, devices):
+def test_sizes_multiply_to_the_devices_or_the_error_has_both_numbers(sizes, wild, devices):
     asked = dict(zip(MESH_AXES, sizes, strict=True))
     if wild < 6:
         asked[MESH_AXES[wild]] = -1
@@ -33,7 +33,7 @@ def test_sizes_multiply_to_the_devices_or_both_numbers_are_printed(sizes, wild, 
             MeshConfig(**asked).sizes(devices)
 
 
-def test_an_axis_of_no_size_and_two_that_take_the_rest_are_refused():
+def test_sizes_below_1_and_two_axes_of_minus_1_are_refused():
     with pytest.raises(ValueError, match=r"mesh\.tensor = 0: .*1 or more"):
         MeshConfig(tensor=0).sizes(8)
     with pytest.raises(ValueError, match=r"mesh\.fsdp = -2"):
@@ -82,7 +82,7 @@ def test_rules_refuse_an_axis_used_twice_in_one_array(side, changes, axis):
         replace(rules, **{side: replace(getattr(rules, side), **changes)}).validate()
 
 
-def test_specs_name_mesh_axes_and_refuse_unknown_logical_ones():
+def test_specs_map_logical_axes_and_refuse_unknown_ones():
     rules = ShardingRules(weights=AxisRules(embed=("fsdp", "data")))
     assert rules.spec("weights", ("vocab", "embed", None)) == P("tensor", ("fsdp", "data"), None)
     assert rules.spec("activations", ("batch", "sequence", "embed")) == P(("data", "fsdp", "expert"), "sequence", None)
@@ -90,7 +90,7 @@ def test_specs_name_mesh_axes_and_refuse_unknown_logical_ones():
         rules.spec("weights", ("embd",))
 
 
-def test_without_a_mesh_nothing_is_laid_out():
+def test_without_a_mesh_nothing_is_sharded():
     x = jnp.ones((8, 4))
     assert weight_spec(ShardingRules(), "embed", "mlp") is None and activation_spec(ShardingRules(), "batch") is None
     assert reshard(x, ShardingRules(), "batch", "embed") is x
@@ -101,7 +101,7 @@ def test_without_a_mesh_nothing_is_laid_out():
         )
 
 
-def test_rules_refuse_key_heads_that_lie_apart_from_their_query_heads():
+def test_rules_refuse_key_heads_on_other_axes_than_their_query_heads():
     for heads, kv_heads in ((("expert", "tensor"), ("tensor",)), (("tensor",), ("expert",)), ((), ("tensor",))):
         rules = ShardingRules(
             activations=replace(ShardingRules().activations, heads=heads, kv_heads=kv_heads, batch=())
