@@ -30,7 +30,7 @@ from model.config import AttentionConfig, LatentConfig, MLPConfig, ModelConfig, 
 from model.moe_config import MoEConfig
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old checkpoints; computed
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old checkpoints; computed here
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 # transformers' DeepseekV3Config, where config.json is silent.
 DEFAULTS: dict[str, Any] = {
@@ -74,7 +74,7 @@ SILENT = (
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     for name in SILENT:
         keys.take(name, None)
@@ -140,7 +140,7 @@ def _moe(keys: Keys) -> MoEConfig | None:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     a, latent = config.attention, config.attention.latent
     if latent is None:
         raise UnsupportedModelError("model.attention.latent = none: DeepSeek-V3 has latent attention")
@@ -219,7 +219,7 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, attention=_attention, experts=_experts)
 
 

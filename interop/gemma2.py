@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = gemma_config(keys, period=2)
     cap = keys.number("attn_logit_softcapping", None)
@@ -66,7 +66,7 @@ def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return gemma_json(config) | {
         "architectures": list(ARCHITECTURES),
         "model_type": "gemma2",
@@ -97,5 +97,5 @@ def gemma_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

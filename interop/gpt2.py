@@ -19,7 +19,7 @@ PREFIX = "transformer."
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.must("activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new")
     keys.must("scale_attn_weights", True, default=True)
     keys.must("scale_attn_by_inverse_layer_idx", False, default=False)
@@ -44,7 +44,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return {
         "architectures": list(ARCHITECTURES),
         "model_type": "gpt2",
@@ -61,7 +61,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     V, D, T = config.vocab_size, config.embed_dim, config.max_length
     found = [
         Piece(f"{PREFIX}wte.weight", (V, D), "embedding"),

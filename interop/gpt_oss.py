@@ -39,7 +39,7 @@ SWIGLU = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     if "rope_parameters" not in keys and "rope_scaling" not in keys:
         keys.values = keys.values | {"rope_parameters": ROPE}
@@ -57,7 +57,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe = needed(config)
     values = base_json(config) | SWIGLU | sliding_json(config) | {
         "architectures": list(ARCHITECTURES),
@@ -73,7 +73,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 

@@ -10,12 +10,12 @@ from interop.translate import Keys, UnsupportedModelError, gated, gated_json, ro
 from model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig
 
 ARCHITECTURES = ("LlamaForCausalLM",)
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old checkpoints; computed
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old checkpoints; computed here
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     return base_config(keys)
 
 
@@ -57,7 +57,7 @@ def base_config(
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     if config.embed_dim % config.attention.num_heads:
         raise UnsupportedModelError(
             f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = "
@@ -90,5 +90,5 @@ def base_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

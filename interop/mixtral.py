@@ -29,7 +29,7 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, theta=1e6, epsilon=1e-5, bias=False)
     window = keys.take("sliding_window", None)
@@ -44,7 +44,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe = needed(config)
     values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "mixtral"}
     values |= {"num_local_experts": moe.num_experts, "intermediate_size": moe.hidden_dim} | moe_json(config)
@@ -131,7 +131,7 @@ def expert_pieces(
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 

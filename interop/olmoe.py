@@ -19,7 +19,7 @@ DEFAULTS = {"max_position_embeddings": 4096, "router_aux_loss_coef": 0.01, "clip
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, epsilon=1e-5)
     clip = None if keys.take("clip_qkv", None) is None else keys.number("clip_qkv")
@@ -35,7 +35,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe, a = needed(config), config.attention
     if a.num_heads * a.head_dim != config.embed_dim:
         raise UnsupportedModelError(
@@ -53,5 +53,5 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=expert_pieces)

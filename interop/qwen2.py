@@ -23,7 +23,7 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, bias=False)
     keys.must("use_mrope", False, default=False)  # positions of images
@@ -43,7 +43,7 @@ def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     values = (
         base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen2"} | qwen_windows_json(config)
     )
@@ -63,5 +63,5 @@ def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)
