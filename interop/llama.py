@@ -28,10 +28,10 @@ def base_config(
     activation: str = "hidden_act",
     position: PositionConfig | None = None,
 ) -> ModelConfig:
-    """What Llama and its descendants say alike; theirs differ in the defaults of transformers' config classes.
+    """Return the ModelConfig from the keys that Llama and its descendants share.
 
-    `theta`, `epsilon`: where config.json has none. `bias`: of the attention, where it is no choice of the family.
-    `activation`: the key that names it. `position`: what the family reads in its own way.
+    `theta`, `epsilon`: defaults of the family's class in transformers. `bias`: whether attention has biases; None: read
+    `attention_bias`. `activation`: key of the activation. `position`: positions, if the family reads them differently.
     """
     num_heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
     if position is None:
@@ -60,7 +60,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     if config.embed_dim % config.attention.num_heads:
         raise UnsupportedModelError(
-            f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = "
+            f"model.embed_dim = {config.embed_dim}: transformers' Llama requires a multiple of num_heads = "
             f"{config.attention.num_heads}"
         )
     return base_json(config) | {
@@ -71,7 +71,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def base_json(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `base_config`."""
+    """Return the keys that `base_config` reads."""
     a = config.attention
     return {
         "vocab_size": config.vocab_size,

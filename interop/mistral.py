@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama whose layers all see a sliding window, or none does."""
+"""Mistral (Jiang et al. 2023): Llama with a sliding window in every layer or in none."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def to_config(keys: Keys) -> ModelConfig:
     kind = "global" if window is None else "sliding"
     if attention_layers(keys, config.num_layers) not in (None, (kind,)):
         raise UnsupportedModelError(
-            f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a "
-            f"Mistral alike"
+            f"{keys.where}: layer_types does not match sliding_window = {window}, which applies to every layer of a "
+            f"Mistral"
         )
     attention = replace(config.attention, layers=(kind,))  # type: ignore[arg-type]
     return replace(

@@ -62,8 +62,8 @@ class MXFP4:
             )
         if name in self.source.tensors:
             raise ModelFilesError(
-                f"{blocks.file}: {name} exists twice, as 4-bit floats and as {self.source.tensors[name].dtype}. Use the "
-                f"files of one release"
+                f"{blocks.file}: {name} exists twice, as 4-bit floats and as {self.source.tensors[name].dtype}. Use "
+                f"the files of one release"
             )
         right = len(blocks.shape) == 4 and blocks.shape[-1] == BYTES and scales.shape == blocks.shape[:-1]
         if not right or (blocks.dtype, scales.dtype) != ("uint8", "uint8"):

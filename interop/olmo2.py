@@ -1,5 +1,4 @@
-"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before, and norms of the whole of queries and
-keys."""
+"""OLMo 2 (OLMo team 2024): norms after attention and MLP instead of before, and query and key norms over all heads."""
 
 from __future__ import annotations
 

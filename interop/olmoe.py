@@ -1,4 +1,4 @@
-"""OLMoE (Muennighoff et al. 2024): experts in every layer, norms of the whole of queries and keys, which may be cut."""
+"""OLMoE (Muennighoff et al. 2024): experts in every layer, query and key norms over all heads, optional clipping."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     moe, a = needed(config), config.attention
     if a.num_heads * a.head_dim != config.embed_dim:
         raise UnsupportedModelError(
-            f"model.attention.head_dim = {a.head_dim}: transformers' OLMoE norms queries over model.embed_dim = "
-            f"{config.embed_dim} numbers, and {a.num_heads} heads of {a.head_dim} are {a.num_heads * a.head_dim}. Try "
+            f"model.attention.head_dim = {a.head_dim}: transformers' OLMoE normalizes queries over model.embed_dim = "
+            f"{config.embed_dim} numbers, but {a.num_heads} heads of {a.head_dim} have {a.num_heads * a.head_dim}. Try "
             f"a network whose model.attention.num_heads * head_dim is model.embed_dim"
         )
     return base_json(config) | {

@@ -126,9 +126,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], Source]:
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF" and path.suffix != ".gguf":
-        raise ModelFilesError(
-            f"{path}: is not a GGUF file. Give the folder that holds it and its config.json"
-        )
+        raise ModelFilesError(f"{path}: is not a GGUF file. Give the folder that holds it and its config.json")
     return import_module("interop.gguf").open_gguf(path)
 
 

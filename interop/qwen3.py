@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al. 2025), dense: Llama with norms of each head's queries and keys; some layers may see a window."""
+"""Dense Qwen3 (Yang et al. 2025): Llama with per-head query and key norms, and sliding windows in some layers."""
 
 from __future__ import annotations
 

@@ -135,9 +135,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as f:
         head = f.read(8)
         if head.startswith(b"version "):
-            raise ModelFilesError(
-                f"{file}: is a Git LFS pointer, not the file. Run git lfs pull in its repository"
-            )
+            raise ModelFilesError(f"{file}: is a Git LFS pointer, not the file. Run git lfs pull in its repository")
         length = int.from_bytes(head, "little")
         if len(head) < 8:
             raise ModelFilesError(

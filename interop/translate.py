@@ -103,10 +103,11 @@ class Keys:
         self._assumed = values
 
     def take(self, key: str, *default: Any) -> Any:
-        """Return the value of `key`, or the default if the key is null, or missing without an assumed value.
+        """Return the value of `key`, the assumed value if the key is missing, or the default if there is neither.
 
-        The value must have the type of the assumed value or of the default; a float default admits any finite number.
-        Raises UnsupportedModelError for another type, or if there is neither a value nor a default.
+        For null, return the default, or the assumed value if both are set and the default is not None. The value must
+        have the type of the assumed value or of the default; a float there admits any finite number. Raises
+        UnsupportedModelError for another type, or if there is nothing to return.
         """
         self._read.add(key)
         assumed = self._assumed.get(key)
@@ -216,9 +217,7 @@ def rope(
         parameters = parameters.inside(layer_type)
     scaling = keys.inside("rope_scaling")
     if scaling is not None and "rope_parameters" in keys and keys.values["rope_parameters"] != scaling.values:
-        raise UnsupportedModelError(
-            f"{keys.where}: rope_parameters and rope_scaling differ. Remove one of them"
-        )
+        raise UnsupportedModelError(f"{keys.where}: rope_parameters and rope_scaling differ. Remove one of them")
     if theta == "rope_theta":
         parameters = parameters or scaling
     if parameters is None:
