@@ -1,5 +1,5 @@
-"""The MoE layer matches transformers' Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (tests/parity): outputs, choices, losses
-and every gradient."""
+"""The MoE layer matches transformers' Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (tests/parity): outputs, choices,
+losses and every gradient."""
 
 from __future__ import annotations
 
