@@ -94,9 +94,7 @@ class ChatTemplate:
             answer = self._ask(request)
         if "error" in answer:
             line = "" if answer["line"] is None else f", line {answer['line']}"
-            raise DataError(
-                f"chat template{line}: {answer['error']}. Fix the messages or the model's template"
-            )
+            raise DataError(f"chat template{line}: {answer['error']}. Fix the messages or the model's template")
         return answer["text"]
 
     def _ask(self, request: str) -> dict[str, Any]:

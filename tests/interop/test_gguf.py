@@ -356,7 +356,7 @@ def test_tensors_that_do_not_tile_the_data_are_refused(tmp_path):
     alignment = whole.index(b"general.alignment") + len("general.alignment") + 4
     for change, message in (
         ({offset_of(whole, down): begins}, f"ffn_(up|down)\\.weight begins at byte .* {up}|{down} .* they overlap"),
-        ({at: begins - 32}, f"{up} begins at byte .*, and blk.0.ffn_gate.weight ends at byte .*: they overlap"),
+        ({at: begins - 32}, f"{up} begins at byte .*, but blk.0.ffn_gate.weight ends at byte .*: they overlap"),
         ({at: begins + 32}, f"{up} begins at byte .*, not at .*, the next multiple of 32 after blk.0.ffn_gate.weight"),
         ({at: begins + 1}, f"{up} begins at byte .*, not at"),
         ({alignment: 48}, r"general\.alignment = 48: must be a power of 2"),

@@ -422,7 +422,7 @@ def test_olmoe_requires_queries_as_wide_as_the_residual_stream() -> None:
     assert to_json(config)[0] == "olmoe"
     wide = replace(config, attention=replace(config.attention, head_dim=16))
     with pytest.raises(
-        UnsupportedModelError, match=r"head_dim = 16: .*embed_dim = 32 numbers, and 4 heads of 16 are 64"
+        UnsupportedModelError, match=r"head_dim = 16: .*embed_dim = 32 numbers, but 4 heads of 16 have 64"
     ):
         to_json(wide, "olmoe")
 

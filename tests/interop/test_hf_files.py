@@ -224,7 +224,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an index of nothing": (lambda f: (f / INDEX).write_text("{}"), "holds no weight_map"),
     "a tensor twice": (lambda f: save_file(tensors(), f / SECOND), "is both in .* and in"),
-    "a pickle": (pickle_alone, "pytorch_model.bin is a pickle: .*save_pretrained"),
+    "a pickle": (pickle_alone, "pytorch_model.bin is a pickle, .*save_pretrained"),
     "nothing": (lambda f: [p.unlink() for p in f.glob("*safetensors*")], "holds no model"),
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
