@@ -155,9 +155,8 @@ class _PieceStream:
         if token in self._byte_pieces:
             self._run += self._table[token]
             return self._begun(_characters(self._run, final=False))
-        before = self._begun(
-            _characters(self._run, final=True)
-        )  # any other piece ends a run, including control symbols
+        # Any other piece ends a run, including control symbols.
+        before = self._begun(_characters(self._run, final=True))
         text = self._texts[token]
         if self._spaces != 0 and token != self._unknown and text.startswith(" "):
             text = text[1:]
