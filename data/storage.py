@@ -1,7 +1,7 @@
 """Cache folders on disk that are complete or absent, and errors that report the free and required space.
 
-A folder is written under `writing-*` and then renamed. Its writer locks a file in it, so that a later start can tell
-leftovers of killed preparations from work in progress.
+A folder is written under `writing-*` and then renamed. Its writer locks a file in it, so that a later start can
+distinguish leftovers of killed preparations from work in progress.
 """
 
 from __future__ import annotations

@@ -172,18 +172,18 @@ digests = st.lists(st.binary(min_size=32, max_size=32), min_size=2, max_size=60,
 
 
 @given(digests=digests, fraction=st.floats(0.01, 0.99), added=st.binary(min_size=32, max_size=32))
-def test_split_parts_and_another_document_moves_none(digests, fraction, added):
+def test_splits_are_disjoint_and_independent_of_other_documents(digests, fraction, added):
     entries = [Entry(str(i), digest.hex(), 1) for i, digest in enumerate(digests)]
     train, heldout = split(entries, fraction, "s")
     assert train and heldout and sorted(train + heldout) == sorted(entries)
     new = Entry("new", added.hex(), 1)
     train_after, heldout_after = split([new, *entries], fraction, "s")
     by_hash = sum(int(e.digest[:8], 16) < fraction * 2**32 for e in entries)
-    if 0 < by_hash < len(entries):  # else a side was filled by force
+    if 0 < by_hash < len(entries):  # otherwise an empty side was filled
         assert set(train_after) - {new} == set(train) and set(heldout_after) - {new} == set(heldout)
 
 
-def test_split_takes_about_the_fraction_and_refuses_one_document():
+def test_split_holds_out_the_fraction_and_refuses_one_document():
     entries = [Entry(str(i), f"{i * 2**22:08x}" + "0" * 56, 1) for i in range(1024)]
     assert len(split(entries, 0.25, "s")[1]) == 256
     assert split(entries[:1], 0, "s") == (entries[:1], [])
