@@ -139,19 +139,20 @@ def encode_chat(
     Names of special tokens stay text in the options `tools` and `documents` and in messages of all roles except system,
     developer and assistant, so that no message can end another one's turn.
     """
-    mark = f"\ue000{secrets.token_hex(8)}\ue000"  # splits names in untrusted text; no message contains it
+    separator = f"\ue000{secrets.token_hex(8)}\ue000"  # splits names in untrusted text; no message contains it
     names = sorted(tokenizer.special_names, key=len, reverse=True)
     found = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    part = partial(found.sub, lambda name: name[0][:1] + mark + name[0][1:])
+    part = partial(found.sub, lambda name: name[0][:1] + separator + name[0][1:])
     try:
-        given = [_changed(message, part) if _is_strange(message) else message for message in messages]
+        given = [_map_strings(message, part) if _is_untrusted(message) else message for message in messages]
         options = {
-            name: _changed(value, part) if name in ("tools", "documents") else value for name, value in options.items()
+            name: _map_strings(value, part) if name in ("tools", "documents") else value
+            for name, value in options.items()
         }
     except RecursionError as error:
         raise DataError("chat messages, tools and documents are nested too deeply") from error
     text = template.render(given, **options)
-    return tokenizer.encode_marked(text, apart=mark if mark in text else "")
+    return tokenizer.encode_marked(text, apart=separator if separator in text else "")
 
 
 def _start(source: str, seconds: float) -> subprocess.Popen[str]:
@@ -202,18 +203,18 @@ def _stop(process: subprocess.Popen[str]) -> None:
             pass
 
 
-def _is_strange(message: Any) -> bool:
+def _is_untrusted(message: Any) -> bool:
     """Return whether a message's role is not trusted. `render` refuses anything that is not a message."""
     return isinstance(message, Mapping) and message.get("role") not in _TRUSTED
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     """Return the value with `change` applied to every string, including keys (such as a tool's parameters)."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {_changed(key, change): _changed(inner, change) for key, inner in value.items()}
-    return [_changed(inner, change) for inner in value] if isinstance(value, list | tuple) else value
+        return {_map_strings(key, change): _map_strings(inner, change) for key, inner in value.items()}
+    return [_map_strings(inner, change) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from data.config import DataError
 
 SHARING = "sharing-"  # prefix of the folder that shows which processes share a cache
-_FAREWELL_SECONDS = 10.0
+_ERROR_READ_SECONDS = 10.0
 
 
 class Processes(Protocol):
@@ -124,9 +124,9 @@ class Rounds:
         with contextlib.suppress(Exception):  # the store itself may have failed
             for _ in range(2):
                 if self.processes.index == 0:
-                    self._publish({"error": _words(error), "process": 0})
+                    self._publish({"error": _message(error), "process": 0})
                 else:
-                    self._answer({"error": _words(error)})
+                    self._answer({"error": _message(error)})
                 self._round += 1
             self._round -= 2
             if self.processes.index == 0 and isinstance(error, Exception):  # an interrupted process leaves at once
@@ -137,14 +137,14 @@ class Rounds:
         with contextlib.suppress(TimeoutError):
             for index in range(1, self.processes.count):
                 if index != failed:
-                    self.processes.receive(f"{self._round}/read/{index}", _FAREWELL_SECONDS)
+                    self.processes.receive(f"{self._round}/read/{index}", _ERROR_READ_SECONDS)
 
 
 class OtherProcessFailed(DataError):
     """An error in another process."""
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
@@ -160,17 +160,17 @@ def leader_of(rounds: Rounds, cache: Path) -> int:
         cache.mkdir(parents=True, exist_ok=True)
         return index
     name = rounds.together(lambda: uuid.uuid4().hex)[0]
-    marks = cache / f"{SHARING}{name}"
+    presence = cache / f"{SHARING}{name}"
 
-    def mark() -> str:
-        marks.mkdir(parents=True, exist_ok=True)
-        (marks / str(index)).touch()
+    def announce() -> str:
+        presence.mkdir(parents=True, exist_ok=True)
+        (presence / str(index)).touch()
         return ""
 
-    rounds.together(mark)
-    lowest = rounds.together(lambda: str(min(int(path.name) for path in marks.iterdir())))
+    rounds.together(announce)
+    lowest = rounds.together(lambda: str(min(int(path.name) for path in presence.iterdir())))
     leader = index
     while int(lowest[leader]) < leader:
         leader = int(lowest[leader])
-    shutil.rmtree(marks, ignore_errors=True)
+    shutil.rmtree(presence, ignore_errors=True)
     return leader

@@ -175,7 +175,7 @@ def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tupl
         np.asarray(limits + [1] * empty, np.int32),
         np.asarray(stop_BE + [(-1,) * stops] * empty, np.int32),
     )
-    request, tokens_BS = _place((request, tokens_BS), rules)
+    request, tokens_BS = _put_rows((request, tokens_BS), rules)
     return request, prefill(model, request, tokens_BS, width)
 
 
@@ -184,12 +184,12 @@ def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], 
     """Run the prompts, in the first `width` positions, in one pass and append a token to each row that may grow."""
     B, S = tokens_BS.shape
     rules, prompt_B = model.rules, jnp.asarray(request.prompt_B)
-    slots_P = jnp.arange(width, dtype=jnp.int32)
-    real_BP = slots_P < prompt_B[:, None]
-    prefix_BP = real_BP if model.config.attention.mask == "prefix" else None
+    positions_P = jnp.arange(width, dtype=jnp.int32)
+    valid_BP = positions_P < prompt_B[:, None]
+    prefix_BP = valid_BP if model.config.attention.mask == "prefix" else None
     cache = init_cache(model, B, S)
-    out = forward(model, tokens_BS[:, :width], valid_BT=real_BP, prefix_BT=prefix_BP, cache=cache)
-    last_BP = slots_P == prompt_B[:, None] - 1
+    out = forward(model, tokens_BS[:, :width], valid_BT=valid_BP, prefix_BT=prefix_BP, cache=cache)
+    last_BP = positions_P == prompt_B[:, None] - 1
     hidden_BTD = reshard(out.hidden_BTD, rules, "batch", None, None)
     hidden_BD = jnp.where(last_BP[..., None], hidden_BTD, 0).sum(1)  # exact, unlike a matmul on accelerators
     assert out.cache is not None
@@ -212,12 +212,12 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
         i, state = carry
         out = forward(model, newest(state)[0][:, None], prefix_BT=prefix_BS, cache=state.cache)
         assert out.cache is not None
-        cache = out.cache.at_length(jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
+        cache = out.cache.at_length(jnp.where(_may_grow(request, state), out.cache.length_B, state.cache.length_B))
         return i + 1, _append(model, request, state._replace(cache=cache), out.hidden_BTD[:, 0])
 
     def more(carry):
         i, state = carry
-        return (i < steps) & _grows(request, state).any()
+        return (i < steps) & _may_grow(request, state).any()
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
@@ -225,18 +225,18 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
 @jax.jit
 def newest(state: State) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Return the last token of each row and its log-probability, which is 0 for a prompt token."""
-    here_BS = _at(state.length_B - 1, state.tokens_BS.shape[1])
+    here_BS = _position_mask(state.length_B - 1, state.tokens_BS.shape[1])
     return jnp.where(here_BS, state.tokens_BS, 0).sum(1), jnp.where(here_BS, state.logprobs_BS, 0.0).sum(1)
 
 
 def _append(model: Transformer, request: Request, state: State, hidden_BD: Array) -> State:
     """Return the state with one more token in each row that may grow."""
-    grows_B, S = _grows(request, state), state.tokens_BS.shape[1]
+    grows_B, S = _may_grow(request, state), state.tokens_BS.shape[1]
     logits_BV = logits(model, hidden_BD)
     token_B, logprob_B = choose(
         logits_BV, request.sampler, state.tokens_BS, jnp.asarray(request.prompt_B), state.length_B, model.rules
     )
-    here_BS = _at(jnp.where(grows_B, state.length_B, S), S)
+    here_BS = _position_mask(jnp.where(grows_B, state.length_B, S), S)
     return State(
         state.cache,
         jnp.where(here_BS, token_B[:, None], state.tokens_BS),
@@ -246,12 +246,12 @@ def _append(model: Transformer, request: Request, state: State, hidden_BD: Array
     )
 
 
-def _grows(request: Request, state: State) -> Bool[Array, "B"]:
+def _may_grow(request: Request, state: State) -> Bool[Array, "B"]:
     return ~state.stopped_B & (state.length_B < request.limit_B)
 
 
-def _at(slot_B: Array, S: int) -> Bool[Array, "B S"]:
-    return jnp.arange(S, dtype=jnp.int32) == slot_B[:, None]
+def _position_mask(position_B: Array, S: int) -> Bool[Array, "B S"]:
+    return jnp.arange(S, dtype=jnp.int32) == position_B[:, None]
 
 
 def for_decoding(model: Transformer, *, donate: bool = False) -> Transformer:
@@ -274,7 +274,7 @@ def _unstack_and_free(model: Transformer) -> Transformer:
             leaves, treedef = jax.tree.flatten(block)
             parts = []
             for leaf in leaves:
-                parts.append(jax.block_until_ready(_cut(leaf)))
+                parts.append(jax.block_until_ready(_single_layers(leaf)))
                 leaf.delete()
             layers.append([jax.tree.unflatten(treedef, slices) for slices in zip(*parts, strict=True)])
         stacks += [[layer] for repetition in zip(*layers, strict=True) for layer in repetition]
@@ -282,11 +282,11 @@ def _unstack_and_free(model: Transformer) -> Transformer:
 
 
 @jax.jit
-def _cut(leaf: Array) -> list[Array]:
+def _single_layers(leaf: Array) -> list[Array]:
     return [leaf[i : i + 1] for i in range(leaf.shape[0])]
 
 
-def _place(tree, rules: ShardingRules):
+def _put_rows(tree, rules: ShardingRules):
     """Put NumPy arrays [B, ...] on the device, with rows sharded like activations if a mesh is set."""
     if no_mesh():
         return jax.device_put(tree)

@@ -113,15 +113,15 @@ def choose(
 def _choose(logits_BV, sampler, tokens_BS, prompt_B, length_B):
     def shaped(x_BV):
         x_BV = x_BV / jnp.where(sampler.temperature_B > 0, sampler.temperature_B, 1.0)[:, None]
-        x_BV = _if(((sampler.top_k_B > 0) & drawn_B).any(), lambda x: top_k_filter(x, sampler.top_k_B), x_BV)
-        x_BV = _if(((sampler.top_p_B < 1) & drawn_B).any(), lambda x: top_p_filter(x, sampler.top_p_B), x_BV)
-        x_BV = _if(((sampler.min_p_B > 0) & drawn_B).any(), lambda x: min_p_filter(x, sampler.min_p_B), x_BV)
+        x_BV = _apply_if(((sampler.top_k_B > 0) & drawn_B).any(), lambda x: top_k_filter(x, sampler.top_k_B), x_BV)
+        x_BV = _apply_if(((sampler.top_p_B < 1) & drawn_B).any(), lambda x: top_p_filter(x, sampler.top_p_B), x_BV)
+        x_BV = _apply_if(((sampler.min_p_B > 0) & drawn_B).any(), lambda x: min_p_filter(x, sampler.min_p_B), x_BV)
         return x_BV + gumbel_noise(sampler.seed_B, length_B - prompt_B, x_BV.shape[1])
 
     drawn_B = sampler.temperature_B > 0
     penalized = (sampler.repetition_B != 1) | (sampler.frequency_B != 0) | (sampler.presence_B != 0)
-    x_BV = _if(penalized.any(), lambda x: penalize(x, sampler, tokens_BS, prompt_B, length_B), logits_BV)
-    x_BV = _if(drawn_B.any(), lambda x: jnp.where(drawn_B[:, None], shaped(x), x), x_BV)
+    x_BV = _apply_if(penalized.any(), lambda x: penalize(x, sampler, tokens_BS, prompt_B, length_B), logits_BV)
+    x_BV = _apply_if(drawn_B.any(), lambda x: jnp.where(drawn_B[:, None], shaped(x), x), x_BV)
     token_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
@@ -141,15 +141,15 @@ def penalize(
     """
 
     def counts(first, last, tokens_S):
-        slots_S = jnp.arange(tokens_S.shape[0])
-        wanted_S = jnp.where((slots_S >= first) & (slots_S < last), tokens_S, logits_BV.shape[1])
+        positions_S = jnp.arange(tokens_S.shape[0])
+        wanted_S = jnp.where((positions_S >= first) & (positions_S < last), tokens_S, logits_BV.shape[1])
         return jnp.zeros(logits_BV.shape[1], jnp.int32).at[wanted_S].add(1, mode="drop")
 
-    made_BV = jax.vmap(counts)(prompt_B, length_B, tokens_BS)
-    seen_BV = (made_BV > 0) | (jax.vmap(counts)(jnp.zeros_like(prompt_B), prompt_B, tokens_BS) > 0)
+    generated_BV = jax.vmap(counts)(prompt_B, length_B, tokens_BS)
+    occurred_BV = (generated_BV > 0) | (jax.vmap(counts)(jnp.zeros_like(prompt_B), prompt_B, tokens_BS) > 0)
     factor_B1 = sampler.repetition_B[:, None]
-    x_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1), logits_BV)
-    return x_BV - sampler.frequency_B[:, None] * made_BV - sampler.presence_B[:, None] * (made_BV > 0)
+    x_BV = jnp.where(occurred_BV, jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1), logits_BV)
+    return x_BV - sampler.frequency_B[:, None] * generated_BV - sampler.presence_B[:, None] * (generated_BV > 0)
 
 
 def top_k_filter(x_BV: Float[Array, "B V"], k_B: Int[Array, "B"]) -> Float[Array, "B V"]:
@@ -211,5 +211,5 @@ def _ordered(x: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _if(wanted: Bool[Array, ""], function: Callable[[Array], Array], x: Array) -> Array:
+def _apply_if(wanted: Bool[Array, ""], function: Callable[[Array], Array], x: Array) -> Array:
     return jax.lax.cond(wanted, function, lambda x: x, x)

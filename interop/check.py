@@ -128,7 +128,10 @@ def _common_prefix(found: Mismatch) -> str:
 
 
 def _table(found: Mismatch) -> list[str]:
-    rows = [("missing", name, f"{list(shape)}", _near(name, found.unexpected)) for name, shape in found.missing.items()]
+    rows = [
+        ("missing", name, f"{list(shape)}", _similar_name(name, found.unexpected))
+        for name, shape in found.missing.items()
+    ]
     rows += [
         ("shape", n, f"{list(wanted)} required, {list(shape)} found", "")
         for n, (wanted, shape) in found.misshaped.items()
@@ -147,6 +150,6 @@ def _table(found: Mismatch) -> list[str]:
     return [*lines, f"  ... and {left} more"] if left else lines
 
 
-def _near(name: str, others: dict[str, Shape]) -> str:
+def _similar_name(name: str, others: dict[str, Shape]) -> str:
     near = get_close_matches(name, list(others)[:CANDIDATES], 1, 0.8)
     return f"  (found {near[0]})" if near else ""

@@ -61,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
 }
 # Unused keys: for training, for layers that are not loaded, or computed from other keys.
-SILENT = (
+UNUSED_KEYS = (
     "aux_loss_alpha",
     "ep_size",
     "head_dim",
@@ -76,7 +76,7 @@ SILENT = (
 def to_config(keys: Keys) -> ModelConfig:
     """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
-    for name in SILENT:
+    for name in UNUSED_KEYS:
         keys.take(name, None)
     heads, rope_dim = keys.take("num_attention_heads"), keys.take("qk_rope_head_dim")
     keys.must("num_key_value_heads", heads, default=heads)

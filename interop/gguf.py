@@ -35,7 +35,7 @@ _NAMES = {
 }
 _FACTORS = "rope_freqs.weight"
 # Keys below llama.* that do not affect a dense Llama.
-_SILENT = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
+_IGNORED_KEYS = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
 
 
 class GGUFSource:
@@ -77,7 +77,7 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
     Raises UnsupportedModelError if the model is not a dense Llama and ModelFilesError if the file is damaged.
     """
     file = GGUFFile(Path(path))
-    keys = Keys({key: _alike(str(path), key, value) for key, value in file.metadata.items()}, str(path))
+    keys = Keys({key: _common_value(str(path), key, value) for key, value in file.metadata.items()}, str(path))
     if keys.take("split.count", 1) > 1:
         raise UnsupportedModelError(
             f"{path}: is one of {file.metadata['split.count']} parts. Merge them with llama-gguf-split --merge"
@@ -86,7 +86,9 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
     keys.must("general.quantization_version", 2, default=2)
     keys.must("general.architecture", "llama")
     values = _config(keys, file)
-    left = [key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _SILENT]
+    left = [
+        key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _IGNORED_KEYS
+    ]
     if left:
         raise UnsupportedModelError(
             f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not supported by this reader. "
@@ -117,7 +119,7 @@ def unpermuted(rows: int, heads: int) -> np.ndarray:
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
 
 
-def _alike(where: str, key: str, value: Any) -> Any:
+def _common_value(where: str, key: str, value: Any) -> Any:
     """Return the common value of a key that lists one value per layer. Raises UnsupportedModelError if they differ."""
     if not (isinstance(value, list) and key.startswith("llama.")):
         return value

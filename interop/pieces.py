@@ -28,8 +28,8 @@ class Piece(NamedTuple):
 
     def part(self, tensor: np.ndarray) -> np.ndarray:
         """Return this part of the tensor in the weight's layout, as a view."""
-        seen = tensor.reshape(self.split or self.shape)[self.take]
-        return seen if self.order is None else seen.transpose(self.order)
+        reshaped = tensor.reshape(self.split or self.shape)[self.take]
+        return reshaped if self.order is None else reshaped.transpose(self.order)
 
 
 def layer_stacks(config: ModelConfig) -> list[tuple[str, int]]:

@@ -39,14 +39,14 @@ def open_published(path: Path | str) -> Published:
     """
     path = Path(path)
     try:
-        return _opened(path)
+        return _open_path(path)
     except OSError as error:
         raise ModelFilesError(
             f"{path}: cannot be read ({error}). Check that all of its files exist and are readable"
         ) from error
 
 
-def _opened(path: Path) -> Published:
+def _open_path(path: Path) -> Published:
     if path.is_file():
         values, source, notes = *_open_gguf(path), []
         where = str(path)

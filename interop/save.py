@@ -84,8 +84,8 @@ def save_published(
                 _sync(f)
         if len(files) > 1:
             total = sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize
-            places = {t.name: name for name, content in files.items() for t in content}
-            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            file_of = {t.name: name for name, content in files.items() for t in content}
+            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
         _write_json(staging / "config.json", values | {"torch_dtype": dtype} | dict(more or {}))
     return family
 
@@ -187,7 +187,7 @@ def staged(folder: Any, log: Callable[[str], object] = print) -> Iterator[Any]:
     passed to `log`.
     """
     remove_leftovers(folder, log)
-    staging, held = _held_folder(folder)
+    staging, descriptor = _locked_staging_folder(folder)
     try:
         yield staging
         staging.replace(folder)
@@ -195,7 +195,7 @@ def staged(folder: Any, log: Callable[[str], object] = print) -> Iterator[Any]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Any, log: Callable[[str], object] = print) -> None:
@@ -206,40 +206,40 @@ def remove_leftovers(folder: Any, log: Callable[[str], object] = print) -> None:
     """
     if not folder.parent.is_dir():
         return
-    ours = re.compile(rf"\.+{re.escape(folder.name)}(\.[0-9a-f]{{8}}{re.escape(STAGING)})+")
-    for left in sorted(path for path in folder.parent.iterdir() if ours.fullmatch(path.name) and path.is_dir()):
+    name = re.compile(rf"\.+{re.escape(folder.name)}(\.[0-9a-f]{{8}}{re.escape(STAGING)})+")
+    for leftover in sorted(path for path in folder.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()):
         try:
-            held = os.open(left, os.O_RDONLY)
+            descriptor = os.open(leftover, os.O_RDONLY)
         except OSError:
             continue  # its writer has just finished
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-            if left.exists():
-                log(f"note: a killed process left {left}, which cannot be removed; delete it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.exists():
+                log(f"note: a killed process left {leftover}, which cannot be removed; delete it")
             else:
-                log(f"removed {left}, which a killed process left")
+                log(f"removed {leftover}, which a killed process left")
         except BlockingIOError:
             pass  # its writer is running
         except OSError as error:
-            log(f"note: a killed process may have left {left} ({error.strerror}); delete it if so")
+            log(f"note: a killed process may have left {leftover} ({error.strerror}); delete it if so")
         finally:
-            os.close(held)
+            os.close(descriptor)
 
 
-def _held_folder(folder: Any) -> tuple[Any, int]:
+def _locked_staging_folder(folder: Any) -> tuple[Any, int]:
     """Return a new staging folder for `folder`, and the descriptor that holds its lock while this process runs."""
     while True:
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
         staging.mkdir(parents=True)
-        held = os.open(staging, os.O_RDONLY)
+        descriptor = os.open(staging, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process took it for a leftover
-            os.close(held)
+            os.close(descriptor)
             continue
         except OSError:  # the file system has no locks, so no other process can take the folder for a leftover
-            return staging, held
-        if staging.exists() and os.path.samestat(os.stat(staging), os.fstat(held)):
-            return staging, held
-        os.close(held)  # removed before it was locked
+            return staging, descriptor
+        if staging.exists() and os.path.samestat(os.stat(staging), os.fstat(descriptor)):
+            return staging, descriptor
+        os.close(descriptor)  # removed before it was locked

@@ -75,11 +75,11 @@ def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
         boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
         tensors[piece.name].append(piece)
     for path, weight in weights.items():
-        held, size = (
+        covered, size = (
             sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]),
             math.prod(weight.shape),
         )
-        assert held == size, f"{path}: the pieces hold {held} of its {size} elements"
+        assert covered == size, f"{path}: the pieces hold {covered} of its {size} elements"
         assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
     for name, parts in tensors.items():
         taken, size = sum(elements(piece) for piece in parts), math.prod(parts[0].shape)
@@ -107,12 +107,12 @@ def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.
     """Return weight[low:high] on the host, fetching only those parts of the shards. The weight must be on one host."""
     assert weight.is_fully_addressable, "a part of the weight is on another host"
     found = np.empty(np.subtract(high, low), weight.dtype)
-    seen = set()
+    visited = set()
     for shard in weight.addressable_shards:
         corner = tuple(s.indices(n)[0] for s, n in zip(shard.index, weight.shape, strict=True))
-        if corner in seen:  # a copy
+        if corner in visited:  # a copy
             continue
-        seen.add(corner)
+        visited.add(corner)
         start = np.maximum(low, corner)
         stop = np.minimum(high, np.add(corner, shard.data.shape))
         if (start >= stop).any():

@@ -117,7 +117,7 @@ class Keys:
                 raise UnsupportedModelError(f"{self.where}: {key} is missing, and the model cannot be built without it")
             return default[0] if assumed is None or default[0] is None else assumed
         like = assumed if assumed is not None else default[0] if default else None
-        wanted = _mistyped(value, like)
+        wanted = _required_type(value, like)
         if wanted:
             raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be {wanted}")
         return float(value) if isinstance(like, float) else value
@@ -165,7 +165,7 @@ class Keys:
         return sorted(own + [f"{name}.{key}" for name, keys in self._inside.items() for key in keys.left()])
 
 
-def _mistyped(value: Any, like: Any) -> str:
+def _required_type(value: Any, like: Any) -> str:
     """Return the required type in words if `value` does not have the type of `like`, else ''. None accepts any."""
     if isinstance(like, bool):
         return "" if isinstance(value, bool) else "true or false"

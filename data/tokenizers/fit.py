@@ -20,11 +20,11 @@ def fit_vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, int]:
         without_row = {i for i in tokenizer.pieces if i >= rows}
         needed = {tokenizer.special.start, tokenizer.special.end, *tokenizer.stops}
         if without_row <= tokenizer.special_ids and not without_row & needed:
-            tokenizer = _limited(tokenizer, rows)
+            tokenizer = _without_ids_from(tokenizer, rows)
     return tokenizer, check_vocabulary(tokenizer, rows)
 
 
-def _limited(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
+def _without_ids_from(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
     """Return the tokenizer with only the ids below `rows`."""
     description = json.loads(tokenizer.text)
     dropped = {token["content"] for token in description["added_tokens"] if token["id"] >= rows}

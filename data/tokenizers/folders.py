@@ -111,7 +111,7 @@ def _sentencepiece(directory: epath.Path, description: dict[str, Any]) -> Tokeni
     return tokenizer
 
 
-def _foreign(
+def _published(
     make: Callable[..., Tokenizer], file: str, directory: epath.Path, description: dict[str, Any]
 ) -> Tokenizer:
     content = (directory / file).read_bytes()
@@ -129,7 +129,7 @@ def _foreign(
 _READERS: dict[str, Callable[[epath.Path, dict[str, Any]], Tokenizer]] = {
     "byte": _byte,
     "sentencepiece": _sentencepiece,
-    "huggingface": partial(_foreign, HFTokenizer, huggingface.FILE),
-    "tiktoken": partial(_foreign, TiktokenTokenizer, ranks.FILE),
-    "published_sentencepiece": partial(_foreign, PublishedSentencePiece, sentencepieces.FILE),
+    "huggingface": partial(_published, HFTokenizer, huggingface.FILE),
+    "tiktoken": partial(_published, TiktokenTokenizer, ranks.FILE),
+    "published_sentencepiece": partial(_published, PublishedSentencePiece, sentencepieces.FILE),
 }

@@ -59,7 +59,7 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
         for name in ("bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id")
     )
     add_bos = bool(values.get("tokenizer.ggml.add_bos_token", add_bos)) and bos is not None
-    found["post_processor"] = _opened_by(tokens[bos], bos) if add_bos and bos is not None else None
+    found["post_processor"] = _start_token_processor(tokens[bos], bos) if add_bos and bos is not None else None
     found |= {"version": "1.0", "truncation": None, "padding": None}
     found["added_tokens"] = [
         {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -190,7 +190,7 @@ def _bpe(
     }
 
 
-def _opened_by(token: str, index: int) -> dict[str, Any]:
+def _start_token_processor(token: str, index: int) -> dict[str, Any]:
     """Return a post-processor that adds a special token before a text."""
     mark, text, other = (
         {"SpecialToken": {"id": token, "type_id": 0}},

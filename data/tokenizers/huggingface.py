@@ -49,7 +49,7 @@ class HFTokenizer(BytesTable):
                 f"tokenizer.json: model.type = {model['type']!r}: not supported (supported: {', '.join(_MODELS)})"
             )
         self._marked = open_json(text)
-        self._plain = open_json(_hidden(self.description) if model.get("type") == "Unigram" else text)
+        self._plain = open_json(_hide_special_tokens(self.description) if model.get("type") == "Unigram" else text)
         self._plain.encode_special_tokens = True
         added = self._marked.get_added_tokens_decoder()
         self.special_ids = special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -58,7 +58,7 @@ class HFTokenizer(BytesTable):
         self.pieces = pieces
         self._spelling = read_spelling(self.description.get("decoder"), pieces, special_ids)
         self._table = tuple(spelled or b"" for spelled in self._spelling.later)
-        self._marks = {token.content: i for i, token in added.items() if token.special}
+        self._special_token_ids = {token.content: i for i, token in added.items() if token.special}
         self._is_special = np.zeros(len(self._table), bool)
         self._is_special[list(special_ids)] = True
         unknown = self._marked.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
@@ -134,7 +134,7 @@ def open_json(text: str) -> Any:
     return tokenizer
 
 
-def _hidden(description: dict[str, Any]) -> str:
+def _hide_special_tokens(description: dict[str, Any]) -> str:
     """Return a tokenizer.json whose special tokens cannot match text.
 
     Unigram looks for every piece in the text, including special tokens. A leading space in their names, which Unigram

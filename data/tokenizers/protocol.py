@@ -140,7 +140,7 @@ class BytesTable:
     chat_template: str | None = None
     names: dict[str, str]
     _table: tuple[bytes, ...]
-    _marks: dict[str, int]  # ids of special tokens by name
+    _special_token_ids: dict[str, int]  # ids of special tokens by name
     encode: Callable[..., np.ndarray]  # defined by subclasses
 
     @property
@@ -165,19 +165,19 @@ class BytesTable:
         return self
 
     @cached_property
-    def _split(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(map(re.escape, sorted(self._marks, key=len, reverse=True))) + ")")
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, sorted(self._special_token_ids, key=len, reverse=True))) + ")")
 
     @property
     def special_names(self) -> tuple[str, ...]:
-        return tuple(self._marks)
+        return tuple(self._special_token_ids)
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        if not self._marks:
+        if not self._special_token_ids:
             return self.encode(text.replace(apart, ""))
         parts = [
-            np.array([self._marks[part]], np.int32) if i % 2 else self.encode(part.replace(apart, ""))
-            for i, part in enumerate(self._split.split(text))
+            np.array([self._special_token_ids[part]], np.int32) if i % 2 else self.encode(part.replace(apart, ""))
+            for i, part in enumerate(self._special_pattern.split(text))
             if part
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -38,7 +38,7 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
             f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json. Copy the file that it was read from "
             f"to {folder}, or read the model's tokenizer.json instead"
         )
-    text = _opened_as(text, tokenizer)
+    text = _with_start_token(text, tokenizer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
@@ -176,7 +176,7 @@ def _samples(pieces: list[str]) -> Iterator[str]:
         yield "".join(parts)
 
 
-def _opened_as(text: str, tokenizer: Tokenizer) -> str:
+def _with_start_token(text: str, tokenizer: Tokenizer) -> str:
     """Return the tokenizer.json with a post-processor that adds the tokenizer's start token, if any, to texts."""
     opened = open_json(text)
     start = tokenizer.special.start

@@ -25,18 +25,18 @@ _Find = Callable[[str], int | None]  # id of a special token's name
 
 def of_folder(folder: Path) -> Tokenizer:
     """Return the tokenizer of a published folder. Raises DataError or OSError."""
-    facts = _Facts(folder)
+    files = _PublishedFiles(folder)
     if (folder / "tokenizer.json").is_file():
         text = (folder / "tokenizer.json").read_bytes().decode("utf-8")
-        return _of_json(text, facts)
+        return _of_json(text, files)
     for path in sorted(folder.glob("*.tiktoken")) + [folder / "tokenizer.model"]:
         if path.is_file():
             content = path.read_bytes()
             if is_ranks(content):
-                tiktoken = TiktokenTokenizer(content, kind=facts.tiktoken(path), chat_template=facts.chat_template)
-                return tiktoken.with_stops(facts.stops(tiktoken.vocab_size))
-            model = PublishedSentencePiece.published(content, facts.add_bos, (), facts.chat_template)
-            return model.with_stops(facts.stops(model.vocab_size))
+                tiktoken = TiktokenTokenizer(content, kind=files.tiktoken(path), chat_template=files.chat_template)
+                return tiktoken.with_stops(files.stops(tiktoken.vocab_size))
+            model = PublishedSentencePiece.published(content, files.add_bos, (), files.chat_template)
+            return model.with_stops(files.stops(model.vocab_size))
     raise DataError(
         f"no tokenizer in {folder}: expected tokenizer.json, *.tiktoken or tokenizer.model. If the tokenizer consists "
         "of vocab.json and merges.txt, write its tokenizer.json with transformers: "
@@ -57,22 +57,22 @@ def of_gguf(path: Path) -> Tokenizer:
     return HFTokenizer(found.json, special, stops=found.stops, names=names, chat_template=found.chat_template)
 
 
-def _of_json(text: str, facts: _Facts) -> HFTokenizer:
+def _of_json(text: str, files: _PublishedFiles) -> HFTokenizer:
     read_json(text)
     opened = open_json(text)
     size = 1 + max(opened.get_vocab().values(), default=-1)
-    stops = facts.stops(size)
-    names = dict(facts.names)
-    for name, i in facts.ids.items():  # without tokenizer_config.json, other files still have the ids
+    stops = files.stops(size)
+    names = dict(files.names)
+    for name, i in files.ids.items():  # without tokenizer_config.json, other files still have the ids
         if name not in names and i is not None and 0 <= i < size and opened.id_to_token(i) is not None:
             names[name] = opened.id_to_token(i)
     bos = opened.token_to_id(names["bos_token"]) if "bos_token" in names else None
-    if facts.add_bos is None:
+    if files.add_bos is None:
         start = opened_by(opened)
     else:
-        start = bos if facts.add_bos and bos is not None else -1
-    special = _specials(names, opened.token_to_id, start, str(facts.folder))
-    return HFTokenizer(text, special, stops=stops, names=names, chat_template=facts.chat_template)
+        start = bos if files.add_bos and bos is not None else -1
+    special = _specials(names, opened.token_to_id, start, str(files.folder))
+    return HFTokenizer(text, special, stops=stops, names=names, chat_template=files.chat_template)
 
 
 def opened_by(opened: Any) -> int:
@@ -104,7 +104,7 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
     )  # fmt: skip
 
 
-class _Facts:
+class _PublishedFiles:
     """The tokenizer's entries in a folder's JSON files, which may be missing. Raises DataError with file and key."""
 
     def __init__(self, folder: Path):
@@ -115,7 +115,7 @@ class _Facts:
         )
         inner = model.get("text_config", {})  # in models that take images
         if not isinstance(inner, dict):
-            raise _wrong(folder / "config.json", "text_config", inner, "an object")
+            raise _invalid(folder / "config.json", "text_config", inner, "an object")
         found = {
             name: (tokenizer[name], "tokenizer_config.json")
             if name in tokenizer
@@ -123,17 +123,17 @@ class _Facts:
             for name in _NAMES
         }
         self.names = {
-            name: _content(value, folder / file, name) for name, (value, file) in found.items() if value is not None
+            name: _token_text(value, folder / file, name) for name, (value, file) in found.items() if value is not None
         }
-        says = [
+        sources = [
             (folder / "generation_config.json", "", generation),
             (folder / "config.json", "", model),
             (folder / "config.json", "text_config.", inner),
         ]
         ids = {
             name: [
-                [(path, where + name, i) for i in _listed(said.get(name), path, where + name)]
-                for path, where, said in says
+                [(path, where + name, i) for i in _id_list(said.get(name), path, where + name)]
+                for path, where, said in sources
             ]
             for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
@@ -145,7 +145,7 @@ class _Facts:
         }
         self.add_bos: bool | None = tokenizer.get("add_bos_token")
         if self.add_bos not in (None, False, True):
-            raise _wrong(folder / "tokenizer_config.json", "add_bos_token", self.add_bos, "true or false")
+            raise _invalid(folder / "tokenizer_config.json", "add_bos_token", self.add_bos, "true or false")
         self.model_type = model.get("model_type", "")
         self.chat_template = self._template(tokenizer.get("chat_template"))
 
@@ -153,7 +153,7 @@ class _Facts:
         """Return the ids that end a generation. Raises DataError if one is not below `vocab_size`."""
         for path, key, i in self._stops:
             if not 0 <= i < vocab_size:
-                raise _wrong(path, key, i, f"ids from 0 to {vocab_size - 1}")
+                raise _invalid(path, key, i, f"ids from 0 to {vocab_size - 1}")
         return tuple(dict.fromkeys(i for *_, i in self._stops))
 
     def _template(self, given: Any) -> str | None:
@@ -165,7 +165,7 @@ class _Facts:
             found = next((entry.get("template") for entry in given if entry.get("name") == "default"), None)
         if not isinstance(found, str | None):
             expected = 'a string, or a list of {"name", "template"}'
-            raise _wrong(self.folder / "tokenizer_config.json", "chat_template", given, expected)
+            raise _invalid(self.folder / "tokenizer_config.json", "chat_template", given, expected)
         return found
 
     def tiktoken(self, path: Path) -> str | None:
@@ -173,21 +173,21 @@ class _Facts:
         return "o200k_harmony" if self.model_type == "gpt_oss" else path.stem if path.suffix == ".tiktoken" else None
 
 
-def _listed(value: Any, path: Path, key: str) -> list[int]:
+def _id_list(value: Any, path: Path, key: str) -> list[int]:
     found = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int for i in found):  # refuses bools too
-        raise _wrong(path, key, value, "an integer or a list of integers")
+        raise _invalid(path, key, value, "an integer or a list of integers")
     return found
 
 
-def _content(value: Any, path: Path, key: str) -> str:
+def _token_text(value: Any, path: Path, key: str) -> str:
     found = value.get("content") if isinstance(value, dict) else value
     if not isinstance(found, str):
-        raise _wrong(path, key, value, 'a string, or an object with the string "content"')
+        raise _invalid(path, key, value, 'a string, or an object with the string "content"')
     return found
 
 
-def _wrong(path: Path, key: str, value: Any, expected: str) -> DataError:
+def _invalid(path: Path, key: str, value: Any, expected: str) -> DataError:
     return DataError(f"{path}: {key} = {repr(value)[:80]}: expected {expected}. Fix the file or download it again")
 
 

@@ -124,24 +124,25 @@ class TiktokenTokenizer(BytesTable):
         tiktoken = needed("tiktoken")
         self.content, self.chat_template = content, chat_template
         ranks = read_ranks(content)
-        self.kind = kind if kind in KINDS else _recognized(len(ranks), kind)
+        self.kind = kind if kind in KINDS else _kind_by_size(len(ranks), kind)
         known = KINDS[self.kind]
-        self._marks = {name: len(ranks) + i for name, i in known.specials.items()}
-        table = [b""] * (1 + max(self._marks.values()))
+        self._special_token_ids = {name: len(ranks) + i for name, i in known.specials.items()}
+        table = [b""] * (1 + max(self._special_token_ids.values()))
         for token, rank in ranks.items():
             table[rank] = token
         self._table = tuple(table)
         self._encoding = tiktoken.Encoding(
-            self.kind, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=self._marks
+            self.kind, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=self._special_token_ids
         )
-        end = self._marks[known.end]
-        marks = {field: self._marks.get(f"<|{field}|>", -1) for field in ("fim_prefix", "fim_suffix", "fim_middle")}
+        ids = self._special_token_ids
+        end, start = ids[known.end], ids[known.start] if known.start else -1
+        fim = {field: ids.get(f"<|{field}|>", -1) for field in ("fim_prefix", "fim_suffix", "fim_middle")}
         self.special = special or SpecialTokens(
-            pad=self._marks.get("<|finetune_right_pad_id|>", -1), end=end, unk=-1, **marks, system=-1, user=-1,
-            assistant=-1, end_of_turn=-1, mask=-1, start=self._marks[known.start] if known.start else -1,
+            pad=ids.get("<|finetune_right_pad_id|>", -1), end=end, unk=-1, **fim, system=-1, user=-1, assistant=-1,
+            end_of_turn=-1, mask=-1, start=start,
         )  # fmt: skip
         self.names = dict(names or {"eos_token": known.end, "bos_token": known.start or known.end})
-        self.stops = tuple(stops) or (end, *(self._marks[name] for name in known.stops))
+        self.stops = tuple(stops) or (end, *(self._special_token_ids[name] for name in known.stops))
 
     @cached_property
     def identity(self) -> str:
@@ -198,7 +199,7 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def _recognized(count: int, name: str | None) -> str:
+def _kind_by_size(count: int, name: str | None) -> str:
     for kind, known in KINDS.items():
         if known.ranks == count:
             return kind

@@ -43,10 +43,10 @@ class PublishedSentencePiece(BytesTable):
         self.model, self.special, self.chat_template = model, special, chat_template
         self.stops = tuple(dict.fromkeys([special.end, *stops]))
         self.names = dict(names or {})
-        self._processor = _opened(model)
+        self._processor = _open_model(model)
         ids = range(self._processor.get_piece_size())
         pieces = [self._processor.id_to_piece(i) for i in ids]
-        self._marks = {pieces[i]: i for i in ids if self._processor.is_control(i)}
+        self._special_token_ids = {pieces[i]: i for i in ids if self._processor.is_control(i)}
         self._table = tuple(self._spelled(i, pieces[i]) for i in ids)
         self._byte_pieces = frozenset(i for i in ids if self._processor.is_byte(i))
         self._texts = {
@@ -61,7 +61,7 @@ class PublishedSentencePiece(BytesTable):
         cls, model: bytes, add_bos: bool | None, stops: Sequence[int], chat_template: str | None
     ) -> PublishedSentencePiece:
         """Return the tokenizer with the model's special tokens. Prompts begin with bos unless `add_bos` is False."""
-        opened = _opened(model)
+        opened = _open_model(model)
         bos, end, pad, unk = opened.bos_id(), opened.eos_id(), opened.pad_id(), opened.unk_id()
         if end < 0:
             raise DataError("tokenizer.model has no end-of-text token (eos_id -1), which documents require")
@@ -195,7 +195,7 @@ def _characters(run: bytearray, *, final: bool) -> str:
     return "".join(found)
 
 
-def _opened(model: bytes) -> Any:
+def _open_model(model: bytes) -> Any:
     try:
         return needed("sentencepiece").SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:

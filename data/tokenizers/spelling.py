@@ -31,7 +31,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
     kinds = [step["type"] for step in steps]
     joined = "ByteLevel" in kinds
     if joined and kinds != ["ByteLevel"]:
-        raise _refused(f"ByteLevel among {kinds}")
+        raise _unsupported(f"ByteLevel among {kinds}")
     fallback, strip = "ByteFallback" in kinds, ("", 0)
     changes: list[Callable[[str, bool], str]] = []
     for i, step in enumerate(steps):
@@ -43,7 +43,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
         elif kind == "Strip" and step["stop"] == 0 and "Fuse" in kinds[:i] and not strip[1]:
             strip = (step["content"], step["start"])
         elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
-            raise _refused(f"{kind}: {step}")
+            raise _unsupported(f"{kind}: {step}")
 
     def changed(token: int, is_first: bool) -> str:
         piece = pieces[token]
@@ -76,7 +76,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder is None:
-        raise _refused("none (pieces joined by spaces)")
+        raise _unsupported("none (pieces joined by spaces)")
     if decoder["type"] == "Sequence":
         return [step for inner in decoder["decoders"] for step in _steps(inner)]
     return [decoder]
@@ -92,7 +92,7 @@ def _metaspace(step: Mapping[str, Any]) -> Callable[[str, bool], str]:
     return lambda piece, is_first: piece.replace(mark, "" if is_first and drops else " ")
 
 
-def _refused(what: str) -> DataError:
+def _unsupported(what: str) -> DataError:
     return DataError(
         f"tokenizer.json: decoder {what}: not supported (supported: {_SUPPORTED}, as in byte-level BPE and "
         "SentencePiece with byte fallback)"
@@ -132,10 +132,10 @@ class PieceStream:
         if token in byte_pieces:
             self._run += spelled
             return ""
-        return self._stripped(self._end_run() + spelled.decode("utf-8"))
+        return self._strip_start(self._end_run() + spelled.decode("utf-8"))
 
     def flush(self) -> str:
-        text = self._stripped(self._end_run())
+        text = self._strip_start(self._end_run())
         self._begin()
         return text
 
@@ -146,7 +146,7 @@ class PieceStream:
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
 
-    def _stripped(self, text: str) -> str:
+    def _strip_start(self, text: str) -> str:
         while self._strip and text:
             if text[0] != self._spelling.strip[0]:
                 self._strip = 0

@@ -36,7 +36,7 @@ class ByteTokenizer(BytesTable):
 
     names = NAMES
     _table = (b"",) * len(SPECIAL_PIECES) + tuple(bytes([byte]) for byte in range(256))
-    _marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}  # noqa: RUF012
+    _special_token_ids = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}  # noqa: RUF012
     identity = hashlib.sha256(f"byte {SPECIAL_PIECES}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -64,7 +64,7 @@ class SentencePieceTokenizer(BytesTable):
                 "Train it with data.tokenizer.train_tokenizer"
             )
         self.pieces = tuple(pieces)
-        self._marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}
+        self._special_token_ids = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}
         self._table = tuple(self._spelling(i, piece) for i, piece in enumerate(pieces))
         self._space_mark = np.array([pieces.index(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], np.int32)
 

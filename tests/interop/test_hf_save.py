@@ -213,8 +213,8 @@ def test_an_interrupted_export_empties_an_existing_folder(tmp_path, published, m
 
 
 def test_the_folder_of_a_killed_process_is_removed(tmp_path):
-    code = "import sys; from pathlib import Path; from interop.save import _held_folder; import os, signal\n"
-    code += "_held_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+    code = "import sys; from pathlib import Path; from interop.save import _locked_staging_folder; import os, signal\n"
+    code += "_locked_staging_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     (left,), logged = list(tmp_path.iterdir()), []
     assert done.returncode == -9
