@@ -134,7 +134,7 @@ def test_a_template_has_no_access_to_this_process(monkeypatch):
     "messages", [["hello"], [{"role": "user", "content": object()}], [{"role": "user", "content": b"x"}]]
 )
 def test_messages_must_be_plain_data(messages):
-    with pytest.raises(DataError, match="chat messages"):
+    with pytest.raises(DataError, match="chat message"):
         ChatTemplate("x").render(messages)
 
 
