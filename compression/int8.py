@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers with a scale for each output: absolute maximum, round to nearest."""
+"""Quantise weights to 8-bit integers with one scale per output: absolute maximum, round to nearest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from model.weights import Tree, Weight, map_weights
 
 
 def quantise(model: Tree, names: Collection[str]) -> Tree:
-    """Return the network with every weight whose name (`Weight.name`: "mlp.up") is in `names` as int8.
+    """Return the network with the weights in `names` (by `Weight.name`, such as "mlp.up") as int8.
 
-    Each output of each layer and expert has its own float32 scale: the largest absolute value over the inputs is 127.
+    Each output of each layer and expert has a float32 scale that maps its largest absolute value over the inputs to
+    127.
     """
 
     def quantised(weight: Weight) -> Weight:

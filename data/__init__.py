@@ -1,1 +1,1 @@
-"""Text to batches: corpora, tokenizers, packed windows on disk, and the stream of training batches."""
+"""Corpora, tokenizers, packed windows on disk, and the stream of training batches."""

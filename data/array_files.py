@@ -14,7 +14,7 @@ from data.paths import parse_path, write_whole
 
 
 def write_arrays(file: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], *, compress: bool = False) -> None:
-    """Write an .npz file of small arrays whole or not at all. Raises OSError.
+    """Write an .npz file of small arrays atomically. Raises OSError.
 
     No array may be named "file".
     """
@@ -24,9 +24,9 @@ def write_arrays(file: str | os.PathLike[str], arrays: Mapping[str, np.ndarray],
 
 
 def read_arrays(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file. Raises OSError, or ValueError for a file that is not one."""
+    """Return the arrays of an .npz file. Raises OSError, or ValueError if the file is not a complete .npz file."""
     try:
         with np.load(io.BytesIO(parse_path(file).read_bytes()), allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
     except (zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
-        raise ValueError(f"{file}: not a whole .npz file ({error})") from error
+        raise ValueError(f"{file}: not a complete .npz file ({error})") from error

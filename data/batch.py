@@ -1,6 +1,6 @@
-"""The batch: what a step or an evaluation reads, cut once from windows of T + 1 tokens.
+"""The batch that training steps and evaluations read, made once from windows of T + 1 tokens.
 
-Letters: B rows, T predicted tokens of a row, W = T + 1 tokens of a window.
+Letters: B rows, T predicted tokens per row, W = T + 1 tokens per window.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from data.packing import positions_of, target_weights
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs and targets of equal length, NumPy on the host and JAX arrays on the device. A preference pair is two.
+    """Inputs and targets of equal length: NumPy arrays on the host, JAX arrays on the device.
 
-    `loss_weights` decides which tokens count: no other code compares segments, looks for padding or shifts by one.
+    A preference pair is two batches. `loss_weights` alone defines which tokens count: no other code compares segments,
+    looks for padding or shifts by one.
     """
 
     tokens: Any  # int32 [B, T]: token t is the input at position t
@@ -33,9 +34,9 @@ class Batch:
     def of_windows(
         cls, tokens_BW: np.ndarray | jax.Array, segment_ids_BW: np.ndarray, loss_weights_BT: np.ndarray | None = None
     ) -> Self:
-        """Return the batch of windows of T + 1 tokens.
+        """Return the batch for windows of T + 1 tokens.
 
-        `loss_weights_BT` multiplies the weights, which are 1 for a target in the document of its input and else 0.
+        Weights are 1 for a target in the same document as its input, else 0. `loss_weights_BT` multiplies them.
         """
         weights_BT = target_weights(segment_ids_BW)
         return cls(
@@ -49,7 +50,7 @@ class Batch:
     def window(self) -> tuple[jax.Array, jax.Array]:
         """Return (tokens, segment ids), both int32 [B, W], with the last target as the last token.
 
-        That token has its document's segment id if it counts, else 0.
+        The last token's segment id is 0 unless its loss weight is above 0.
         """
         last = jnp.where(self.loss_weights[:, -1:] > 0, self.segment_ids[:, -1:], 0)
         return (
@@ -58,7 +59,7 @@ class Batch:
         )
 
     def with_window(self, tokens_BW: np.ndarray | jax.Array) -> Self:
-        """Return the batch with other tokens in its windows; documents, positions and weights stay."""
+        """Return the batch with other tokens and the same documents, positions and weights."""
         return replace(self, tokens=tokens_BW[:, :-1], targets=tokens_BW[:, 1:])
 
     def arrays(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Renders one chat template in a process of its own: what it may see, do and take is bounded here. Run by data/chat.py.
+"""Render one chat template in a separate process with limited access, time and memory. data/chat.py runs this file.
 
-Its argument is the caller's sys.path as JSON, by which jinja2 is found. Lines of JSON: first {"source", "seconds",
-"characters", "bytes"}, answered by {}, then variables, each answered by {"text"} or {"error", "line"}. This file
-imports nothing of ours, so that the process starts fast and holds no secrets of the caller's.
+The argument is the caller's sys.path as JSON, used to import jinja2. Standard input and output carry lines of JSON:
+first {"source", "seconds", "characters", "bytes"}, answered with {}, then variables, each answered with {"text"} or
+{"error", "line"}. This file imports no other module of the project, so that the process starts fast and does not hold
+the caller's secrets.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[:] = json.loads(sys.argv[1])  # a process without PYTHONPATH and user site finds what its caller finds
+    sys.path[:] = json.loads(sys.argv[1])  # isolated mode drops PYTHONPATH and the user site
 
 import jinja2
 import jinja2.ext
@@ -26,7 +27,7 @@ from jinja2.utils import Namespace
 
 
 class Generation(jinja2.ext.Extension):
-    """The blocks {% generation %} of transformers, which mark what an assistant said: here they are plain text."""
+    """The {% generation %} blocks of transformers, which mark the assistant's text; rendered as plain text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -36,7 +37,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class PlainNamespace(Namespace):
-    """A namespace without attributes of Python's own."""
+    """A namespace that refuses names with a leading underscore, such as Python's attributes."""
 
     def __init__(*args: Any, **kwargs: Any):
         self, args = args[0], args[1:]
@@ -52,7 +53,7 @@ class PlainNamespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace holds no name that begins with an underscore: {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a name in a namespace must not begin with an underscore: {name!r}")
 
 
 def _raise(message: str) -> None:
@@ -66,7 +67,7 @@ def _tojson(
 
 
 def compiled(source: str) -> jinja2.Template:
-    """The template in the environment that transformers gives it (utils/chat_template_utils.py)."""
+    """Compile the template in the same environment as transformers (utils/chat_template_utils.py)."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -80,7 +81,7 @@ def compiled(source: str) -> jinja2.Template:
 
 
 def rendered(template: jinja2.Template, variables: dict[str, Any], characters: int) -> str:
-    """The text; a longer one is refused while it grows."""
+    """Return the rendered text. Raises TemplateError as soon as it has more than `characters` characters."""
     parts, size = [], 0
     for part in template.generate(**variables):
         size += len(part)
@@ -91,7 +92,7 @@ def rendered(template: jinja2.Template, variables: dict[str, Any], characters: i
 
 
 def line_of(error: BaseException) -> int | None:
-    """The template's line where an error came from."""
+    """Return the line of the template that raised an error, or None."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return error.lineno
     line, at = None, error.__traceback__
@@ -108,14 +109,14 @@ def main() -> None:
     print("{}", flush=True)
     template = None
     for line in sys.stdin:
-        # SIGALRM, unhandled, ends the process even inside one long operation.
+        # Without a handler, SIGALRM ends the process even during one long operation.
         signal.setitimer(signal.ITIMER_REAL, start["seconds"])
         try:
             template = template or compiled(start["source"])
             answer: dict[str, Any] = {"text": rendered(template, json.loads(line), start["characters"])}
         except MemoryError:
             answer = {"error": f"it needs more than {start['bytes'] >> 20} MiB of memory", "line": None}
-        except Exception as error:  # whatever a stranger's template raises is told to the caller
+        except Exception as error:  # an untrusted template can raise anything; the caller reports it
             answer = {"error": f"{type(error).__name__}: {error}"[:2000], "line": line_of(error)}
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""What general compressors make of a set of files: the yardstick beside a model's bits per byte."""
+"""General-purpose compressors as a baseline for a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _COMPRESSORS = {
 
 
 def compressed_sizes(files: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte of each compressor, every file by itself (headers included): sum of sizes * 8 / sum of bytes.
+    """Return the bits per byte of each compressor: 8 * (sum of compressed sizes) / (sum of file sizes).
 
-    Raises DataError when there is no byte to compress.
+    Files are compressed separately, and headers count. Raises DataError if all files are empty.
     """
     total = sum(map(len, files))
     if total == 0:
-        raise DataError(f"{len(files)} files of 0 bytes in all: bits per byte needs at least one byte of held-out text")
+        raise DataError(f"{len(files)} files have 0 bytes in total: bits per byte requires held-out text")
     return {name: sum(len(pack(file)) for file in files) * 8 / total for name, pack in _COMPRESSORS.items()}

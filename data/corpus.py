@@ -1,7 +1,7 @@
-"""Documents of a source: found by globs, read as UTF-8, exactly deduplicated, and split by the hash of their content.
+"""Find a source's documents by globs, read them as UTF-8, remove exact duplicates, and split them by content hash.
 
-A survey reads every file once and holds a name, a digest and a size per document. `KeptText` keeps the text of
-documents in memory up to a limit; `reread` reads only the files of documents that are not kept.
+A survey reads every file once and holds a name, a digest and a size per document. `KeptText` keeps document text in
+memory up to a limit; `reread` reads only the files of documents that are not kept.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 from data.config import DataError, SourceConfig
 
-# Installed packages and tests are no part of the library proper; _sysconfigdata holds the paths of one build machine.
+# Excludes installed packages and tests, and _sysconfigdata, which holds paths of the build machine.
 STDLIB_EXCLUDE = (
     "site-packages/**", "dist-packages/**", "**/test/**", "**/tests/**", "**/idle_test/**", "**/__pycache__/**",
     "**/_sysconfigdata*",
 )  # fmt: skip
 
-# The depth at which Python's parser gives up depends on its version and on the caller's stack.
+# A fixed limit: the depth at which Python's JSON parser fails depends on its version and the caller's stack.
 _MAX_NESTING = 500
 
 
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 class KeptText:
-    """Text of documents by digest, kept in memory until it takes `limit` bytes; later documents are not kept."""
+    """Document text by digest, kept in memory up to `limit` bytes; later documents that exceed it are not kept."""
 
     def __init__(self, limit: int):
         self._left = limit
@@ -62,24 +62,24 @@ class KeptText:
 
 @dataclass(frozen=True)
 class Survey:
-    """The distinct documents of one source in reading order, and what was left out."""
+    """The distinct documents of one source in reading order, and counts of those left out."""
 
     source: SourceConfig
     entries: tuple[Entry, ...]
-    skipped: tuple[str, ...]  # "name: reason" of what could not be read
+    skipped: tuple[str, ...]  # "name: reason" for each file or record that could not be read
     empty: int
     duplicates: int
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """Regular expression of a glob over '/'-separated paths: `*` and `?` stay in a folder, `**` crosses folders."""
+    """Return a regular expression for a glob over '/'-separated paths: `*` and `?` stay in a folder, `**` does not."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
     wild = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts) + r"\Z", re.DOTALL)
 
 
 def source_root(source: SourceConfig) -> Path:
-    """The folder or file a source reads."""
+    """Return the folder or file that a source reads."""
     return Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path).expanduser()
 
 
@@ -87,14 +87,14 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
     """Return the (name, path) pairs that a source selects, ordered by name. Raises DataError for a missing path."""
     if "://" in source.path:
         raise DataError(
-            f"source {source.name!r}: path = {source.path!r}: text is read from local folders. Mount the store, or "
-            "copy the text to a disk and name that folder"
+            f"source {source.name!r}: path = {source.path!r}: text is read from local folders only. Mount the "
+            "store, or copy the text to a local folder"
         )
     root = source_root(source)
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise DataError(f"source {source.name!r}: path {source.path!r} is not a folder or a file; correct source.path")
+        raise DataError(f"source {source.name!r}: path = {source.path!r}: not a folder or file. Correct it")
     include = [glob_pattern(glob) for glob in source.include]
     exclude = [glob_pattern(glob) for glob in source.exclude + (STDLIB_EXCLUDE if source.path == "stdlib" else ())]
     found = []
@@ -107,7 +107,7 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
 
     for folder, subfolders, files in os.walk(root, onerror=refuse):
         prefix = "" if Path(folder) == root else Path(folder).relative_to(root).as_posix() + "/"
-        # 'name/**' matches 'name/', so that an excluded folder is not even walked.
+        # 'name/**' matches 'name/', so that excluded folders are not walked.
         subfolders[:] = [s for s in subfolders if s[0] != "." and not any(e.match(f"{prefix}{s}/") for e in exclude)]
         for file in files:
             name = prefix + file
@@ -117,7 +117,7 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
 
 
 def read_documents(source: SourceConfig, skipped: list[str]) -> Iterator[Document]:
-    """Yield a source's documents in order of name; append what cannot be read to `skipped` as "name: reason"."""
+    """Yield a source's documents by name; append "name: reason" to `skipped` for those that cannot be read."""
     for name, path in find_files(source):
         yield from _read_file(source, name, path, skipped)
 
@@ -163,7 +163,7 @@ def _read_records(file: str, lines: Iterable[bytes], text_field: str, skipped: l
             skipped.append(f"{name}: not JSON")
             continue
         if too_deep:
-            skipped.append(f"{name}: JSON that is nested deeper than {_MAX_NESTING}")
+            skipped.append(f"{name}: JSON nested deeper than {_MAX_NESTING}")
             continue
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             has = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -172,7 +172,7 @@ def _read_records(file: str, lines: Iterable[bytes], text_field: str, skipped: l
         try:
             yield Document(name, record[text_field].encode("utf-8"))
         except UnicodeEncodeError:
-            skipped.append(f"{name}: a lone surrogate, which UTF-8 cannot hold")
+            skipped.append(f"{name}: a lone surrogate, which UTF-8 cannot encode")
 
 
 def _is_nested_deeper(value: object, limit: int) -> bool:
@@ -186,9 +186,9 @@ def _is_nested_deeper(value: object, limit: int) -> bool:
 
 
 def survey(source: SourceConfig, seen: set[str], kept: KeptText | None = None) -> Survey:
-    """Read a source once. Count digests already in `seen` as duplicates, add new ones to it and their text to `kept`.
+    """Read a source once. Count digests in `seen` as duplicates; add new ones to `seen` and their text to `kept`.
 
-    Raises DataError when nothing is left.
+    Raises DataError if no document remains.
     """
     skipped: list[str] = []
     entries: list[Entry] = []
@@ -205,17 +205,17 @@ def survey(source: SourceConfig, seen: set[str], kept: KeptText | None = None) -
             if kept is not None:
                 kept.keep(digest, content)
     if not entries:
-        reasons = f"; the first skipped: {'; '.join(skipped[:3])}" if skipped else ""
+        reasons = f"; first skipped: {'; '.join(skipped[:3])}" if skipped else ""
         raise DataError(
             f"source {source.name!r} is empty: path {source.path!r}, include {source.include}, exclude "
-            f"{source.exclude} gave no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of "
-            f"others){reasons}; correct the path or the globs"
+            f"{source.exclude} give no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of "
+            f"others){reasons}. Correct the path or the globs"
         )
     return Survey(source, tuple(entries), tuple(skipped), empty, duplicates)
 
 
 def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[list[Entry], list[Entry]]:
-    """Split documents into (train, held-out) by the hash of their content, so that other documents never move one.
+    """Split documents into (train, held-out) by content hash, independently of the other documents.
 
     An empty side gets the document with the nearest hash. Raises DataError for a source of one document.
     """
@@ -223,8 +223,8 @@ def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[
         return list(entries), []
     if len(entries) < 2:
         raise DataError(
-            f"source {source_name!r} has 1 document and data.holdout_fraction = {fraction}: a document is never cut in "
-            "two; give it more documents, or set data.holdout_fraction to 0 and name data.evaluation_sources"
+            f"source {source_name!r} has 1 document and data.holdout_fraction = {fraction}: a document is never split. "
+            "Add documents, or set data.holdout_fraction to 0 and set data.evaluation_sources"
         )
     ranked = sorted(entry.digest for entry in entries)
     count = sum(int(digest[:8], 16) < fraction * 2**32 for digest in ranked)
@@ -233,9 +233,9 @@ def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[
 
 
 def reread(source: SourceConfig, entries: Iterable[Entry], kept: KeptText | None = None) -> Iterator[Document]:
-    """Yield the documents of these entries, which are in reading order.
+    """Yield the documents of `entries`, which must be in reading order.
 
-    Each comes from `kept`, or from its file, which is read once. Raises DataError when a document has changed.
+    Each comes from `kept` or from its file, which is read once. Raises DataError if a document has changed.
     """
     root = source_root(source)
     for name, of_file in itertools.groupby(entries, lambda entry: _file_of(source, entry)):
@@ -254,7 +254,7 @@ def _file_of(source: SourceConfig, entry: Entry) -> str:
 
 
 def _unchanged(source: SourceConfig, wanted: Sequence[Entry], documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the wanted documents of a file. Raises DataError unless it still holds each of them."""
+    """Yield the wanted documents of a file. Raises DataError if one is missing or has changed."""
     missing = {entry.name: entry.digest for entry in wanted}
     for document in documents:
         if document.name in missing:
@@ -265,5 +265,5 @@ def _unchanged(source: SourceConfig, wanted: Sequence[Entry], documents: Iterabl
     if missing:
         raise DataError(
             f"source {source.name!r}: {next(iter(missing))} in {source.path!r} changed while it was being read. Run "
-            "again when nothing writes there"
+            "again when no process writes there"
         )

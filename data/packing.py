@@ -1,10 +1,10 @@
-"""Documents to windows: which tokens share a window, and which of them are predicted.
+"""Pack documents into windows and define which tokens are predicted.
 
-A document is an opening token (`<end>`, or what a published tokenizer opens texts with) + content + `<end>`, a segment
-of its own; tokens attend and are predicted within their segment alone. So every token but the opening one of each
-document is predicted exactly once, by either packing.
+A document is an opening token (`<end>`, or a published tokenizer's start token), its content and `<end>`. It forms one
+segment; tokens attend and are predicted only within their segment. Either packing predicts every token exactly once,
+except for each document's opening token.
 
-Letters: N windows, T predicted tokens per window (it holds T + 1), M tokens of a stream, D documents.
+Letters: N windows, T predicted tokens per window (of T + 1), M tokens in a stream, D documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 
 def token_dtype(limit: int) -> np.dtype:
-    """The smaller of uint16 and int32 that holds values below `limit`."""
+    """Return uint16 if it holds all values below `limit`, else int32."""
     return np.dtype(np.uint16 if limit <= 2**16 else np.int32)
 
 
@@ -36,9 +36,9 @@ def concatenate(
 
 
 def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of a stream from each offset: (tokens, segment_ids), both int32 [N, length].
+    """Return the stream's windows at each offset as (tokens, segment_ids), both int32 [N, length].
 
-    Segments count from 1 in every window; past the stream's end both are 0.
+    Segments are numbered from 1 in every window. Past the end of the stream, both arrays are 0.
     """
     index = offsets_N[:, None] + np.arange(length)
     inside = index < len(stream_M)
@@ -51,21 +51,21 @@ def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length:
 
 
 def split_offsets(tokens: int, length: int, stride: int) -> np.ndarray:
-    """Starts int64 [N] of windows of T = length - 1 predicted tokens, so that together they predict all but the first
-    token.
+    """Return the starts int64 [N] of windows that together predict all tokens but the first.
 
-    The first window predicts T tokens, every later one its last `stride`; the rest of it is context.
+    The first window predicts T = length - 1 tokens. Every later one predicts its last `stride` tokens, with the others
+    as context.
     """
     later = -(-max(0, tokens - length) // stride)
     return np.arange(1 + later, dtype=np.int64) * stride
 
 
 def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
-    """Place whole documents, largest first, where the least room is left over: windows of (start, end) spans of the
-    stream.
+    """Return windows as lists of (start, end) spans of the stream, by best-fit packing (Ding et al. 2024,
+    arXiv:2404.10830).
 
-    A document longer than a window is cut in pieces that overlap by one token. Best-fit packing: Ding et al. 2024,
-    arXiv:2404.10830.
+    Documents are placed largest first, each in the window that it leaves with the least room. A document longer than a
+    window is cut into pieces that overlap by one token.
     """
     pieces = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -92,7 +92,7 @@ def best_fit(starts: np.ndarray, length: int) -> list[list[tuple[int, int]]]:
 
 
 def fill(stream_M: np.ndarray, windows: list[list[tuple[int, int]]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of `best_fit` as (tokens, segment_ids), both int32 [N, length]."""
+    """Return the windows of `best_fit` as (tokens, segment_ids), both int32 [N, length]."""
     tokens = np.zeros((len(windows), length), np.int32)
     segment_ids = np.zeros((len(windows), length), np.int32)
     for row, spans in enumerate(windows):
@@ -107,9 +107,9 @@ def fill(stream_M: np.ndarray, windows: list[list[tuple[int, int]]], length: int
 def packed_blocks(
     stream_M: np.ndarray, starts: np.ndarray, length: int, packing: str, block: int = 4096
 ) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
-    """Pack a stream for training: N, and blocks of (tokens, segment_ids), each int32 [<= block, length].
+    """Pack a stream for training. Return N and blocks of (tokens, segment_ids), each int32 [<= block, length].
 
-    Long windows make blocks of fewer rows, so that a block holds at most about 2**24 tokens.
+    Blocks of long windows have fewer rows, so that a block holds at most about 2**24 tokens.
     """
     block = max(1, min(block, 2**24 // length))
     if packing == "split":
@@ -122,7 +122,7 @@ def packed_blocks(
 
 
 def positions_of(segment_ids: np.ndarray) -> np.ndarray:
-    """Position of each token within its segment in this window, int32 [..., L]; 0 for padding."""
+    """Return the position of each token within its segment of the window, int32 [..., L]; 0 for padding."""
     index = np.broadcast_to(np.arange(segment_ids.shape[-1], dtype=np.int32), segment_ids.shape)
     first = np.ones(segment_ids.shape, bool)
     first[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
@@ -131,6 +131,6 @@ def positions_of(segment_ids: np.ndarray) -> np.ndarray:
 
 
 def target_weights(segment_ids: np.ndarray) -> np.ndarray:
-    """1 where token t + 1 is predicted from token t of the same segment, else 0: float32 [..., L - 1]."""
+    """Return float32 [..., L - 1]: 1 where token t + 1 is in the same segment as token t, else 0."""
     target = segment_ids[..., 1:]
     return ((target > 0) & (target == segment_ids[..., :-1])).astype(np.float32)

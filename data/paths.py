@@ -1,8 +1,8 @@
 """Paths of runs, checkpoints and records: `etils.epath.Path`, on a local disk or in a bucket of Google Cloud Storage.
 
-A text becomes a path here and nowhere else, because `pathlib` turns "gs://bucket" into the local folder "gs:/bucket".
-A bucket has neither append nor rename nor locks: an object appears whole when its upload ends, and a folder is nothing
-but the names of its objects. What depends on the difference asks `is_local`.
+Strings become paths only here, because `pathlib` turns "gs://bucket" into the local folder "gs:/bucket". A bucket has
+no append, rename or locks: an object appears whole when its upload ends, and a folder exists only as a prefix of object
+names. Code that depends on the difference calls `is_local`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 
 from etils import epath
 
-MAX_NAME_BYTES = 255  # of one part of a local path, on every common file system
+MAX_NAME_BYTES = 255  # limit for one part of a local path on common file systems
 
 
 class PathError(ValueError):
@@ -22,9 +22,9 @@ class PathError(ValueError):
 
 
 def parse_path(value: str | os.PathLike[str], field: str = "path") -> epath.Path:
-    """Return the path that a user wrote as `value` of `field`: local, or gs://BUCKET/NAME. Touches no disk.
+    """Return the path that a user wrote as `value` of `field`: local, or gs://BUCKET/NAME. Does not access the disk.
 
-    Raises PathError for another scheme, an address without a bucket, and a name that no file system takes.
+    Raises PathError for another scheme, an address without a bucket, or a name that no file system accepts.
     """
     text = os.fspath(value)
     shown = text if len(text) <= 100 else f"{text[:100]}... ({len(text)} characters)"
@@ -38,31 +38,31 @@ def parse_path(value: str | os.PathLike[str], field: str = "path") -> epath.Path
         bucket = rest.partition("/")[0]
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+", bucket) or "//" in rest:
             raise PathError(
-                f"{field} = {shown!r}: a path in a bucket is written gs://BUCKET/NAME. Try gs://BUCKET/runs/a"
+                f"{field} = {shown!r}: a path in a bucket has the form gs://BUCKET/NAME. Try gs://BUCKET/runs/a"
             )
     elif mangled := re.match(r"(gs|s3|az|hf|https?|file):/", text):
         raise PathError(
-            f"{field} = {shown!r}: {mangled[0]} lacks one of its two slashes and would be a local folder. "
+            f"{field} = {shown!r}: {mangled[0]} has one slash instead of two and would be a local folder. "
             f"Try gs://BUCKET/NAME or a local path"
         )
     if "\0" in text or not text:
-        raise PathError(f"{field} = {shown!r}: no file has this name. Try a name of letters, digits, '-' and '_'")
+        raise PathError(f"{field} = {shown!r}: not a valid file name. Try a name of letters, digits, '-' and '_'")
     if longest := max((len(os.fsencode(part)) for part in text.split("/")), default=0):
         if longest > MAX_NAME_BYTES:
             raise PathError(
-                f"{field} = {shown!r}: a name of {longest} bytes; file systems take at most {MAX_NAME_BYTES}. "
+                f"{field} = {shown!r}: a name has {longest} bytes, but file systems allow at most {MAX_NAME_BYTES}. "
                 f"Try a shorter name"
             )
     return epath.Path(text)
 
 
 def is_local(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path lies on a file system of this machine, with append, rename and locks."""
+    """Return whether a path is on a file system of this machine, with append, rename and locks."""
     return "://" not in os.fspath(path)
 
 
 def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
-    """Return `path` if this machine has what reads and writes it. Raises PathError where gcsfs is missing."""
+    """Return `path`. Raises PathError if it is in a bucket and gcsfs is not installed."""
     if not is_local(path):
         import fsspec
 
@@ -77,16 +77,16 @@ def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
 
 
 def forget_listings(path: epath.Path) -> None:
-    """Drop what the client of a bucket remembers of its folders, since other processes and libraries write there."""
+    """Drop the bucket client's cached listings, since other processes and libraries write there."""
     if not is_local(path):
         import fsspec
 
-        # The very instance that epath uses: fsspec returns one instance for equal arguments.
+        # This is the instance that epath uses: fsspec returns the same one for equal arguments.
         fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()
 
 
 def list_names(folder: epath.Path) -> list[str]:
-    """Return the sorted names in a folder, none for one that does not exist. Raises OSError for any other failure."""
+    """Return the sorted names in a folder, or [] if it does not exist. Raises OSError for any other failure."""
     forget_listings(folder)
     try:
         return sorted(path.name for path in folder.iterdir())
@@ -95,14 +95,15 @@ def list_names(folder: epath.Path) -> list[str]:
 
 
 def file_size(file: epath.Path) -> int:
-    """Return the bytes of a file. Raises OSError. (A local `epath` stat fails for a user without a name.)"""
+    """Return the size of a file in bytes. Raises OSError."""
+    # epath's local stat fails if the user id has no name.
     return os.stat(file).st_size if is_local(file) else file.stat().length
 
 
 def write_whole(file: str | os.PathLike[str], content: str | bytes, *, local: bool | None = None) -> None:
-    """Write a file so that a reader, even after a crash, finds the old content or the new one. Raises OSError.
+    """Write a file so that a reader finds either the old or the new content, even after a crash. Raises OSError.
 
-    local: whether `file` lies on a file system that renames (default: read off the path).
+    local: whether the file system of `file` can rename (default: taken from the path).
     """
     path = parse_path(file)
     data = content.encode("utf-8") if isinstance(content, str) else content

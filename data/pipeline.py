@@ -1,6 +1,6 @@
-"""Batches: the endless training stream, which depends on seed and step alone, and the held-out windows in order.
+"""Batches: an endless training stream that depends only on seed and step, and held-out windows in order.
 
-Letters: B windows of a batch (of this host), T predicted tokens; a window holds T + 1.
+Letters: B windows in this host's batch, T predicted tokens per window of T + 1.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
             f"data.sources names {sorted(weights)}, but the prepared data has {sorted(prepared.train_names)}"
         )
     log_tokens = {name: np.log(prepared.counts(name).train_tokens) / config.temperature for name in weights}
-    largest = max(log_tokens.values())  # powers of token counts overflow at low temperatures; shares do not
+    largest = max(log_tokens.values())  # avoids overflow of powers of token counts at low temperatures
     shares = {name: weight * np.exp(log_tokens[name] - largest) for name, weight in weights.items()}
     return {name: float(share / sum(shares.values())) for name, share in shares.items()}
 
 
 def _source_order(source: int, name: str, windows: int, seed: int) -> grain.MapDataset:
-    """Endless (source, window): a fresh permutation of the windows in every epoch."""
-    # Seeded by name, so that a source keeps its order when others are added.
+    """Return an endless dataset of (source, window), with a new permutation of the windows in every epoch."""
+    # The seed depends on the name, so that a source keeps its order when others are added.
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     shuffled = grain.MapDataset.range(windows).shuffle(seed=int.from_bytes(key[:4], "little"))
     return shuffled.repeat().map(lambda window: (source, window))
@@ -62,12 +62,12 @@ class TrainBatches(Iterator[Batch]):
         if config.batch_size % process_count or not 0 <= process_index < process_count:
             raise DataError(
                 f"data.batch_size = {config.batch_size} over {process_count} processes (this one is {process_index}): "
-                "the batch must divide evenly and processes count from 0; change data.batch_size"
+                "the batch must divide evenly, and processes are numbered from 0. Change data.batch_size"
             )
         if config.sequence_length != prepared.sequence_length:
             raise DataError(
                 f"data.sequence_length = {config.sequence_length}, but the prepared windows have "
-                f"{prepared.sequence_length}: prepare the data again with this config"
+                f"{prepared.sequence_length}. Prepare the data again with this config"
             )
         shares = mixture(prepared, config)
         self._fixed = {
@@ -85,7 +85,7 @@ class TrainBatches(Iterator[Batch]):
             list(shares.values()),
         )
         rows = config.batch_size // process_count
-        # Not a method: the prefetching thread must not keep this stream alive, or it would never be collected.
+        # Not a method: the prefetching thread must not keep this stream alive, or it would never be garbage-collected.
         self._batch_at = functools.partial(_batch_at, arrays, order, config.batch_size, process_index * rows, rows)
         self._prefetch = config.prefetch
         self._start(start_step)
@@ -93,7 +93,7 @@ class TrainBatches(Iterator[Batch]):
     def _start(self, step: int) -> None:
         self._step = step
         batches = grain.MapDataset.range(step, sys.maxsize).map(self._batch_at)
-        # Grain's default of 16 threads and a buffer of 500 is an order slower than none on memory-mapped windows.
+        # On memory-mapped windows, Grain's default of 16 threads and a buffer of 500 is ten times slower than none.
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._prefetch:
             stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=self._prefetch)
@@ -101,7 +101,7 @@ class TrainBatches(Iterator[Batch]):
         self._release = weakref.finalize(self, _release, self._live)
 
     def batch_at(self, step: int) -> Batch:
-        """Return the batch of any step, without moving the stream."""
+        """Return the batch of any step without moving the stream."""
         return self._batch_at(step)
 
     def __next__(self) -> Batch:
@@ -112,25 +112,25 @@ class TrainBatches(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict:
-        """Return the position as JSON values: the step of the next batch, and everything the stream depends on."""
+        """Return the position as JSON values: the step of the next batch and everything the stream depends on."""
         return {"step": self._step, **self._fixed}
 
     def set_state(self, state: dict) -> None:
-        """Move to the position of `get_state`. Raises DataError when the state belongs to another stream."""
+        """Move to a position from `get_state`. Raises DataError if the state belongs to another stream."""
         for name, value in self._fixed.items():
             if state.get(name) != value:
                 raise DataError(
-                    f"the saved data position has {name} = {state.get(name)!r}, this run has {value!r}: the stream "
-                    "would not continue; restore the data config, or start without the saved position"
+                    f"the saved data position has {name} = {state.get(name)!r}, but this run has {value!r}, so the "
+                    "stream cannot continue. Restore the data config, or start without the saved position"
                 )
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
-            raise DataError(f"the saved data position has step = {step!r}: it must be an integer from 0")
+            raise DataError(f"the saved data position has step = {step!r}: must be an integer of at least 0")
         self.close()
         self._start(step)
 
     def close(self) -> None:
-        """Stop the prefetching thread; the stream yields nothing until `set_state`."""
+        """Stop the prefetching thread. The stream yields nothing until `set_state`."""
         self._release()
 
     def __enter__(self) -> Self:
@@ -141,19 +141,19 @@ class TrainBatches(Iterator[Batch]):
 
 
 def _release(live: list[grain.DatasetIterator]) -> None:
-    # Emptied as well as closed: Grain's __del__ fails when it runs only after the interpreter has taken its module
-    # apart.
+    # Also drop the iterator: Grain's __del__ fails if it runs during interpreter shutdown.
     live.pop().close()
 
 
 def train_batches(
     prepared: Prepared, config: DataConfig, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
 ) -> TrainBatches:
-    """Return the endless stream of one host's batches, rows of [B, T].
+    """Return the endless stream of one host's batches of shape [B, T].
 
-    Global batch t is windows t * batch_size onwards of a mixture of sources, each reshuffled every epoch; host p of P
-    has its p-th contiguous slice of the rows. Segment 0 is padding. Close it, or use it in `with`, to stop its thread.
-    Raises DataError when the batch does not divide over the hosts or the config does not fit the prepared data.
+    Global batch t is the next `batch_size` windows from window t * batch_size of a mixture of sources, each of which is
+    reshuffled every epoch. Host p of P has the p-th contiguous slice of the rows. Segment 0 is padding. Close the
+    stream, or use it in `with`, to stop its thread. Raises DataError if the batch does not divide over the hosts or the
+    config does not match the prepared data.
     """
     return TrainBatches(prepared, config, start_step, process_index, process_count)
 
@@ -168,24 +168,24 @@ def heldout_windows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Return batches of a source's held-out documents in order, rows of [B, T].
+    """Return batches of a source's held-out documents in order, with shape [B, T].
 
-    Every token but each document's opening `<end>` has loss weight 1 exactly once, so that the scored tokens spell
-    exactly the held-out bytes (and the end of each document, which a compressor encodes too). A window scores its last
-    `stride` targets and sees the rest as context; None is T, no context. `max_windows` takes that many windows evenly
-    spread: count their bytes with `byte_lengths`. The last batch is padded with weight 0; hosts get slices of rows as
-    in training. Raises DataError for an unknown source, a stride outside 1..T, or a batch that does not divide over the
-    hosts.
+    Every token except each document's opening token has loss weight 1 exactly once, so that the scored tokens spell
+    exactly the held-out bytes (plus the end of each document, which a compressor also encodes). A window scores its
+    last `stride` targets, with the others as context; None means T, without context. `max_windows` selects that many
+    evenly spread windows; count their bytes with `byte_lengths`. The last batch is padded with weight 0. Hosts get
+    slices of rows as in training. Raises DataError for an unknown source, a stride outside 1..T, or a batch that does
+    not divide over the hosts.
     """
     length = prepared.sequence_length + 1
     stride = length - 1 if stride is None else stride
     if not 1 <= stride < length:
-        raise DataError(f"stride = {stride}: a window predicts {length - 1} tokens; set it between 1 and {length - 1}")
+        raise DataError(f"stride = {stride}: a window predicts {length - 1} tokens. Set it between 1 and {length - 1}")
     if batch_size % process_count:
-        raise DataError(f"batch_size = {batch_size} does not divide over {process_count} hosts; change it")
+        raise DataError(f"batch_size = {batch_size}: does not divide over {process_count} hosts. Change it")
     if not prepared.counts(name).heldout_documents:
         raise DataError(
-            f"source {name!r} holds nothing out: raise data.holdout_fraction, or use {prepared.heldout_names}"
+            f"source {name!r} has no held-out documents. Raise data.holdout_fraction, or use {prepared.heldout_names}"
         )
     return _heldout_batches(prepared, name, batch_size, stride, max_windows, process_index, process_count)
 

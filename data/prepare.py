@@ -1,12 +1,12 @@
-"""From a DataConfig to a folder of tokenizer, packed windows and held-out sets, made once and then memory-mapped.
+"""Prepare a DataConfig's tokenizer, packed windows and held-out sets in a cache folder, which is then memory-mapped.
 
-The folder's name is a hash of everything that decides its content: the documents, the tokenizer, the window and the
-packing. It appears whole or not at all (data/storage.py); a damaged one is reported, removed and made again. Of several
-processes that share the cache, one prepares and the others open the result (data/processes.py).
+The folder's name is a hash of everything that determines its content: documents, tokenizer, window and packing. The
+folder is complete or absent (data/storage.py); a damaged one is reported, removed and made again. If several processes
+share the cache, one prepares and the others open the result (data/processes.py).
 
-The text is read once to survey it. What fits in `keep_bytes` of memory is then not read again; of the rest, the
-documents that the tokenizer learns from are read once more, and all documents once more when they are encoded. A cache
-hit stops after the survey: the documents' digests are the cache's key.
+A survey reads the text once. Documents that fit in `keep_bytes` of memory are not read again. The others are read once
+more if the tokenizer is trained on them, and once more for encoding. A cache hit stops after the survey, because the
+documents' digests are the cache key.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from data.storage import checksum, discard, enough_space, open_array, remove_lef
 from data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1  # of the folder: raise it when its files change meaning
+_FORMAT = 1  # version of the folder's format: raise it when the meaning of files changes
 _ENCODE_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """Counts of one source."""
+    """Document and token counts of one source."""
 
     name: str
     documents: int  # distinct and readable
@@ -48,7 +48,7 @@ class SourceCounts:
     duplicates: int
     train_documents: int
     train_bytes: int
-    train_tokens: int  # with the opening and the end token of each document
+    train_tokens: int  # including the opening and end tokens of each document
     windows: int
     heldout_documents: int
     heldout_bytes: int
@@ -58,7 +58,7 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared corpus on disk. `identity` is the SHA-256 in hex of everything that decides its content."""
+    """A prepared corpus on disk. `identity` is the SHA-256 in hex of everything that determines its content."""
 
     directory: Path
     identity: str
@@ -73,12 +73,12 @@ class Prepared:
 
     @property
     def train_names(self) -> tuple[str, ...]:
-        """Names of the sources that have training windows."""
+        """Return the names of the sources with training windows."""
         return tuple(source.name for source in self.sources if source.windows)
 
     @property
     def heldout_names(self) -> tuple[str, ...]:
-        """Names of the sources that have held-out documents."""
+        """Return the names of the sources with held-out documents."""
         return tuple(source.name for source in self.sources if source.heldout_documents)
 
     def counts(self, name: str) -> SourceCounts:
@@ -86,10 +86,10 @@ class Prepared:
         for source in self.sources:
             if source.name == name:
                 return source
-        raise DataError(f"no source named {name!r}: there are {[source.name for source in self.sources]}")
+        raise DataError(f"no source named {name!r}. Sources: {[source.name for source in self.sources]}")
 
     def array(self, name: str) -> np.ndarray:
-        """Return a memory-mapped array of the folder, e.g. 'train.stdlib.tokens'."""
+        """Return a memory-mapped array in the folder, such as 'train.stdlib.tokens'."""
         return np.load(self.directory / f"{name}.npy", mmap_mode="r")
 
 
@@ -102,9 +102,9 @@ def prepare(
 ) -> Prepared:
     """Read, deduplicate, split, tokenize and pack the sources, or find them prepared in the cache.
 
-    Every process of `processes` must call it. The lowest one that shares a cache folder prepares, and keeps at most
-    `keep_bytes` of text in memory. Raises DataError in every process for a config or a corpus that cannot work and for
-    a full disk, OSError in the process that cannot write the cache.
+    Every process of `processes` must call it. The lowest one that shares a cache folder prepares the data, with at most
+    `keep_bytes` of text in memory. Raises DataError in every process for an invalid config or corpus or a full disk,
+    and OSError in a process that cannot write to the cache.
     """
     config.validate()
     cache = Path(config.cache_dir or ".cache/data").expanduser().absolute()
@@ -119,13 +119,13 @@ def prepare(
     names = rounds.together(lead)
     if len(different := sorted(set(names) - {""})) > 1:
         raise DataError(
-            f"the hosts prepared different data ({', '.join(different)}): give every host the same text and the same "
-            "versions of Python and sentencepiece"
+            f"the hosts prepared different data ({', '.join(different)}). Use the same text and the same versions of "
+            "Python and sentencepiece on every host"
         )
     opened: list[Prepared] = []
 
     def open_it() -> str:
-        opened.append(open_prepared(cache / names[leader], verify=False))  # the leader has just verified or written it
+        opened.append(open_prepared(cache / names[leader], verify=False))  # the leader has verified or written it
         return ""
 
     rounds.together(open_it)
@@ -133,10 +133,10 @@ def prepare(
 
 
 def _prepare(config: DataConfig, cache: Path, log: Callable[[str], None], keep_bytes: int) -> Path:
-    """Return the prepared folder in the cache, which is made if it is missing or damaged."""
+    """Return the prepared folder in the cache, and make it if it is missing or damaged."""
     started = time.monotonic()
     if leftovers := remove_leftovers(cache):
-        log(f"removed what interrupted preparations left in {cache}: {', '.join(leftovers)}")
+        log(f"removed leftovers of interrupted preparations in {cache}: {', '.join(leftovers)}")
     kept = KeptText(keep_bytes)
     parts = _survey_all(config, kept)
     for read, train, heldout in parts:
@@ -170,15 +170,15 @@ def _prepare(config: DataConfig, cache: Path, log: Callable[[str], None], keep_b
     tokens, windows = sum(s.train_tokens for s in counts), sum(s.windows for s in counts)
     log(
         f"packed {tokens:,} training tokens into {windows:,} windows of {config.sequence_length} ({config.packing}); "
-        f"{time.monotonic() - started:.1f} s in all"
+        f"{time.monotonic() - started:.1f} s in total"
     )
     return directory
 
 
 def open_prepared(directory: str | Path, *, verify: bool = True) -> Prepared:
-    """Open a prepared folder. Raises DataError naming the file that is missing, truncated or altered.
+    """Open a prepared folder. Raises DataError with the file that is missing, truncated or altered.
 
-    `verify` reads every file and compares its checksum; without it only the sizes are compared.
+    `verify` reads every file and compares its checksum; otherwise only sizes are compared.
     """
     directory = Path(directory)
     try:
@@ -190,24 +190,24 @@ def open_prepared(directory: str | Path, *, verify: bool = True) -> Prepared:
             for counts in manifest["sources"]
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{directory / 'manifest.json'} cannot be read ({error}); remove the folder") from error
+        raise DataError(f"{directory / 'manifest.json'} cannot be read ({error}). Remove the folder") from error
     for name, (size, expected) in sizes.items():
         path = directory / name
         found = path.stat().st_size if path.is_file() else None
         if found is None:
-            raise DataError(f"{path} is missing; remove the folder")
+            raise DataError(f"{path} is missing. Remove the folder")
         if found != size:
-            raise DataError(f"{path} ends at byte {found} of {size}; remove the folder")
+            raise DataError(f"{path} has {found} bytes instead of {size}. Remove the folder")
         if verify and checksum(path) != expected:
-            raise DataError(f"{path} has the wrong checksum: its {size} bytes were altered; remove the folder")
+            raise DataError(f"{path} has the wrong checksum: its {size} bytes were altered. Remove the folder")
     return Prepared(directory=directory, tokenizer=load_tokenizer(directory / "tokenizer"), sources=sources, **fields)
 
 
 def heldout_files(prepared: Prepared, name: str) -> list[tuple[str, str]]:
-    """Return the held-out documents of a source as (name, text), in the order of evaluation."""
+    """Return the held-out documents of a source as (name, text), in evaluation order."""
     if not prepared.counts(name).heldout_documents:
         raise DataError(
-            f"source {name!r} holds nothing out: raise data.holdout_fraction, or use {prepared.heldout_names}"
+            f"source {name!r} has no held-out documents. Raise data.holdout_fraction, or use {prepared.heldout_names}"
         )
     with (prepared.directory / f"heldout.{name}.jsonl").open(encoding="utf-8", newline="\n") as lines:
         return [(record["name"], record["text"]) for record in map(json.loads, lines)]
@@ -218,7 +218,7 @@ _Part = tuple[Survey, list[Entry], list[Entry]]  # a source, its training and it
 
 def _survey_all(config: DataConfig, kept: KeptText) -> list[_Part]:
     seen: set[str] = set()
-    # Evaluation sources come first: a document that is also in a training source is a duplicate there.
+    # Evaluation sources are read first, so that their documents count as duplicates in training sources.
     evaluation = [survey(source, seen, kept) for source in config.evaluation_sources]
     parts = []
     for source in config.sources:
@@ -234,7 +234,7 @@ def _cached_tokenizer(
         return train_tokenizer(config.tokenizer, ())
     if config.tokenizer.kind == "saved":
         return saved_tokenizer(config.tokenizer)
-    # Digests order documents at random, whatever their names and paths.
+    # Digests give a random order that does not depend on names and paths.
     ranked = sorted((entry.digest, entry.size) for _, train, _ in parts for entry in train)
     before = itertools.accumulate((size for _, size in ranked), initial=0)
     chosen = {
@@ -258,14 +258,14 @@ def _cached_tokenizer(
     tokenizer = train_tokenizer(config.tokenizer, texts)
     with whole_folder(directory) as temporary, enough_space(temporary / "tokenizer"):
         tokenizer.save(temporary)
-    log(f"learned a vocabulary of {tokenizer.vocab_size} pieces in {time.monotonic() - started:.1f} s")
+    log(f"trained a tokenizer of {tokenizer.vocab_size} pieces in {time.monotonic() - started:.1f} s")
     return tokenizer
 
 
 def _write(
     directory: Path, config: DataConfig, parts: list[_Part], kept: KeptText, tokenizer: Tokenizer, identity: str
 ) -> list[SourceCounts]:
-    """Encode and pack the parts into an empty folder, and return the counts of each source."""
+    """Encode and pack the parts into an empty folder. Return the counts of each source."""
     counts = [_write_source(directory, config, part, kept, tokenizer) for part in parts]
     with enough_space(directory / "tokenizer"):
         tokenizer.save(directory / "tokenizer")
@@ -333,7 +333,7 @@ def _encode(
     dtype: np.dtype,
     copy: Callable[[str], object],
 ) -> tuple[_Stream, _Stream]:
-    """Return the (training, held-out) streams of a source; `copy` gets each held-out document as a line of JSON."""
+    """Return the (training, held-out) streams of a source; `copy` receives held-out documents as lines of JSON."""
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     documents = zip(read.entries, reread(read.source, read.entries, kept), strict=True)
     while batch := list(itertools.islice(documents, _ENCODE_DOCUMENTS)):

@@ -1,6 +1,6 @@
-"""Several processes that prepare data together: one does the work for all that share its cache, the others wait.
+"""Coordinate processes that prepare data: one works for all that share its cache, and the others wait.
 
-The caller brings the processes (`Processes`: jax.distributed's, or a test's); nothing here imports JAX.
+The caller provides the `Processes` (from jax.distributed, or a test); this module does not import JAX.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any, Protocol
 
 from data.config import DataError
 
-SHARING = "sharing-"  # prefix of the folder by which processes find out who shares their cache
-_FAREWELL_SECONDS = 10.0
+SHARING = "sharing-"  # prefix of the folder that shows which processes share a cache
+_ERROR_READ_SECONDS = 10.0
 
 
 class Processes(Protocol):
-    """The processes of a run, and a store of text by key that they share."""
+    """The processes of a run and a key-value store of text that they share."""
 
     @property
     def index(self) -> int:
-        """Number of this process, from 0."""
+        """Return the number of this process, from 0."""
         ...
 
     @property
     def count(self) -> int:
-        """Number of processes, at least 1."""
+        """Return the number of processes, at least 1."""
         ...
 
     def send(self, key: str, text: str) -> None:
-        """Make a text known to all processes, without waiting for them."""
+        """Publish a text to all processes without waiting for them."""
         ...
 
     def receive(self, key: str, timeout: float | None = None) -> str:
@@ -44,23 +44,23 @@ class Processes(Protocol):
 
 @dataclass(frozen=True)
 class OneProcess:
-    """A process without others."""
+    """A single process."""
 
     index: int = 0
     count: int = 1
 
     def send(self, key: str, text: str) -> None:
-        raise AssertionError("one process sends nothing")
+        raise AssertionError("a single process must not send")
 
     def receive(self, key: str, timeout: float | None = None) -> str:
-        raise AssertionError("one process receives nothing")
+        raise AssertionError("a single process must not receive")
 
 
 ONE_PROCESS = OneProcess()
 
 
 class Rounds:
-    """Rounds of work that all processes do in the same order. An error of one is an error of all: nobody waits on.
+    """Rounds of work that all processes do in the same order. If one fails, all raise and none keeps waiting.
 
     Process 0 collects the answers of a round and publishes them together, so that a round costs each process two keys.
     """
@@ -72,7 +72,7 @@ class Rounds:
     def together(self, work: Callable[[], str]) -> list[str]:
         """Run `work` in every process and return all results, by process.
 
-        A process whose work fails raises its error; every other process raises OtherProcessFailed with the same words.
+        If the work fails in one process, it raises its error and the others raise OtherProcessFailed with its message.
         """
         if self.processes.count == 1:
             return [work()]
@@ -87,17 +87,17 @@ class Rounds:
             failed = outcome["process"]
             if self.processes.index == 0:
                 self._wait_until_read(failed)
-            raise OtherProcessFailed(f"process {failed} failed while it prepared the data: {outcome['error']}")
+            raise OtherProcessFailed(f"process {failed} failed while preparing the data: {outcome['error']}")
         return outcome["results"]
 
     def _answer(self, answer: dict[str, Any]) -> None:
-        """Send this process's answer to process 0, or keep it where this is process 0."""
+        """Send this process's answer to process 0, or store it if this is process 0."""
         self._own = answer
         if self.processes.index > 0:
             self.processes.send(f"{self._round}/{self.processes.index}", json.dumps(answer))
 
     def _collect(self) -> dict[str, Any]:
-        """Wait for all answers, or for the first error, and publish them."""
+        """Wait for all answers or the first error, and publish the outcome."""
         results = [self._own["result"]]
         outcome: dict[str, Any] = {"results": results}
         for index in range(1, self.processes.count):
@@ -113,64 +113,64 @@ class Rounds:
         self.processes.send(f"{self._round}/all", json.dumps(outcome))
 
     def _wait(self) -> dict[str, Any]:
-        """Wait for what process 0 publishes."""
+        """Wait for the outcome that process 0 publishes."""
         outcome = json.loads(self.processes.receive(f"{self._round}/all"))
         if "error" in outcome:
             self.processes.send(f"{self._round}/read/{self.processes.index}", "")
         return outcome
 
     def _fail(self, error: BaseException) -> None:
-        """Send the error of this process for this round and, if its answer was sent already, for the next one."""
-        with contextlib.suppress(Exception):  # the store may be what failed
+        """Send this process's error for this round and, in case its answer was already sent, for the next one."""
+        with contextlib.suppress(Exception):  # the store itself may have failed
             for _ in range(2):
                 if self.processes.index == 0:
-                    self._publish({"error": _words(error), "process": 0})
+                    self._publish({"error": _message(error), "process": 0})
                 else:
-                    self._answer({"error": _words(error)})
+                    self._answer({"error": _message(error)})
                 self._round += 1
             self._round -= 2
             if self.processes.index == 0 and isinstance(error, Exception):  # an interrupted process leaves at once
                 self._wait_until_read()
 
     def _wait_until_read(self, failed: int = 0) -> None:
-        """Stay until the others have read the error: process 0 serves the store, which ends with it."""
+        """Wait until the others have read the error, because process 0 serves the store."""
         with contextlib.suppress(TimeoutError):
             for index in range(1, self.processes.count):
                 if index != failed:
-                    self.processes.receive(f"{self._round}/read/{index}", _FAREWELL_SECONDS)
+                    self.processes.receive(f"{self._round}/read/{index}", _ERROR_READ_SECONDS)
 
 
 class OtherProcessFailed(DataError):
-    """The error of another process."""
+    """An error in another process."""
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def leader_of(rounds: Rounds, cache: Path) -> int:
-    """Return the lowest process that shares this process's cache folder, which is made.
+    """Create the cache folder and return the lowest process that shares it.
 
-    Every process leaves a file in the folder and looks for the others' files: one host, or storage that several hosts
-    share, has one leader. A process that sees the others late (a network file system may cache a listing) leads itself
-    and prepares the same content, so that a wrong answer costs time and nothing else.
+    Every process writes a file in the folder and looks for the others' files, so that one host, or several hosts with
+    shared storage, have one leader. A process that does not yet see the others (network file systems may cache
+    listings) leads itself and prepares the same content, which only costs time.
     """
     index = rounds.processes.index
     if rounds.processes.count == 1:
         cache.mkdir(parents=True, exist_ok=True)
         return index
     name = rounds.together(lambda: uuid.uuid4().hex)[0]
-    marks = cache / f"{SHARING}{name}"
+    presence = cache / f"{SHARING}{name}"
 
-    def mark() -> str:
-        marks.mkdir(parents=True, exist_ok=True)
-        (marks / str(index)).touch()
+    def announce() -> str:
+        presence.mkdir(parents=True, exist_ok=True)
+        (presence / str(index)).touch()
         return ""
 
-    rounds.together(mark)
-    lowest = rounds.together(lambda: str(min(int(path.name) for path in marks.iterdir())))
+    rounds.together(announce)
+    lowest = rounds.together(lambda: str(min(int(path.name) for path in presence.iterdir())))
     leader = index
     while int(lowest[leader]) < leader:
         leader = int(lowest[leader])
-    shutil.rmtree(marks, ignore_errors=True)
+    shutil.rmtree(presence, ignore_errors=True)
     return leader

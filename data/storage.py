@@ -1,7 +1,7 @@
-"""The cache folder on disk: folders that appear whole or not at all, and errors that say how much space is missing.
+"""Cache folders on disk that are complete or absent, and errors that report the free and required space.
 
-A folder is written under `writing-*` and renamed. Its writer holds a lock on a file in it, so that a later start knows
-the leftovers of killed preparations from the work of live ones.
+A folder is written under `writing-*` and then renamed. Its writer locks a file in it, so that a later start can
+distinguish leftovers of killed preparations from work in progress.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from data.processes import SHARING
 
 _WRITING = "writing-"
 _LOCK = "lock"
-_ABANDONED_SECONDS = 86_400.0  # a folder whose lock says nothing is a leftover after a day without a change
+_ABANDONED_SECONDS = 86_400.0  # without a usable lock, a folder is a leftover after a day without changes
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Give a new folder that becomes `target` when the block succeeds and vanishes when it fails."""
+    """Yield a new folder that becomes `target` if the block succeeds and is removed if it fails."""
     with _locked_folder(target.parent) as parent:
         temporary = parent / target.name
         temporary.mkdir()
@@ -41,12 +41,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             temporary.rename(target)
         except OSError:
-            if not target.exists():  # else another process made the same content first
+            if not target.exists():  # otherwise another process made the same content first
                 raise
 
 
 def discard(folder: Path) -> None:
-    """Remove a damaged folder in one step, so that no process removes what another one has just put there."""
+    """Remove a damaged folder in one step, so that no process removes another one's new folder."""
     with _locked_folder(folder.parent) as parent, contextlib.suppress(FileNotFoundError):
         folder.rename(parent / folder.name)
 
@@ -55,15 +55,15 @@ def discard(folder: Path) -> None:
 def _locked_folder(cache: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=_WRITING, dir=cache, ignore_cleanup_errors=True) as name:
         with (Path(name) / _LOCK).open("w") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks: leftovers are known by their age
+            with contextlib.suppress(OSError):  # without locks, the age of a folder decides
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                lock.write(platform.node())  # while it is empty, its writer may not hold it yet
+                lock.write(platform.node())  # while the file is empty, its writer may not hold the lock yet
                 lock.flush()
             yield Path(name)
 
 
 def remove_leftovers(cache: Path) -> list[str]:
-    """Remove what killed preparations left in the cache, and return the names of the folders."""
+    """Remove the leftovers of killed preparations from the cache and return their names."""
     removed = []
     for folder in sorted(cache.iterdir()):
         if (folder.name.startswith(_WRITING) and _is_leftover(folder)) or (
@@ -79,10 +79,10 @@ def _is_leftover(folder: Path) -> bool:
     try:
         with (folder / _LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.read() == platform.node():  # locks of another host may not reach this one
+            if lock.read() == platform.node():  # locks of other hosts may not be visible here
                 return True
     except BlockingIOError:
-        return False  # its writer is alive
+        return False  # its writer is running
     except OSError:
         pass  # no lock file, or a file system without locks
     return _is_old(folder)
@@ -92,13 +92,13 @@ def _is_old(folder: Path) -> bool:
     try:
         changed = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
     except OSError:
-        return False  # somebody else removes it, or writes to it
+        return False  # another process is removing it or writing to it
     return time.time() - changed > _ABANDONED_SECONDS
 
 
 @contextmanager
 def enough_space(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn a full disk in the block, which writes `needed` bytes to `path`, into a DataError that says what to do."""
+    """Turn the OSError of a full disk in the block, which writes `needed` bytes to `path`, into a DataError."""
     cache = next((parent.parent for parent in path.parents if parent.name.startswith(_WRITING)), path.parent)
     free = shutil.disk_usage(cache).free
     try:
@@ -108,16 +108,16 @@ def enough_space(path: Path, needed: int | None = None) -> Iterator[None]:
             raise
         needs = "" if needed is None else f"{path.name} needs {needed:,} bytes and "
         raise DataError(
-            f"data.cache_dir: {cache} has no space for the prepared data: {needs}{free:,} bytes are free "
-            f"({error.strerror}). Free space there, or set data.cache_dir to a folder on another disk"
+            f"data.cache_dir: {cache} has no space for the prepared data ({needs}{free:,} bytes are free; "
+            f"{error.strerror}). Free some space, or set data.cache_dir to a folder on another disk"
         ) from error
 
 
 @contextmanager
 def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Callable[[np.ndarray], None]]:
-    """Give a function that writes blocks of rows to an .npy file, as plain writes into space that is reserved first.
+    """Yield a function that writes blocks of rows to an .npy file whose space is reserved first.
 
-    A memory-mapped file would end the process with SIGBUS on a full disk; this raises OSError.
+    Plain writes raise OSError on a full disk, where a memory-mapped file would end the process with SIGBUS.
     """
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -132,7 +132,7 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[
         file.flush()
         os.fsync(file.fileno())  # a network file system may report a full disk only here
         if file.tell() != size:
-            raise AssertionError(f"{path}: {file.tell()} bytes were written, {size} expected")
+            raise AssertionError(f"{path}: {file.tell()} bytes written, {size} expected")
 
 
 def _reserve(file: int, size: int) -> None:
@@ -140,7 +140,7 @@ def _reserve(file: int, size: int) -> None:
         os.posix_fallocate(file, 0, size)
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise  # else the file system cannot reserve, and the writes will report a full disk
+            raise  # other errors: the file system cannot reserve space, and writing will report a full disk
 
 
 def checksum(path: Path) -> int:

@@ -1,7 +1,7 @@
-"""Tokenizers, whatever their kind: ours (SentencePiece BPE, bytes) and those that models are published with.
+"""Public interface to all tokenizers: those trained here (SentencePiece BPE, bytes) and those of published models.
 
-The kinds are in data/tokenizers: trained (ours), huggingface (tokenizer.json), ranks (tiktoken), sentencepieces
-(others' SentencePiece models). Published kinds need the extra `hf`; nothing is imported before it is needed.
+The kinds are in data/tokenizers: trained (this project's), huggingface (tokenizer.json), ranks (tiktoken) and
+sentencepieces (published SentencePiece models). Published kinds need the extra `hf`; packages are imported when used.
 """
 
 from data.tokenizers.fit import fit_vocabulary

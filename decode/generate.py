@@ -1,9 +1,10 @@
-"""Text from a model: prefill, then one jitted loop over a cache that is updated in place.
+"""Generate text: prefill, then one jitted loop over a cache that is updated in place.
 
 `generate` and `stream` run the same two compiled programs, one for the prompt and one for the loop. Sizes are rounded
-up to buckets, sampling parameters are arrays: a new request compiles nothing unless it opens a new bucket.
+up to buckets and sampling parameters are arrays, so that a new request compiles nothing unless it needs a new bucket.
 
-Shapes: B rows, P bucket of prompt length, S slots of a row (prompt and new tokens), V vocabulary, E stop ids, D width.
+Shapes: B rows, P bucket of the prompt length, S positions of a row (prompt and new tokens), V vocabulary, E stop ids,
+D width.
 """
 
 from __future__ import annotations
@@ -30,42 +31,42 @@ SMALLEST_BUCKET = 16
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated for one prompt."""
+    """The generated tokens for one prompt."""
 
-    tokens: list[int]  # new tokens; the last is the stop id where finished == 'stop'
+    tokens: list[int]  # new tokens; the last one is the stop id if finished == 'stop'
     logprobs: list[float]  # natural log of each token's probability before penalties, temperature and filters
     finished: Literal["stop", "length"]
 
 
 class Request(NamedTuple):
-    """What stays the same while a batch is generated."""
+    """Inputs that stay constant while a batch is generated."""
 
     sampler: SamplerArrays
-    prompt_B: Int[HostOrDevice, "B"]  # tokens of the prompt
-    limit_B: Int[HostOrDevice, "B"]  # tokens of prompt and text at most
+    prompt_B: Int[HostOrDevice, "B"]  # number of prompt tokens
+    limit_B: Int[HostOrDevice, "B"]  # maximum number of tokens, including the prompt
     stop_BE: Int[HostOrDevice, "B E"]  # padded with -1
 
 
 class State(NamedTuple):
-    """A batch in the making. Every row holds one token more than its cache: the newest, not yet fed to the model."""
+    """State of a batch. Every row has one token more than its cache: the newest, which the model has not yet read."""
 
     cache: Cache
     tokens_BS: Int[Array, "B S"]
     logprobs_BS: Float[Array, "B S"]  # of the generated tokens
-    length_B: Int[Array, "B"]  # tokens of the row
-    stopped_B: Bool[Array, "B"]  # the newest token is a stop id
+    length_B: Int[Array, "B"]  # number of tokens in the row
+    stopped_B: Bool[Array, "B"]  # whether the newest token is a stop id
 
 
 def generate(
     model: Transformer, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[Generation]:
-    """Continues each prompt as its parameters (one for all, or one each) say.
+    """Generate a continuation of each prompt with its parameters (one for all prompts, or one for each).
 
-    A row's noise depends on its seed and the index of the new token alone, so that a request gives the same text in any
-    batch, but where two tokens are as likely to within rounding: a matmul of other sizes may sum in another order.
-    On CPUs a stacked model is unstacked first, a copy of its weights: give `for_decoding(model)` to generate often.
-    Under a mesh that is set, the rows are spread over it as `rules.activations.batch` says. Raises ValueError, before
-    anything is compiled, for what the model cannot continue.
+    A row's noise depends only on its seed and the index of the new token, so that a request gives the same text in any
+    batch. An exception is a tie within rounding error, since matmuls of other sizes may sum in another order. On CPUs,
+    a stacked model is first unstacked, which copies its weights; pass `for_decoding(model)` to generate repeatedly. If
+    a mesh is set, rows are sharded over `rules.activations.batch`. Raises ValueError for invalid requests, before
+    compiling.
     """
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     check(model, prompts, params)
@@ -84,9 +85,9 @@ def generate(
 
 
 def stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float]]:
-    """Each new token and its log-probability as soon as it is made; the same ones as `generate` gives.
+    """Yield each new token and its log-probability as soon as it is generated; results equal those of `generate`.
 
-    Checks when called, not at the first token. Raises ValueError as `generate` does.
+    Raises ValueError like `generate`, at the call rather than at the first token.
     """
     check(model, [prompt], [params])
     return _stream(for_decoding(model), prompt, params)
@@ -104,54 +105,56 @@ def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -
 
 
 def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> None:
-    """Refuses what cannot be generated. Raises ValueError that names value and fix."""
+    """Raise ValueError, with value and fix, for a request that cannot be generated."""
     config = model.config
     if config.attention.mask == "bidirectional":
         raise ValueError(
-            "model.attention.mask = 'bidirectional': such a model sees the tokens it would have to predict and cannot "
-            "generate; use one trained with 'causal' or 'prefix'"
+            "model.attention.mask = 'bidirectional': the model sees the tokens it would have to predict, so it cannot "
+            "generate. Use a model trained with 'causal' or 'prefix'"
         )
     if not no_mesh() and any(jax.sharding.get_abstract_mesh().shape[a] > 1 for a in model.rules.activations.sequence):
         raise ValueError(
-            f"mesh.{model.rules.activations.sequence[0]} > 1: one new token at a time cannot lie on several devices; "
-            "use a mesh whose sequence axis is 1"
+            f"mesh.{model.rules.activations.sequence[0]} > 1: a single new token cannot be sharded over several "
+            "devices. Use a mesh whose sequence axis is 1"
         )
     if not prompts:
         raise ValueError("prompts = []: give at least one prompt")
     if len(params) != len(prompts):
-        raise ValueError(f"params: {len(params)} given for {len(prompts)} prompts; give one for all or one for each")
+        raise ValueError(f"params: {len(params)} given for {len(prompts)} prompts. Give one for all or one for each")
     for i, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
         p.validate()
         if not len(prompt):
-            raise ValueError(f"prompts[{i}] = []: the model needs a token to start from; give at least one")
+            raise ValueError(f"prompts[{i}] = []: the model needs a token to start from. Give at least one")
         total = len(prompt) + p.max_new_tokens
         if total > config.max_length:
             shorter, fewer = config.max_length - p.max_new_tokens, config.max_length - len(prompt)
             raise ValueError(
                 f"prompts[{i}] has {len(prompt)} tokens, and with sampling.max_new_tokens = {p.max_new_tokens} that "
-                f"makes {total}, more than model.max_length = {config.max_length}; "
-                + (f"shorten the prompt to {shorter} tokens or fewer" if shorter > 0 else "ask for fewer new tokens")
+                f"makes {total}, more than model.max_length = {config.max_length}. "
+                + (f"Shorten the prompt to {shorter} tokens or fewer" if shorter > 0 else "Request fewer new tokens")
                 + (f", or set max_new_tokens to {fewer} or less" if fewer > 0 else "")
             )
         for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_ids", p.stop_ids)):
             wrong = [t for t in ids if not 0 <= t < config.vocab_size]
             if wrong:
                 raise ValueError(
-                    f"{name} holds token {wrong[0]}, outside the vocabulary of the model, 0 to {config.vocab_size - 1};"
-                    " encode with the tokenizer that the model was trained with"
+                    f"{name} has token {wrong[0]}, outside the model's vocabulary, 0 to {config.vocab_size - 1}. Encode"
+                    " with the tokenizer that the model was trained with"
                 )
 
 
 def bucket(size: int, steps: int = 1) -> int:
-    """The least of the static sizes that holds `size`: `steps` of them, evenly spaced, to each doubling."""
+    """Return the smallest bucket that holds `size`. Between powers of two there are `steps` evenly spaced buckets."""
     power = max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
     grain = max(power // (2 * steps), SMALLEST_BUCKET)
     return -(-size // grain) * grain if steps > 1 else power
 
 
 def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tuple[Request, State]:
-    """Pads checked requests to their buckets, prefills, and draws the first token of each row. Rows added to fill the
-    batch bucket, or the shards of a mesh, hold one token and may not grow."""
+    """Pad checked requests to their buckets, prefill, and draw the first token of each row.
+
+    Rows that are added to fill the batch bucket or the shards of a mesh hold one token and do not grow.
+    """
     config, rules = model.config, model.rules
     lengths = [len(prompt) for prompt in prompts]
     limits = [n + p.max_new_tokens for n, p in zip(lengths, params, strict=True)]
@@ -172,25 +175,25 @@ def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tupl
         np.asarray(limits + [1] * empty, np.int32),
         np.asarray(stop_BE + [(-1,) * stops] * empty, np.int32),
     )
-    request, tokens_BS = _place((request, tokens_BS), rules)
+    request, tokens_BS = _put_rows((request, tokens_BS), rules)
     return request, prefill(model, request, tokens_BS, width)
 
 
 @partial(jax.jit, static_argnames="width")
 def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], width: int) -> State:
-    """Feeds the prompts, in the first `width` slots, in one pass, and appends a token to each row that may grow."""
+    """Run the prompts, in the first `width` positions, in one pass and append a token to each row that may grow."""
     B, S = tokens_BS.shape
     rules, prompt_B = model.rules, jnp.asarray(request.prompt_B)
-    slots_P = jnp.arange(width, dtype=jnp.int32)
-    real_BP = slots_P < prompt_B[:, None]
-    prefix_BP = real_BP if model.config.attention.mask == "prefix" else None
+    positions_P = jnp.arange(width, dtype=jnp.int32)
+    valid_BP = positions_P < prompt_B[:, None]
+    prefix_BP = valid_BP if model.config.attention.mask == "prefix" else None
     cache = init_cache(model, B, S)
-    out = forward(model, tokens_BS[:, :width], valid_BT=real_BP, prefix_BT=prefix_BP, cache=cache)
-    last_BP = slots_P == prompt_B[:, None] - 1
+    out = forward(model, tokens_BS[:, :width], valid_BT=valid_BP, prefix_BT=prefix_BP, cache=cache)
+    last_BP = positions_P == prompt_B[:, None] - 1
     hidden_BTD = reshard(out.hidden_BTD, rules, "batch", None, None)
-    hidden_BD = jnp.where(last_BP[..., None], hidden_BTD, 0).sum(1)  # exact: a matmul would round on accelerators
+    hidden_BD = jnp.where(last_BP[..., None], hidden_BTD, 0).sum(1)  # exact, unlike a matmul on accelerators
     assert out.cache is not None
-    # The cache keeps what the padding wrote; the next tokens overwrite it before any query may see it.
+    # The cache contains keys of padding; the next tokens overwrite them before any query can attend to them.
     state = State(
         out.cache.at_length(prompt_B), tokens_BS, jnp.zeros_like(tokens_BS, jnp.float32), prompt_B, prompt_B < 0
     )
@@ -199,7 +202,7 @@ def prefill(model: Transformer, request: Request, tokens_BS: Int[Array, "B S"], 
 
 @partial(jax.jit, donate_argnames="state")
 def advance(model: Transformer, request: Request, state: State, steps: Int[Array, ""]) -> State:
-    """Up to `steps` more tokens for every row that may grow; ends early when none may."""
+    """Append up to `steps` tokens to every row that may grow; stop early if none may."""
     S = state.tokens_BS.shape[1]
     prefix_BS = None
     if model.config.attention.mask == "prefix":
@@ -209,31 +212,31 @@ def advance(model: Transformer, request: Request, state: State, steps: Int[Array
         i, state = carry
         out = forward(model, newest(state)[0][:, None], prefix_BT=prefix_BS, cache=state.cache)
         assert out.cache is not None
-        cache = out.cache.at_length(jnp.where(_grows(request, state), out.cache.length_B, state.cache.length_B))
+        cache = out.cache.at_length(jnp.where(_may_grow(request, state), out.cache.length_B, state.cache.length_B))
         return i + 1, _append(model, request, state._replace(cache=cache), out.hidden_BTD[:, 0])
 
     def more(carry):
         i, state = carry
-        return (i < steps) & _grows(request, state).any()
+        return (i < steps) & _may_grow(request, state).any()
 
     return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
 
 
 @jax.jit
 def newest(state: State) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The last token of each row and its log-probability (0 in a row that is still all prompt)."""
-    here_BS = _at(state.length_B - 1, state.tokens_BS.shape[1])
+    """Return the last token of each row and its log-probability, which is 0 for a prompt token."""
+    here_BS = _position_mask(state.length_B - 1, state.tokens_BS.shape[1])
     return jnp.where(here_BS, state.tokens_BS, 0).sum(1), jnp.where(here_BS, state.logprobs_BS, 0.0).sum(1)
 
 
 def _append(model: Transformer, request: Request, state: State, hidden_BD: Array) -> State:
-    """The state with one more token in each row that may grow."""
-    grows_B, S = _grows(request, state), state.tokens_BS.shape[1]
+    """Return the state with one more token in each row that may grow."""
+    grows_B, S = _may_grow(request, state), state.tokens_BS.shape[1]
     logits_BV = logits(model, hidden_BD)
     token_B, logprob_B = choose(
         logits_BV, request.sampler, state.tokens_BS, jnp.asarray(request.prompt_B), state.length_B, model.rules
     )
-    here_BS = _at(jnp.where(grows_B, state.length_B, S), S)
+    here_BS = _position_mask(jnp.where(grows_B, state.length_B, S), S)
     return State(
         state.cache,
         jnp.where(here_BS, token_B[:, None], state.tokens_BS),
@@ -243,22 +246,20 @@ def _append(model: Transformer, request: Request, state: State, hidden_BD: Array
     )
 
 
-def _grows(request: Request, state: State) -> Bool[Array, "B"]:
+def _may_grow(request: Request, state: State) -> Bool[Array, "B"]:
     return ~state.stopped_B & (state.length_B < request.limit_B)
 
 
-def _at(slot_B: Array, S: int) -> Bool[Array, "B S"]:
-    return jnp.arange(S, dtype=jnp.int32) == slot_B[:, None]
+def _position_mask(position_B: Array, S: int) -> Bool[Array, "B S"]:
+    return jnp.arange(S, dtype=jnp.int32) == position_B[:, None]
 
 
 def for_decoding(model: Transformer, *, donate: bool = False) -> Transformer:
-    """Return the network in the form that decodes fastest here: on CPUs with each layer a stack of its own, elsewhere
-    as it is.
+    """Return the network in the form that decodes fastest: unstacked into single layers on CPUs, unchanged elsewhere.
 
-    A scan over layers slices the weights of each: an accelerator reads them in place, a CPU copies them for every
-    token.
-    `donate`: the given network may not be used again; each stacked array is freed as soon as it is cut, so that the
-    copy costs the memory of one array and not of all.
+    A scan over layers slices each layer's weights, which an accelerator reads in place but a CPU copies for every
+    token. `donate`: free each stacked array as soon as it is split, so that the copy needs the memory of one array; the
+    given network must not be used again.
     """
     if jax.default_backend() != "cpu" or all(repeats(unit) == 1 for unit in model.stacks):
         return model
@@ -273,7 +274,7 @@ def _unstack_and_free(model: Transformer) -> Transformer:
             leaves, treedef = jax.tree.flatten(block)
             parts = []
             for leaf in leaves:
-                parts.append(jax.block_until_ready(_cut(leaf)))
+                parts.append(jax.block_until_ready(_single_layers(leaf)))
                 leaf.delete()
             layers.append([jax.tree.unflatten(treedef, slices) for slices in zip(*parts, strict=True)])
         stacks += [[layer] for repetition in zip(*layers, strict=True) for layer in repetition]
@@ -281,12 +282,12 @@ def _unstack_and_free(model: Transformer) -> Transformer:
 
 
 @jax.jit
-def _cut(leaf: Array) -> list[Array]:
+def _single_layers(leaf: Array) -> list[Array]:
     return [leaf[i : i + 1] for i in range(leaf.shape[0])]
 
 
-def _place(tree, rules: ShardingRules):
-    """NumPy arrays [B, ...] as device arrays whose rows lie on the mesh as activations do."""
+def _put_rows(tree, rules: ShardingRules):
+    """Put NumPy arrays [B, ...] on the device, with rows sharded like activations if a mesh is set."""
     if no_mesh():
         return jax.device_put(tree)
     mesh = jax.sharding.get_mesh()

@@ -1,9 +1,9 @@
-"""Choosing the next token: pure functions of a row's logits, with every parameter an array, so that none recompiles.
+"""Choose the next token with pure functions of a row's logits. Every parameter is an array, so changes don't recompile.
 
-The order is: penalties, temperature, top-k, top-p, min-p, draw. Thresholds are found by bisection over the bits of the
-floats, without sorting the vocabulary; what no row of a batch asks for costs nothing.
+The order is penalties, temperature, top-k, top-p, min-p, draw. Thresholds are found by bisection over the floats' bits,
+without sorting the vocabulary. Steps that no row of a batch uses are skipped.
 
-Shapes: B rows, V vocabulary, S slots of a row (prompt, then generated tokens, then garbage).
+Shapes: B rows, V vocabulary, S positions of a row (prompt, then generated tokens, then unused).
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ NEVER = -jnp.inf
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks of the sampler. The defaults draw from the model's own distribution."""
+    """Sampling parameters of a request. The defaults sample from the model's distribution."""
 
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # keep the k likeliest tokens (and those equal to the k-th); 0: all
-    top_p: float = 1.0  # keep the likeliest tokens that together have this probability (Holtzman et al. 2020)
-    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in prompt or text (CTRL)
-    frequency_penalty: float = 0.0  # subtracted for each time the token was generated
-    presence_penalty: float = 0.0  # subtracted once if the token was generated
-    max_new_tokens: int = 128
-    stop_ids: tuple[int, ...] = ()  # generation ends with the first of these, which is the last token returned
-    seed: int = 0  # the same seed, prompt and parameters give the same text, whatever else is in the batch
+    top_k: int = 0  # keep the k likeliest tokens (and ties with the k-th); 0: all
+    top_p: float = 1.0  # keep the likeliest tokens with this total probability (Holtzman et al. 2020), in (0, 1]
+    min_p: float = 0.0  # keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024), 0 to 1
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of earlier tokens (CTRL)
+    frequency_penalty: float = 0.0  # subtracted from the logit for each time the token was generated
+    presence_penalty: float = 0.0  # subtracted from the logit once if the token was generated
+    max_new_tokens: int = 128  # maximum number of generated tokens
+    stop_ids: tuple[int, ...] = ()  # ids that end the generation; the stop id is the last returned token
+    seed: int = 0  # the same seed, prompt and parameters give the same text in any batch
 
     def validate(self) -> None:
-        """Refuses values without a meaning. Raises ValueError that names field, value and fix."""
+        """Raise ValueError, with field, value and fix, for the first invalid field."""
         for name in ("temperature", "repetition_penalty", "frequency_penalty", "presence_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"sampling.{name} = {getattr(self, name)}: must be a finite number")
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature = {self.temperature}: 0 for greedy, or above 0")
+            raise ValueError(f"sampling.temperature = {self.temperature}: must be 0 (greedy) or above")
         if self.top_k < 0:
-            raise ValueError(f"sampling.top_k = {self.top_k}: 1 or more tokens to choose from, or 0 for all")
+            raise ValueError(f"sampling.top_k = {self.top_k}: must be at least 1, or 0 to keep all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p = {self.top_p}: a probability in (0, 1]; 1 keeps every token")
+            raise ValueError(f"sampling.top_p = {self.top_p}: must be a probability in (0, 1]; 1 keeps every token")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"sampling.min_p = {self.min_p}: a fraction in [0, 1]; 0 keeps every token")
+            raise ValueError(f"sampling.min_p = {self.min_p}: must be a fraction in [0, 1]; 0 keeps every token")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"sampling.repetition_penalty = {self.repetition_penalty}: above 0; 1 changes nothing")
+            raise ValueError(f"sampling.repetition_penalty = {self.repetition_penalty}: must be above 0; 1 disables it")
         if self.max_new_tokens < 1:
             raise ValueError(f"sampling.max_new_tokens = {self.max_new_tokens}: must be at least 1")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"sampling.seed = {self.seed}: an integer in [0, 2**32)")
+            raise ValueError(f"sampling.seed = {self.seed}: must be an integer in [0, 2**32)")
 
 
-HostOrDevice = Array | np.ndarray  # requests are made on the host and placed whole
+HostOrDevice = Array | np.ndarray  # requests are made on the host and then moved to the device
 
 
 class SamplerArrays(NamedTuple):
-    """The numbers of `SamplingParams`, one a row."""
+    """The numbers of `SamplingParams`, one entry per row."""
 
     temperature_B: Float[HostOrDevice, "B"]
     top_k_B: Int[HostOrDevice, "B"]
@@ -76,7 +76,7 @@ class SamplerArrays(NamedTuple):
 
 
 def sampler_arrays(params: Sequence[SamplingParams]) -> SamplerArrays:
-    """NumPy arrays, one entry a request."""
+    """Return NumPy arrays with one entry per request."""
     column = lambda name, dtype: np.asarray([getattr(p, name) for p in params], dtype)
     return SamplerArrays(
         column("temperature", np.float32),
@@ -98,9 +98,11 @@ def choose(
     length_B: Int[Array, "B"],
     rules: ShardingRules,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The next token of each row and its log-probability under the model: natural log, before penalties, temperature
-    and filters. Rows hold `length_B` tokens, the first `prompt_B` of them the prompt. On a mesh each device chooses for
-    its own rows."""
+    """Return each row's next token and its log-probability under the model.
+
+    The natural log is taken before penalties, temperature and filters. Rows hold `length_B` tokens, the first
+    `prompt_B` of which are the prompt. On a mesh, each device chooses for its rows.
+    """
     if no_mesh():
         return _choose(logits_BV, sampler, tokens_BS, prompt_B, length_B)
     rows = rules.spec("activations", ("batch",))
@@ -111,15 +113,15 @@ def choose(
 def _choose(logits_BV, sampler, tokens_BS, prompt_B, length_B):
     def shaped(x_BV):
         x_BV = x_BV / jnp.where(sampler.temperature_B > 0, sampler.temperature_B, 1.0)[:, None]
-        x_BV = _if(((sampler.top_k_B > 0) & drawn_B).any(), lambda x: top_k_filter(x, sampler.top_k_B), x_BV)
-        x_BV = _if(((sampler.top_p_B < 1) & drawn_B).any(), lambda x: top_p_filter(x, sampler.top_p_B), x_BV)
-        x_BV = _if(((sampler.min_p_B > 0) & drawn_B).any(), lambda x: min_p_filter(x, sampler.min_p_B), x_BV)
+        x_BV = _apply_if(((sampler.top_k_B > 0) & drawn_B).any(), lambda x: top_k_filter(x, sampler.top_k_B), x_BV)
+        x_BV = _apply_if(((sampler.top_p_B < 1) & drawn_B).any(), lambda x: top_p_filter(x, sampler.top_p_B), x_BV)
+        x_BV = _apply_if(((sampler.min_p_B > 0) & drawn_B).any(), lambda x: min_p_filter(x, sampler.min_p_B), x_BV)
         return x_BV + gumbel_noise(sampler.seed_B, length_B - prompt_B, x_BV.shape[1])
 
     drawn_B = sampler.temperature_B > 0
     penalized = (sampler.repetition_B != 1) | (sampler.frequency_B != 0) | (sampler.presence_B != 0)
-    x_BV = _if(penalized.any(), lambda x: penalize(x, sampler, tokens_BS, prompt_B, length_B), logits_BV)
-    x_BV = _if(drawn_B.any(), lambda x: jnp.where(drawn_B[:, None], shaped(x), x), x_BV)
+    x_BV = _apply_if(penalized.any(), lambda x: penalize(x, sampler, tokens_BS, prompt_B, length_B), logits_BV)
+    x_BV = _apply_if(drawn_B.any(), lambda x: jnp.where(drawn_B[:, None], shaped(x), x), x_BV)
     token_B = jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
@@ -132,30 +134,35 @@ def penalize(
     prompt_B: Int[Array, "B"],
     length_B: Int[Array, "B"],
 ) -> Float[Array, "B V"]:
-    """Repetition penalty over prompt and generated tokens (Keskar et al. 2019, as transformers applies it), then
-    frequency and presence penalties over generated tokens (as the OpenAI API defines them)."""
+    """Return the logits with penalties applied.
+
+    The repetition penalty (Keskar et al. 2019, as in transformers) applies to prompt and generated tokens, then the
+    frequency and presence penalties (as in the OpenAI API) to generated tokens.
+    """
 
     def counts(first, last, tokens_S):
-        slots_S = jnp.arange(tokens_S.shape[0])
-        wanted_S = jnp.where((slots_S >= first) & (slots_S < last), tokens_S, logits_BV.shape[1])
+        positions_S = jnp.arange(tokens_S.shape[0])
+        wanted_S = jnp.where((positions_S >= first) & (positions_S < last), tokens_S, logits_BV.shape[1])
         return jnp.zeros(logits_BV.shape[1], jnp.int32).at[wanted_S].add(1, mode="drop")
 
-    made_BV = jax.vmap(counts)(prompt_B, length_B, tokens_BS)
-    seen_BV = (made_BV > 0) | (jax.vmap(counts)(jnp.zeros_like(prompt_B), prompt_B, tokens_BS) > 0)
+    generated_BV = jax.vmap(counts)(prompt_B, length_B, tokens_BS)
+    occurred_BV = (generated_BV > 0) | (jax.vmap(counts)(jnp.zeros_like(prompt_B), prompt_B, tokens_BS) > 0)
     factor_B1 = sampler.repetition_B[:, None]
-    x_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1), logits_BV)
-    return x_BV - sampler.frequency_B[:, None] * made_BV - sampler.presence_B[:, None] * (made_BV > 0)
+    x_BV = jnp.where(occurred_BV, jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1), logits_BV)
+    return x_BV - sampler.frequency_B[:, None] * generated_BV - sampler.presence_B[:, None] * (generated_BV > 0)
 
 
 def top_k_filter(x_BV: Float[Array, "B V"], k_B: Int[Array, "B"]) -> Float[Array, "B V"]:
-    """-inf for what is below the k-th largest of its row; ties with the k-th stay. k = 0 or k >= V keeps all."""
+    """Set logits below the k-th largest of their row to -inf; ties with it stay. k = 0 or k >= V keeps all."""
     k_B = jnp.where((k_B > 0) & (k_B < x_BV.shape[1]), k_B, x_BV.shape[1])
     return _keep_top(x_BV, lambda kept_BV: kept_BV.sum(-1, dtype=jnp.int32) >= k_B)
 
 
 def top_p_filter(x_BV: Float[Array, "B V"], p_B: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """-inf outside the smallest set of likeliest tokens with probability p or more; ties with its last stay. p = 1
-    keeps all."""
+    """Set logits outside the smallest set of likeliest tokens with probability at least p to -inf.
+
+    Ties with the last token of the set stay. p = 1 keeps all.
+    """
     weights_BV = jnp.exp(x_BV - x_BV.max(-1, keepdims=True))
     wanted_B = p_B * weights_BV.sum(-1)
     y_BV = _keep_top(x_BV, lambda kept_BV: jnp.where(kept_BV, weights_BV, 0.0).sum(-1) >= wanted_B)
@@ -163,14 +170,16 @@ def top_p_filter(x_BV: Float[Array, "B V"], p_B: Float[Array, "B"]) -> Float[Arr
 
 
 def min_p_filter(x_BV: Float[Array, "B V"], min_p_B: Float[Array, "B"]) -> Float[Array, "B V"]:
-    """-inf for tokens less than min_p times as likely as the likeliest. 0 keeps all."""
+    """Set logits of tokens less than min_p times as likely as the likeliest to -inf. 0 keeps all."""
     floor_B = x_BV.max(-1) + jnp.log(min_p_B)
     return jnp.where(x_BV >= floor_B[:, None], x_BV, NEVER)
 
 
 def gumbel_noise(seed_B: UInt32[Array, "B"], index_B: Int[Array, "B"], size: int) -> Float[Array, "B V"]:
-    """Standard Gumbel variates [B, size] that depend on the row's seed and the index of its token alone: adding them to
-    logits and taking the largest draws from their softmax."""
+    """Return standard Gumbel variates [B, size] that depend only on a row's seed and the index of its token.
+
+    Adding them to logits and taking the largest samples from the softmax of the logits.
+    """
 
     def row(seed, index):
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
@@ -180,10 +189,10 @@ def gumbel_noise(seed_B: UInt32[Array, "B"], index_B: Int[Array, "B"], size: int
 
 
 def _keep_top(x_BV: Array, enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]) -> Array:
-    """`x` where it is at or above the highest threshold of its row that keeps enough, else -inf.
+    """Return `x` where it is at or above the highest threshold of its row that keeps enough, else -inf.
 
-    `enough` must be monotone in the kept set. The threshold is built bit by bit, from the top, in integers ordered as
-    the floats are: exact after 32 looks at the row.
+    `enough` must be monotone in the kept set. The threshold is built bit by bit from the top, in integers with the same
+    order as the floats, and is exact after 32 passes over the row.
     """
     order_BV = _ordered(x_BV)
 
@@ -196,10 +205,11 @@ def _keep_top(x_BV: Array, enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B
 
 
 def _ordered(x: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """Unsigned integers in the order of the floats: negative floats are turned round, positive ones put above them."""
+    """Return unsigned integers in the order of the floats: the bits of negative floats are inverted, and positive ones
+    get the top bit."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 equals 0.0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _if(wanted: Bool[Array, ""], function: Callable[[Array], Array], x: Array) -> Array:
+def _apply_if(wanted: Bool[Array, ""], function: Callable[[Array], Array], x: Array) -> Array:
     return jax.lax.cond(wanted, function, lambda x: x, x)

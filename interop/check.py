@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those that its config asks for; if not, a table that says which are not."""
+"""Check that a checkpoint holds exactly the tensors its config requires, and report differences in a table."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from interop.load import ModelFilesError, Source, TensorInfo
 from interop.pieces import Piece
 from model.config import ModelConfig
 
-ROWS = 20  # of the table that are shown
-CANDIDATES = 500  # names among which near ones are looked for
+ROWS = 20  # rows of the table that are shown
+CANDIDATES = 500  # names that are searched for similar ones
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-SLAB_ROWS = 1 << 12  # of an embedding that are compared at once
+SLAB_ROWS = 1 << 12  # embedding rows compared at once
 
 Shape = tuple[int, ...]
 
 
 class Mismatch(NamedTuple):
-    """What differs between wanted tensors and those found."""
+    """Differences between the required tensors and those found."""
 
     missing: dict[str, Shape]
     unexpected: dict[str, Shape]
-    misshaped: dict[str, tuple[Shape, Shape]]  # wanted, found
-    undecoded: dict[str, str]  # name: dtype that is no floating-point number's
+    misshaped: dict[str, tuple[Shape, Shape]]  # required, found
+    undecoded: dict[str, str]  # name: dtype, which is not a floating-point type
 
     def __bool__(self) -> bool:
         return any(self)
 
 
 def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callable[[str], bool]) -> Mismatch:
-    """Wanted tensors against those found; `ignored` says of a name whether it is known to say nothing."""
+    """Compare required tensors with those found; `ignored(name)` is true for a tensor that the network doesn't need."""
     wanted = {piece.name: piece.shape for piece in pieces}
     return Mismatch(
         {n: shape for n, shape in wanted.items() if n not in tensors},
@@ -47,11 +47,10 @@ def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callab
 def check(
     pieces: list[Piece], source: Source, config: ModelConfig, head: str, ignored: Callable[[str], bool], where: str
 ) -> None:
-    """Raises ModelFilesError, with a table, unless every tensor of `pieces` is there in its shape and none is left
-    over.
+    """Raise ModelFilesError, with a table, unless every tensor of `pieces` exists with its shape and none is left over.
 
-    `head`: the name on disk of an output matrix of its own. Where the config ties it to the embedding and the files
-    hold it all the same, it must be equal to the embedding; that is the one comparison that reads more than headers.
+    `head`: the name on disk of a separate output matrix. If the config ties the output to the embedding but the files
+    hold this matrix anyway, it must equal the embedding. Only this comparison reads more than headers.
     """
     found = compare(pieces, source.tensors, ignored)
     embedding = next(piece for piece in pieces if piece.leaf == "embedding")
@@ -64,7 +63,7 @@ def check(
 
 
 def head_name(pieces_of: Callable[[ModelConfig], list[Piece]], config: ModelConfig) -> str:
-    """What a family calls an output matrix of its own."""
+    """Return a family's name on disk for a separate output matrix."""
     untied = pieces_of(replace(config, tied_embeddings=False))
     return next((piece.name for piece in untied if piece.leaf == "head"), "lm_head.weight")
 
@@ -76,48 +75,48 @@ def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
         rows = (a != b).any(axis=1)
         if rows.any():
             raise ModelFilesError(
-                f"{where}: tie_word_embeddings is true, but {head} is not {embedding} (they differ from row "
-                f"{i + int(np.argmax(rows))} on): one of both would be lost. If the model was trained with an output "
-                f"matrix of its own, set tie_word_embeddings to false in config.json; otherwise remove {head} from "
-                "the files"
+                f"{where}: tie_word_embeddings is true, but {head} is not equal to {embedding} (the first difference "
+                f"is in row {i + int(np.argmax(rows))}), so one of them would be lost. If the model was trained with a "
+                f"separate output matrix, set tie_word_embeddings to false in config.json; otherwise remove {head} "
+                "from the files"
             )
         source.release()
 
 
 def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, where: str) -> list[str]:
-    """The paragraph over the table: counts, and the cause where it can be told."""
+    """Return the paragraph above the table: counts, and the cause if it is clear."""
     sizes = len(found.missing), len(found.unexpected), len(found.misshaped), len(found.undecoded)
-    kinds = "missing", "unexpected", "of another shape", "not of floating point"
+    kinds = "missing", "unexpected", "of another shape", "not floating-point"
     counts = ", ".join(f"{size} {kind}" for kind, size in zip(kinds, sizes, strict=True) if size)
-    lines = [f"{where}: the tensors are not those that config.json asks for: {counts}."]
+    lines = [f"{where}: the tensors do not match config.json: {counts}."]
     for name in (embedding.name, head):
         wanted, shape = found.misshaped.get(name, ((), ()))
         if wanted and len(shape) == len(wanted) and shape[1:] == wanted[1:]:
             lines.append(
-                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows: set vocab_size to "
-                f"{shape[0]} if that is what the tokenizer was made for, or take the matching config.json."
+                f"vocab_size is {config.vocab_size} in config.json, but {name} has {shape[0]} rows. Set vocab_size to "
+                f"{shape[0]} if that is the tokenizer's size, or use the matching config.json."
             )
     if head in found.missing and not config.tied_embeddings:
         lines.append(
-            f"{head} is missing though config.json (or its default) says tie_word_embeddings = false: set it to true "
-            f"if the model uses {embedding.name} for its output, else a file is incomplete."
+            f"{head} is missing, but config.json (or its default) has tie_word_embeddings = false. Set it to true if "
+            f"the model uses {embedding.name} for its output; otherwise a file is incomplete."
         )
     if found.undecoded:
         name, dtype = next(iter(found.undecoded.items()))
         lines.append(
-            f"{name} is {dtype}: quantized in a way that config.json does not say; take the model's bfloat16 files."
+            f"{name} is {dtype}: quantized in a way that config.json does not describe. Use the model's bfloat16 files."
         )
     prefix = _common_prefix(found)
     if prefix:
         lines.append(
-            f"The missing are there with {prefix!r} before their names: the model was saved inside another; rename "
+            f"The missing tensors exist with the prefix {prefix!r}: the model was saved as part of another. Rename "
             f"them."
         )
     return lines
 
 
 def _common_prefix(found: Mismatch) -> str:
-    """What stands before every missing name in the files."""
+    """Return the prefix that every missing name has in the files, or ''."""
     name = next(iter(found.missing), None)
     if name is None:
         return ""
@@ -129,14 +128,17 @@ def _common_prefix(found: Mismatch) -> str:
 
 
 def _table(found: Mismatch) -> list[str]:
-    rows = [("missing", name, f"{list(shape)}", _near(name, found.unexpected)) for name, shape in found.missing.items()]
+    rows = [
+        ("missing", name, f"{list(shape)}", _similar_name(name, found.unexpected))
+        for name, shape in found.missing.items()
+    ]
     rows += [
-        ("shape", n, f"{list(wanted)} wanted, {list(shape)} found", "")
+        ("shape", n, f"{list(wanted)} required, {list(shape)} found", "")
         for n, (wanted, shape) in found.misshaped.items()
     ]
     rows += [("dtype", name, dtype, "") for name, dtype in found.undecoded.items()]
     rows += [("unexpected", name, f"{list(shape)}", "") for name, shape in found.unexpected.items()]
-    if len(rows) > ROWS:  # some of each kind
+    if len(rows) > ROWS:  # show some of each kind
         kinds = dict.fromkeys(row[0] for row in rows)
         each = ROWS // len(kinds)
         shown = [row for kind in kinds for row in [r for r in rows if r[0] == kind][:each]]
@@ -148,6 +150,6 @@ def _table(found: Mismatch) -> list[str]:
     return [*lines, f"  ... and {left} more"] if left else lines
 
 
-def _near(name: str, others: dict[str, Shape]) -> str:
+def _similar_name(name: str, others: dict[str, Shape]) -> str:
     near = get_close_matches(name, list(others)[:CANDIDATES], 1, 0.8)
-    return f"  (there is {near[0]})" if near else ""
+    return f"  (found {near[0]})" if near else ""

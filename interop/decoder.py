@@ -1,4 +1,4 @@
-"""What the decoders after Llama share: their names on disk and the keys of their config.json.
+"""Tensor map that Llama and its descendants share.
 
 Letters: V vocabulary, D width, N query heads, K key/value heads, H head dimension, F hidden width.
 """
@@ -22,8 +22,11 @@ def decoder(
     experts: Callable[[ModelConfig, Layer], Pieces] | None = None,
     prefix: str = "model.",
 ) -> list[Piece]:
-    """Every piece of a decoder. `norms`: of a Block, ours by their names. `attention`, `experts`: where they are not
-    Llama's."""
+    """Return every piece of a decoder.
+
+    `norms`: the Block's norms, as {name on disk: attribute}. `attention`: default `llama_attention`. `experts`: needed
+    if a layer has experts.
+    """
     V, D = config.vocab_size, config.embed_dim
     found = [
         Piece(f"{prefix}embed_tokens.weight", (V, D), "embedding"),
@@ -39,12 +42,12 @@ def decoder(
 
 
 def _experts(experts: Callable[[ModelConfig, Layer], Pieces] | None, config: ModelConfig, layer: Layer) -> Pieces:
-    assert experts is not None, "a family whose configs have experts has a table of their names"
+    assert experts is not None, "a family with experts must pass a function that maps them"
     return experts(config, layer)
 
 
 def llama_attention(config: ModelConfig, layer: Layer) -> Pieces:
-    """q, k, v and o, their biases, norms of queries and keys, sinks."""
+    """Yield q, k, v and o, their biases, query and key norms, and attention sinks."""
     a, D = config.attention, config.embed_dim
     N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
     for name, heads in (("q", N), ("k", K), ("v", K)):
@@ -65,7 +68,7 @@ def mlp(
     config: ModelConfig, layer: Layer, *, theirs: str = "mlp.", ours: str = "mlp/", hidden: int | None = None,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Pieces:  # fmt: skip
-    """Gate, up and down projection of an MLP of width `hidden` (default: mlp.hidden_dim), and their biases."""
+    """Yield the gate, up and down projections and biases of an MLP of width `hidden` (default: mlp.hidden_dim)."""
     D, F, bias = config.embed_dim, hidden or config.mlp.hidden_dim, config.mlp.bias
     *first, down = names
     for g, name in enumerate(first[-gates(config.mlp.kind) :]):

@@ -1,7 +1,7 @@
-"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Kimi K2, Moonlight: latent attention, experts chosen within groups by biased
-sigmoids.
+"""DeepSeek-V3 and R1 (DeepSeek-AI 2024), Kimi K2, Moonlight: latent attention, and experts chosen within groups by
+biased sigmoids.
 
-The layers behind the last (`num_nextn_predict_layers`: prediction of further tokens) are no part of the network here.
+The extra layers for multi-token prediction (`num_nextn_predict_layers`) are not loaded.
 
 Letters: D width, N heads, H head dimension, P its rotated part, V value dimension, R rank of keys and values, E
 experts, F hidden width.
@@ -30,9 +30,9 @@ from model.config import AttentionConfig, LatentConfig, MLPConfig, ModelConfig, 
 from model.moe_config import MoEConfig
 
 ARCHITECTURES = ("DeepseekV3ForCausalLM",)
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old checkpoints; computed
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old checkpoints; computed here
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-# transformers' DeepseekV3Config, where config.json is silent.
+# Defaults of DeepseekV3Config in transformers.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 129280,
     "hidden_size": 7168,
@@ -60,8 +60,8 @@ DEFAULTS: dict[str, Any] = {
     "rope_interleave": True,
     "attention_bias": False,
 }
-# Read by nothing: of training, of the layers that are not here, or computed from others.
-SILENT = (
+# Unused keys: for training, for layers that are not loaded, or computed from other keys.
+UNUSED_KEYS = (
     "aux_loss_alpha",
     "ep_size",
     "head_dim",
@@ -74,9 +74,9 @@ SILENT = (
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
-    for name in SILENT:
+    for name in UNUSED_KEYS:
         keys.take(name, None)
     heads, rope_dim = keys.take("num_attention_heads"), keys.take("qk_rope_head_dim")
     keys.must("num_key_value_heads", heads, default=heads)
@@ -105,12 +105,12 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def _q_rank(keys: Keys) -> int | None:
-    """null is a value of its own: queries straight out of the residual stream."""
+    """Return `q_lora_rank`; an explicit null means that queries are projected directly from the residual stream."""
     return None if "q_lora_rank" in keys.values and keys.values["q_lora_rank"] is None else keys.take("q_lora_rank")
 
 
 def _attention_mscale(keys: Keys) -> float:
-    """What YaRN multiplies queries and keys by beside cosines and sines: with `mscale_all_dim` all their dimensions."""
+    """Return YaRN's factor on all dimensions of queries and keys, which `mscale_all_dim` sets."""
     scaling = keys.inside("rope_scaling") or keys.inside("rope_parameters")
     if scaling is None or scaling.take("rope_type", scaling.take("type", "default")) == "default":
         return 1.0
@@ -140,14 +140,14 @@ def _moe(keys: Keys) -> MoEConfig | None:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     a, latent = config.attention, config.attention.latent
     if latent is None:
-        raise UnsupportedModelError("model.attention.latent = none: DeepSeek-V3 has latent attention")
+        raise UnsupportedModelError("model.attention.latent = none: DeepSeek-V3 requires latent attention")
     kinds = ["moe" if spec.moe else "dense" for spec in layer_specs(config)]
     dense = kinds.index("moe") if "moe" in kinds else len(kinds)
     if "dense" in kinds[dense:]:
-        raise UnsupportedModelError(f"model.moe.layers = {kinds}: in DeepSeek-V3 the dense layers come first")
+        raise UnsupportedModelError(f"model.moe.layers = {kinds}: DeepSeek-V3 requires dense layers to come first")
     return {
         "architectures": list(ARCHITECTURES),
         "model_type": "deepseek_v3",
@@ -178,8 +178,7 @@ def _moe_json(moe: MoEConfig | None) -> dict[str, Any]:
         return {}
     if moe.bias_rate is None:
         raise UnsupportedModelError(
-            "model.moe.bias_rate = none: DeepSeek-V3's routers have a bias on their choice; set it to 0 to give the "
-            "network one (of zeros)"
+            "model.moe.bias_rate = none: DeepSeek-V3's routers have a selection bias. Set it to 0 to add one (of zeros)"
         )
     return {
         "n_routed_experts": moe.num_experts,
@@ -197,7 +196,7 @@ def _moe_json(moe: MoEConfig | None) -> dict[str, Any]:
 
 
 def _rope_json(config: ModelConfig) -> dict[str, Any]:
-    """RoPE, and as `mscale_all_dim` what the query scale is beside head_dim ** -0.5."""
+    """Return the keys of RoPE; `mscale_all_dim` expresses the ratio of the query scale to head_dim ** -0.5."""
     a, found = config.attention, rope_json(config)
     ratio = 1.0 if a.query_scale is None else a.query_scale * a.head_dim**0.5
     if math.isclose(ratio, 1.0):
@@ -205,12 +204,12 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     scaling = config.position.scaling
     if scaling is None or scaling.factor <= 1 or ratio < 1:
         raise UnsupportedModelError(
-            f"model.attention.query_scale = {a.query_scale}: DeepSeek-V3 can say one above head_dim ** -0.5 alone, "
-            f"with scaled positions"
+            f"model.attention.query_scale = {a.query_scale}: DeepSeek-V3 can only express a scale above "
+            f"head_dim ** -0.5 together with scaled positions"
         )
     step = 0.1 * math.log(scaling.factor)
     more = {"mscale_all_dim": round((ratio**0.5 - 1) / step, 12)}
-    if scaling.kind == "yarn":  # beside attention_factor, for readers that know nothing of it
+    if scaling.kind == "yarn":  # for readers that do not support attention_factor
         cosines = scaling.attention_factor or yarn_mscale(scaling.factor)
         more["mscale"] = round((cosines * ratio**0.5 - 1) / step, 12)
         found["rope_scaling"]["attention_factor"] = cosines
@@ -219,7 +218,7 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, attention=_attention, experts=_experts)
 
 
@@ -270,8 +269,10 @@ def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
 
 
 def empty(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return names and shapes of the tensors without elements that transformers has all the same: its shared expert of
-    width 0, where a network has none. Were they left out, it would name them as missing."""
+    """Return names and shapes of the tensors without elements that transformers expects.
+
+    Without shared experts, it has a shared expert of width 0 and would report its tensors as missing.
+    """
     if config.moe is None or config.moe.shared_experts:
         return {}
     D = config.embed_dim
@@ -285,6 +286,6 @@ def empty(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def ignored(config: ModelConfig, name: str) -> bool:
-    """Return whether a tensor is of a layer behind the last, which predicts further tokens, or one without elements."""
+    """Return whether a tensor has no elements or belongs to an extra layer for multi-token prediction."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return name in empty(config) or (layer is not None and int(layer[1]) >= config.num_layers)

@@ -1,4 +1,4 @@
-"""The families, and which one a config.json or a ModelConfig belongs to."""
+"""Supported model families, and how to find the family of a config.json or a ModelConfig."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from interop import (
 from interop.translate import Keys, UnsupportedModelError, architecture, differences
 from model.config import ModelConfig
 
-# A family is a module: ARCHITECTURES (of config.json), IGNORED (patterns of tensors that are not needed),
-# to_config(keys), to_json(config), pieces(config); where a config is needed to tell, ignored(config, name); where
-# transformers has tensors without elements, empty(config) -> {name: shape}; where releases name tensors in more than
-# one way, rename(names) -> {on disk: in pieces}. A config is written by the first that can say all of it.
+# A family is a module with ARCHITECTURES (in config.json), IGNORED (name patterns of tensors that are not needed),
+# to_config(keys), to_json(config) and pieces(config). Optional: ignored(config, name), if the pattern is not enough;
+# empty(config) -> {name: shape}, if transformers expects tensors without elements; rename(names) -> {name on disk: name
+# in pieces}, if releases differ in names. The first family that can express every field of a config writes it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,
@@ -46,17 +46,17 @@ FAMILIES: dict[str, ModuleType] = {
 
 
 def supported() -> list[str]:
-    """Architectures of config.json that can be read."""
+    """Return the supported values of `architectures` in config.json."""
     return sorted(name for family in FAMILIES.values() for name in family.ARCHITECTURES)
 
 
 def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, ModelConfig, list[str]]:
-    """(family, config, keys of config.json that nothing read) of a parsed config.json. Raises UnsupportedModelError."""
+    """Return (family, config, unused keys) of a parsed config.json. Raises UnsupportedModelError."""
     named = values.get("architectures") or []
     named = named if isinstance(named, list) else [named]
     if not named:
         raise UnsupportedModelError(
-            f'{where}: architectures is missing; add it, as "architectures": ["LlamaForCausalLM"]; there are '
+            f'{where}: architectures is missing. Add it, for example "architectures": ["LlamaForCausalLM"]. Supported: '
             f"{', '.join(supported())}"
         )
     for name, family in FAMILIES.items():
@@ -67,17 +67,19 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> tuple[str, 
             try:
                 config.validate()
             except ValueError as error:
-                raise UnsupportedModelError(f"{where}: gives a network that cannot be built: {error}") from None
+                raise UnsupportedModelError(f"{where}: describes a network that cannot be built: {error}") from None
             return name, config, keys.left()
-    raise UnsupportedModelError(f"{where}: architectures = {named}: not supported; there are {', '.join(supported())}")
+    raise UnsupportedModelError(f"{where}: architectures = {named}: not supported. Supported: {', '.join(supported())}")
 
 
 def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[str, Any]]:
-    """(family, config.json) of a config: read back it must be the same network. Raises UnsupportedModelError, which
-    names the fields that the family (None: the one that comes nearest) cannot say."""
+    """Return (family, config.json) for a config; reading it back must give the same network.
+
+    Raises UnsupportedModelError with the fields that `family` (None: the closest one) cannot express.
+    """
     if family is not None and family not in FAMILIES:
-        raise UnsupportedModelError(f"family {family!r} is unknown; there are {', '.join(FAMILIES)}")
-    nearest: tuple[bool, int, str, list[str]] | None = None  # refused outright, fields lost, family, which
+        raise UnsupportedModelError(f"family = {family!r}: unknown. Supported: {', '.join(FAMILIES)}")
+    nearest: tuple[bool, int, str, list[str]] | None = None  # refused outright, number of lost fields, family, fields
     for name in FAMILIES if family is None else (family,):
         try:
             values = FAMILIES[name].to_json(config)
@@ -93,13 +95,13 @@ def to_json(config: ModelConfig, family: str | None = None) -> tuple[str, dict[s
     assert nearest is not None
     raise UnsupportedModelError(
         f"the network cannot be written as "
-        f"{'any published family; nearest is ' if family is None else ''}{nearest[2]}, which cannot say: "
+        f"{'any published family; the closest is ' if family is None else ''}{nearest[2]}, which cannot express: "
         + "; ".join(nearest[3][:8])
     )
 
 
 def ignored(family: str, name: str, config: ModelConfig) -> bool:
-    """Whether a tensor on disk is known to say nothing of this network."""
+    """Return whether the network does not need this tensor on disk."""
     module = FAMILIES[family]
-    more = getattr(module, "ignored", None)  # where it takes the config to tell
+    more = getattr(module, "ignored", None)  # a check that needs the config
     return any(re.fullmatch(pattern, name) for pattern in module.IGNORED) or (more is not None and more(config, name))

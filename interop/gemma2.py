@@ -1,5 +1,5 @@
-"""Gemma 2 (Gemma team 2024): norms on both sides that scale by 1 + w, soft caps, scaled embeddings, windows every other
-layer."""
+"""Gemma 2 (Gemma team 2024): sandwich norms that scale by 1 + w, soft caps, scaled embeddings, and a sliding window in
+every other layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORMS = {
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-# Gemma's config.json leave out much of their class's defaults, sizes too.
+# Gemma's config.json files leave out many values that equal the class's defaults, including sizes.
 DEFAULTS = {
     "vocab_size": 256_000,
     "hidden_size": 2304,
@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = gemma_config(keys, period=2)
     cap = keys.number("attn_logit_softcapping", None)
@@ -50,10 +50,10 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None) -> ModelConfig:
-    """What Gemma 2 and 3 say alike. `period`: layers up to and with one that sees all, where `layer_types` does not
-    say."""
+    """Return the ModelConfig from the keys that Gemma 2 and 3 share. `period`: without `layer_types`, every `period`th
+    layer is global and the others slide."""
     config = base_config(keys, activation="hidden_activation", position=position)
-    keys.take("hidden_act", None)  # of older files; transformers goes by hidden_activation
+    keys.take("hidden_act", None)  # in older files; transformers uses hidden_activation
     scalar = keys.number("query_pre_attn_scalar")
     if scalar <= 0:
         raise UnsupportedModelError(f"{keys.where}: query_pre_attn_scalar = {scalar}: must be above 0")
@@ -66,7 +66,7 @@ def gemma_config(keys: Keys, period: int, position: PositionConfig | None = None
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return gemma_json(config) | {
         "architectures": list(ARCHITECTURES),
         "model_type": "gemma2",
@@ -75,14 +75,14 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma_json(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `gemma_config`."""
+    """Return the keys that `gemma_config` reads."""
     a = config.attention
     if config.embed_dim % a.num_heads:
         raise UnsupportedModelError(
-            f"model.embed_dim = {config.embed_dim}: transformers' Gemma takes only a multiple of num_heads = "
+            f"model.embed_dim = {config.embed_dim}: transformers' Gemma requires a multiple of num_heads = "
             f"{a.num_heads}"
         )
-    scalar = a.head_dim if a.query_scale is None else round(a.query_scale**-2)  # transformers takes an integer
+    scalar = a.head_dim if a.query_scale is None else round(a.query_scale**-2)  # transformers requires an integer
     values = (
         base_json(config)
         | sliding_json(config)
@@ -97,5 +97,5 @@ def gemma_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

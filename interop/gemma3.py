@@ -1,5 +1,5 @@
-"""Gemma 3 (Gemma team 2025), the text part: Gemma 2 with norms of queries and keys for soft caps, five windows to a
-layer that sees all, and a base of RoPE for each of the two kinds."""
+"""Text part of Gemma 3 (Gemma team 2025): Gemma 2 with query and key norms instead of soft caps, five sliding layers
+for each global one, and a RoPE base for each of the two kinds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ VISION = (
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json; of one with images, of what it says of the text. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes, from its text_config if the model takes images. Raises
+    UnsupportedModelError."""
     defaults = DEFAULTS
     if (text := keys.inside("text_config")) is not None:
         for key in VISION:
@@ -48,7 +49,7 @@ def to_config(keys: Keys) -> ModelConfig:
         keys = text
         keys.ordinary()
     keys.assume(defaults)
-    keys.take("_sliding_window_pattern", None)  # what layer_types were made of
+    keys.take("_sliding_window_pattern", None)  # already expanded into layer_types
     keys.must("attn_logit_softcapping", None)  # transformers has the key and does not apply it
     config = gemma_config(keys, keys.count("sliding_window_pattern", 6), _position(keys))
     return replace(config, attention=replace(config.attention, qk_norm="head"))
@@ -57,19 +58,19 @@ def to_config(keys: Keys) -> ModelConfig:
 def _position(keys: Keys) -> PositionConfig:
     if not set(keys.take("rope_parameters", {})) <= {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(
-            f"{keys.where}: rope_parameters must be given for full_attention and sliding_attention apart"
+            f"{keys.where}: rope_parameters must have the keys full_attention and sliding_attention only"
         )
     theta, scaling = rope(keys, layer_type="full_attention")
     local_theta, local_scaling = rope(keys, layer_type="sliding_attention", theta="rope_local_base_freq")
     if local_scaling is not None and (local_theta, local_scaling) != (theta, scaling):
         raise UnsupportedModelError(
-            f"{keys.where}: rope_parameters.sliding_attention: only full_attention can have a scaling of its own"
+            f"{keys.where}: rope_parameters.sliding_attention: only full_attention can have a separate scaling"
         )
     return PositionConfig(theta=theta, scaling=scaling, local_theta=None if local_scaling else local_theta)
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return gemma_json(config) | {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": None,
         "rope_local_base_freq": config.position.local_theta or config.position.theta,
@@ -77,12 +78,12 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """Of names on disk, those of a model with images: as `pieces` name them."""
+    """Return {name on disk: name in `pieces`} for the text tensors of a model that takes images."""
     prefixes = (
         ("language_model.model.", "model."),
         ("model.language_model.", "model."),

@@ -1,7 +1,7 @@
-"""GGUF files of Llama's architecture (llama.cpp: LLM_ARCH_LLAMA), as a Hugging Face folder would give them.
+"""Read GGUF files of Llama's architecture (llama.cpp: LLM_ARCH_LLAMA) as if from a Hugging Face folder.
 
-llama.cpp rotates pairs (2i, 2i+1) of a head where Hugging Face rotates (i, i + half): its converter reordered the rows
-of queries and keys, which is undone here. A vector of rope_freqs.weight is Llama 3's scaling of RoPE, evaluated.
+llama.cpp rotates pairs (2i, 2i+1) of a head where Hugging Face rotates (i, i + half), so its converter reorders the
+rows of queries and keys; this reader restores them. The vector rope_freqs.weight is Llama 3's RoPE scaling, evaluated.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _FACTORS = "rope_freqs.weight"
-# Of llama.*: what changes no function of a dense Llama.
-_SILENT = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
+# Keys below llama.* that do not affect a dense Llama.
+_IGNORED_KEYS = ("tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon")
 
 
 class GGUFSource:
-    """The tensors by Hugging Face's names, rows of queries and keys in Hugging Face's order.
+    """The tensors under Hugging Face's names, with rows of queries and keys in Hugging Face's order.
 
-    What is quantized is made float32 on reading, one tensor at a time: beside it a few megabytes are held. The rest is
-    a view of the file, but for queries and keys.
+    Reading decodes a quantized tensor to float32 and needs a few megabytes besides it. Other tensors are views of the
+    file, except for queries and keys, which are copied.
     """
 
     def __init__(self, file: GGUFFile, num_heads: int, num_kv_heads: int):
@@ -55,7 +55,7 @@ class GGUFSource:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, float32 where it is quantized in the file."""
+        """Return the tensor, as float32 if it is quantized in the file."""
         theirs = self._theirs[name]
         heads = self._heads.get(theirs.split(".")[-2])
         rows = None if heads is None else unpermuted(self.tensors[name].shape[0], heads)
@@ -67,37 +67,41 @@ class GGUFSource:
         return ordered
 
     def release(self) -> None:
-        """Gives the pages of the file back to the system."""
+        """Release the pages of the file."""
         self._file.release()
 
 
 def open_gguf(path: str | Path) -> tuple[dict[str, Any], GGUFSource]:
-    """(config.json as a Hugging Face folder of this model would hold it, its tensors). Nothing but the header is read.
+    """Return (config.json that a Hugging Face folder of this model would hold, its tensors), reading only the header.
 
-    Raises UnsupportedModelError for what is not a dense Llama, ModelFilesError for a damaged file.
+    Raises UnsupportedModelError if the model is not a dense Llama and ModelFilesError if the file is damaged.
     """
     file = GGUFFile(Path(path))
-    keys = Keys({key: _alike(str(path), key, value) for key, value in file.metadata.items()}, str(path))
+    keys = Keys({key: _common_value(str(path), key, value) for key, value in file.metadata.items()}, str(path))
     if keys.take("split.count", 1) > 1:
         raise UnsupportedModelError(
-            f"{path}: one of {file.metadata['split.count']} parts; merge them with llama-gguf-split --merge"
+            f"{path}: is one of {file.metadata['split.count']} parts. Merge them with llama-gguf-split --merge"
         )
     keys.must("general.type", "model", default="model")
     keys.must("general.quantization_version", 2, default=2)
     keys.must("general.architecture", "llama")
     values = _config(keys, file)
-    left = [key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _SILENT]
+    left = [
+        key for key in file.metadata if key.startswith("llama.") and key in keys.left() and key[6:] not in _IGNORED_KEYS
+    ]
     if left:
         raise UnsupportedModelError(
-            f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not known to this reader, which "
-            f"will not guess"
+            f"{path}: {', '.join(f'{key} = {file.metadata[key]!r}' for key in left)}: not supported by this reader. "
+            f"Use the model's safetensors release"
         )
     return values, GGUFSource(file, values["num_attention_heads"], values["num_key_value_heads"])
 
 
 def published_name(name: str) -> str:
-    """Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'. One that is
-    not known stays as it is."""
+    """Return Hugging Face's name of a tensor: 'blk.3.attn_q.weight' -> 'model.layers.3.self_attn.q_proj.weight'.
+
+    An unknown name is returned unchanged.
+    """
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _NAMES:
         return name
@@ -106,29 +110,30 @@ def published_name(name: str) -> str:
 
 
 def unpermuted(rows: int, heads: int) -> np.ndarray:
-    """Int [rows]: where each row of llama.cpp's q or k belongs in Hugging Face's."""
+    """Return int [rows]: the index in Hugging Face's order of each row of llama.cpp's q or k."""
     if rows % (2 * heads):
         raise ModelFilesError(
-            f"attn_q or attn_k has {rows} rows, which {heads} heads of even size cannot have; the file is damaged"
+            f"attn_q or attn_k has {rows} rows, which are not {heads} heads of even size. The file is damaged. "
+            "Download it again"
         )
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
 
 
-def _alike(where: str, key: str, value: Any) -> Any:
-    """What some files give for each layer, once. Raises UnsupportedModelError where layers differ."""
+def _common_value(where: str, key: str, value: Any) -> Any:
+    """Return the common value of a key that lists one value per layer. Raises UnsupportedModelError if they differ."""
     if not (isinstance(value, list) and key.startswith("llama.")):
         return value
     if len(set(value)) != 1:
-        raise UnsupportedModelError(f"{where}: {key} differs by layer ({value[:4]} ...): all layers must be alike")
+        raise UnsupportedModelError(f"{where}: {key} differs between layers ({value[:4]} ...): not supported")
     return value[0]
 
 
 def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
-    """config.json of the metadata."""
+    """Return config.json for the metadata."""
     if keys.take("llama.expert_count", 0) or keys.take("llama.expert_used_count", 0):
         raise UnsupportedModelError(
-            f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: mixtures of experts in "
-            "GGUF are not supported, dense Llamas are; give the model as a folder of safetensors"
+            f"{keys.where}: llama.expert_count = {file.metadata.get('llama.expert_count')}: GGUF files with mixtures "
+            "of experts are not supported. Use the model's safetensors release"
         )
     keys.must("llama.attention.causal", True, default=True)
     keys.must("llama.use_parallel_residual", False, default=False)
@@ -139,7 +144,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     width, heads = keys.count("llama.embedding_length"), keys.count("llama.attention.head_count")
     if "token_embd.weight" not in file.tensors:
         raise ModelFilesError(
-            f"{keys.where}: token_embd.weight is missing: the file holds no language model or is damaged"
+            f"{keys.where}: token_embd.weight is missing. The file is damaged or does not hold a language model"
         )
     vocab = file.tensors["token_embd.weight"].shape[0]
     tokens = keys.take("tokenizer.ggml.tokens", None)
@@ -149,7 +154,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
     ):
         if size != vocab:
             raise ModelFilesError(
-                f"{keys.where}: {what} has {size} tokens, token_embd.weight {vocab} rows; the file is inconsistent"
+                f"{keys.where}: {what} has {size} tokens, but token_embd.weight has {vocab} rows. Get a consistent file"
             )
     head_dim = keys.count("llama.attention.key_length", width // heads)
     keys.must("llama.attention.value_length", head_dim, default=head_dim)
@@ -179,7 +184,7 @@ def _config(keys: Keys, file: GGUFFile) -> dict[str, Any]:
 
 
 def _short(value: float | np.floating) -> float:
-    """The decimal that a float32 of the metadata was written from: 1e-05 for 9.999999747378752e-06."""
+    """Return the shortest decimal of a float32 in the metadata: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -200,7 +205,7 @@ def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: in
     if _FACTORS in file.tensors:
         if kind != "none":
             raise UnsupportedModelError(
-                f"{keys.where}: {prefix}type = {kind!r} and {_FACTORS} at once cannot be expressed; one of them can"
+                f"{keys.where}: {prefix}type = {kind!r}: not supported together with the tensor {_FACTORS}"
             )
         return _llama3(keys.where, file.array(_FACTORS), dim, theta)
     if kind == "none" or factor in (0, 1):
@@ -210,10 +215,15 @@ def _rope_scaling(keys: Keys, file: GGUFFile, dim: int, theta: float, length: in
 
 
 def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[str, Any] | None:
-    """The llama3 scaling that divides the frequencies so. The file gives its result alone: factor is the last divisor,
-    and the ramp between wavelengths original / 4 and original / 1 is tried for original lengths of powers of two."""
+    """Return the llama3 scaling that has these frequency divisors, or None if all are 1.
+
+    The file holds only the divisors. The factor is the last one, and original lengths of powers of two are tried for
+    the ramp between wavelengths original / 4 and original / 1. Raises UnsupportedModelError if none fits.
+    """
     if divisors.shape != (dim // 2,):
-        raise ModelFilesError(f"{where}: {_FACTORS} has shape {list(divisors.shape)}, heads of {dim} need {dim // 2}")
+        raise ModelFilesError(
+            f"{where}: {_FACTORS} has shape {list(divisors.shape)}, but heads of {dim} need [{dim // 2}]"
+        )
     if (divisors == 1).all():
         return None
     factor, plain = _short(divisors[-1]), inverse_frequencies(dim, theta, None)
@@ -226,6 +236,6 @@ def _llama3(where: str, divisors: np.ndarray, dim: int, theta: float) -> dict[st
                     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 }  # fmt: skip
     raise UnsupportedModelError(
-        f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's scaling of RoPE, the only one "
-        "that is supported so; give the model as a folder of safetensors"
+        f"{where}: {_FACTORS} ({divisors[0]:g} ... {divisors[-1]:g}) is not Llama 3's RoPE scaling, the only one "
+        "supported in this form. Use the model's safetensors release"
     )

@@ -1,7 +1,7 @@
-"""The container: metadata and tensors of a GGUF file, version 2 or 3, memory-mapped and checked on opening.
+"""Read the metadata and tensors of a GGUF file, version 2 or 3, memory-mapped and checked when opened.
 
-Written here and not read by the package `gguf`, which takes seconds for a vocabulary's strings and gives short arrays
-for a file that was cut off. Layout: the GGUF specification of ggml, docs/gguf.md.
+The reader of the `gguf` package is not used: it takes seconds for a vocabulary's strings and returns short arrays for a
+truncated file. Layout: ggml's GGUF specification, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from interop.load import ModelFilesError
 from interop.translate import UnsupportedModelError
 
-# Codes of scalars in the metadata, as NumPy names them; 7 is a bool, 8 a string, 9 an array.
+# Metadata type codes and their NumPy dtypes. 7 is a bool, 8 a string and 9 an array.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _PLAIN = {
@@ -27,20 +27,20 @@ _PLAIN = {
     "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype(np.float64),
 }
-_SLICE_BYTES = 1 << 20  # of float32 that one call of dequantize makes; it holds some copies of that
+_SLICE_BYTES = 1 << 20  # float32 output of one dequantize call, which holds a few copies of that size
 
 
 class Tensor(NamedTuple):
-    """One tensor as it lies in the file."""
+    """Location and type of a tensor in the file."""
 
-    shape: tuple[int, ...]  # rows first, as NumPy has it
+    shape: tuple[int, ...]  # in NumPy's order, rows first
     kind: str  # 'Q4_0', 'F16', ...
-    offset: int  # of its first byte, from the start of the file
+    offset: int  # first byte, from the start of the file
     row_bytes: int
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the array that `GGUFFile.array` gives: float32 for what is quantized."""
+        """Return the dtype of the array from `GGUFFile.array`: float32 if the tensor is quantized."""
         return _PLAIN.get(self.kind, np.dtype(np.float32))
 
     @property
@@ -49,15 +49,15 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Return the size in bytes."""
         return self.rows * self.row_bytes
 
 
 class GGUFFile:
-    """An open file. `metadata`: numbers, strings, bools, and lists of them; `tensors`: by the file's own names.
+    """An open GGUF file. `metadata`: numbers, strings, bools and lists of them. `tensors`: by their names in the file.
 
-    Raises ModelFilesError for a file that is cut off or no GGUF file, UnsupportedModelError for a quantization that the
-    package `gguf` cannot undo in NumPy.
+    Raises ModelFilesError if the file is truncated or not GGUF, and UnsupportedModelError for a quantization that the
+    `gguf` package cannot decode in NumPy.
     """
 
     def __init__(self, path: Path):
@@ -66,17 +66,17 @@ class GGUFFile:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ModelFilesError(f"{path}: {error.strerror}; give a GGUF file that can be read") from error
-        except ValueError as error:  # what mmap says of an empty file
-            raise ModelFilesError(f"{path}: the file is empty; get it again") from error
+            raise ModelFilesError(f"{path}: {error.strerror}. Give a readable GGUF file") from error
+        except ValueError as error:  # mmap raises this for an empty file
+            raise ModelFilesError(f"{path}: the file is empty. Download it again") from error
         self._at = 0
         self.metadata, self.tensors = self._header()
 
     def array(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
-        """The tensor, of its own shape: a view of the file where it is not quantized, else new, in float32.
+        """Return the tensor: a view of the file, or a new float32 array if it is quantized.
 
-        `rows`: row i of the file becomes row rows[i] (the rows of a matrix in another order). Beside the result a few
-        megabytes are held.
+        `rows`: reorder the rows of a matrix, so that row i of the file becomes row rows[i]. Decoding needs a few
+        megabytes besides the result.
         """
         tensor = self.tensors[name]
         data = np.frombuffer(self._map, np.uint8, tensor.rows * tensor.row_bytes, tensor.offset)
@@ -90,27 +90,27 @@ class GGUFFile:
             return ordered.reshape(tensor.shape)
         made = np.empty((tensor.rows, tensor.shape[-1]), np.float32)
         step = max(1, _SLICE_BYTES // (4 * tensor.shape[-1]))
-        with np.errstate(all="ignore"):  # what is not finite is told by who reads it
+        with np.errstate(all="ignore"):  # loading reports values that are not finite
             for start in range(0, tensor.rows, step):
                 part = slice(start, start + step)
                 made[part if rows is None else rows[part]] = self.quants.dequantize(data[part], self._kind(tensor.kind))
         return made.reshape(tensor.shape)
 
     def release(self) -> None:
-        """Gives the pages that were read back to the system."""
+        """Release the file pages that were read."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _kind(self, kind: str) -> Any:
         return self.quants.GGMLQuantizationType[kind]
 
-    # The header, front to back: a cursor that never reads past the end.
+    # The header is read front to back with a cursor that never passes the end of the file.
 
     def _take(self, size: int) -> bytes:
         if size > len(self._map) - self._at:
             raise ModelFilesError(
-                f"{self.path}: the file ends inside its header, after {len(self._map)} bytes; it was cut off or is "
-                f"damaged: get it again"
+                f"{self.path}: the file ends inside its header, after {len(self._map)} bytes. It is truncated or "
+                f"damaged. Download it again"
             )
         self._at += size
         return self._map[self._at - size : self._at]
@@ -124,7 +124,7 @@ class GGUFFile:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ModelFilesError(
-                f"{self.path}: a string of the header is not UTF-8 ({error}); the file is damaged"
+                f"{self.path}: a string in the header is not UTF-8 ({error}). The file is damaged. Download it again"
             ) from error
 
     def _value(self, code: int) -> Any:
@@ -140,52 +140,57 @@ class GGUFFile:
     def _scalars(self, code: int, count: int) -> np.ndarray:
         if code not in _SCALARS:
             raise ModelFilesError(
-                f"{self.path}: the header holds a value of type {code}, which is not known; the file is damaged"
+                f"{self.path}: the header holds a value of the unknown type {code}. The file is damaged. Download it "
+                "again"
             )
         dtype = np.dtype(_SCALARS[code])
         return np.frombuffer(self._take(count * dtype.itemsize), dtype)
 
     def _header(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self._take(4) != b"GGUF":
-            raise ModelFilesError(f"{self.path}: does not begin with 'GGUF'; it is no GGUF file")
+            raise ModelFilesError(f"{self.path}: does not begin with 'GGUF', so it is not a GGUF file")
         version = self._number("<I")
         if version not in (2, 3):
             swapped = version & 0xFFFF == 0
             raise UnsupportedModelError(
-                f"{self.path}: GGUF {'of big-endian machines' if swapped else f'version {version}'} is not supported; "
-                "there are versions 2 and 3, little-endian"
+                f"{self.path}: {'big-endian GGUF' if swapped else f'GGUF version {version}'} is not supported. "
+                "Supported: little-endian files of version 2 or 3"
             )
         num_tensors, num_values = self._number("<Q"), self._number("<Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
             key = self._string()
             if key in metadata:
-                raise ModelFilesError(f"{self.path}: {key} stands twice in the metadata; the file is damaged")
+                raise ModelFilesError(
+                    f"{self.path}: {key} occurs twice in the metadata. The file is damaged. Download it again"
+                )
             metadata[key] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(num_tensors)]
         align = metadata.get("general.alignment", 32)
         if type(align) is not int or align < 1 or align & (align - 1):
             raise ModelFilesError(
-                f"{self.path}: general.alignment = {align!r}: must be a power of 2, in bytes. The file is damaged: get "
-                "it again"
+                f"{self.path}: general.alignment = {align!r}: must be a power of 2, in bytes. The file is damaged. "
+                "Download it again"
             )
         first = -(-self._at // align) * align
         tensors: dict[str, Tensor] = {}
         for name, tensor in found:
             if name in tensors:
-                raise ModelFilesError(f"{self.path}: tensor {name} stands twice in the header; the file is damaged")
+                raise ModelFilesError(
+                    f"{self.path}: tensor {name} occurs twice in the header. The file is damaged. Download it again"
+                )
             tensors[name] = tensor._replace(offset=first + tensor.offset)
         self._check_layout(tensors, first, align)
         return metadata, tensors
 
     def _check_layout(self, tensors: dict[str, Tensor], first: int, align: int) -> None:
         """Raise ModelFilesError unless the tensors fill the rest of the file in some order, each beginning at the next
-        multiple of `align` behind the one before it: what every reader of ggml demands."""
+        multiple of `align` after the previous one, as ggml's readers require."""
         for name, tensor in tensors.items():
             if tensor.offset + tensor.size > len(self._map):
                 raise ModelFilesError(
-                    f"{self.path}: {name} ends at byte {tensor.offset + tensor.size}, the file after {len(self._map)}: "
-                    "it was cut off; get it again"
+                    f"{self.path}: {name} ends at byte {tensor.offset + tensor.size}, but the file has only "
+                    f"{len(self._map)} bytes: it is truncated. Download it again"
                 )
         before, end = "the header", first
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
@@ -193,51 +198,55 @@ class GGUFFile:
             wanted = -(-end // align) * align
             if begin != wanted:
                 what = (
-                    f"begins at byte {begin}, and {before} ends at byte {end}: they overlap"
+                    f"begins at byte {begin}, but {before} ends at byte {end}: they overlap"
                     if begin < end
-                    else f"begins at byte {begin}, not at {wanted}, the next multiple of {align} behind {before}"
+                    else f"begins at byte {begin}, not at {wanted}, the next multiple of {align} after {before}"
                 )
-                raise ModelFilesError(f"{self.path}: {name} {what}. The file is damaged: get it again")
+                raise ModelFilesError(f"{self.path}: {name} {what}. The file is damaged. Download it again")
             before, end = name, begin + tensor.size
         last = -(-end // align) * align
         if len(self._map) > last:
             raise ModelFilesError(
-                f"{self.path}: {len(self._map) - last} bytes follow {before}, the last tensor that the header names. "
-                "The file is damaged: get it again"
+                f"{self.path}: {len(self._map) - last} bytes follow {before}, the last tensor in the header. The file "
+                "is damaged. Download it again"
             )
 
     def _tensor(self) -> tuple[str, Tensor]:
         name, dims = self._string(), self._number("<I")
         if not 1 <= dims <= 4:
-            raise ModelFilesError(f"{self.path}: {name} has {dims} dimensions; GGUF has 1 to 4: the file is damaged")
+            raise ModelFilesError(
+                f"{self.path}: {name} has {dims} dimensions, but GGUF allows 1 to 4. The file is damaged. Download it "
+                "again"
+            )
         shape = tuple(self._number("<Q") for _ in range(dims))[::-1]
         code, offset = self._number("<I"), self._number("<Q")
         try:
             kind = self.quants.GGMLQuantizationType(code)
         except ValueError as error:
             raise UnsupportedModelError(
-                f"{self.path}: {name} has the unknown type {code}; convert the file to Q8_0 or F16"
+                f"{self.path}: {name} has the unknown type {code}. Convert the file to Q8_0 or F16"
             ) from error
         block, size = self.quants.GGML_QUANT_SIZES[kind]
         if min(shape) < 1 or shape[-1] % block:
             raise ModelFilesError(
-                f"{self.path}: {name} of shape {list(shape)} cannot be {kind.name}, which has blocks of {block}"
+                f"{self.path}: {name} of shape {list(shape)} cannot be {kind.name}, which needs rows of whole blocks "
+                f"of {block}"
             )
         if kind.name not in _PLAIN:
             try:
                 self.quants.dequantize(np.zeros((1, size), np.uint8), kind)
             except NotImplementedError as error:
                 raise UnsupportedModelError(
-                    f"{self.path}: {name} is {kind.name}, which cannot be undone in NumPy; convert the file to Q8_0 or "
-                    f"F16"
+                    f"{self.path}: {name} is {kind.name}, which the gguf package cannot decode in NumPy. Convert the "
+                    f"file to Q8_0 or F16"
                 ) from error
         return name, Tensor(shape, kind.name, offset, shape[-1] // block * size)
 
 
 def _package() -> Any:
-    """The package gguf, which holds the formulas of the quantizations."""
+    """Import the gguf package, which decodes the quantizations."""
     try:
         import gguf
     except ImportError as error:
-        raise ModelFilesError("GGUF files need the package gguf: pip install 'meshwork[hf]'") from error
+        raise ModelFilesError("GGUF files require the gguf package: pip install 'meshwork[hf]'") from error
     return gguf

@@ -1,7 +1,7 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, an MLP without gate, biases everywhere, one embedding.
+"""GPT-2 (Radford et al. 2019): LayerNorm, learned positions, an ungated MLP, biases everywhere, tied embeddings.
 
-Its matrices are stored [in, out], those of queries, keys and values as one. Letters: D width, N heads, H head
-dimension, F hidden width, V vocabulary, T positions.
+Matrices are stored [in, out], and queries, keys and values share one. Letters: D width, N heads, H head dimension, F
+hidden width, V vocabulary, T positions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ PREFIX = "transformer."
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.must("activation_function", "gelu_new", "gelu_pytorch_tanh", default="gelu_new")
     keys.must("scale_attn_weights", True, default=True)
     keys.must("scale_attn_by_inverse_layer_idx", False, default=False)
-    keys.must("reorder_and_upcast_attn", False, True, default=False)  # softmax is in float32 here in any case
+    keys.must("reorder_and_upcast_attn", False, True, default=False)  # softmax is always in float32 here
     for key in keys.values:
         if key.startswith("summary_") or key in ("n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
-            keys.take(key, None)  # of other heads, of older versions, and of training
+            keys.take(key, None)  # for other heads, older versions and training
     width, num_heads = keys.count("n_embd"), keys.count("n_head")
     if width % num_heads:
         raise UnsupportedModelError(f"{keys.where}: n_embd = {width} is not a multiple of n_head = {num_heads}")
@@ -44,7 +44,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return {
         "architectures": list(ARCHITECTURES),
         "model_type": "gpt2",
@@ -61,7 +61,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     V, D, T = config.vocab_size, config.embed_dim, config.max_length
     found = [
         Piece(f"{PREFIX}wte.weight", (V, D), "embedding"),
@@ -106,5 +106,5 @@ def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """Of names on disk, those of the first releases, which lack the prefix: as `pieces` name them."""
+    """Return {name on disk: name in `pieces`} for tensors of the first releases, which lack the prefix."""
     return {name: PREFIX + name for name in names if name.split(".")[0] in ("wte", "wpe", "ln_f", "h")}

@@ -1,5 +1,5 @@
-"""gpt-oss (OpenAI 2025): experts of all layers in one tensor each way, biases everywhere, attention sinks, layers that
-see a window and layers that see everything in turn. The released weights of experts are MXFP4 (`mxfp4.py`).
+"""gpt-oss (OpenAI 2025): fused expert tensors, biases everywhere, attention sinks, and alternating sliding and global
+layers. The released expert weights are MXFP4 (`mxfp4.py`).
 
 Letters: D width, E experts, F hidden width of an expert, G 2 (gate, up).
 """
@@ -30,7 +30,7 @@ DEFAULTS = {
     "attention_bias": True,
     "router_aux_loss_coef": 0.001,
 }
-# What transformers takes where config.json has neither `rope_parameters` nor `rope_scaling`, or null.
+# Default of transformers if config.json has neither `rope_parameters` nor `rope_scaling`, or null.
 ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 4096,
@@ -39,17 +39,17 @@ SWIGLU = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     if "rope_parameters" not in keys and "rope_scaling" not in keys:
         keys.values = keys.values | {"rope_parameters": ROPE}
     keys.must("hidden_act", "silu", default="silu")
     for key, value in SWIGLU.items():
         keys.must(key, value, default=value)
-    keys.take("initial_context_length", 0)  # rope_scaling has it too, and that is read
+    keys.take("initial_context_length", 0)  # unused: rope_scaling repeats it
     config = base_config(keys, theta=THETA, epsilon=1e-5)
     attention = replace(config.attention, sinks=True, **windowed(keys, config.num_layers, ("sliding", "global")))
-    # Two names in the released files.
+    # The released files use two names for each count.
     chosen = one_of(keys, ("num_experts_per_tok", "experts_per_token"), 4)
     experts = one_of(keys, ("num_local_experts", "num_experts"), 128)
     moe = moe_config(keys, ["moe"] * config.num_layers, experts, chosen, config.mlp.hidden_dim, "softmax_top_k")
@@ -57,7 +57,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe = needed(config)
     values = base_json(config) | SWIGLU | sliding_json(config) | {
         "architectures": list(ARCHITECTURES),
@@ -66,19 +66,19 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": moe.hidden_dim,
         "num_local_experts": moe.num_experts,
     } | moe_json(config)  # fmt: skip
-    if values["rope_scaling"] is None:  # which would be read as YaRN
+    if values["rope_scaling"] is None:  # null would be read as the default, YaRN
         del values["rope_scaling"]
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values["rope_theta"]}
     return values
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 
 def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
-    """Columns of gate and up lie side by side: gate 0, up 0, gate 1, up 1, ..."""
+    """Yield the router and the experts. Columns of gate and up alternate: gate 0, up 0, gate 1, up 1, ..."""
     moe, D, G = config.moe, config.embed_dim, 2
     assert moe is not None
     E, F = moe.num_experts, moe.hidden_dim

@@ -10,12 +10,12 @@ from interop.translate import Keys, UnsupportedModelError, gated, gated_json, ro
 from model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig
 
 ARCHITECTURES = ("LlamaForCausalLM",)
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # of old checkpoints; computed
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old checkpoints; computed here
 NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     return base_config(keys)
 
 
@@ -28,10 +28,10 @@ def base_config(
     activation: str = "hidden_act",
     position: PositionConfig | None = None,
 ) -> ModelConfig:
-    """What Llama and its descendants say alike; theirs differ in the defaults of transformers' config classes.
+    """Return the ModelConfig from the keys that Llama and its descendants share.
 
-    `theta`, `epsilon`: where config.json has none. `bias`: of the attention, where it is no choice of the family.
-    `activation`: the key that names it. `position`: what the family reads in its own way.
+    `theta`, `epsilon`: defaults of the family's class in transformers. `bias`: whether attention has biases; None: read
+    `attention_bias`. `activation`: key of the activation. `position`: positions, if the family reads them differently.
     """
     num_heads, width = keys.count("num_attention_heads"), keys.count("hidden_size")
     if position is None:
@@ -57,10 +57,10 @@ def base_config(
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     if config.embed_dim % config.attention.num_heads:
         raise UnsupportedModelError(
-            f"model.embed_dim = {config.embed_dim}: transformers' Llama takes only a multiple of num_heads = "
+            f"model.embed_dim = {config.embed_dim}: transformers' Llama requires a multiple of num_heads = "
             f"{config.attention.num_heads}"
         )
     return base_json(config) | {
@@ -71,7 +71,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def base_json(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `base_config`."""
+    """Return the keys that `base_config` reads."""
     a = config.attention
     return {
         "vocab_size": config.vocab_size,
@@ -90,5 +90,5 @@ def base_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -1,9 +1,9 @@
-"""From tensors on disk to the shards of a mesh, a few megabytes at a time.
+"""Load tensors from disk into the shards of a mesh, a few megabytes at a time.
 
-Each device's shards are allocated once; a tensor is a view of its file, cut along its first dimension, and every slab
-is converted and copied to where it belongs. Beside the shards the host holds a few slabs, of `SLAB_BYTES` or of one row
-of the first dimension (an expert, where they are stacked), and the pages of the file that the slab was read from, which
-it gives back. A tensor that is stored quantized is decoded whole first.
+Each device's shards are allocated once. A tensor is a view of its file and is cut into slabs along its first dimension;
+each slab is converted and copied to its place. Besides the shards, the host holds a few slabs of `SLAB_BYTES` (or of
+one row of the first dimension, for example one of several stacked experts) and the file pages of the current slab,
+which it then releases. A tensor that is stored quantized is first decoded as a whole.
 """
 
 from __future__ import annotations
@@ -28,38 +28,36 @@ from model.weights import named_weights
 from sharding.mesh import concrete_shardings, off_mesh, use_mesh
 from sharding.rules import ShardingRules
 
-SLAB_BYTES = 8 << 20  # of a tensor, as converted, that is on its way at once
-SMALL_BYTES = 1 << 20  # weights up to this size are put together on the host: nothing is compiled for them
+SLAB_BYTES = 8 << 20  # size of a slab after conversion
+SMALL_BYTES = 1 << 20  # weights up to this size are assembled on the host, without compiling a program
 
 
 class ModelFilesError(ValueError):
-    """Files of a model that are damaged, incomplete, or do not belong together; the message names file, tensor and
-    fix."""
+    """Model files that are damaged, incomplete or do not belong together; the message names file, tensor and fix."""
 
 
 class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
-    dtype: str  # as NumPy and ml_dtypes name it
+    dtype: str  # NumPy or ml_dtypes name
     file: str
 
 
 class Source(Protocol):
-    """Tensors of a published checkpoint, by the names of its family, read from files that were checked on opening."""
+    """Tensors of a published checkpoint under the family's names, in files that were checked when opened."""
 
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor; where its format allows, a memory-mapped view that costs nothing until it is copied."""
+        """Return the tensor, as a memory-mapped view if the format allows it."""
         ...
 
     def release(self) -> None:
-        """Gives the pages that were read back to the system."""
+        """Release the file pages that were read."""
         ...
 
 
 def abstract(config: ModelConfig, rules: ShardingRules, mesh: Mesh | None, dtype: str = "float32") -> Transformer:
-    """Return shapes and shardings of the weights, stored as `dtype`. Raises ValueError if `mesh` does not divide
-    them."""
+    """Return the weights' shapes and shardings in `dtype`. Raises ValueError if `mesh` does not divide them."""
     if mesh is not None:
         check_mesh(config, rules, dict(mesh.shape))
     with use_mesh(mesh):
@@ -68,8 +66,7 @@ def abstract(config: ModelConfig, rules: ShardingRules, mesh: Mesh | None, dtype
 
 
 def check_mesh(config: ModelConfig, rules: ShardingRules, mesh: dict[str, int]) -> None:
-    """Raise ValueError, which names field, value and fix, if a dimension of a weight does not divide over its devices.
-    `mesh`: devices along each axis."""
+    """Raise ValueError if a weight's dimension does not divide over its devices. `mesh`: devices along each axis."""
     a, moe = config.attention, config.moe
     sizes = [
         ("vocab_size", "vocab", config.vocab_size),
@@ -96,15 +93,15 @@ def check_mesh(config: ModelConfig, rules: ShardingRules, mesh: dict[str, int]) 
 
 
 def _divisors(size: int, most: int) -> str:
-    """Return the counts of devices, fewer than `most`, that divide `size`: '1, 2 or 4'."""
+    """Return the device counts below `most` that divide `size`: '1, 2 or 4'."""
     *first, last = (str(n) for n in range(1, most) if size % n == 0)
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def named(model: Transformer) -> dict[str, Any]:
-    """Return the stored values by the paths that pieces name: 'stacks/0/0/attention/q'.
+    """Return the weights' values by `Piece.leaf` path: 'stacks/0/0/attention/q'.
 
-    Raises ValueError for a quantised or adapted weight: its value is not the weight.
+    Raises ValueError for a quantised or adapted weight, whose value alone is not the weight.
     """
     weights = {path.replace(".", "/"): weight for path, weight in named_weights(model)}
     for path, weight in weights.items():
@@ -118,10 +115,10 @@ def load(
     source: Source, pieces: list[Piece], config: ModelConfig, rules: ShardingRules, mesh: Mesh | None = None, *,
     dtype: str = "float32", progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> Transformer:  # fmt: skip
-    """The network with its weights on `mesh`, or on the default device, in `dtype`.
+    """Return the network with its weights in `dtype` on `mesh`, or on the default device.
 
-    `source` must hold all `pieces` in their shapes (`check.py`). `progress` is called after each with its elements.
-    Raises ModelFilesError for a weight that is not finite.
+    `source` must hold all `pieces` with their shapes (`check.py` checks this). `progress` is called after each piece
+    with its number of elements. Raises ModelFilesError if a weight is not finite.
     """
     model = abstract(config, rules, mesh, dtype)
     weights = named(model)
@@ -143,10 +140,10 @@ def load(
 
 
 def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`values` of the tensor `name` as a contiguous array of `dtype`. Raises ModelFilesError where one is not
+    """Return `values` of the tensor `name` as a contiguous array of `dtype`. Raises ModelFilesError if one is not
     finite."""
     with np.errstate(over="ignore", invalid="ignore"):
-        if values.itemsize <= dtype.itemsize:  # the smaller of both is transposed: twice as fast
+        if values.itemsize <= dtype.itemsize:  # transposing the smaller of the two is twice as fast
             new = np.ascontiguousarray(values).astype(dtype, copy=False)
         else:
             new = np.ascontiguousarray(values.astype(dtype))
@@ -155,19 +152,18 @@ def converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     bad = ~np.isfinite(values)
     if bad.any():
         raise ModelFilesError(
-            f"{name}: holds {values[bad].flat[0]}, {bad.sum()} of the {values.size} values looked at are not finite: "
-            "the file is damaged, or the training that wrote it went astray; take another copy or an earlier "
-            "checkpoint"
+            f"{name}: holds {values[bad].flat[0]}; {bad.sum()} of the {values.size} values checked are not finite. The "
+            "file is damaged, or the training run diverged. Use another copy or an earlier checkpoint"
         )
     largest = np.abs(values.astype(np.float64)).max()
     raise ModelFilesError(
-        f"{name}: holds a value of size {largest:g}, more than {dtype.name} can say "
-        f"({float(jnp.finfo(dtype).max):g}); choose bfloat16 or float32"
+        f"{name}: holds a value of magnitude {largest:g}, above the {dtype.name} maximum of "
+        f"{float(jnp.finfo(dtype).max):g}. Use bfloat16 or float32"
     )
 
 
 class _Small:
-    """A small weight in the making, on the host."""
+    """A small weight that is assembled on the host."""
 
     def __init__(self, leaf: jax.ShapeDtypeStruct):
         self.leaf, self.array = leaf, np.zeros(leaf.shape, leaf.dtype)
@@ -181,18 +177,18 @@ class _Small:
 
 
 class _Large:
-    """A weight in the making: its shard on each device of this process."""
+    """A weight that is assembled in its shards on the devices of this process."""
 
     def __init__(self, zeros: jax.Array):
         self.shape, self.sharding, self.dtype = zeros.shape, zeros.sharding, zeros.dtype
         self.shards = [shard.data for shard in zeros.addressable_shards]
-        self.regions: dict[Box, list[int]] = {}  # the shards that are copies of each part
+        self.regions: dict[Box, list[int]] = {}  # part of the weight: indices of the shards that hold a copy of it
         for i, shard in enumerate(zeros.addressable_shards):
             low, high, _ = zip(*(s.indices(n) for s, n in zip(shard.index, zeros.shape, strict=True)), strict=True)
             self.regions.setdefault((low, high), []).append(i)
 
     def put(self, slab: Slab, name: str) -> None:
-        """Copies the slab into every shard that holds some of it; of the tensor, nothing else is read."""
+        """Copy the slab into every shard that overlaps it. No other part of the tensor is read."""
         for (first, last), copies in self.regions.items():
             low, high = np.maximum(slab.low, first), np.minimum(slab.high, last)
             if (low >= high).any():
@@ -203,14 +199,14 @@ class _Large:
                 for i in copies:
                     self.shards[i] = _write(self.shards[i], values, (low - first).astype(np.int32))
         for shard in self.shards:
-            shard.block_until_ready()  # or slabs would wait in a queue, all in memory
+            shard.block_until_ready()  # otherwise slabs would queue up in memory
 
     def finish(self) -> jax.Array:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, self.shards)
 
 
 def _zeros(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Zeros of these shapes, dtypes and shardings, by one program."""
+    """Return zeros with these shapes, dtypes and shardings, made by one program."""
     if not leaves:
         return {}
     shardings = {path: leaf.sharding for path, leaf in leaves.items()}

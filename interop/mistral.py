@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama whose layers all see a sliding window, or none does."""
+"""Mistral (Jiang et al. 2023): Llama with a sliding window in every layer or in none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "slidi
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, bias=False)
     window = keys.take("sliding_window", None)
     kind = "global" if window is None else "sliding"
     if attention_layers(keys, config.num_layers) not in (None, (kind,)):
         raise UnsupportedModelError(
-            f"{keys.where}: layer_types mixes kinds of attention, but sliding_window = {window} makes all layers of a "
-            f"Mistral alike"
+            f"{keys.where}: layer_types does not match sliding_window = {window}, which applies to every layer of a "
+            f"Mistral"
         )
     attention = replace(config.attention, layers=(kind,))  # type: ignore[arg-type]
     return replace(
@@ -35,7 +35,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "mistral"}
     values["sliding_window"] = config.attention.window if layer_types(config)[0] == "sliding_attention" else None
     del values["attention_bias"]
@@ -43,5 +43,5 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

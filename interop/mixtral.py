@@ -1,6 +1,6 @@
 """Mixtral (Jiang et al. 2024): Mistral with a few large experts in every layer. w1 is the gate, w3 up, w2 down.
 
-Also what the families of experts after it share: the numbers of MoEConfig, and the table of an expert's matrices.
+Also provides MoEConfig and the tensor map of experts for later families.
 Letters: D width, E experts, F hidden width of an expert.
 """
 
@@ -29,7 +29,7 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, theta=1e6, epsilon=1e-5, bias=False)
     window = keys.take("sliding_window", None)
@@ -44,7 +44,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe = needed(config)
     values = base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "mixtral"}
     values |= {"num_local_experts": moe.num_experts, "intermediate_size": moe.hidden_dim} | moe_json(config)
@@ -56,10 +56,10 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 def moe_config(
     keys: Keys, kinds: list[str], experts: int, top_k: int, hidden_dim: int, weights: str = "renormalized"
 ) -> MoEConfig | None:
-    """Experts of layers of these `kinds` ('dense', 'moe'). `top_k`: where config.json has none. None: no layer has
-    experts.
+    """Return MoEConfig for layers of these `kinds` ('dense', 'moe'), or None if all are dense.
 
-    The losses of transformers' routers are averaged over the layers, ours summed; at perfect balance theirs is top_k.
+    `top_k`: default of `num_experts_per_tok`. The load-balancing coefficient is converted: transformers averages the
+    loss over the layers and its value at perfect balance is top_k, while this code sums the layers' losses.
     """
     keys.must("mlp_bias", False, default=False)
     chosen, coefficient = keys.count("num_experts_per_tok", top_k), keys.take("router_aux_loss_coef", 0.0)
@@ -67,12 +67,13 @@ def moe_config(
         return None
     if chosen > experts:
         raise UnsupportedModelError(
-            f"{keys.where}: num_experts_per_tok = {chosen}: there are {experts} experts; config.json is damaged"
+            f"{keys.where}: num_experts_per_tok = {chosen}: there are only {experts} experts. Use the published "
+            "config.json"
         )
     if chosen == 1 < experts and weights != "softmax":
         raise UnsupportedModelError(
-            f"{keys.where}: num_experts_per_tok = 1: the weight of the one expert would always be 1, which is not "
-            f"supported; supported: 2 or more"
+            f"{keys.where}: num_experts_per_tok = 1: the expert's renormalized weight would always be 1. Supported: 2 "
+            f"or more"
         )
     return MoEConfig(
         num_experts=experts,
@@ -86,30 +87,30 @@ def moe_config(
 
 
 def one_of(keys: Keys, names: tuple[str, ...], default: int) -> int:
-    """A count that versions of transformers name differently. Raises UnsupportedModelError where two names disagree."""
+    """Return a count that has several names in transformers. Raises UnsupportedModelError if their values differ."""
     found = {name: keys.count(name) for name in names if name in keys}
     if len(set(found.values())) > 1:
         said = ", ".join(f"{name} = {value}" for name, value in found.items())
-        raise UnsupportedModelError(f"{keys.where}: {said}: two names of one number; remove the wrong one")
+        raise UnsupportedModelError(f"{keys.where}: {said}: different values of one number. Remove the wrong one")
     return next(iter(found.values()), default)
 
 
 def needed(config: ModelConfig) -> MoEConfig:
-    """The experts of a config. Raises UnsupportedModelError where there are none."""
+    """Return `config.moe`. Raises UnsupportedModelError if it is None."""
     if config.moe is None:
-        raise UnsupportedModelError("model.moe = none: the family has experts in its layers")
+        raise UnsupportedModelError("model.moe = none: the family requires experts")
     return config.moe
 
 
 def moe_json(config: ModelConfig) -> dict[str, Any]:
-    """The keys that `moe_config` reads."""
+    """Return the keys that `moe_config` reads."""
     moe = needed(config)
     layers = sum(spec.moe for spec in layer_specs(config))
     return {"num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.load_balance * layers / moe.top_k}
 
 
 def normalized_json(config: ModelConfig) -> dict[str, Any]:
-    """`norm_topk_prob`."""
+    """Return the key `norm_topk_prob`."""
     return {"norm_topk_prob": needed(config).weights == "renormalized"}
 
 
@@ -119,7 +120,7 @@ def expert_pieces(
     theirs: str = "mlp.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Iterable[Piece]:
-    """The router, and of each expert the gate, up and down projection."""
+    """Yield the router and each expert's gate, up and down projections."""
     moe, D = config.moe, config.embed_dim
     assert moe is not None
     E, F = moe.num_experts, moe.hidden_dim
@@ -131,7 +132,7 @@ def expert_pieces(
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 

@@ -1,9 +1,10 @@
-"""Weights of 4-bit floats with a scale for each 32 of them (OCP Microscaling Formats 1.0, sec. 5.2, 6.3), as OpenAI
-releases the experts of gpt-oss, read as bfloat16, which holds every such number.
+"""Decode MXFP4 weights (OCP Microscaling Formats 1.0, sec. 5.2, 6.3), as OpenAI releases the experts of gpt-oss.
 
-On disk a tensor [E, K, N] is `<name>_blocks` uint8 [E, N, K / 32, 16], two numbers a byte and the first in the low
-bits, and `<name>_scales` uint8 [E, N, K / 32]: a number is its FP4 value (1 bit of sign, 2 of exponent, 1 of mantissa)
-times 2^(scale - 127).
+Each group of 32 4-bit floats shares a scale. They are read as bfloat16, which represents every such number exactly.
+
+On disk, a tensor [E, K, N] is `<name>_blocks` uint8 [E, N, K / 32, 16], with two numbers per byte and the first in the
+low bits, and `<name>_scales` uint8 [E, N, K / 32]. A number is its FP4 value (1 sign bit, 2 exponent bits, 1 mantissa
+bit) times 2^(scale - 127).
 
 Letters: E experts, K inputs, N outputs.
 """
@@ -20,26 +21,28 @@ from interop.translate import UnsupportedModelError
 
 BLOCKS, SCALES = "_blocks", "_scales"
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # by their 4 bits
-BYTES = 16  # of a block
-NAN = 255  # a scale that says that the block is not a number
+BYTES = 16  # size of a block
+NAN = 255  # scale of a block of NaNs
 BFLOAT16 = np.dtype(jnp.bfloat16)
-ROWS = 512  # of a matrix that are looked up at once
+ROWS = 512  # rows of a matrix decoded at once
 
 
 def dequantize(source: Source, quantization: dict[str, Any]) -> Source:
-    """`source` with each pair of blocks and scales as one bfloat16 tensor. Of a tensor that is read, the host holds all
-    of it as bfloat16: 1.1 GB of gpt-oss-20b's largest. Raises UnsupportedModelError, and ModelFilesError where blocks
-    and scales do not fit."""
+    """Return `source` with each pair of blocks and scales as one bfloat16 tensor.
+
+    Reading such a tensor holds all of it in host memory as bfloat16: 1.1 GB for the largest of gpt-oss-20b. Raises
+    UnsupportedModelError for another method and ModelFilesError if blocks and scales do not fit.
+    """
     method = quantization.get("quant_method")
     if method != "mxfp4":
         raise UnsupportedModelError(
-            f"config.json: quantization_config.quant_method = {method!r} cannot be read here; supported: 'mxfp4'"
+            f"config.json: quantization_config.quant_method = {method!r}: not supported (supported: 'mxfp4')"
         )
     return MXFP4(source)
 
 
 class MXFP4:
-    """A Source whose 4-bit floats are multiplied by their scales when they are read."""
+    """A Source that decodes MXFP4 tensors when it reads them."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -55,26 +58,26 @@ class MXFP4:
         scales = self.source.tensors.get(name + SCALES)
         if scales is None:
             raise ModelFilesError(
-                f"{blocks.file}: {name}{BLOCKS} has no {name}{SCALES}: a file with scales is missing; download it"
+                f"{blocks.file}: {name}{BLOCKS} has no {name}{SCALES}: a file with scales is missing. Download it"
             )
         if name in self.source.tensors:
             raise ModelFilesError(
-                f"{blocks.file}: {name} is there twice, as 4-bit floats and as {self.source.tensors[name].dtype}; take "
-                f"one release's files"
+                f"{blocks.file}: {name} exists twice, as 4-bit floats and as {self.source.tensors[name].dtype}. Use "
+                f"the files of one release"
             )
         right = len(blocks.shape) == 4 and blocks.shape[-1] == BYTES and scales.shape == blocks.shape[:-1]
         if not right or (blocks.dtype, scales.dtype) != ("uint8", "uint8"):
             raise ModelFilesError(
                 f"{blocks.file}: {name}{BLOCKS} is {blocks.dtype}{list(blocks.shape)} and {name}{SCALES} "
                 f"{scales.dtype}{list(scales.shape)}: "
-                f"must be uint8 [experts, outputs, inputs / 32, {BYTES}] and uint8 of the first three; take the files "
-                f"of one release"
+                f"must be uint8 [experts, outputs, inputs / 32, {BYTES}] and uint8 [experts, outputs, inputs / 32]. "
+                f"Use the files of one release"
             )
         E, N, groups, _ = blocks.shape
         return TensorInfo((E, groups * 2 * BYTES, N), "bfloat16", blocks.file)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor: bfloat16 and in memory where it is of 4-bit floats, else as the source gives it."""
+        """Return the tensor: decoded to bfloat16 in memory if it is MXFP4, else as the source returns it."""
         if name + BLOCKS not in self.source.tensors:
             return self.source.read(name)
         blocks_ENGB, scales_ENG = self.source.read(name + BLOCKS), self.source.read(name + SCALES)
@@ -87,13 +90,13 @@ class MXFP4:
         return out_ENX.view(BFLOAT16).swapaxes(1, 2)
 
     def release(self) -> None:
-        """Gives the pages that were read back to the system."""
+        """Release the file pages that were read."""
         self.source.release()
 
 
 def _table() -> np.ndarray:
-    """Of a scale and a byte (256 * scale + byte): the two bfloat16, in the order in which they lie, as one uint32."""
-    with np.errstate(over="ignore"):  # beyond the range is infinity, which loading tells
+    """Return the uint32 that packs the two bfloat16 numbers of each entry 256 * scale + byte, in memory order."""
+    with np.errstate(over="ignore"):  # overflow gives infinity, which loading reports
         pairs = np.stack([VALUES[np.arange(256) & 15], VALUES[np.arange(256) >> 4]], 1)
         floats = np.ldexp(pairs, np.arange(256, dtype=np.int32)[:, None, None] - 127).astype(BFLOAT16)
     floats[NAN] = np.nan

@@ -1,5 +1,4 @@
-"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before, and norms of the whole of queries and
-keys."""
+"""OLMo 2 (OLMo team 2024): norms after attention and MLP instead of before, and query and key norms over all heads."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ NORMS = {"post_attention_layernorm": "attention_post_norm", "post_feedforward_la
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     config = base_config(keys, epsilon=1e-5)
     return replace(
         config, attention=replace(config.attention, qk_norm="full"), norm=replace(config.norm, placement="post")
@@ -27,10 +26,10 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "olmo2"}
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

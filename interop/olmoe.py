@@ -1,4 +1,4 @@
-"""OLMoE (Muennighoff et al. 2024): experts in every layer, norms of the whole of queries and keys, which may be cut."""
+"""OLMoE (Muennighoff et al. 2024): experts in every layer, query and key norms over all heads, optional clipping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULTS = {"max_position_embeddings": 4096, "router_aux_loss_coef": 0.01, "clip
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, epsilon=1e-5)
     clip = None if keys.take("clip_qkv", None) is None else keys.number("clip_qkv")
@@ -35,12 +35,12 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe, a = needed(config), config.attention
     if a.num_heads * a.head_dim != config.embed_dim:
         raise UnsupportedModelError(
-            f"model.attention.head_dim = {a.head_dim}: transformers' OLMoE norms queries over model.embed_dim = "
-            f"{config.embed_dim} numbers, and {a.num_heads} heads of {a.head_dim} are {a.num_heads * a.head_dim}. Try "
+            f"model.attention.head_dim = {a.head_dim}: transformers' OLMoE normalizes queries over model.embed_dim = "
+            f"{config.embed_dim} numbers, but {a.num_heads} heads of {a.head_dim} have {a.num_heads * a.head_dim}. Try "
             f"a network whose model.attention.num_heads * head_dim is model.embed_dim"
         )
     return base_json(config) | {
@@ -53,5 +53,5 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=expert_pieces)

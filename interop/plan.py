@@ -1,4 +1,4 @@
-"""What loading a published model would do, from headers alone."""
+"""Sizes and memory use of loading a published model, from headers alone."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ class Plan(NamedTuple):
     family: str
     summary: str  # '28 layers of width 1,024, 16 heads of 128 (8 of keys), vocabulary 151,936'
     parameters: ParameterCount
-    tensors: dict[str, int]  # dtype on disk: how many that the model needs
+    tensors: dict[str, int]  # dtype on disk: number of tensors that the model needs
     files: tuple[str, ...]
-    disk: int  # of the tensors that the model needs, as `Source` gives them
-    weights: int  # in the dtype asked for
-    device: int  # of that, on the device that holds most
-    largest: int  # tensor, decoded where it is stored quantized
+    disk: int  # the tensors that the model needs, as `Source` returns them
+    weights: int  # in the requested dtype, on all devices
+    device: int  # of those, on one device
+    largest: int  # the largest tensor, decoded if it is stored quantized
 
 
 def plan(published: Published, dtype: str, rules: ShardingRules, mesh: Mesh | None = None) -> Plan:
-    """Tensors, parameters and memory of a published model whose weights are stored as `dtype` on `mesh`. Nothing is
-    allocated."""
+    """Return the plan for loading a published model as `dtype` on `mesh`, without allocating anything."""
     config, source = published.config, published.source
     infos = {piece.name: source.tensors[piece.name] for piece in published.pieces}
     sizes = {name: math.prod(info.shape) * np.dtype(info.dtype).itemsize for name, info in infos.items()}

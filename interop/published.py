@@ -1,4 +1,4 @@
-"""A published model at hand: opened and checked as a whole before a weight is read."""
+"""Open a published model and check all of its files before reading any weight."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from interop.safetensors import SafetensorsFolder
 from interop.translate import UnsupportedModelError
 from model.config import ModelConfig
 
-# How quantized weights become floats: a module with dequantize(source, quantization_config) -> Source.
+# Quantization methods, and the module whose dequantize(source, quantization_config) -> Source decodes each.
 QUANTIZED = {"fp8": "interop.fp8", "mxfp4": "interop.mxfp4"}
 
 
 class Published(NamedTuple):
-    family: str  # of families.py
+    family: str  # key of families.FAMILIES
     config: ModelConfig
     pieces: list[Piece]
     source: Source
-    unread: list[str]  # keys of config.json that nothing read
-    notes: tuple[str, ...] = ()  # what is odd in the files but harmless
+    unread: list[str]  # unused keys of config.json
+    notes: tuple[str, ...] = ()  # harmless oddities of the files
 
 
 def open_published(path: Path | str) -> Published:
-    """Opens a folder of config.json and safetensors, or a GGUF file.
+    """Open a folder of config.json and safetensors, or a GGUF file.
 
-    Every tensor that the config asks for is there in its shape, and none is left over. Raises UnsupportedModelError and
-    ModelFilesError, which name file, key or tensor and fix. Only headers are read (and, of tied embeddings that the
-    files hold twice, both).
+    Checks that every tensor the config requires exists with its shape and that none is left over. Raises
+    UnsupportedModelError or ModelFilesError, whose message names the file, the key or tensor, and the fix. Reads only
+    headers, except that a tied embedding stored twice is compared with its copy.
     """
     path = Path(path)
     try:
-        return _opened(path)
+        return _open_path(path)
     except OSError as error:
         raise ModelFilesError(
-            f"{path}: cannot be read ({error}); look whether all of its files are there, and may be read"
+            f"{path}: cannot be read ({error}). Check that all of its files exist and are readable"
         ) from error
 
 
-def _opened(path: Path) -> Published:
+def _open_path(path: Path) -> Published:
     if path.is_file():
         values, source, notes = *_open_gguf(path), []
         where = str(path)
     elif path.is_dir():
         where = str(path / "config.json")
         values = read_config(path)
-        family_of(values, where)  # an architecture that is not supported is told before a file that is missing
+        family_of(values, where)  # report an unsupported architecture before a missing file
         folder = SafetensorsFolder(path)
         source, notes = _dequantized(folder, values, where), folder.notes
     else:
         raise ModelFilesError(
-            f"{path}: there is no such path; give a folder with config.json and safetensors, or a .gguf file"
+            f"{path}: does not exist. Give a folder with config.json and safetensors, or a .gguf file"
         )
     family, config, unread = family_of(values, where)
     rename = getattr(FAMILIES[family], "rename", None)
@@ -77,7 +77,7 @@ def _opened(path: Path) -> Published:
 
 
 class Renamed:
-    """A Source under other names: `names` maps those that differ from the source's to its own."""
+    """A Source with renamed tensors; `names` maps a name in `source` to its new name."""
 
     def __init__(self, source: Source, names: dict[str, str]):
         self.source, self.theirs = source, {new: old for old, new in names.items()}
@@ -85,7 +85,7 @@ class Renamed:
         if len(self.tensors) < len(source.tensors):
             old, new = next(iter(names.items()))
             raise ModelFilesError(
-                f"the files hold tensors under two names, as {old!r} and as {new!r}; remove one of each"
+                f"the files hold tensors under two names, such as {old!r} and {new!r}. Remove one of each"
             )
 
     def read(self, name: str) -> np.ndarray:
@@ -96,29 +96,29 @@ class Renamed:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder. Raises ModelFilesError."""
+    """Return config.json of a folder, parsed. Raises ModelFilesError."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelFilesError(
-                f"{folder}: holds an adapter (LoRA), which is no model by itself; merge it into its base model "
-                "(peft: merge_and_unload) and save that"
+                f"{folder}: holds a LoRA adapter, not a complete model. Merge it into its base model (peft: "
+                "merge_and_unload) and save the result"
             )
         if (folder / "snapshots").is_dir():
             raise ModelFilesError(
-                f"{folder}: is a cache of several versions; give one of the folders in {folder / 'snapshots'}"
+                f"{folder}: is a cache of several versions. Give one of the folders in {folder / 'snapshots'}"
             )
         if ggufs := sorted(f.name for f in folder.glob("*.gguf")):
-            raise ModelFilesError(f"{folder}: there is no config.json, but {ggufs[0]}: give the path of that file")
+            raise ModelFilesError(f"{folder}: holds {ggufs[0]} but no config.json. Give the path of that file")
         raise ModelFilesError(
-            f"{folder}: there is no config.json; a published model's folder has one beside its safetensors"
+            f"{folder}: there is no config.json. Give a folder that holds config.json and the safetensors files"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelFilesError(f"{path}: is not JSON ({str(error)[:120]}); download it again") from None
+        raise ModelFilesError(f"{path}: is not JSON ({str(error)[:120]}). Download it again") from None
     if not isinstance(values, dict):
-        raise ModelFilesError(f"{path}: is not a table of keys; download it again")
+        raise ModelFilesError(f"{path}: is not a JSON object. Download it again")
     return values
 
 
@@ -126,22 +126,19 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], Source]:
     with path.open("rb") as f:
         magic = f.read(4)
     if magic != b"GGUF" and path.suffix != ".gguf":
-        raise ModelFilesError(
-            f"{path}: a single file that is not GGUF; give the folder that holds it, with its config.json"
-        )
+        raise ModelFilesError(f"{path}: is not a GGUF file. Give the folder that holds it and its config.json")
     return import_module("interop.gguf").open_gguf(path)
 
 
 def _dequantized(source: Source, values: dict[str, Any], where: str) -> Source:
-    """The source as floats, where config.json says that it is quantized."""
+    """Return the source, decoded to floating point if config.json has a quantization_config."""
     quantization = values.get("quantization_config")
     if not quantization:
         return source
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(method, str) or method not in QUANTIZED:
         raise UnsupportedModelError(
-            f"{where}: quantization_config.quant_method = {method!r} cannot be read; supported: "
-            f"{', '.join(QUANTIZED)}; take the "
-            "model's release in bfloat16, or a GGUF file"
+            f"{where}: quantization_config.quant_method = {method!r}: not supported (supported: "
+            f"{', '.join(QUANTIZED)}). Use the model's bfloat16 release or a GGUF file"
         )
     return import_module(QUANTIZED[method]).dequantize(source, quantization)

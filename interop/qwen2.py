@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with biases on queries, keys and values; some layers may see a window."""
+"""Qwen2 and Qwen2.5 (Yang et al. 2024): Llama with query, key and value biases, and sliding windows in some layers."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys, bias=False)
-    keys.must("use_mrope", False, default=False)  # positions of images
+    keys.must("use_mrope", False, default=False)  # image positions
     return replace(config, attention=replace(config.attention, bias="qkv", **qwen_windows(keys, config.num_layers)))
 
 
 def qwen_windows(keys: Keys, num_layers: int) -> dict[str, Any]:
-    """Fields `layers` and `window`: of `layer_types`, else the layers from `max_window_layers` on see a window if
-    `use_sliding_window`."""
+    """Return `layers` and `window` of AttentionConfig.
+
+    They come from `layer_types`; without it, layers from `max_window_layers` have a window if `use_sliding_window`.
+    """
     first = keys.take("max_window_layers", 28)
     if not keys.take("use_sliding_window", False):
         keys.take("sliding_window", None)
-        keys = Keys({"layer_types": keys.take("layer_types", None)}, keys.where)  # which has no window
+        keys = Keys({"layer_types": keys.take("layer_types", None)}, keys.where)  # refuses types with a window
         return windowed(keys, num_layers, ("global",))
     sliding = "sliding" if "sliding_window" in keys or "sliding_window" not in keys.values else "global"
     return windowed(keys, num_layers, tuple(sliding if i >= first else "global" for i in range(num_layers)))
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     values = (
         base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen2"} | qwen_windows_json(config)
     )
@@ -52,7 +54,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `qwen_windows`; the older keys too where they can say it."""
+    """Return the keys that `qwen_windows` reads, including the older ones."""
     values = sliding_json(config)
     types = values["layer_types"]
     slides = "sliding_attention" in types
@@ -63,5 +65,5 @@ def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al. 2025), dense: Llama with norms of each head's queries and keys; some layers may see a window."""
+"""Dense Qwen3 (Yang et al. 2025): Llama with per-head query and key norms, and sliding windows in some layers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ DEFAULTS = QWEN2 | {"head_dim": 128}
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys)
     return replace(config, attention=replace(config.attention, qk_norm="head", **qwen_windows(keys, config.num_layers)))
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen3"} | qwen_windows_json(config)
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

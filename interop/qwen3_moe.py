@@ -1,4 +1,4 @@
-"""Qwen3 with many small experts (Yang et al. 2025), in all layers or some."""
+"""Qwen3 with many small experts (Yang et al. 2025) in some or all layers."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ DEFAULTS = {
 
 
 def to_config(keys: Keys) -> ModelConfig:
-    """ModelConfig of config.json. Raises UnsupportedModelError."""
+    """Return the ModelConfig that config.json describes. Raises UnsupportedModelError."""
     keys.assume(DEFAULTS)
     config = base_config(keys)
     attention = replace(config.attention, qk_norm="head")
     window = keys.take("sliding_window", None)
-    keys.take("max_window_layers", None)  # says nothing: of every layer or none, unlike Qwen2
+    keys.take("max_window_layers", None)  # unused: unlike Qwen2, either every layer has a window or none
     if keys.take("use_sliding_window", False) and window is not None:
         attention = replace(attention, layers=("sliding",), window=keys.count("sliding_window"))
     dense, step = keys.take("mlp_only_layers", []), keys.count("decoder_sparse_step", 1)
     layers = range(config.num_layers)
     if any(type(i) is not int or i not in layers for i in dense):
         raise UnsupportedModelError(
-            f"{keys.where}: mlp_only_layers = {str(dense)[:60]}: must be numbers of the {config.num_layers} layers, "
-            f"from 0 on"
+            f"{keys.where}: mlp_only_layers = {str(dense)[:60]}: must be layer numbers of at "
+            f"least 0 and below {config.num_layers}"
         )
     kinds = ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in layers]
     weights = "renormalized" if keys.take("norm_topk_prob", False) else "softmax"
@@ -45,7 +45,7 @@ def to_config(keys: Keys) -> ModelConfig:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a config; whether it says all of it, `families.py` finds out by reading it back."""
+    """Return config.json for `config`; `families.to_json` reads it back to check that no field is lost."""
     moe, slides = needed(config), layer_types(config)[0] == "sliding_attention"
     return base_json(config) | {
         "architectures": list(ARCHITECTURES),
@@ -60,5 +60,5 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def pieces(config: ModelConfig) -> list[Piece]:
-    """The tensors on disk and the weights they are."""
+    """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=expert_pieces)

@@ -1,8 +1,8 @@
-"""The safetensors files of a folder as a Source: checked as a whole on opening, read as views of the files.
+"""A folder's safetensors files as a Source. Opening checks every file; reading gives views of the files.
 
-Format (github.com/huggingface/safetensors): 8 bytes, the little-endian length of a JSON header; the header, name to
-dtype, shape and [begin, end) in the data; the data, without holes. Read here rather than by the package of that name,
-which in NumPy knows neither bfloat16 nor float8 and cannot give pages back.
+Format (github.com/huggingface/safetensors): 8 bytes with the little-endian length of the JSON header; the header, which
+maps each name to its dtype, shape and byte range [begin, end) in the data; then the data, without holes. The
+safetensors package is not used, because its NumPy reader supports neither bfloat16 nor float8 and cannot release pages.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-HEADER_LIMIT = 100_000_000  # bytes; that of the safetensors package
-AHEAD = 64 << 20  # bytes of a tensor that the system is asked to read before they are needed
+HEADER_LIMIT = 100_000_000  # bytes; the safetensors package has the same limit
+AHEAD = 64 << 20  # bytes of a tensor that the system is asked to read ahead
 
 
 class Entry(NamedTuple):
-    """A tensor in its file."""
+    """Location and type of a tensor in its file."""
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # bytes from the beginning of the file
+    offset: int  # bytes from the start of the file
     size: int  # bytes
 
 
 class SafetensorsFolder:
-    """Source of all tensors of a folder (`load.Source`). Raises ModelFilesError for files that are not whole.
+    """The `load.Source` of all tensors in a folder. Raises ModelFilesError for damaged or incomplete files.
 
-    `notes`: what is odd in the files but harmless. `files`: those that are read.
+    `notes`: harmless oddities of the files. `files`: the files that are read.
     """
 
     def __init__(self, folder: Path):
@@ -58,18 +58,18 @@ class SafetensorsFolder:
                 other = self.entries.setdefault(name, entry)
                 if other is not entry:
                     raise ModelFilesError(
-                        f"{folder}: {name} is both in {other.file.name} and in {file.name}: files of two checkpoints "
-                        "are mixed; download the model again into an empty folder"
+                        f"{folder}: {name} is both in {other.file.name} and in {file.name}: the folder mixes files of "
+                        "two checkpoints. Download the model again into an empty folder"
                     )
         if index is not None:
             _check_index(folder, index, self.entries, self.notes)
         self.tensors = {n: TensorInfo(e.shape, e.dtype.name, e.file.name) for n, e in self.entries.items()}
         self._maps: dict[Path, mmap.mmap] = {}
-        # Of the tensors read last (weights and their scales): map, first byte, end.
+        # The last two tensors read (a weight and its scales), as (map, first byte, end).
         self._recent: deque[tuple[mmap.mmap, int, int]] = deque(maxlen=2)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, a read-only view of its file; the system begins to read it from disk."""
+        """Return the tensor as a read-only view of its file, and ask the system to read it ahead."""
         entry = self.entries[name]
         if entry.size == 0:
             return np.zeros(entry.shape, entry.dtype)
@@ -82,32 +82,32 @@ class SafetensorsFolder:
         return np.frombuffer(mapped, entry.dtype, math.prod(entry.shape), start).reshape(entry.shape)
 
     def release(self) -> None:
-        """Gives the pages of the two tensors read last back to the system; views stay valid and are read anew."""
+        """Release the pages of the last two tensors read. Views stay valid; the system reads them again if needed."""
         for mapped, start, stop in self._recent:
             _advise(mapped, "MADV_DONTNEED", start, stop)
 
 
 def _advise(mapped: mmap.mmap, advice: str, start: int, stop: int) -> None:
-    if hasattr(mmap, advice):  # else: the system has no such call, and pages stay until they are needed elsewhere
+    if hasattr(mmap, advice):  # without this call, pages stay until the system needs the memory
         start -= start % mmap.PAGESIZE
         mapped.madvise(getattr(mmap, advice), start, stop - start)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, in the order of their data. Raises ModelFilesError unless all of the file is
-    accounted for; reads the header alone."""
+    """Return the tensors of one safetensors file in data order, reading only the header. Raises ModelFilesError unless
+    the tensors account for every byte of the file."""
     header, start = _parse(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(file, "__metadata__ in its header is not a table of texts")
+        raise _damaged(file, "__metadata__ in its header is not an object of strings")
     entries, end = {}, 0
     for name, value in sorted(header.items(), key=lambda item: _offsets(file, *item)):
         begin, stop = _offsets(file, name, value)
         shape, dtype = value.get("shape"), value.get("dtype")
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise _damaged(file, f"{name} has the dtype {dtype!r}; known are {', '.join(DTYPES)}")
+            raise _damaged(file, f"{name} has the unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
-            raise _damaged(file, f"{name} has the shape {str(shape)[:80]}")
+            raise _damaged(file, f"{name} has the invalid shape {str(shape)[:80]}")
         kind = np.dtype(DTYPES[dtype])
         if (
             math.prod(n or 1 for n in shape) * kind.itemsize >= 1 << 62
@@ -121,7 +121,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     size = file.stat().st_size
     if start + end > size:
         raise ModelFilesError(
-            f"{file}: truncated: {start + end:,} bytes expected, {size:,} found; the download or copy was cut short, "
+            f"{file}: truncated: {start + end:,} bytes expected, {size:,} found. The download or copy was cut short; "
             f"repeat it"
         )
     if start + end < size:
@@ -130,26 +130,24 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def _parse(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header and where the data begins."""
+    """Return the JSON header and the offset of the data."""
     size = file.stat().st_size
     with file.open("rb") as f:
         head = f.read(8)
         if head.startswith(b"version "):
-            raise ModelFilesError(
-                f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository"
-            )
+            raise ModelFilesError(f"{file}: is a Git LFS pointer, not the file. Run git lfs pull in its repository")
         length = int.from_bytes(head, "little")
         if len(head) < 8:
             raise ModelFilesError(
-                f"{file}: truncated: {size} bytes found, a safetensors file has more than 8; download it again"
+                f"{file}: truncated: {size} bytes found; a safetensors file has more than 8. Download it again"
             )
         if length > HEADER_LIMIT:
             raise _damaged(
-                file, f"its header claims {length:,} bytes, of {HEADER_LIMIT:,} at most: not a safetensors file"
+                file, f"its header claims {length:,} bytes (maximum {HEADER_LIMIT:,}): not a safetensors file"
             )
         if 8 + length > size:
             raise ModelFilesError(
-                f"{file}: truncated: {8 + length:,} bytes expected for its header alone, {size:,} found; repeat the "
+                f"{file}: truncated: {8 + length:,} bytes expected for its header alone, {size:,} found. Repeat the "
                 f"download or copy"
             )
         text = f.read(length)
@@ -158,7 +156,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError) as error:
         raise _damaged(file, f"its header is not JSON ({str(error)[:120]})") from None
     if not isinstance(header, dict):
-        raise _damaged(file, "its header is not a table of tensors")
+        raise _damaged(file, "its header is not a JSON object")
     return header, 8 + length
 
 
@@ -179,12 +177,15 @@ def _offsets(file: Path, name: str, value: Any) -> tuple[int, int]:
 
 
 def _damaged(file: Path, what: str) -> ModelFilesError:
-    return ModelFilesError(f"{file}: damaged: {what}; download or write it again")
+    return ModelFilesError(f"{file}: damaged: {what}. Download or write it again")
 
 
 def _choose(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, Any] | None]:
-    """The files to read and their index, if there is one. Files in the layout of Hugging Face come before others
-    (Mistral's folders hold every weight twice: as model-*.safetensors and as consolidated.safetensors)."""
+    """Return the files to read, and their index if there is one.
+
+    Files in Hugging Face's layout take precedence: Mistral's folders hold every weight twice, in model-*.safetensors
+    and in consolidated.safetensors.
+    """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], None
     if (folder / INDEX).is_file():
@@ -197,25 +198,25 @@ def _choose(folder: Path, notes: list[str]) -> tuple[list[Path], dict[str, Any] 
         if missing:
             names = ", ".join(f"{numbered[0][1]}-{i:05d}-of-{numbered[0][3]}.safetensors" for i in missing[:8])
             raise ModelFilesError(
-                f"{folder}: {len(missing)} of its {int(numbered[0][3])} shards are missing: {names}; download them"
+                f"{folder}: {len(missing)} of its {int(numbered[0][3])} shards are missing: {names}. Download them"
             )
-        notes.append(f"there is no {INDEX}; its shards were read by their numbers")
+        notes.append(f"there is no {INDEX}; the shards were found by their numbers")
         return [folder / m[0] for m in numbered], None
     if len(files) == 1:
         return files, None
     if files:
         raise ModelFilesError(
-            f"{folder}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) and no {INDEX} that "
-            "says which belong to the model; keep one, or download the index"
+            f"{folder}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) but no {INDEX} that "
+            "lists the model's files. Keep one file, or download the index"
         )
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
     if pickles:
         raise ModelFilesError(
-            f"{folder}: {pickles[0]} is a pickle: reading one runs whatever code it holds, so none is read. Take the "
-            "model's safetensors, or make them where you trust the file: there, load it with transformers and "
+            f"{folder}: {pickles[0]} is a pickle, which is not read because loading it can run any code. Use the "
+            "model's safetensors. If you trust the file, convert it: load it with transformers and call "
             "model.save_pretrained(folder, safe_serialization=True)"
         )
-    raise ModelFilesError(f"{folder}: holds no model: {SINGLE} or {INDEX} with its shards are needed")
+    raise ModelFilesError(f"{folder}: holds no model. Add {SINGLE}, or {INDEX} and its shards")
 
 
 def _indexed(folder: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -229,13 +230,13 @@ def _indexed(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"it holds no weight_map ({type(error).__name__}: {str(error)[:120]})") from None
     if not weight_map or not plain:
-        raise _damaged(path, "its weight_map must name safetensors files of the same folder")
+        raise _damaged(path, "its weight_map must name safetensors files in the same folder")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         names = ", ".join(missing[:8])
         raise ModelFilesError(
-            f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {names}; download them"
+            f"{folder}: {len(missing)} of {len(files)} files that {INDEX} names are missing: {names}. Download them"
         )
     return files, index
 
@@ -244,17 +245,17 @@ def _check_index(folder: Path, index: dict[str, Any], entries: dict[str, Entry],
     for name, file in index["weight_map"].items():
         if name not in entries:
             raise ModelFilesError(
-                f"{folder / INDEX}: {name} should be in {file}, which does not hold it: index and shards are of two "
-                "checkpoints; download them again"
+                f"{folder / INDEX}: {name} should be in {file}, which does not hold it: the index and the shards "
+                "belong to different checkpoints. Download them again"
             )
         if entries[name].file.name != file:
             raise ModelFilesError(
-                f"{folder / INDEX}: {name} should be in {file} and is in {entries[name].file.name}: index and shards "
-                "are of two checkpoints; download them again"
+                f"{folder / INDEX}: {name} should be in {file} but is in {entries[name].file.name}: the index and the "
+                "shards belong to different checkpoints. Download them again"
             )
     metadata, found = index.get("metadata"), sum(entry.size for entry in entries.values())
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total is not None and total != found:  # so in published models: counted before tied weights were dropped
+    if total is not None and total != found:  # published models have this if tied weights were dropped after counting
         notes.append(
-            f"{INDEX}: total_size = {total}, but its tensors are {found} bytes; each is there and whole: harmless"
+            f"{INDEX}: total_size = {total}, but its tensors have {found} bytes; harmless, since every tensor is whole"
         )

@@ -1,7 +1,7 @@
-"""A network as a published model: config.json and safetensors, as transformers writes and reads them.
+"""Save a network as a published model: config.json and safetensors, as transformers writes and reads them.
 
-A tensor at a time, fetched from the shards: beside them the host holds the largest tensor. Written into a folder beside
-the goal and renamed at the end, so that a folder of the goal's name is whole.
+Tensors are fetched from the shards one at a time, so that besides them the host holds only the largest tensor. Files
+are written into a staging folder next to the target and renamed at the end, so that the target is always complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from interop.slabs import check_cover, elements, fetch, slabs
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-SHARD_BYTES = 5_000_000_000  # of a file; transformers' default
+SHARD_BYTES = 5_000_000_000  # maximum size of a file; transformers' default
 SAVED_DTYPES = ("float32", "bfloat16", "float16")
 STAGING = ".writing"
 
@@ -47,23 +47,24 @@ def save_published(
     shard_bytes: int = SHARD_BYTES, more: Mapping[str, Any] | None = None,
     progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> str:  # fmt: skip
-    """Writes `folder` (which must not exist, or be empty) with config.json and the weights as `dtype`; returns the
-    family.
+    """Write config.json and the weights as `dtype` to `folder`, which must be empty or not exist. Return the family.
 
-    `family`: of families.FAMILIES; None: the first whose config.json can say all of `config`. `shard_bytes`: size from
-    which the weights are cut into several files with an index. `more`: further keys of config.json (ids of specials).
-    `progress` is called after each piece with its elements. Raises UnsupportedModelError where config.json cannot say
-    the network, ModelFilesError where the folder is taken, the disk full, a weight not finite or too large for `dtype`,
-    or weights lie on other hosts. Then, and when interrupted, nothing stays.
+    `family`: key of families.FAMILIES; None: the first whose config.json can express `config`. `shard_bytes`: maximum
+    size of a file; larger models are split into several files with an index. `more`: further keys of config.json (ids
+    of special tokens). `progress` is called after each piece with its number of elements.
+
+    Raises UnsupportedModelError if config.json cannot express the network. Raises ModelFilesError if the folder is not
+    empty, the disk is full, a weight is not finite or too large for `dtype`, or weights are on other hosts. After an
+    error or an interruption, nothing is left on disk.
     """
     if dtype not in SAVED_DTYPES:
-        raise ModelFilesError(f"dtype {dtype!r} cannot be written; there are {', '.join(SAVED_DTYPES)}")
+        raise ModelFilesError(f"dtype = {dtype!r}: not supported. Supported: {', '.join(SAVED_DTYPES)}")
     family, values = to_json(config, family)
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
         raise ModelFilesError(
-            f"{folder}: the weights lie on several hosts, and one host writes a published model; restore the "
-            "checkpoint on one host (its memory must hold the weights) and export there"
+            f"{folder}: the weights are spread over several hosts, but one host must write a published model. Restore "
+            "the checkpoint on one host with enough memory for the weights, and export there"
         )
     pieces = FAMILIES[family].pieces(config)
     check_cover(pieces, weights)
@@ -83,8 +84,8 @@ def save_published(
                 _sync(f)
         if len(files) > 1:
             total = sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize
-            places = {t.name: name for name, content in files.items() for t in content}
-            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+            file_of = {t.name: name for name, content in files.items() for t in content}
+            _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
         _write_json(staging / "config.json", values | {"torch_dtype": dtype} | dict(more or {}))
     return family
 
@@ -95,7 +96,7 @@ def _order(pieces: list[Piece]) -> Callable[[Piece], int]:
 
 
 def _pack(tensors: list[_Tensor], itemsize: int, shard_bytes: int) -> dict[str, list[_Tensor]]:
-    """Files and what each holds: as much as goes into `shard_bytes`, and one tensor at least."""
+    """Return each file's tensors: up to `shard_bytes`, and at least one tensor."""
     files: list[list[_Tensor]] = [[]]
     used = 0
     for tensor in tensors:
@@ -112,19 +113,19 @@ def _pack(tensors: list[_Tensor], itemsize: int, shard_bytes: int) -> dict[str, 
 
 def _header(tensors: list[_Tensor], dtype: str) -> bytes:
     kind = next(kind for kind, name in DTYPES.items() if name == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires this entry
     begin = 0
     for tensor in tensors:
         end = begin + math.prod(tensor.shape) * np.dtype(dtype).itemsize
         header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 def _gather(tensor: _Tensor, weights: dict[str, jax.Array], dtype: np.dtype) -> np.ndarray:
-    """The tensor as it is on disk, put together from the weights it is made of."""
+    """Return the tensor as it is on disk, assembled from the weights."""
     found = np.empty(tensor.shape, dtype)
     for piece in tensor.parts:
         for slab in slabs(piece, found, weights[piece.leaf].shape, SLAB_BYTES):
@@ -149,11 +150,10 @@ def _sync(f: IO[bytes]) -> None:
 
 @contextmanager
 def _writable(folder: Path, size: int) -> Iterator[Path]:
-    """Yield a folder to write `size` bytes in that becomes `folder`, or `folder` itself where it exists and is empty: a
-    caller may hold it as the staging folder of more files. Raises ModelFilesError where it is taken, or the disk full.
-    """
+    """Yield a staging folder for `size` bytes that becomes `folder`, or `folder` itself if it exists and is empty: it
+    may be a caller's own staging folder. Raises ModelFilesError if it is not empty or the disk is full."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelFilesError(f"{folder}: exists already and is not empty; choose another folder, or delete it")
+        raise ModelFilesError(f"{folder}: already exists and is not empty. Choose another folder, or delete it")
     try:
         with _emptied(folder) if folder.exists() else staged(folder) as staging:
             if shutil.disk_usage(staging).free < size:
@@ -162,15 +162,15 @@ def _writable(folder: Path, size: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ModelFilesError(
-                f"{folder}: the disk is full: {size / 1e6:,.0f} MB are needed for the weights; free some, choose a "
-                "smaller dtype or another disk. Nothing was kept"
+                f"{folder}: the disk is full: the weights need {size / 1e6:,.0f} MB. Free some space, or choose a "
+                "smaller dtype or another disk. Nothing was saved"
             ) from error
-        raise ModelFilesError(f"{folder}: cannot be written ({error}); nothing was kept") from error
+        raise ModelFilesError(f"{folder}: cannot be written ({error}). Nothing was saved") from error
 
 
 @contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder, and empty it again if writing fails."""
+    """Yield an empty folder, and empty it again on failure."""
     try:
         yield folder
     except BaseException:
@@ -181,10 +181,13 @@ def _emptied(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(folder: Any, log: Callable[[str], object] = print) -> Iterator[Any]:
-    """Yield a new folder beside `folder` (a path of pathlib or etils), of this process alone, that takes its place if
-    all goes well and is removed if not. First remove what killed processes left of earlier attempts, and `log` it."""
+    """Yield a staging folder next to `folder` (a pathlib or etils path) that only this process uses.
+
+    On success it replaces `folder`; on failure it is removed. Leftovers of killed processes are removed first and
+    passed to `log`.
+    """
     remove_leftovers(folder, log)
-    staging, held = _held_folder(folder)
+    staging, descriptor = _locked_staging_folder(folder)
     try:
         yield staging
         staging.replace(folder)
@@ -192,49 +195,51 @@ def staged(folder: Any, log: Callable[[str], object] = print) -> Iterator[Any]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Any, log: Callable[[str], object] = print) -> None:
-    """Remove the folders beside `folder` in which processes that no longer run were writing it; `log` each. Those of
-    living processes stay: each holds a lock on its own. Where the file system has no locks, only `log` what is there.
+    """Remove and `log` the staging folders of `folder` that belong to processes that no longer run.
+
+    Running processes hold locks on their staging folders, and those stay. On a file system without locks, log the
+    staging folders and remove none.
     """
     if not folder.parent.is_dir():
         return
-    ours = re.compile(rf"\.+{re.escape(folder.name)}(\.[0-9a-f]{{8}}{re.escape(STAGING)})+")
-    for left in sorted(path for path in folder.parent.iterdir() if ours.fullmatch(path.name) and path.is_dir()):
+    name = re.compile(rf"\.+{re.escape(folder.name)}(\.[0-9a-f]{{8}}{re.escape(STAGING)})+")
+    for leftover in sorted(path for path in folder.parent.iterdir() if name.fullmatch(path.name) and path.is_dir()):
         try:
-            held = os.open(left, os.O_RDONLY)
+            descriptor = os.open(leftover, os.O_RDONLY)
         except OSError:
             continue  # its writer has just finished
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-            if left.exists():
-                log(f"note: {left} is left of a write that was killed, and cannot be removed; delete it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.exists():
+                log(f"note: a killed process left {leftover}, which cannot be removed; delete it")
             else:
-                log(f"removed {left}, which a killed process left")
+                log(f"removed {leftover}, which a killed process left")
         except BlockingIOError:
-            pass  # its writer lives
+            pass  # its writer is running
         except OSError as error:
-            log(f"note: {left} may be left of a write that was killed ({error.strerror}); delete it if so")
+            log(f"note: a killed process may have left {leftover} ({error.strerror}); delete it if so")
         finally:
-            os.close(held)
+            os.close(descriptor)
 
 
-def _held_folder(folder: Any) -> tuple[Any, int]:
-    """Return a new staging folder for `folder`, and the descriptor whose lock says that its writer lives."""
+def _locked_staging_folder(folder: Any) -> tuple[Any, int]:
+    """Return a new staging folder for `folder`, and the descriptor that holds its lock while this process runs."""
     while True:
         staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{STAGING}")
         staging.mkdir(parents=True)
-        held = os.open(staging, os.O_RDONLY)
+        descriptor = os.open(staging, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process took it for a leftover
-            os.close(held)
+            os.close(descriptor)
             continue
-        except OSError:  # no locks here, and so nobody else's will say that it is free
-            return staging, held
-        if staging.exists() and os.path.samestat(os.stat(staging), os.fstat(held)):
-            return staging, held
-        os.close(held)  # removed before it was locked
+        except OSError:  # the file system has no locks, so no other process can take the folder for a leftover
+            return staging, descriptor
+        if staging.exists() and os.path.samestat(os.stat(staging), os.fstat(descriptor)):
+            return staging, descriptor
+        os.close(descriptor)  # removed before it was locked

@@ -1,4 +1,4 @@
-"""The parts of weights that tensors on disk are, cut small: what reading, writing and comparing have in common."""
+"""Cut the pieces of weights into slabs: shared by reading, writing and comparing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # first and last + 1 along each d
 
 
 class Slab(NamedTuple):
-    """weight[low:high] is `values`, in the dtype of the tensor: a view of it, writable if it is."""
+    """Values of weight[low:high], as a view of the tensor (in its dtype, and writable if it is)."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -26,7 +26,7 @@ class Slab(NamedTuple):
 
 
 def box(piece: Piece, shape: tuple[int, ...]) -> Box:
-    """Where in the weight (of `shape`) the piece lies."""
+    """Return the piece's bounds in a weight of `shape`."""
     at = (*piece.at, *(slice(None),) * (len(shape) - len(piece.at)))
     bounds = [(i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(at, shape, strict=True)]
     return tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
@@ -35,13 +35,12 @@ def box(piece: Piece, shape: tuple[int, ...]) -> Box:
 def slabs(
     piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4
 ) -> Iterator[Slab]:
-    """The piece in slabs of some `slab_bytes` (`itemsize` bytes an element), in the order in which the tensor lies on
-    disk.
-    `shape`: of the weight."""
+    """Yield the piece in slabs of about `slab_bytes` (at `itemsize` bytes per element), in the tensor's order on disk.
+    `shape`: the weight's shape."""
     low, high = box(piece, shape)
     part = piece.part(tensor).reshape(
         [b - a for a, b in zip(low, high, strict=True)]
-    )  # dimensions taken by an int are back
+    )  # restores dimensions that an int index removed
     kept = [d for d in range(len(shape)) if d >= len(piece.at) or not isinstance(piece.at[d], int)]
     if not kept:
         yield Slab(low, high, part)
@@ -58,15 +57,17 @@ def slabs(
 
 
 def _step(rows: int, most: int) -> int:
-    """Rows of a slab: at most `most`, and where that costs little a divisor, for a shard is written by one program a
-    shape."""
+    """Return the rows of a slab: at most `most`, and a divisor of `rows` if one is above most / 2, because each slab
+    shape compiles a program."""
     most = max(1, min(most, rows))
     return next((step for step in range(most, most // 2, -1) if rows % step == 0), most)
 
 
 def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
-    """Raises AssertionError unless the pieces hold every element of every weight once, and each tensor's once: an error
-    in the table of a family, not in a file. `weights`: by path, anything with a shape."""
+    """Raise AssertionError unless the pieces cover every element of every weight and of every tensor once.
+
+    A failure is an error in a family's table, not in a file. `weights`: by path, anything with a shape.
+    """
     boxes: dict[str, list[Box]] = defaultdict(list)
     tensors: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
@@ -74,11 +75,11 @@ def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
         boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
         tensors[piece.name].append(piece)
     for path, weight in weights.items():
-        held, size = (
+        covered, size = (
             sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]),
             math.prod(weight.shape),
         )
-        assert held == size, f"{path}: the pieces hold {held} of its {size} elements"
+        assert covered == size, f"{path}: the pieces hold {covered} of its {size} elements"
         assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
     for name, parts in tensors.items():
         taken, size = sum(elements(piece) for piece in parts), math.prod(parts[0].shape)
@@ -86,7 +87,7 @@ def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
 
 
 def elements(piece: Piece) -> int:
-    """Elements of the weight that the piece holds."""
+    """Return the number of elements in the piece."""
     return piece.part(np.broadcast_to(np.int8(0), piece.shape)).size
 
 
@@ -103,17 +104,15 @@ def _disjoint(boxes: list[Box]) -> bool:
 
 
 def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.ndarray:
-    """weight[low:high] on the host, gathered from the shards that hold it and no more of them than that. A weight that
-    lies on
-    several hosts: AssertionError; callers refuse it before."""
-    assert weight.is_fully_addressable, "a weight lies partly on another host"
+    """Return weight[low:high] on the host, fetching only those parts of the shards. The weight must be on one host."""
+    assert weight.is_fully_addressable, "a part of the weight is on another host"
     found = np.empty(np.subtract(high, low), weight.dtype)
-    seen = set()
+    visited = set()
     for shard in weight.addressable_shards:
         corner = tuple(s.indices(n)[0] for s, n in zip(shard.index, weight.shape, strict=True))
-        if corner in seen:  # a copy
+        if corner in visited:  # a copy
             continue
-        seen.add(corner)
+        visited.add(corner)
         start = np.maximum(low, corner)
         stop = np.minimum(high, np.add(corner, shard.data.shape))
         if (start >= stop).any():
@@ -124,8 +123,8 @@ def fetch(weight: jax.Array, low: tuple[int, ...], high: tuple[int, ...]) -> np.
 
 
 def _part(data: jax.Array, offset: tuple[int, ...], size: tuple[int, ...], on_host: bool | None = None) -> np.ndarray:
-    """data[offset : offset + size]. `on_host`: seen in place, which a CPU's arrays allow; else cut on the device
-    first."""
+    """Return data[offset : offset + size]. `on_host`: index the array in host memory, as a CPU backend allows (the
+    default there); otherwise slice it on the device first."""
     if on_host if on_host is not None else next(iter(data.devices())).platform == "cpu":
         return np.asarray(data)[tuple(slice(a, a + n) for a, n in zip(offset, size, strict=True))]
     with off_mesh():

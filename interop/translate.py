@@ -1,6 +1,6 @@
-"""config.json of a published model to ModelConfig and back: what all families share.
+"""Translation between config.json and ModelConfig that all families share.
 
-Both spellings are read: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of transformers 5.
+Reads both spellings of RoPE: `rope_theta` and `rope_scaling` of older files, `rope_parameters` of transformers 5.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model.config import (
 )
 from model.moe_config import MoEConfig
 
-# Of config.json: what says nothing of the function that the network computes.
+# Keys of config.json that do not affect the function that the network computes.
 IRRELEVANT = {
     "_name_or_path",
     "_attn_implementation_autoset",
@@ -65,7 +65,7 @@ IRRELEVANT = {
     "use_bfloat16",
     "use_cache",
 }
-# Of any family: keys that change the function, and the values at which they do not.
+# Keys that no family supports, and their values that leave the function unchanged.
 ORDINARY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_chunk_size": (None,),
@@ -76,17 +76,19 @@ ORDINARY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "use_bidirectional_attention": (False,),
 }
-LARGEST = 2**31  # no integer of a config.json comes near
+LARGEST = 2**31  # exclusive upper bound on integers in config.json
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "relu": "reglu"}
 
 
 class UnsupportedModelError(ValueError):
-    """A published model that the Transformer or this reader cannot express; the message names key, value and what can
-    be."""
+    """A published model that the Transformer or this reader cannot express.
+
+    The message names the key, its value and the supported values.
+    """
 
 
 class Keys:
-    """config.json, read key by key; remembers which were, so that those left over can be told."""
+    """config.json, read key by key; `left` returns the keys that were not read."""
 
     def __init__(self, values: dict[str, Any], where: str = "config.json"):
         self.values, self.where, self._read = values, where, set[str]()
@@ -97,30 +99,31 @@ class Keys:
         return self.values.get(key) is not None
 
     def assume(self, values: dict[str, Any]) -> None:
-        """What the family's class in transformers takes for keys that are missing (null is a value of its own)."""
+        """Set the defaults of the family's class in transformers for missing keys (null does not count as missing)."""
         self._assumed = values
 
     def take(self, key: str, *default: Any) -> Any:
-        """The value; where it is missing and nothing assumed, or null, the default, or UnsupportedModelError if there
-        is none.
+        """Return the value of `key`, the assumed value if the key is missing, or the default if there is neither.
 
-        It must be of the type of what is assumed or of the default: 2048 of an integer, 1.0 of any finite number.
+        For null, return the default, or the assumed value if both are set and the default is not None. The value must
+        have the type of the assumed value or of the default; a float there admits any finite number. Raises
+        UnsupportedModelError for another type, or if there is nothing to return.
         """
         self._read.add(key)
         assumed = self._assumed.get(key)
         value = self.values.get(key, assumed)
         if value is None:
             if not default:
-                raise UnsupportedModelError(f"{self.where}: {key} is missing; it is needed to build the model")
+                raise UnsupportedModelError(f"{self.where}: {key} is missing, and the model cannot be built without it")
             return default[0] if assumed is None or default[0] is None else assumed
         like = assumed if assumed is not None else default[0] if default else None
-        wanted = _mistyped(value, like)
+        wanted = _required_type(value, like)
         if wanted:
             raise UnsupportedModelError(f"{self.where}: {key} = {_short(value)}: must be {wanted}")
         return float(value) if isinstance(like, float) else value
 
     def count(self, key: str, *default: int) -> int:
-        """As `take`; an integer above 0 that an index could be."""
+        """Like `take`, for an integer above 0 and below 2**31."""
         value = self.take(key, *default)
         if type(value) is not int or not 0 < value < LARGEST:
             raise UnsupportedModelError(
@@ -129,41 +132,41 @@ class Keys:
         return value
 
     def number(self, key: str, *default: float | None) -> Any:
-        """As `take`; a finite number, or the default."""
+        """Like `take`, for a finite number."""
         absent = self.values.get(key, self._assumed.get(key)) is None
         return self.take(key, *default) if absent else self.take(key, 0.0)
 
     def must(self, key: str, *allowed: Any, default: Any = None) -> Any:
-        """The value, which must be one of `allowed` (a missing one is `default`). Raises UnsupportedModelError."""
+        """Return the value (`default` if missing). Raises UnsupportedModelError unless it is one of `allowed`."""
         self._read.add(key)
         value = self.values.get(key)
         value = self._assumed.get(key, default) if value is None else value
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             raise UnsupportedModelError(
-                f"{self.where}: {key} = {_short(value)} cannot be expressed; supported: {', '.join(map(repr, allowed))}"
+                f"{self.where}: {key} = {_short(value)}: not supported (supported: {', '.join(map(repr, allowed))})"
             )
         return value
 
     def inside(self, key: str) -> Keys | None:
-        """The dict under a key, to be read in the same way; None where there is none."""
+        """Return the object under `key`, to be read in the same way, or None if there is none."""
         values = self.take(key, {})
         if not values:
             return None
         return self._inside.setdefault(key, Keys(values, f"{self.where}: {key}"))
 
     def ordinary(self) -> None:
-        """Refuses what no family here can express."""
+        """Raise UnsupportedModelError if a key of ORDINARY has a value that no family supports."""
         for key, allowed in ORDINARY.items():
             self.must(key, *allowed, default=allowed[0])
 
     def left(self) -> list[str]:
-        """Keys that nothing read and that may mean something, in order."""
+        """Return the sorted keys that were not read and may matter."""
         own = [k for k, v in self.values.items() if k not in self._read | IRRELEVANT and v is not None]
         return sorted(own + [f"{name}.{key}" for name, keys in self._inside.items() for key in keys.left()])
 
 
-def _mistyped(value: Any, like: Any) -> str:
-    """What a value should have been, if it is not; any value is like None."""
+def _required_type(value: Any, like: Any) -> str:
+    """Return the required type in words if `value` does not have the type of `like`, else ''. None accepts any."""
     if isinstance(like, bool):
         return "" if isinstance(value, bool) else "true or false"
     if isinstance(like, int):
@@ -182,7 +185,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# Keys of `rope_scaling` and `rope_parameters`; each kind reads those that it needs.
+# Supported keys of `rope_scaling` and `rope_parameters`; each kind reads those that it needs.
 ROPE_KEYS = {
     "rope_type",
     "type",
@@ -204,40 +207,41 @@ ROPE_KEYS = {
 def rope(
     keys: Keys, default_theta: float = 10_000.0, layer_type: str | None = None, theta: str = "rope_theta"
 ) -> tuple[float, RopeScalingConfig | None]:
-    """Base and scaling of RoPE. `layer_type`: where transformers 5 keeps parameters for each kind of layer. `theta`:
-    the key of the base, where one kind has its own, which `rope_scaling` then leaves alone."""
+    """Return the base and scaling of RoPE.
+
+    `layer_type`: the kind of layer, if transformers 5 has separate parameters for each. `theta`: the key of the base;
+    `rope_scaling` does not apply to a base other than `rope_theta`.
+    """
     base, parameters = keys.take(theta, float(default_theta)), keys.inside("rope_parameters")
     if parameters is not None and layer_type is not None:
         parameters = parameters.inside(layer_type)
     scaling = keys.inside("rope_scaling")
     if scaling is not None and "rope_parameters" in keys and keys.values["rope_parameters"] != scaling.values:
-        raise UnsupportedModelError(
-            f"{keys.where}: rope_parameters and rope_scaling say different things; remove one of them"
-        )
+        raise UnsupportedModelError(f"{keys.where}: rope_parameters and rope_scaling differ. Remove one of them")
     if theta == "rope_theta":
         parameters = parameters or scaling
     if parameters is None:
-        keys.take("original_max_position_embeddings", None)  # of a scaling that is not there
+        keys.take("original_max_position_embeddings", None)  # unused without a scaling
         return base, None
     base = parameters.take("rope_theta", base)
     return base, rope_scaling(keys, parameters)
 
 
 def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
-    """The scaling of RoPE that `rope_scaling` or `rope_parameters` of config.json is. Raises UnsupportedModelError."""
+    """Return the RoPE scaling of `rope_scaling` or `rope_parameters` in config.json. Raises UnsupportedModelError."""
     if scaling.values.get("attn_factor") is not None:
         raise UnsupportedModelError(
-            f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers leaves it out, "
-            "other readers multiply by it; remove it to compute as transformers does, or say attention_factor"
+            f"{scaling.where}: attn_factor = {_short(scaling.values['attn_factor'])}: transformers ignores this key, "
+            "while other readers multiply by it. Remove it to match transformers, or use attention_factor"
         )
     unknown = sorted(k for k, v in scaling.values.items() if k not in ROPE_KEYS and v is not None)
     if unknown:
         raise UnsupportedModelError(
-            f"{scaling.where}: {unknown[0]} = {_short(scaling.values[unknown[0]])} is not supported; there are "
+            f"{scaling.where}: {unknown[0]} = {_short(scaling.values[unknown[0]])}: not supported. Supported keys: "
             f"{', '.join(sorted(ROPE_KEYS))}"
         )
     for key in ROPE_KEYS:
-        scaling.take(key, None)  # what another kind would read says nothing
+        scaling.take(key, None)  # keys of other kinds don't matter
     scaling.must("partial_rotary_factor", 1.0, default=1.0)
     kind = scaling.take("rope_type", scaling.take("type", "default"))
     length = keys.count("max_position_embeddings", 2048)
@@ -245,7 +249,7 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     if None not in (inner, outer) and inner != outer and kind in ("llama3", "yarn"):
         raise UnsupportedModelError(
             f"{scaling.where}: original_max_position_embeddings = {_short(inner)}, but {keys.where} has "
-            f"{_short(outer)} beside it; make them equal"
+            f"{_short(outer)} at the top level. Make them equal"
         )
     where = keys if inner is None else scaling
     original = where.count("original_max_position_embeddings", length)
@@ -254,7 +258,7 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
     factor = scaling.take("factor", length / original) if kind == "yarn" else scaling.number("factor")
     if kind == "linear":
         return RopeScalingConfig("linear", factor)
-    if kind == "dynamic":  # transformers scales by the longest context, whatever the original one
+    if kind == "dynamic":  # transformers uses max_position_embeddings and ignores the original length
         return RopeScalingConfig("dynamic_ntk", factor, length)
     if kind == "llama3":
         fast, slow = scaling.number("high_freq_factor"), scaling.number("low_freq_factor")
@@ -270,13 +274,12 @@ def rope_scaling(keys: Keys, scaling: Keys) -> RopeScalingConfig | None:
             attention_factor=_yarn_attention_factor(factor, scaling),
         )
     raise UnsupportedModelError(
-        f"{scaling.where}: RoPE of type {_short(kind)} is not supported; there are default, linear, dynamic, llama3, "
-        f"yarn"
+        f"{scaling.where}: rope_type = {_short(kind)}: not supported. Supported: default, linear, dynamic, llama3, yarn"
     )
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """What YaRN multiplies attention by for a stretch of `factor` (Peng et al. 2023, eq. 22)."""
+    """Return YaRN's attention factor for a context extended by `factor` (Peng et al. 2023, eq. 22)."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -291,8 +294,11 @@ def _yarn_attention_factor(factor: float, scaling: Keys) -> float | None:
 
 
 def rope_json(config: ModelConfig) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling`, which every version of transformers reads, and of dynamic scaling the
-    `max_position_embeddings` from which it acts: the original length, whatever model.max_length was raised to."""
+    """Return `rope_theta` and `rope_scaling`, which every version of transformers reads.
+
+    Dynamic scaling also needs `max_position_embeddings`, the original length from which it acts, even if
+    model.max_length is larger.
+    """
     position = _without_ntk(config)
     theta, s = position.theta, position.scaling
     if s is None:
@@ -319,7 +325,7 @@ def rope_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _without_ntk(config: ModelConfig) -> PositionConfig:
-    """Positions with 'ntk', which no config.json knows, as the larger base that it is."""
+    """Return the positions with 'ntk' scaling, which config.json cannot express, as the equivalent larger base."""
     p, dim = config.position, rotary_dim(config)
     if p.kind != "rope" or p.scaling is None or p.scaling.kind != "ntk":
         return p
@@ -327,17 +333,17 @@ def _without_ntk(config: ModelConfig) -> PositionConfig:
 
 
 def gated(keys: Keys, key: str = "hidden_act", default: str = "silu") -> Any:
-    """`mlp.kind` of the activation of a gated MLP. Raises UnsupportedModelError."""
+    """Return `mlp.kind` for the activation of a gated MLP. Raises UnsupportedModelError."""
     return ACTIVATIONS[keys.must(key, *ACTIVATIONS, default=default)]
 
 
 def gated_json(config: ModelConfig) -> str:
-    """The name of that activation; silu where it has none, which reading back finds to be another."""
+    """Return the name of the activation. Without a name it is 'silu', and reading back then finds the difference."""
     return {kind: name for name, kind in reversed(ACTIVATIONS.items())}.get(config.mlp.kind, "silu")
 
 
 def pattern(kinds: Sequence[Any]) -> tuple[Any, ...]:
-    """The shortest run of layers that, repeated, gives `kinds`."""
+    """Return the shortest prefix that, repeated, gives `kinds`."""
     for period in range(1, len(kinds) + 1):
         if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
             return tuple(kinds[:period])
@@ -345,7 +351,7 @@ def pattern(kinds: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def attention_layers(keys: Keys, num_layers: int) -> tuple[str, ...] | None:
-    """`layer_types` as a pattern of ours; None where there is none."""
+    """Return `layer_types` as a pattern for AttentionConfig.layers, or None if it is missing."""
     types = keys.take("layer_types", [])
     if not types:
         return None
@@ -355,47 +361,52 @@ def attention_layers(keys: Keys, num_layers: int) -> tuple[str, ...] | None:
         raise UnsupportedModelError(
             f"{keys.where}: layer_types has {len(types)} entries for {num_layers} layers"
             + (
-                f", and {_short(unknown[0])} is not supported; there are {', '.join(names)}"
+                f", and {_short(unknown[0])} is not supported. Supported: {', '.join(names)}"
                 if unknown
-                else "; give each layer one"
+                else ". Give one entry for each layer"
             )
         )
     return pattern([names[t] for t in types])
 
 
 def windowed(keys: Keys, num_layers: int, layers: tuple[str, ...]) -> dict[str, Any]:
-    """Fields `layers` and `window` of AttentionConfig: of `layer_types`, else `layers`; and `sliding_window`."""
+    """Return `layers` and `window` of AttentionConfig from `layer_types` (default: `layers`) and `sliding_window`."""
     layers, window = attention_layers(keys, num_layers) or layers, keys.take("sliding_window", None)
     if "sliding" not in pattern([layers[i % len(layers)] for i in range(num_layers)]):
         return {"layers": ("global",)}
     if window is None:
         raise UnsupportedModelError(
-            f"{keys.where}: sliding_window = None, but there are layers of sliding attention; give its positions"
+            f"{keys.where}: sliding_window = None, but some layers use sliding attention. Set the window's length in "
+            "tokens"
         )
     return {"layers": layers, "window": keys.count("sliding_window")}
 
 
 def sliding_json(config: ModelConfig) -> dict[str, Any]:
-    """Return `layer_types` and `sliding_window`, a number even where no layer slides: of Gemma and gpt-oss,
-    transformers takes no null. Raises UnsupportedModelError for block-sparse layers."""
+    """Return `layer_types` and `sliding_window`. Raises UnsupportedModelError for block-sparse layers.
+
+    The window is a number even if no layer uses it: for Gemma and gpt-oss, transformers does not accept null.
+    """
     return {"layer_types": layer_types(config), "sliding_window": config.attention.window}
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    """`layer_types` of config.json."""
+    """Return `layer_types` of config.json. Raises UnsupportedModelError for block-sparse layers."""
     names = {"global": "full_attention", "sliding": "sliding_attention"}
     kinds = [spec.attention for spec in layer_specs(config)]
     if not set(kinds) <= set(names):
         raise UnsupportedModelError(
-            f"model.attention.layers = {config.attention.layers}: config.json knows only {', '.join(names)}"
+            f"model.attention.layers = {config.attention.layers}: config.json supports only {', '.join(names)}"
         )
     return [names[kind] for kind in kinds]
 
 
 def architecture(config: ModelConfig) -> ModelConfig:
-    """Return the config with every field that does not change what the trained network computes set to its default: if
-    two of them are equal, the networks are the same function of the same weights. `max_length` counts only where
-    positions are a learned table."""
+    """Return the config with every field that does not affect the trained network's output set to its default.
+
+    If two results are equal, the networks are the same function of the same weights. `max_length` counts only if
+    positions are a learned table.
+    """
     a, p, m = config.attention, _without_ntk(config), config.moe
     d = AttentionConfig()
     layers = pattern([spec.attention for spec in layer_specs(config)])
@@ -461,7 +472,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
 
 
 def differences(one: Any, other: Any, path: str = "model") -> list[str]:
-    """Dotted fields in which two configs differ, with both values."""
+    """Return one line for each field in which two configs differ, with its dotted path and both values."""
     if dataclasses.is_dataclass(one) and type(one) is type(other):
         fields = (f.name for f in dataclasses.fields(one))
         return [

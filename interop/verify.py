@@ -1,4 +1,4 @@
-"""Whether weights in memory are those on disk: each element, bit by bit."""
+"""Check that weights in memory equal those on disk, bit by bit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 class Verified(NamedTuple):
     tensors: int  # on disk
-    weights: int  # arrays of the model
-    elements: int  # numbers compared
+    weights: int  # arrays in the model
+    elements: int  # elements compared
 
 
 def verify(
@@ -30,16 +30,17 @@ def verify(
     dtype: str,
     progress: Callable[[Piece, int], object] = lambda piece, size: None,
 ) -> Verified:
-    """Compares every weight with its tensor on disk, both as `dtype`: the same bits, each element once.
+    """Compare every element of every weight, bit by bit, with its tensor on disk, both as `dtype`.
 
-    Of a mesh over several hosts, each compares with what it holds whole; a weight that lies partly elsewhere is
-    refused. `progress` is called after each piece with its elements. Raises ModelFilesError, which names the first
-    tensor that differs, how many of its elements do and by how much at most.
+    Every weight must be fully addressable from this host. `progress` is called after each piece with its number of
+    elements. Raises ModelFilesError with the first tensor that differs, the number of differing elements and the
+    largest difference.
     """
     weights = named(model)
     if not all(weight.is_fully_addressable for weight in weights.values()):
         raise ModelFilesError(
-            "the weights lie on several hosts; one host cannot compare them with the files: verify on one host"
+            "the weights are spread over several hosts, and one host cannot compare them with the files. Verify on a "
+            "single host"
         )
     check_cover(published.pieces, weights)
     source, kind, count = published.source, np.dtype(dtype), 0
@@ -59,9 +60,9 @@ def verify(
                 source.release()
             if wrong:
                 raise ModelFilesError(
-                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements are not those of "
-                    f"the weight {piece.leaf} as {dtype}; they differ by up to {largest:g}. The files or the memory "
-                    "changed on the way: repeat the conversion"
+                    f"{name} ({source.tensors[name].file}): {wrong} of {elements(piece)} elements differ from the "
+                    f"weight {piece.leaf} as {dtype}, by up to {largest:g}. The files or the memory changed in "
+                    "between. Repeat the conversion"
                 )
             count += elements(piece)
             progress(piece, elements(piece))
@@ -73,5 +74,5 @@ def verify(
 def verify_saved(
     model: Transformer, folder: Path, dtype: str, progress: Callable[[Piece, int], object] = lambda piece, size: None
 ) -> Verified:
-    """Opens what `save_published` wrote, as a reader would, and compares it with the network as `verify` does."""
+    """Open a folder that `save_published` wrote, as a reader would, and `verify` the model against it."""
     return verify(model, open_published(folder), dtype, progress)

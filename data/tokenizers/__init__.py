@@ -1,1 +1,1 @@
-"""The kinds of tokenizers; `data.tokenizer` is the door."""
+"""Implementations of tokenizers. Import them through `data.tokenizer`."""

@@ -1,5 +1,4 @@
-"""What a saved tokenizer's folder says of itself: `tokenizer.json` with kind, identity and specials, and the chat
-template."""
+"""The description of a saved tokenizer: `tokenizer.json` with kind, identity and special tokens; chat template."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 
 def write_description(directory: str | os.PathLike[str], kind: str, tokenizer: Tokenizer, **more: Any) -> None:
-    """Writes the description and the chat template into a folder, which is made."""
+    """Write the description and the chat template to a folder, creating it if needed."""
     folder = parse_path(directory, "tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
     description = {"kind": kind, "identity": tokenizer.identity, **more}
@@ -24,4 +23,4 @@ def write_description(directory: str | os.PathLike[str], kind: str, tokenizer: T
     if tokenizer.chat_template is not None:
         template.write_bytes(tokenizer.chat_template.encode("utf-8"))
     else:
-        template.unlink(missing_ok=True)  # of another tokenizer that was saved here
+        template.unlink(missing_ok=True)  # left by another tokenizer that was saved here

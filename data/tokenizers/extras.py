@@ -1,4 +1,4 @@
-"""Packages that some tokenizers need, imported when they are first used: rooms that only decode import without them."""
+"""Import the packages that some tokenizers need on first use, so that decoding does not require them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from data.config import DataError
 
 
 def needed(package: str) -> Any:
-    """Return the package. Raises DataError that says how to install it."""
+    """Return the package. Raises DataError with the install command if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
         extra = package if package == "sentencepiece" else "'meshwork[hf]'"
         raise DataError(
-            f"this tokenizer needs the package {package}, which is not installed: pip install {extra}"
+            f"this tokenizer requires the package {package}, which is not installed: pip install {extra}"
         ) from error

@@ -1,4 +1,4 @@
-"""Tokenizers in folders: those that `save` wrote, and those that models are published with."""
+"""Read tokenizers from folders: saved ones and those of published models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Read a saved tokenizer. Raises DataError naming the file that is missing, damaged or of another tokenizer."""
+    """Read a saved tokenizer. Raises DataError if a file is missing, damaged or belongs to another tokenizer."""
     try:
         folder = parse_path(directory, "tokenizer")
     except PathError as error:
@@ -36,21 +36,21 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"no tokenizer in {directory}: {error.filename}: {error.strerror}; save one there") from error
+        raise DataError(f"no tokenizer in {directory}: {error.filename}: {error.strerror}. Save one there") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"tokenizer in {directory} is damaged ({error}); save it again") from error
+        raise DataError(f"tokenizer in {directory} is damaged ({error}). Save it again") from error
     if tokenizer.identity != identity:
         raise DataError(
-            f"tokenizer in {directory}: content hash {tokenizer.identity[:16]}, but {path.name} says {identity[:16]}; "
-            "the files are damaged or of two tokenizers; save it again"
+            f"tokenizer in {directory}: content hash {tokenizer.identity[:16]}, but {path.name} has {identity[:16]}: "
+            "the files are damaged or belong to different tokenizers. Save it again"
         )
     return tokenizer
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a saved folder, of a published model's folder, or of a GGUF file.
+    """Return the tokenizer of a saved folder, a published model's folder or a GGUF file.
 
-    A published folder holds tokenizer.json, or else a tiktoken or SentencePiece file. Raises DataError.
+    A published folder holds tokenizer.json, a tiktoken file or a SentencePiece model. Raises DataError.
     """
     if not is_local(path):
         return load_tokenizer(path)
@@ -58,17 +58,17 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if path.suffix == ".gguf" and path.is_file():
         return published.of_gguf(path)
     if not path.is_dir():
-        raise DataError(f"no tokenizer at {path}: give a folder that holds one, or a GGUF file")
+        raise DataError(f"no tokenizer at {path}. Give a folder that holds one, or a GGUF file")
     try:
         return load_tokenizer(path) if is_saved(path) else published.of_folder(path)
     except OSError as error:
         raise DataError(f"tokenizer in {path}: {error.filename}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"tokenizer in {path} is damaged: not UTF-8 ({error}); fetch it again") from error
+        raise DataError(f"tokenizer in {path} is damaged: not UTF-8 ({error}). Download it again") from error
 
 
 def is_saved(directory: Path) -> bool:
-    """Whether `save` wrote this folder."""
+    """Return whether `save` wrote this folder."""
     path = directory / DESCRIPTION
     if not path.is_file() or path.stat().st_size > 1 << 20:  # a description is small
         return False
@@ -79,18 +79,18 @@ def is_saved(directory: Path) -> bool:
 
 
 def saved_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that a config of kind 'saved' names. Raises DataError when it is missing or has other ids."""
+    """Return the tokenizer of a config of kind 'saved'. Raises DataError if it is missing or has another size."""
     tokenizer = read_tokenizer(config.path)
     if tokenizer.vocab_size != config.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size = {config.vocab_size}: the tokenizer in {config.path} has "
-            f"{tokenizer.vocab_size} ids; set it to that"
+            f"{tokenizer.vocab_size} ids. Set it to that number"
         )
     return tokenizer
 
 
 def special_tokens(config: TokenizerConfig) -> SpecialTokens:
-    """The specials of the tokenizer that a config names: only of kind 'saved' a file is read."""
+    """Return the special tokens of a config's tokenizer. Only the kind 'saved' reads files."""
     return saved_tokenizer(config).special if config.kind == "saved" else SpecialTokens()
 
 
@@ -111,7 +111,7 @@ def _sentencepiece(directory: epath.Path, description: dict[str, Any]) -> Tokeni
     return tokenizer
 
 
-def _foreign(
+def _published(
     make: Callable[..., Tokenizer], file: str, directory: epath.Path, description: dict[str, Any]
 ) -> Tokenizer:
     content = (directory / file).read_bytes()
@@ -129,7 +129,7 @@ def _foreign(
 _READERS: dict[str, Callable[[epath.Path, dict[str, Any]], Tokenizer]] = {
     "byte": _byte,
     "sentencepiece": _sentencepiece,
-    "huggingface": partial(_foreign, HFTokenizer, huggingface.FILE),
-    "tiktoken": partial(_foreign, TiktokenTokenizer, ranks.FILE),
-    "published_sentencepiece": partial(_foreign, PublishedSentencePiece, sentencepieces.FILE),
+    "huggingface": partial(_published, HFTokenizer, huggingface.FILE),
+    "tiktoken": partial(_published, TiktokenTokenizer, ranks.FILE),
+    "published_sentencepiece": partial(_published, PublishedSentencePiece, sentencepieces.FILE),
 }

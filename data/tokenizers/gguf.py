@@ -1,8 +1,7 @@
-"""The tokenizer inside a GGUF file, as the JSON text of the package `tokenizers`, with what the file says of its
-specials.
+"""Read the tokenizer of a GGUF file as a tokenizer.json for the `tokenizers` package, with its special tokens.
 
-Two kinds of llama.cpp: 'gpt2', byte-level BPE by a list of merges, and 'llama', SentencePiece's BPE by the pieces'
-scores.
+Supports two kinds of llama.cpp: 'gpt2', byte-level BPE with a list of merges, and 'llama', SentencePiece BPE with
+scores of pieces.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import numpy as np
 
 from data.config import DataError
 
-# Types of tokens (llama.cpp: llama_token_type).
+# Token types (llama.cpp: llama_token_type).
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE_MARK = "\u2581"
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # of cl100k_base; digits in threes (Llama 3) or one by one (Qwen 2)
+)  # the pattern of cl100k_base, with digits in threes (Llama 3) or single (Qwen 2)
 
 
 class GGUFTokenizer(NamedTuple):
-    """A tokenizer as a GGUF file holds it; ids are None where the file names none."""
+    """A tokenizer of a GGUF file. Ids are None if the file does not have them."""
 
     json: str  # tokenizer.json of the package tokenizers
     bos: int | None
@@ -34,25 +33,25 @@ class GGUFTokenizer(NamedTuple):
     pad: int | None
     add_bos: bool  # whether a prompt begins with bos
     chat_template: str | None  # Jinja2 source
-    stops: tuple[int, ...]  # ids that end a generation: eos, and the ends of a turn and of a message
+    stops: tuple[int, ...]  # ids that end a generation: eos, end of turn and end of message
 
 
 def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
-    """The tokenizer of a GGUF file. Raises DataError for one that is damaged, missing or of an unknown kind."""
+    """Return the tokenizer of a GGUF file. Raises DataError if it is damaged, missing or of an unsupported kind."""
     values = _metadata(Path(path))
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = values.get("tokenizer.ggml.model")
     if kind not in kinds:
         raise DataError(
-            f"{path}: tokenizer.ggml.model = {kind!r} is not supported; there are {', '.join(kinds)}: take "
-            "tokenizer.json of the model that the file was made of"
+            f"{path}: tokenizer.ggml.model = {kind!r}: not supported (supported: {', '.join(kinds)}). Use the "
+            "tokenizer.json of the original model"
         )
     tokens: list[str] = values.get("tokenizer.ggml.tokens") or []
     types = np.asarray(values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens))
     if not tokens or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise DataError(
-            f"{path}: the tokenizer has {len(tokens)} tokens ({len(set(tokens))} different) and {len(types)} types; "
-            f"the file is damaged"
+            f"{path}: the tokenizer has {len(tokens)} tokens ({len(set(tokens))} different) and {len(types)} types. "
+            f"The file is damaged"
         )
     found, add_bos = kinds[kind](path, values, tokens, types)
     bos, eos, pad, *ends = (
@@ -60,7 +59,7 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
         for name in ("bos_token_id", "eos_token_id", "padding_token_id", "eot_token_id", "eom_token_id")
     )
     add_bos = bool(values.get("tokenizer.ggml.add_bos_token", add_bos)) and bos is not None
-    found["post_processor"] = _opened_by(tokens[bos], bos) if add_bos and bos is not None else None
+    found["post_processor"] = _start_token_processor(tokens[bos], bos) if add_bos and bos is not None else None
     found |= {"version": "1.0", "truncation": None, "padding": None}
     found["added_tokens"] = [
         {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -77,7 +76,7 @@ def _special(path: str | Path, values: dict[str, Any], name: str, size: int) -> 
     token = values.get(f"tokenizer.ggml.{name}")
     if token is not None and not 0 <= token < size:
         raise DataError(
-            f"{path}: tokenizer.ggml.{name} = {token} is outside the vocabulary of {size}; the file is damaged"
+            f"{path}: tokenizer.ggml.{name} = {token}: outside the vocabulary of {size}. The file is damaged"
         )
     return token
 
@@ -85,7 +84,7 @@ def _special(path: str | Path, values: dict[str, Any], name: str, size: int) -> 
 def _byte_level(
     path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray
 ) -> tuple[dict[str, Any], bool]:
-    """Byte-level BPE; how text is cut into words before has a name in the file."""
+    """Return byte-level BPE; the file names the pre-tokenizer, which splits text into words."""
     digits = {"type": "Digits", "individual_digits": True}
     words: dict[str, list[dict[str, Any]]] = {
         "gpt-2": [_GPT2],
@@ -96,14 +95,14 @@ def _byte_level(
     pre = values.get("tokenizer.ggml.pre", "default")
     if pre not in words:
         raise DataError(
-            f"{path}: tokenizer.ggml.pre = {pre!r} is not supported; there are {', '.join(words)}: take "
-            "tokenizer.json of the model that the file was made of"
+            f"{path}: tokenizer.ggml.pre = {pre!r}: not supported (supported: {', '.join(words)}). Use the "
+            "tokenizer.json of the original model"
         )
     merges = [merge.split(" ") for merge in values.get("tokenizer.ggml.merges") or []]
     ids = {token: i for i, token in enumerate(tokens)}
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= ids.keys()), None)
     if wrong is not None:
-        raise DataError(f"{path}: the tokenizer's merge {' '.join(wrong)!r} is not of its tokens; the file is damaged")
+        raise DataError(f"{path}: the tokenizer's merge {' '.join(wrong)!r} uses unknown tokens. The file is damaged")
     return {
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": words[pre]},
@@ -120,20 +119,20 @@ def _split(pattern: str) -> list[dict[str, Any]]:
 def _sentencepiece(
     path: str | Path, values: dict[str, Any], tokens: list[str], types: np.ndarray
 ) -> tuple[dict[str, Any], bool]:
-    """SentencePiece's BPE: of all neighbours that together are a piece, the piece of the best score is made first.
+    """Return SentencePiece's BPE, which first merges the neighbors that make the piece with the best score.
 
-    As in llama.cpp and in Llama 2's tokenizer.json, text after a special gets the space before it that a text gets.
+    As in llama.cpp and in Llama 2's tokenizer.json, text after a special token gets a leading space like any text.
     """
     scores = values.get("tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
-        raise DataError(f"{path}: the tokenizer has {len(tokens)} tokens and {len(scores)} scores; the file is damaged")
+        raise DataError(f"{path}: the tokenizer has {len(tokens)} tokens and {len(scores)} scores. The file is damaged")
     changed = [
         key for key in ("remove_extra_whitespaces", "precompiled_charsmap") if values.get(f"tokenizer.ggml.{key}")
     ]
     if changed:
         raise DataError(
-            f"{path}: tokenizer.ggml.{changed[0]} is set: text that is changed before it is cut is not supported; take "
-            "tokenizer.model of the model that the file was made of"
+            f"{path}: tokenizer.ggml.{changed[0]} is set, but normalization of text is not supported. Use the "
+            "tokenizer.model of the original model"
         )
     ids = {token: i for i, token in enumerate(tokens)}
     pieces = {tokens[i] for i in np.flatnonzero(types == _NORMAL).tolist()}
@@ -148,8 +147,8 @@ def _sentencepiece(
     fallback = all(f"<0x{byte:02X}>" in ids for byte in range(256))
     if not fallback and not unknown:
         raise DataError(
-            f"{path}: the tokenizer has neither bytes nor an unknown token for what it cannot spell; the file is "
-            f"damaged"
+            f"{path}: the tokenizer has neither byte tokens nor an unknown token for text outside its pieces. The file "
+            f"is damaged"
         )
     prefix = values.get("tokenizer.ggml.add_space_prefix", True)
     spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}]
@@ -191,8 +190,8 @@ def _bpe(
     }
 
 
-def _opened_by(token: str, index: int) -> dict[str, Any]:
-    """Puts a special before a text."""
+def _start_token_processor(token: str, index: int) -> dict[str, Any]:
+    """Return a post-processor that adds a special token before a text."""
     mark, text, other = (
         {"SpecialToken": {"id": token, "type_id": 0}},
         {"Sequence": {"id": "A", "type_id": 0}},
@@ -205,14 +204,15 @@ def _opened_by(token: str, index: int) -> dict[str, Any]:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """Numbers, strings and lists of the file's header, by the package gguf."""
+    """Return numbers, strings and lists of the file's header, read by the gguf package."""
     try:
         import gguf
     except ImportError as error:
-        raise DataError(f"{path}: GGUF files need the package gguf: pip install 'meshwork[hf]'") from error
+        raise DataError(f"{path}: GGUF files require the gguf package: pip install 'meshwork[hf]'") from error
 
     class Reader(gguf.GGUFReader):
-        """Reads a list in one go: the package's own makes several arrays of every string, seconds for a vocabulary."""
+        """A reader of whole lists. The package's reader makes several arrays per string, which takes seconds for a
+        vocabulary."""
 
         def _get_field_parts(self, orig_offs, raw_type):
             if raw_type != gguf.GGUFValueType.ARRAY:
@@ -226,7 +226,7 @@ def _metadata(path: Path) -> dict[str, Any]:
             for _ in range(count):
                 size = int.from_bytes(self.data[at : at + 8], "little")
                 if size > len(self.data) - at - 8:
-                    raise ValueError("a string ends behind the file")
+                    raise ValueError("a string extends past the end of the file")
                 strings.append(self.data[at + 8 : at + 8 + size].tobytes().decode("utf-8"))
                 at += 8 + size
             return at - orig_offs, [strings], [0], types
@@ -237,6 +237,6 @@ def _metadata(path: Path) -> dict[str, Any]:
             f.name: list(f.parts[-1]) if f.types[:1] == [gguf.GGUFValueType.ARRAY] else f.contents() for f in fields
         }
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give a GGUF file that can be read") from error
-    except Exception as error:  # the package has no error of its own: what it meets in a damaged file is anything
-        raise DataError(f"{path}: no GGUF file, or one that was cut off or damaged ({error}); get it again") from error
+        raise DataError(f"{path}: {error.strerror}. Give a readable GGUF file") from error
+    except Exception as error:  # the package has no error class; a damaged file can raise anything
+        raise DataError(f"{path}: not a GGUF file, truncated or damaged ({error}). Download it again") from error

@@ -1,4 +1,4 @@
-"""Tokenizers of a Hugging Face tokenizer.json, run by the tokenizers package (Rust)."""
+"""Tokenizers from a Hugging Face tokenizer.json, run by the tokenizers package (Rust)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _MODELS = ("BPE", "Unigram")
 
 
 class HFTokenizer(BytesTable):
-    """From the text of a tokenizer.json. `special` and `names` come from the files beside it
-    (data.tokenizers.published).
+    """A tokenizer from the text of a tokenizer.json.
 
-    Post-processors, truncation and padding are left out; normalizer and pre-tokenizer are the publisher's. Added tokens
-    that the publisher does not call special ('<tool_call>') are found in any text; specials only by `encode_marked`.
+    `special` and `names` come from the other files in its folder (data.tokenizers.published). The normalizer and
+    pre-tokenizer are used; the post-processor, truncation and padding are not. Added tokens that are not special
+    ('<tool_call>') are found in any text, special tokens only by `encode_marked`.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class HFTokenizer(BytesTable):
         model = self.description["model"]
         if model.get("type", "BPE") not in _MODELS:
             raise DataError(
-                f"tokenizer.json: model.type = {model['type']!r} is not read; supported are {', '.join(_MODELS)}"
+                f"tokenizer.json: model.type = {model['type']!r}: not supported (supported: {', '.join(_MODELS)})"
             )
         self._marked = open_json(text)
-        self._plain = open_json(_hidden(self.description) if model.get("type") == "Unigram" else text)
+        self._plain = open_json(_hide_special_tokens(self.description) if model.get("type") == "Unigram" else text)
         self._plain.encode_special_tokens = True
         added = self._marked.get_added_tokens_decoder()
         self.special_ids = special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -58,12 +58,12 @@ class HFTokenizer(BytesTable):
         self.pieces = pieces
         self._spelling = read_spelling(self.description.get("decoder"), pieces, special_ids)
         self._table = tuple(spelled or b"" for spelled in self._spelling.later)
-        self._marks = {token.content: i for i, token in added.items() if token.special}
+        self._special_token_ids = {token.content: i for i, token in added.items() if token.special}
         self._is_special = np.zeros(len(self._table), bool)
         self._is_special[list(special_ids)] = True
         unknown = self._marked.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
         if unknown is not None:
-            self._is_special[unknown] = False  # the one special that text may come to
+            self._is_special[unknown] = False  # the only special token that text may encode to
 
     @cached_property
     def identity(self) -> str:
@@ -79,9 +79,7 @@ class HFTokenizer(BytesTable):
         ]
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        if (
-            apart
-        ):  # each part as a text of its own: tokenizers that put a space before the first alone put it before each
+        if apart:  # encode parts separately, so that tokenizers which add a leading space to a text add it to each part
             return super().encode_marked(text, apart)
         return np.array(self._marked.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -90,8 +88,8 @@ class HFTokenizer(BytesTable):
         if self._is_special[found].any():
             names = sorted({self.pieces[i] for i in found[self._is_special[found]].tolist()})
             raise DataError(
-                f"tokenizer.json: plain text was encoded to the specials {names}: its merges spell them, so that text "
-                "could forge them; publish it without these merges"
+                f"tokenizer.json: plain text was encoded to the special tokens {names}, because merges produce them. "
+                "Text could forge them. Publish it without these merges"
             )
         return found
 
@@ -108,38 +106,40 @@ class HFTokenizer(BytesTable):
 
 
 def read_json(text: str) -> dict[str, Any]:
-    """A tokenizer.json as a dict. Raises DataError when it is none."""
+    """Parse a tokenizer.json. Raises DataError if it is damaged or has another format."""
     try:
         description = json.loads(text)
         model = description["model"]
         model["vocab"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"tokenizer.json is damaged or of another program ({error!r}); fetch it again") from error
+        raise DataError(f"tokenizer.json is damaged or has another format ({error!r}). Download it again") from error
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get("type", "BPE") == "BPE" and model.get(
-            key
-        ):  # with some, the package ends the process while it reads
+        if model.get("type", "BPE") == "BPE" and model.get(key):  # some of these end the process inside the package
             raise DataError(
-                f"tokenizer.json: model.{key} = {model[key]!r} is not read: supported are byte-level BPE and "
-                "SentencePiece, whose pieces spell themselves; use a tokenizer.json without it"
+                f"tokenizer.json: model.{key} = {model[key]!r}: not supported (supported: byte-level BPE and "
+                "SentencePiece). Use a tokenizer.json without it"
             )
     return description
 
 
 def open_json(text: str) -> Any:
-    """The tokenizers package's Tokenizer, without truncation and padding. Raises DataError."""
+    """Return the tokenizers package's Tokenizer without truncation and padding. Raises DataError."""
     tokenizers = needed("tokenizers")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises bare Exception
-        raise DataError(f"tokenizer.json is not read by tokenizers {tokenizers.__version__}: {error}") from error
+        raise DataError(f"tokenizers {tokenizers.__version__} cannot read tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _hidden(description: dict[str, Any]) -> str:
-    """Unigram looks for every piece in the text, specials too: here theirs hold a space, which it never sees."""
+def _hide_special_tokens(description: dict[str, Any]) -> str:
+    """Return a tokenizer.json whose special tokens cannot match text.
+
+    Unigram looks for every piece in the text, including special tokens. A leading space in their names, which Unigram
+    never sees, prevents this.
+    """
     special = {token["content"] for token in description.get("added_tokens", ()) if token["special"]}
     unknown = description["model"].get("unk_id")
     vocab = [

@@ -1,5 +1,4 @@
-"""What every tokenizer does, and what tokenizers share: ids spell bytes, and text is made of bytes without splitting a
-character."""
+"""The tokenizer protocol, and a base class for tokenizers that decode ids by joining their bytes."""
 
 from __future__ import annotations
 
@@ -16,11 +15,14 @@ from data.config import DataError
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of the specials. The defaults are those of our own kinds; of a published tokenizer, -1 is what it lacks."""
+    """Ids of special tokens, or -1 for those that a published tokenizer lacks.
+
+    The defaults are the ids of this project's own tokenizers.
+    """
 
     pad: int = 0
     end: int = 1  # closes every document; every tokenizer has it
-    unk: int = 2  # reserved in our own kinds: byte fallback leaves nothing unknown
+    unk: int = 2  # unused in this project's tokenizers, whose byte fallback leaves nothing unknown
     fim_prefix: int = 3
     fim_suffix: int = 4
     fim_middle: int = 5
@@ -29,92 +31,93 @@ class SpecialTokens(NamedTuple):
     assistant: int = 8
     end_of_turn: int = 9
     mask: int = 10
-    start: int = 1  # opens prompts and documents; -1: nothing opens a prompt
+    start: int = 1  # opens prompts and documents; -1: prompts have no opening token
 
     @property
     def document_start(self) -> int:
-        """What opens a document: `start`, or `end` where nothing opens a prompt (a window's first token is not
-        predicted)."""
+        """Return the id that opens a document: `start`, or `end` if there is none, since a window's first token is not
+        predicted."""
         return self.end if self.start < 0 else self.start
 
 
 class Stream(Protocol):
-    """Decodes ids one by one without ever splitting a character; the pieces joined equal `decode` of all ids."""
+    """An incremental decoder that never splits a character. The joined results equal `decode` of all ids."""
 
     def push(self, token: int) -> str:
-        """The text that this id completes, perhaps ''. Raises DataError for an id out of range."""
+        """Return the text that this id completes, possibly ''. Raises DataError for an id out of range."""
         ...
 
     def flush(self) -> str:
-        """Return U+FFFD for an incomplete rest, else '', and start a new text."""
+        """Return U+FFFD for incomplete remaining bytes, else '', and start a new text."""
         ...
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Convert text to ids and back.
 
-    Our own kinds: `decode(encode(text)) == text` for every text that UTF-8 can hold. A published tokenizer may change
-    text by its normalizer; all say what each id spells.
+    For this project's own tokenizers, `decode(encode(text)) == text` for every text that UTF-8 can encode. A published
+    tokenizer's normalizer may change text. Every tokenizer provides the bytes of each id.
     """
 
     special: SpecialTokens
-    stops: tuple[int, ...]  # ids that end a generation: `end`, and what else the publisher lists
+    stops: tuple[int, ...]  # ids that end a generation: `end` and others that the publisher lists
     chat_template: str | None  # Jinja2 source, for data.chat
-    names: dict[str, str]  # what chat templates call the specials: {'bos_token': '<s>', ...}
+    names: dict[str, str]  # special tokens by their names in chat templates: {'bos_token': '<s>', ...}
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id."""
+        """Return the highest id plus 1."""
         ...
 
     @property
     def identity(self) -> str:
-        """SHA-256 in hex of all that decides an encoding."""
+        """Return the SHA-256 in hex of everything that determines the encoding."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids int32 [L] of a document's or a user's text; no special is added, none comes from the text."""
+        """Return ids int32 [L] of a document's or user's text, without special tokens."""
         ...
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on several threads where that pays."""
+        """Return `encode` of each text, using several threads if that is faster."""
         ...
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        """As `encode`, but names of specials in the text ('<|im_end|>') become the specials: for rendered chat
-        templates.
+        """Return ids like `encode`, but encode names of special tokens ('<|im_end|>') as special tokens.
 
-        `apart` is dropped from the text afterwards: put into a name, it keeps it text.
+        This is for rendered chat templates. `apart`: a string that is removed from the text; inserted into a name, it
+        keeps the name as text.
         """
         ...
 
     @property
     def special_names(self) -> tuple[str, ...]:
-        """What `encode_marked` finds."""
+        """Return the names that `encode_marked` encodes as special tokens."""
         ...
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """Text of ids; specials spell nothing, broken UTF-8 becomes U+FFFD. Raises DataError for an id out of range."""
+        """Return the text of ids, without special tokens and with U+FFFD for invalid UTF-8. Raises DataError for an id
+        out of range."""
         ...
 
     def stream(self) -> Stream:
-        """A fresh incremental decoder."""
+        """Return a new incremental decoder."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes an id spells, b'' for specials and for the piece that stands for unknown text.
+        """Return the UTF-8 bytes of an id, or b'' for special tokens and the piece for unknown text.
 
-        SentencePiece's space before a text counts, though `decode` drops it.
+        They include SentencePiece's space before a text, although `decode` drops it.
         """
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer into a folder, for `load_tokenizer`."""
+        """Write the tokenizer to a folder for `load_tokenizer`."""
         ...
 
 
 class ByteStream:
-    """Decodes what ids spell as one UTF-8 text."""
+    """A stream that decodes the joined bytes of all ids as UTF-8."""
 
     def __init__(self, tokenizer: BytesTable):
         self._tokenizer = tokenizer
@@ -130,16 +133,15 @@ class ByteStream:
 
 
 class BytesTable:
-    """What tokenizers share: ids are decoded by joining the bytes they spell, and marked text is cut at the
-    specials."""
+    """Base class of tokenizers: decode by joining the bytes of ids, and split marked text at special tokens."""
 
     special = SpecialTokens()
     stops: tuple[int, ...] = (SpecialTokens().end,)
     chat_template: str | None = None
     names: dict[str, str]
     _table: tuple[bytes, ...]
-    _marks: dict[str, int]  # ids of the specials by name
-    encode: Callable[..., np.ndarray]  # of the kind
+    _special_token_ids: dict[str, int]  # ids of special tokens by name
+    encode: Callable[..., np.ndarray]  # defined by subclasses
 
     @property
     def vocab_size(self) -> int:
@@ -147,7 +149,7 @@ class BytesTable:
 
     def token_bytes(self, token: int) -> bytes:
         if not 0 <= token < len(self._table):
-            raise DataError(f"token id {token} is outside the vocabulary of {len(self._table)}: ids start at 0")
+            raise DataError(f"token id {token} is outside the vocabulary of {len(self._table)} ids, numbered from 0")
         return self._table[token]
 
     def stream(self) -> Stream:
@@ -158,49 +160,49 @@ class BytesTable:
         return "".join([stream.push(int(token)) for token in ids]) + stream.flush()
 
     def with_stops(self, stops: Iterable[int]) -> Self:
-        """With further ids that end a generation."""
+        """Add ids that end a generation, and return self."""
         self.stops = tuple(dict.fromkeys([*self.stops, *stops]))
         return self
 
     @cached_property
-    def _split(self) -> re.Pattern[str]:
-        return re.compile("(" + "|".join(map(re.escape, sorted(self._marks, key=len, reverse=True))) + ")")
+    def _special_pattern(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, sorted(self._special_token_ids, key=len, reverse=True))) + ")")
 
     @property
     def special_names(self) -> tuple[str, ...]:
-        return tuple(self._marks)
+        return tuple(self._special_token_ids)
 
     def encode_marked(self, text: str, apart: str = "") -> np.ndarray:
-        if not self._marks:
+        if not self._special_token_ids:
             return self.encode(text.replace(apart, ""))
         parts = [
-            np.array([self._marks[part]], np.int32) if i % 2 else self.encode(part.replace(apart, ""))
-            for i, part in enumerate(self._split.split(text))
+            np.array([self._special_token_ids[part]], np.int32) if i % 2 else self.encode(part.replace(apart, ""))
+            for i, part in enumerate(self._special_pattern.split(text))
             if part
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text to be continued: what opens a prompt, then the text. An empty one is opened as a document is."""
+    """Return the ids of a prompt: the start token, if any, and the text. An empty prompt is opened like a document."""
     start = tokenizer.special.start
     ids = [start] if start >= 0 else []
     return ids + tokenizer.encode(text).tolist() or [tokenizer.special.document_start]
 
 
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes each id spells, int32 [vocab_size]: a document's tokens sum to its size.
+    """Return the number of bytes of each id, int32 [vocab_size]. A document's tokens sum to its size.
 
-    A published tokenizer that puts a space before a text, or normalizes it, makes the sum that of the changed text.
+    If a published tokenizer adds a space before a text or normalizes it, the sum is the size of the changed text.
     """
     return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], np.int32)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> int:
-    """The rows of an embedding that no id of the tokenizer uses: 0 or more. Raises DataError when ids have no row."""
+    """Return the number of embedding rows that no id uses. Raises DataError if the tokenizer has more ids than rows."""
     if tokenizer.vocab_size > rows:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has {rows} rows: ids from "
-            f"{rows} on would have none; use the tokenizer that was published with the model, or enlarge the embedding"
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model's embedding has only {rows} rows: ids from "
+            f"{rows} have none. Use the tokenizer that was published with the model, or enlarge the embedding"
         )
     return rows - tokenizer.vocab_size

@@ -1,5 +1,4 @@
-"""Tokenizers written as a model is published with them: tokenizer.json and what transformers' AutoTokenizer reads
-beside it."""
+"""Write tokenizers for publication: tokenizer.json and the other files that transformers' AutoTokenizer reads."""
 
 from __future__ import annotations
 
@@ -17,17 +16,18 @@ from data.tokenizers.published import opened_by
 from data.tokenizers.spelling import byte_characters
 from data.tokenizers.trained import ByteTokenizer, SentencePieceTokenizer
 
-_SAMPLES = 400  # texts by which an equivalent tokenizer.json is compared with ours
+_SAMPLES = 400  # texts that check an equivalent tokenizer.json against the original
 _SPACE_MARK = "\u2581"
 
 
 def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, generation_config.json and the chat template into a folder, which
-    is made.
+    """Write tokenizer.json, tokenizer_config.json, generation_config.json and the chat template to a folder, creating
+    it if needed.
 
-    A tokenizer of a tokenizer.json is copied. Ours become an equivalent one: the ids of 400 drawn texts are compared,
-    and it is refused where they differ. transformers then finds names of specials ('<end>') in any text, as it does
-    for every tokenizer; ours do so in `encode_marked` alone. Raises DataError.
+    An HFTokenizer's tokenizer.json is copied. This project's own tokenizers are converted to an equivalent one, which
+    must give the same ids for 400 random texts. transformers then encodes names of special tokens ('<end>') in any text
+    as special tokens, as it does for every tokenizer, while this project does so only in `encode_marked`. Raises
+    DataError.
     """
     if isinstance(tokenizer, HFTokenizer):
         text = tokenizer.text
@@ -35,18 +35,18 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
         text = equivalent_json(tokenizer)
     else:
         raise DataError(
-            f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json: copy the file that it was read from "
-            f"into {folder}, or read the model's tokenizer.json instead"
+            f"a {type(tokenizer).__name__} cannot be written as a tokenizer.json. Copy the file that it was read from "
+            f"to {folder}, or read the model's tokenizer.json instead"
         )
-    text = _opened_as(text, tokenizer)
+    text = _with_start_token(text, tokenizer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8", newline="")
     config = {
         **tokenizer.names,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,  # else decoding drops spaces before punctuation
-        "model_max_length": int(1e30),  # transformers' word for no limit of the tokenizer's own
+        "clean_up_tokenization_spaces": False,  # otherwise decoding drops spaces before punctuation
+        "model_max_length": int(1e30),  # means "no limit" in transformers
     }
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -58,8 +58,11 @@ def write_published(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
-    """What config.json and generation_config.json call the specials: 'eos_token_id', the ids that end a generation (a
-    list where there are several), and 'bos_token_id' and 'pad_token_id' where the tokenizer has them."""
+    """Return the special token ids for config.json and generation_config.json.
+
+    'eos_token_id' has the ids that end a generation (a list if there are several); 'bos_token_id' and 'pad_token_id'
+    are present if the tokenizer has these tokens.
+    """
     stops = list(tokenizer.stops)
     found: dict[str, int | list[int]] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     bos = tokenizer.encode_marked(tokenizer.names["bos_token"]).tolist() if "bos_token" in tokenizer.names else []
@@ -71,7 +74,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
 
 
 def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
-    """A tokenizer.json that encodes as one of ours. Raises DataError when it does not on some drawn text."""
+    """Return a tokenizer.json equivalent to `tokenizer`. Raises DataError if the ids of a random text differ."""
     if isinstance(tokenizer, ByteTokenizer):
         characters = {byte: character for character, byte in byte_characters().items()}
         pieces = [*SPECIAL_PIECES, *(characters[byte] for byte in range(256))]
@@ -79,10 +82,10 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
         form = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         pre_tokenizer, decoder = form, form
     else:
-        # Spaces are spelled as spaces: a real U+2581 is then in no piece and falls back to its bytes, as ours does.
+        # Pieces contain spaces instead of U+2581, so that a real U+2581 falls back to its bytes, as in the original.
         pieces = [piece.replace(_SPACE_MARK, " ") for piece in tokenizer.pieces]
         merges = [merge for piece in pieces[len(SPECIAL_PIECES) :] for merge in _splits(piece, frozenset(pieces))]
-        # No piece crosses a newline: cutting there changes no id and keeps the texts that are merged short.
+        # No piece crosses a newline, so splitting there changes no id and keeps the merged texts short.
         pre_tokenizer = {"type": "Split", "pattern": {"String": "\n"}, "behavior": "Isolated", "invert": False}
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
     description = {
@@ -124,13 +127,13 @@ def equivalent_json(tokenizer: ByteTokenizer | SentencePieceTokenizer) -> str:
 
 
 def _splits(piece: str, known: frozenset[str]) -> list[tuple[str, str]]:
-    """The pairs of pieces that merge into a piece, in the order in which BPE by pairs must try them.
+    """Return the pairs of pieces that merge into `piece`, in the order in which pair-based BPE must try them.
 
-    SentencePiece ranks by the merged piece and takes the leftmost of several. In x·y·z with x + y = y + z both pairs
-    give the piece: (x, y) is on the left and must come first.
+    SentencePiece ranks merges by the merged piece and takes the leftmost of several. In x·y·z with x + y = y + z, both
+    pairs give the piece; (x, y) is on the left and must come first.
     """
     at = [i for i in range(1, len(piece)) if piece[:i] in known and piece[i:] in known]
-    after: dict[int, set[int]] = defaultdict(set)  # splits that a split must follow
+    after: dict[int, set[int]] = defaultdict(set)  # split: splits that must precede it
     for i in at:
         other = len(piece) - i
         if other != i and other in at and piece[i:] == piece[:other]:
@@ -139,7 +142,7 @@ def _splits(piece: str, known: frozenset[str]) -> list[tuple[str, str]]:
     while len(done) < len(at):
         rest = [i for i in at if i not in done]
         free = [i for i in rest if not (after[i] - set(done))]
-        # Repeats of one text ('  '·' ' and ' '·'  ') ask for both orders: runs are merged from the left, longest first.
+        # Repeats of one text ('  '·' ' and ' '·'  ') require both orders. Merge runs from the left, longest first.
         done.append(free[0] if free else rest[-1])
     return [(piece[:i], piece[i:]) for i in done]
 
@@ -148,13 +151,13 @@ def _compare(ours: Tokenizer, other: Tokenizer, pieces: list[str]) -> None:
     for text in _samples(pieces[len(SPECIAL_PIECES) :]):
         if ours.encode(text).tolist() != other.encode(text).tolist():
             raise DataError(
-                f"this tokenizer cannot be written as a tokenizer.json: {text!r} would be cut otherwise, since "
-                "SentencePiece merges the leftmost of equal pieces; publish the run's own tokenizer folder"
+                f"this tokenizer cannot be written as a tokenizer.json: {text!r} would be split differently, because "
+                "SentencePiece merges the leftmost of equal pieces. Publish the run's tokenizer folder instead"
             )
 
 
 def _samples(pieces: list[str]) -> Iterator[str]:
-    """Texts that try the merges: pieces joined and repeated, runs, and characters of all planes."""
+    """Yield texts that test the merges: joined and repeated pieces, runs, and characters of all planes."""
     draw = random.Random(0)
     characters = sorted({character for piece in pieces for character in piece})
     for _ in range(_SAMPLES):
@@ -173,8 +176,8 @@ def _samples(pieces: list[str]) -> Iterator[str]:
         yield "".join(parts)
 
 
-def _opened_as(text: str, tokenizer: Tokenizer) -> str:
-    """The tokenizer.json with a post-processor that opens texts as ours opens prompts, if its own does not."""
+def _with_start_token(text: str, tokenizer: Tokenizer) -> str:
+    """Return the tokenizer.json with a post-processor that adds the tokenizer's start token, if any, to texts."""
     opened = open_json(text)
     start = tokenizer.special.start
     if opened_by(opened) == start:

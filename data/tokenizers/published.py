@@ -1,4 +1,4 @@
-"""Tokenizers as models are published with them: which files, and what the JSON beside them says of the specials."""
+"""Read the tokenizers of published models: find their files, and read special tokens from the JSON files with them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from data.tokenizers.ranks import TiktokenTokenizer, is_ranks
 from data.tokenizers.sentencepieces import PublishedSentencePiece
 
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-# Marks of fill-in-the-middle: StarCoder and SmolLM, Qwen and OpenAI, Code Llama, DeepSeek Coder.
+# Fill-in-the-middle tokens of StarCoder and SmolLM, Qwen and OpenAI, Code Llama, DeepSeek Coder.
 _FIM = {
     "fim_prefix": ("<fim_prefix>", "<|fim_prefix|>", "▁<PRE>", "<|fim▁begin|>"),
     "fim_suffix": ("<fim_suffix>", "<|fim_suffix|>", "▁<SUF>", "<|fim▁hole|>"),
     "fim_middle": ("<fim_middle>", "<|fim_middle|>", "▁<MID>", "<|fim▁end|>"),
 }
-_Find = Callable[[str], int | None]  # the id of a special's name
+_Find = Callable[[str], int | None]  # id of a special token's name
 
 
 def of_folder(folder: Path) -> Tokenizer:
-    """The tokenizer of a published folder. Raises DataError, OSError."""
-    facts = _Facts(folder)
+    """Return the tokenizer of a published folder. Raises DataError or OSError."""
+    files = _PublishedFiles(folder)
     if (folder / "tokenizer.json").is_file():
         text = (folder / "tokenizer.json").read_bytes().decode("utf-8")
-        return _of_json(text, facts)
+        return _of_json(text, files)
     for path in sorted(folder.glob("*.tiktoken")) + [folder / "tokenizer.model"]:
         if path.is_file():
             content = path.read_bytes()
             if is_ranks(content):
-                tiktoken = TiktokenTokenizer(content, kind=facts.tiktoken(path), chat_template=facts.chat_template)
-                return tiktoken.with_stops(facts.stops(tiktoken.vocab_size))
-            model = PublishedSentencePiece.published(content, facts.add_bos, (), facts.chat_template)
-            return model.with_stops(facts.stops(model.vocab_size))
+                tiktoken = TiktokenTokenizer(content, kind=files.tiktoken(path), chat_template=files.chat_template)
+                return tiktoken.with_stops(files.stops(tiktoken.vocab_size))
+            model = PublishedSentencePiece.published(content, files.add_bos, (), files.chat_template)
+            return model.with_stops(files.stops(model.vocab_size))
     raise DataError(
-        f"no tokenizer in {folder}: tokenizer.json, *.tiktoken or tokenizer.model is expected; if the tokenizer is in "
-        "vocab.json and merges.txt alone, write its tokenizer.json with transformers: "
+        f"no tokenizer in {folder}: expected tokenizer.json, *.tiktoken or tokenizer.model. If the tokenizer consists "
+        "of vocab.json and merges.txt, write its tokenizer.json with transformers: "
         "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )
 
 
 def of_gguf(path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file."""
+    """Return the tokenizer of a GGUF file."""
     from data.tokenizers.gguf import read_gguf_tokenizer
 
     found = read_gguf_tokenizer(path)
@@ -57,26 +57,26 @@ def of_gguf(path: Path) -> Tokenizer:
     return HFTokenizer(found.json, special, stops=found.stops, names=names, chat_template=found.chat_template)
 
 
-def _of_json(text: str, facts: _Facts) -> HFTokenizer:
+def _of_json(text: str, files: _PublishedFiles) -> HFTokenizer:
     read_json(text)
     opened = open_json(text)
     size = 1 + max(opened.get_vocab().values(), default=-1)
-    stops = facts.stops(size)
-    names = dict(facts.names)
-    for name, i in facts.ids.items():  # a folder without tokenizer_config.json still says the ids
+    stops = files.stops(size)
+    names = dict(files.names)
+    for name, i in files.ids.items():  # without tokenizer_config.json, other files still have the ids
         if name not in names and i is not None and 0 <= i < size and opened.id_to_token(i) is not None:
             names[name] = opened.id_to_token(i)
     bos = opened.token_to_id(names["bos_token"]) if "bos_token" in names else None
-    if facts.add_bos is None:
+    if files.add_bos is None:
         start = opened_by(opened)
     else:
-        start = bos if facts.add_bos and bos is not None else -1
-    special = _specials(names, opened.token_to_id, start, str(facts.folder))
-    return HFTokenizer(text, special, stops=stops, names=names, chat_template=facts.chat_template)
+        start = bos if files.add_bos and bos is not None else -1
+    special = _specials(names, opened.token_to_id, start, str(files.folder))
+    return HFTokenizer(text, special, stops=stops, names=names, chat_template=files.chat_template)
 
 
 def opened_by(opened: Any) -> int:
-    """The special that the post-processor puts before a text, or -1."""
+    """Return the special token that the post-processor adds before a text, or -1."""
     bare, framed = (opened.encode("a", add_special_tokens=add).ids for add in (False, True))
     added = opened.get_added_tokens_decoder()
     return framed[0] if framed[: len(bare)] != bare and framed and framed[0] in added else -1
@@ -87,12 +87,12 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
         found = find(names[name]) if name in names else None
         return -1 if found is None else found
 
-    if all(find(piece) == i for i, piece in enumerate(SPECIAL_PIECES)):  # one of ours, published by write_published
+    if all(find(piece) == i for i, piece in enumerate(SPECIAL_PIECES)):  # written by write_published
         return SpecialTokens(start=start)
     end = of("eos_token")
     if end < 0:
         raise DataError(
-            f"tokenizer of {where}: no end of text: name eos_token in tokenizer_config.json, or eos_token_id in "
+            f"tokenizer of {where}: no end-of-text token. Set eos_token in tokenizer_config.json, or eos_token_id in "
             "generation_config.json or config.json"
         )
     marks = {
@@ -104,9 +104,8 @@ def _specials(names: Mapping[str, str], find: _Find, start: int, where: str) -> 
     )  # fmt: skip
 
 
-class _Facts:
-    """What the JSON files of a folder say about the tokenizer; a missing one says nothing. Raises DataError by file and
-    key."""
+class _PublishedFiles:
+    """The tokenizer's entries in a folder's JSON files, which may be missing. Raises DataError with file and key."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,9 +113,9 @@ class _Facts:
             _json(folder / name)
             for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         )
-        inner = model.get("text_config", {})  # of models that see too
+        inner = model.get("text_config", {})  # in models that take images
         if not isinstance(inner, dict):
-            raise _wrong(folder / "config.json", "text_config", inner, "an object")
+            raise _invalid(folder / "config.json", "text_config", inner, "an object")
         found = {
             name: (tokenizer[name], "tokenizer_config.json")
             if name in tokenizer
@@ -124,17 +123,17 @@ class _Facts:
             for name in _NAMES
         }
         self.names = {
-            name: _content(value, folder / file, name) for name, (value, file) in found.items() if value is not None
+            name: _token_text(value, folder / file, name) for name, (value, file) in found.items() if value is not None
         }
-        says = [
+        sources = [
             (folder / "generation_config.json", "", generation),
             (folder / "config.json", "", model),
             (folder / "config.json", "text_config.", inner),
         ]
         ids = {
             name: [
-                [(path, where + name, i) for i in _listed(said.get(name), path, where + name)]
-                for path, where, said in says
+                [(path, where + name, i) for i in _id_list(said.get(name), path, where + name)]
+                for path, where, said in sources
             ]
             for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
@@ -146,15 +145,15 @@ class _Facts:
         }
         self.add_bos: bool | None = tokenizer.get("add_bos_token")
         if self.add_bos not in (None, False, True):
-            raise _wrong(folder / "tokenizer_config.json", "add_bos_token", self.add_bos, "true or false")
+            raise _invalid(folder / "tokenizer_config.json", "add_bos_token", self.add_bos, "true or false")
         self.model_type = model.get("model_type", "")
         self.chat_template = self._template(tokenizer.get("chat_template"))
 
     def stops(self, vocab_size: int) -> tuple[int, ...]:
-        """Ids that end a generation, each within a vocabulary."""
+        """Return the ids that end a generation. Raises DataError if one is not below `vocab_size`."""
         for path, key, i in self._stops:
             if not 0 <= i < vocab_size:
-                raise _wrong(path, key, i, f"ids of the tokenizer, from 0 to {vocab_size - 1}")
+                raise _invalid(path, key, i, f"ids from 0 to {vocab_size - 1}")
         return tuple(dict.fromkeys(i for *_, i in self._stops))
 
     def _template(self, given: Any) -> str | None:
@@ -162,34 +161,34 @@ class _Facts:
         if path.is_file():
             return path.read_bytes().decode("utf-8")
         found = given
-        if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):  # several, by name
+        if isinstance(given, list) and all(isinstance(entry, dict) for entry in given):  # several named templates
             found = next((entry.get("template") for entry in given if entry.get("name") == "default"), None)
         if not isinstance(found, str | None):
-            expected = 'a text, or a list of {"name", "template"}'
-            raise _wrong(self.folder / "tokenizer_config.json", "chat_template", given, expected)
+            expected = 'a string, or a list of {"name", "template"}'
+            raise _invalid(self.folder / "tokenizer_config.json", "chat_template", given, expected)
         return found
 
     def tiktoken(self, path: Path) -> str | None:
-        """The kind of a tiktoken file where its name tells it."""
+        """Return the kind of a tiktoken file if its name or the model's type gives it, else None."""
         return "o200k_harmony" if self.model_type == "gpt_oss" else path.stem if path.suffix == ".tiktoken" else None
 
 
-def _listed(value: Any, path: Path, key: str) -> list[int]:
+def _id_list(value: Any, path: Path, key: str) -> list[int]:
     found = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(i) is not int for i in found):  # a bool is none
-        raise _wrong(path, key, value, "an id or a list of ids, which are integers")
+    if any(type(i) is not int for i in found):  # refuses bools too
+        raise _invalid(path, key, value, "an integer or a list of integers")
     return found
 
 
-def _content(value: Any, path: Path, key: str) -> str:
+def _token_text(value: Any, path: Path, key: str) -> str:
     found = value.get("content") if isinstance(value, dict) else value
     if not isinstance(found, str):
-        raise _wrong(path, key, value, 'a text, or an object with the text "content"')
+        raise _invalid(path, key, value, 'a string, or an object with the string "content"')
     return found
 
 
-def _wrong(path: Path, key: str, value: Any, expected: str) -> DataError:
-    return DataError(f"{path}: {key} = {repr(value)[:80]}, expected {expected}; mend the file or fetch it again")
+def _invalid(path: Path, key: str, value: Any, expected: str) -> DataError:
+    return DataError(f"{path}: {key} = {repr(value)[:80]}: expected {expected}. Fix the file or download it again")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error}; fetch it again") from error
+        raise DataError(f"{path} is damaged: {error}. Download it again") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}, not an object; fetch it again")
+        raise DataError(f"{path} is damaged: it holds a {type(found).__name__}, not an object. Download it again")
     return found

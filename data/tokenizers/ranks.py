@@ -1,6 +1,6 @@
-"""Tokenizers of tiktoken files: lines of a base64 token and its rank. Nothing is ever downloaded.
+"""Tokenizers from tiktoken files, whose lines hold a base64 token and its rank. Nothing is downloaded.
 
-The file says neither how text is cut nor what the specials are: that is known by its kind.
+The file contains neither the split pattern nor the special tokens; both depend on its kind.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from data.tokenizers.protocol import BytesTable, SpecialTokens
 
 FILE = "ranks.tiktoken"  # in a saved folder
 
-# How OpenAI's tiktoken (tiktoken_ext/openai_public.py), Meta's llama3/tokenizer.py and Qwen's tokenization_qwen.py cut
-# text.
+# Split patterns of OpenAI's tiktoken (tiktoken_ext/openai_public.py), Meta's llama3/tokenizer.py and Qwen's
+# tokenization_qwen.py.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _CL100K = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""  # noqa: E501
 _LLAMA3 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""  # noqa: E501
@@ -47,19 +47,19 @@ _O200K = "|".join(
 
 @dataclass(frozen=True)
 class Kind:
-    """A published set of ranks."""
+    """A published tiktoken tokenizer."""
 
-    ranks: int  # lines of the file
+    ranks: int  # number of lines in the file
     pattern: str
-    specials: Mapping[str, int]  # counted from the number of ranks
+    specials: Mapping[str, int]  # ids of special tokens minus the number of ranks
     end: str
-    start: str | None = None  # what opens a prompt, where something does
-    stops: tuple[str, ...] = ()
-    composed: bool = False  # text is normalized (NFC) first
+    start: str | None = None  # token that opens a prompt
+    stops: tuple[str, ...] = ()  # tokens that end a generation, in addition to `end`
+    composed: bool = False  # whether text is first normalized (NFC)
 
 
 def _reserved(names: Mapping[int, str], count: int, template: str, first: int = 0) -> dict[str, int]:
-    """Names by place of `count` specials; those without a name are numbered in their order."""
+    """Return `count` special tokens with their offsets; those without a name are numbered in order."""
     rest = iter(range(first, first + count))
     return {names[i] if i in names else template.format(next(rest)): i for i in range(count)}
 
@@ -105,9 +105,10 @@ KINDS = {
 
 
 class TiktokenTokenizer(BytesTable):
-    """From the content of a tiktoken file. `kind`: of `KINDS`; None: told by the number of ranks.
+    """A tokenizer from the content of a tiktoken file.
 
-    A kind that is given may have any number of ranks; its specials follow them as they do in the published one.
+    `kind`: key of `KINDS`; None: chosen by the number of ranks. With a given kind the file may have any number of
+    ranks, and the kind's special tokens follow them.
     """
 
     def __init__(
@@ -123,24 +124,25 @@ class TiktokenTokenizer(BytesTable):
         tiktoken = needed("tiktoken")
         self.content, self.chat_template = content, chat_template
         ranks = read_ranks(content)
-        self.kind = kind if kind in KINDS else _recognized(len(ranks), kind)
+        self.kind = kind if kind in KINDS else _kind_by_size(len(ranks), kind)
         known = KINDS[self.kind]
-        self._marks = {name: len(ranks) + i for name, i in known.specials.items()}
-        table = [b""] * (1 + max(self._marks.values()))
+        self._special_token_ids = {name: len(ranks) + i for name, i in known.specials.items()}
+        table = [b""] * (1 + max(self._special_token_ids.values()))
         for token, rank in ranks.items():
             table[rank] = token
         self._table = tuple(table)
         self._encoding = tiktoken.Encoding(
-            self.kind, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=self._marks
+            self.kind, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=self._special_token_ids
         )
-        end = self._marks[known.end]
-        marks = {field: self._marks.get(f"<|{field}|>", -1) for field in ("fim_prefix", "fim_suffix", "fim_middle")}
+        ids = self._special_token_ids
+        end, start = ids[known.end], ids[known.start] if known.start else -1
+        fim = {field: ids.get(f"<|{field}|>", -1) for field in ("fim_prefix", "fim_suffix", "fim_middle")}
         self.special = special or SpecialTokens(
-            pad=self._marks.get("<|finetune_right_pad_id|>", -1), end=end, unk=-1, **marks, system=-1, user=-1,
-            assistant=-1, end_of_turn=-1, mask=-1, start=self._marks[known.start] if known.start else -1,
+            pad=ids.get("<|finetune_right_pad_id|>", -1), end=end, unk=-1, **fim, system=-1, user=-1, assistant=-1,
+            end_of_turn=-1, mask=-1, start=start,
         )  # fmt: skip
         self.names = dict(names or {"eos_token": known.end, "bos_token": known.start or known.end})
-        self.stops = tuple(stops) or (end, *(self._marks[name] for name in known.stops))
+        self.stops = tuple(stops) or (end, *(self._special_token_ids[name] for name in known.stops))
 
     @cached_property
     def identity(self) -> str:
@@ -173,12 +175,12 @@ class TiktokenTokenizer(BytesTable):
 
 
 def is_ranks(content: bytes) -> bool:
-    """Whether a file's content begins as a tiktoken file does; SentencePiece models are binary."""
+    """Return whether the content begins like a tiktoken file, unlike SentencePiece models, which are binary."""
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", content) is not None
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:
-    """Ranks by token. Raises DataError naming the line that is damaged, or what is missing."""
+    """Return ranks by token. Raises DataError with the damaged line or the missing token."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), 1):
         if not line:
@@ -188,21 +190,21 @@ def read_ranks(content: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
-                f"tiktoken file: line {number} is {line[:40]!r}, not a base64 token and its rank; fetch it again"
+                f"tiktoken file: line {number} is {line[:40]!r}, not a base64 token and its rank. Download it again"
             ) from error
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
-        what = f"the byte 0x{missing[0]:02x} is missing" if missing else "its ranks are not 0 to their number"
-        raise DataError(f"tiktoken file of {len(ranks)} ranks is damaged or cut short: {what}; fetch it again")
+        what = f"the byte 0x{missing[0]:02x} is missing" if missing else "its ranks are not consecutive from 0"
+        raise DataError(f"tiktoken file of {len(ranks)} ranks is damaged or truncated: {what}. Download it again")
     return ranks
 
 
-def _recognized(count: int, name: str | None) -> str:
+def _kind_by_size(count: int, name: str | None) -> str:
     for kind, known in KINDS.items():
         if known.ranks == count:
             return kind
     raise DataError(
-        f"tiktoken file{f' {name!r}' if name else ''} of {count} ranks: of no known kind, and how it cuts text is not "
-        f"in the file; known are {', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}; give its "
-        "kind, or publish a tokenizer.json"
+        f"tiktoken file{f' {name!r}' if name else ''} of {count} ranks: unknown kind, and the file does not contain "
+        f"its split pattern (known: {', '.join(f'{kind} ({known.ranks})' for kind, known in KINDS.items())}). Pass its "
+        "kind, or use a tokenizer.json"
     )

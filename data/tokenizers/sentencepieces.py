@@ -1,7 +1,7 @@
-"""SentencePiece models that others trained (Llama 2's and Gemma's tokenizer.model), decoded as the package does.
+"""Published SentencePiece models (Llama 2's and Gemma's tokenizer.model), decoded as the package does.
 
-The package decodes a run of byte pieces character by character: each byte that belongs to no whole character becomes
-U+FFFD. The piece for unknown text decodes to the model's `unk_surface`, " \u2047 " unless the model says otherwise.
+The package decodes a run of byte pieces character by character, and each byte outside a complete character becomes
+U+FFFD. The piece for unknown text decodes to the model's `unk_surface`, by default " \u2047 ".
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _SPACE_MARK = "\u2581"
 
 
 class PublishedSentencePiece(BytesTable):
-    """A tokenizer from a serialized model. Control symbols are the specials; any text can hold user-defined symbols.
+    """A tokenizer from a serialized model.
 
-    The piece for unknown text decodes to the model's text for it, but `token_bytes` gives b"" for it: the bytes that it
-    replaced are not known.
+    Control symbols are its special tokens; user-defined symbols are found in any text. The piece for unknown text
+    decodes to the model's text for it, but its `token_bytes` are b"", because the replaced bytes are not known.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class PublishedSentencePiece(BytesTable):
         self.model, self.special, self.chat_template = model, special, chat_template
         self.stops = tuple(dict.fromkeys([special.end, *stops]))
         self.names = dict(names or {})
-        self._processor = _opened(model)
+        self._processor = _open_model(model)
         ids = range(self._processor.get_piece_size())
         pieces = [self._processor.id_to_piece(i) for i in ids]
-        self._marks = {pieces[i]: i for i in ids if self._processor.is_control(i)}
+        self._special_token_ids = {pieces[i]: i for i in ids if self._processor.is_control(i)}
         self._table = tuple(self._spelled(i, pieces[i]) for i in ids)
         self._byte_pieces = frozenset(i for i in ids if self._processor.is_byte(i))
         self._texts = {
@@ -60,12 +60,11 @@ class PublishedSentencePiece(BytesTable):
     def published(
         cls, model: bytes, add_bos: bool | None, stops: Sequence[int], chat_template: str | None
     ) -> PublishedSentencePiece:
-        """Return the tokenizer with the specials that the model names; prompts begin with bos unless `add_bos` is
-        False."""
-        opened = _opened(model)
+        """Return the tokenizer with the model's special tokens. Prompts begin with bos unless `add_bos` is False."""
+        opened = _open_model(model)
         bos, end, pad, unk = opened.bos_id(), opened.eos_id(), opened.pad_id(), opened.unk_id()
         if end < 0:
-            raise DataError("tokenizer.model has no end of text (eos_id -1); it cannot mark where documents end")
+            raise DataError("tokenizer.model has no end-of-text token (eos_id -1), which documents require")
         names = {"bos_token": bos, "eos_token": end, "pad_token": pad, "unk_token": unk}
         special = SpecialTokens(
             pad=pad, end=end, unk=unk, fim_prefix=-1, fim_suffix=-1, fim_middle=-1, system=-1, user=-1, assistant=-1,
@@ -118,9 +117,11 @@ class PublishedSentencePiece(BytesTable):
 
 
 def _leading_spaces(processor: Any, texts: Mapping[int, str]) -> int | None:
-    """Return how many pieces at the start of a text lose a leading space: 0, 1, or None for all until a text begins.
+    """Return the number of pieces at the start of a text that lose a leading space: 0, 1, or None for all until
+    visible text.
 
-    The package decides by `add_dummy_prefix` and `remove_extra_whitespaces`, which it does not show: decode and see.
+    This depends on `add_dummy_prefix` and `remove_extra_whitespaces`, which the package does not expose, so it is
+    tested by decoding.
     """
     spaced = [i for i, text in texts.items() if text.startswith(" ") and not processor.is_unknown(i)]
     if not spaced or processor.decode([spaced[0]]) == texts[spaced[0]]:
@@ -130,14 +131,14 @@ def _leading_spaces(processor: Any, texts: Mapping[int, str]) -> int | None:
 
 
 class _PieceStream:
-    """Decodes pieces, each a text, and runs of byte pieces, each UTF-8 as far as it goes."""
+    """A stream that decodes pieces as separate texts and runs of byte pieces as UTF-8."""
 
     def __init__(
         self,
-        texts: Mapping[int, str],  # of the pieces that are not bytes; '' for a control symbol
+        texts: Mapping[int, str],  # texts of all pieces except bytes; '' for a control symbol
         table: Sequence[bytes],
         byte_pieces: frozenset[int],
-        unknown: int,  # its text keeps its leading space
+        unknown: int,  # the piece for unknown text, which keeps its leading space
         leading_spaces: int | None,
         check: Callable[[int], object],
     ):
@@ -154,7 +155,8 @@ class _PieceStream:
         if token in self._byte_pieces:
             self._run += self._table[token]
             return self._begun(_characters(self._run, final=False))
-        before = self._begun(_characters(self._run, final=True))  # every other piece ends a run, control symbols too
+        # Any other piece ends a run, including control symbols.
+        before = self._begun(_characters(self._run, final=True))
         text = self._texts[token]
         if self._spaces != 0 and token != self._unknown and text.startswith(" "):
             text = text[1:]
@@ -174,9 +176,9 @@ class _PieceStream:
 
 
 def _characters(run: bytearray, *, final: bool) -> str:
-    """Take the text off the front of `run`: whole characters, and U+FFFD for each byte that cannot belong to one.
+    """Remove text from the front of `run` and return it: whole characters, and U+FFFD for each invalid byte.
 
-    What may still become a character stays, unless this is the `final` call.
+    Bytes that may still become a character stay, unless this is the `final` call.
     """
     found = []
     while run:
@@ -193,11 +195,11 @@ def _characters(run: bytearray, *, final: bool) -> str:
     return "".join(found)
 
 
-def _opened(model: bytes) -> Any:
+def _open_model(model: bytes) -> Any:
     try:
         return needed("sentencepiece").SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise DataError(
-            f"tokenizer.model is neither a SentencePiece model nor a tiktoken file, or damaged ({error}); fetch it "
+            f"tokenizer.model is damaged, or neither a SentencePiece model nor a tiktoken file ({error}). Download it "
             f"again"
         ) from error

@@ -1,5 +1,4 @@
-"""What the ids of a tokenizer.json spell: its decoder read as tables of bytes and a stream, equal to the tokenizers
-package's own."""
+"""Tables of the bytes of each id, and a stream, from a tokenizer.json's decoder; equal to the tokenizers package."""
 
 from __future__ import annotations
 
@@ -15,23 +14,24 @@ _SUPPORTED = "ByteLevel, Metaspace, Replace of a string, ByteFallback, Fuse, and
 
 
 class Spelling(NamedTuple):
-    """Of V ids; specials and gaps spell None."""
+    """Bytes of all ids; None for special tokens and unused ids."""
 
-    later: tuple[bytes | None, ...]
-    first: tuple[bytes | None, ...]  # as the first piece of a text
-    byte_pieces: frozenset[int]  # ids of byte fallback: a run of them is UTF-8 as a whole, or U+FFFD for each
-    first_bytes: frozenset[int]  # the same as the first piece of a text: '▁<0x41>' that loses its space is one, too
-    strip: tuple[str, int]  # at most so many of a character are dropped at the start of a text
-    joined: bool  # all pieces are bytes of one UTF-8 text
+    later: tuple[bytes | None, ...]  # of pieces after the first of a text
+    first: tuple[bytes | None, ...]  # of the first piece of a text
+    byte_pieces: frozenset[int]  # ids of byte fallback: a run decodes as UTF-8, or to one U+FFFD per byte
+    first_bytes: frozenset[int]  # the same for the first piece of a text, including '▁<0x41>' without its space
+    strip: tuple[str, int]  # (character, maximum number of it to drop at the start of a text)
+    joined: bool  # whether all pieces are bytes of one UTF-8 text
 
 
 def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], specials: frozenset[int]) -> Spelling:
-    """Of the `decoder` of a tokenizer.json, for pieces by id. Raises DataError for one that is not expressed."""
+    """Return the spelling of `pieces` (by id) for a tokenizer.json's `decoder`. Raises DataError if the decoder is not
+    supported."""
     steps = _steps(decoder)
     kinds = [step["type"] for step in steps]
     joined = "ByteLevel" in kinds
     if joined and kinds != ["ByteLevel"]:
-        raise _refused(f"ByteLevel among {kinds}")
+        raise _unsupported(f"ByteLevel among {kinds}")
     fallback, strip = "ByteFallback" in kinds, ("", 0)
     changes: list[Callable[[str, bool], str]] = []
     for i, step in enumerate(steps):
@@ -43,7 +43,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
         elif kind == "Strip" and step["stop"] == 0 and "Fuse" in kinds[:i] and not strip[1]:
             strip = (step["content"], step["start"])
         elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
-            raise _refused(f"{kind}: {step}")
+            raise _unsupported(f"{kind}: {step}")
 
     def changed(token: int, is_first: bool) -> str:
         piece = pieces[token]
@@ -76,7 +76,7 @@ def read_spelling(decoder: Mapping[str, Any] | None, pieces: Mapping[int, str], 
 
 def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     if decoder is None:
-        raise _refused("none (pieces joined by spaces)")
+        raise _unsupported("none (pieces joined by spaces)")
     if decoder["type"] == "Sequence":
         return [step for inner in decoder["decoders"] for step in _steps(inner)]
     return [decoder]
@@ -92,31 +92,33 @@ def _metaspace(step: Mapping[str, Any]) -> Callable[[str, bool], str]:
     return lambda piece, is_first: piece.replace(mark, "" if is_first and drops else " ")
 
 
-def _refused(what: str) -> DataError:
+def _unsupported(what: str) -> DataError:
     return DataError(
-        f"tokenizer.json: its decoder is {what}, which is not read; supported are {_SUPPORTED} (byte-level BPE, and "
+        f"tokenizer.json: decoder {what}: not supported (supported: {_SUPPORTED}, as in byte-level BPE and "
         "SentencePiece with byte fallback)"
     )
 
 
 @cache
 def byte_characters() -> dict[str, int]:
-    """The bytes that the characters of byte-level BPE stand for (Radford et al. 2019, encoder.py): printable ones for
-    themselves, the others, in order, for the characters from U+0100."""
+    """Return the bytes of byte-level BPE's characters (Radford et al. 2019, encoder.py).
+
+    Printable characters stand for themselves; the characters from U+0100 stand for the other bytes, in order.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
 class PieceStream:
-    """Decodes pieces, each a text of its own, and runs of bytes."""
+    """A stream that decodes pieces as separate texts and runs of byte pieces as UTF-8."""
 
     def __init__(self, spelling: Spelling, check: Callable[[int], object]):
         self._spelling, self._check = spelling, check
         self._begin()
 
     def _begin(self) -> None:
-        self._run = bytearray()  # of byte pieces: only its end tells whether it is UTF-8
+        self._run = bytearray()  # byte pieces, decoded when the run ends
         self._table = self._spelling.first
         self._strip = self._spelling.strip[1]
 
@@ -124,16 +126,16 @@ class PieceStream:
         self._check(token)
         spelled = self._table[token]
         if spelled is None:
-            return ""  # a special: it neither begins the text nor ends a run
+            return ""  # a special token neither begins the text nor ends a run
         byte_pieces = self._spelling.first_bytes if self._table is self._spelling.first else self._spelling.byte_pieces
         self._table = self._spelling.later
         if token in byte_pieces:
             self._run += spelled
             return ""
-        return self._stripped(self._end_run() + spelled.decode("utf-8"))
+        return self._strip_start(self._end_run() + spelled.decode("utf-8"))
 
     def flush(self) -> str:
-        text = self._stripped(self._end_run())
+        text = self._strip_start(self._end_run())
         self._begin()
         return text
 
@@ -144,7 +146,7 @@ class PieceStream:
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
 
-    def _stripped(self, text: str) -> str:
+    def _strip_start(self, text: str) -> str:
         while self._strip and text:
             if text[0] != self._spelling.strip[0]:
                 self._strip = 0

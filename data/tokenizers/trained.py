@@ -1,8 +1,7 @@
-"""Tokenizers whose text round-trips exactly: SentencePiece BPE with byte fallback, and plain UTF-8 bytes.
+"""Tokenizers that round-trip text exactly: SentencePiece BPE with byte fallback, and plain UTF-8 bytes.
 
-Both put the specials of `SPECIAL_PIECES` at the same small ids, and no text ever encodes to a special. Decoding joins
-the bytes of the pieces, so that every tokenizer also says what each id spells (`token_bytes`) and bits per byte are
-exact.
+Both have the special tokens `SPECIAL_PIECES` at the same small ids, and no text encodes to a special token. Decoding
+joins the bytes of the pieces (`token_bytes`), so that bits per byte are exact.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from data.tokenizers.description import write_description
 from data.tokenizers.extras import needed
 from data.tokenizers.protocol import BytesTable, Tokenizer
 
-# SentencePiece writes a space as U+2581 and would give a real U+2581 back as a space: we spell that one in bytes.
+# SentencePiece writes a space as U+2581 and would decode a real U+2581 to a space, so that one is encoded as bytes.
 _SPACE_MARK = "\u2581"
-# Longer lines are cut for training alone: SentencePiece silently ignores long sentences.
+# Longer lines are split for training only, because SentencePiece silently ignores long sentences.
 _TRAINING_LINE = 1000
-# Characters beyond this share of the text, the rare ones, are spelled in bytes.
+# Share of the text's characters that get pieces; the rare others are encoded as bytes.
 _CHARACTER_COVERAGE = 0.9995
 NAMES = {"bos_token": "<end>", "eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
 class ByteTokenizer(BytesTable):
-    """The specials, then the 256 bytes."""
+    """A tokenizer whose ids are the special tokens, then the 256 bytes."""
 
     names = NAMES
     _table = (b"",) * len(SPECIAL_PIECES) + tuple(bytes([byte]) for byte in range(256))
-    _marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}  # noqa: RUF012
+    _special_token_ids = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}  # noqa: RUF012
     identity = hashlib.sha256(f"byte {SPECIAL_PIECES}".encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
@@ -51,7 +50,7 @@ class ByteTokenizer(BytesTable):
 
 
 class SentencePieceTokenizer(BytesTable):
-    """SentencePiece BPE from its serialized model, as `train_tokenizer` makes it."""
+    """SentencePiece BPE from the serialized model that `train_tokenizer` makes."""
 
     names = NAMES
 
@@ -61,11 +60,11 @@ class SentencePieceTokenizer(BytesTable):
         pieces = [self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size())]
         if tuple(pieces[: len(SPECIAL_PIECES)]) != SPECIAL_PIECES:
             raise DataError(
-                f"the tokenizer's first pieces are {pieces[: len(SPECIAL_PIECES)]}, not the specials {SPECIAL_PIECES}: "
-                "train it with data.tokenizer.train_tokenizer"
+                f"the tokenizer's first pieces are {pieces[: len(SPECIAL_PIECES)]}, not {SPECIAL_PIECES}. "
+                "Train it with data.tokenizer.train_tokenizer"
             )
         self.pieces = tuple(pieces)
-        self._marks = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}
+        self._special_token_ids = {piece: i for i, piece in enumerate(SPECIAL_PIECES)}
         self._table = tuple(self._spelling(i, piece) for i, piece in enumerate(pieces))
         self._space_mark = np.array([pieces.index(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()], np.int32)
 
@@ -100,9 +99,9 @@ class SentencePieceTokenizer(BytesTable):
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Learn a tokenizer from texts; the same texts in the same order give the same identity.
+    """Train a tokenizer on texts. The same texts in the same order give the same identity.
 
-    Raises DataError when the texts are too few for the vocabulary.
+    Raises DataError if the texts are too few for the vocabulary.
     """
     if config.kind == "byte":
         return ByteTokenizer()
@@ -125,7 +124,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             pad_piece=SPECIAL_PIECES[0],
             eos_piece=SPECIAL_PIECES[1],
             unk_piece=SPECIAL_PIECES[2],
-            control_symbols=list(SPECIAL_PIECES[3:]),  # control symbols, unlike user symbols, are never found in text
+            control_symbols=list(SPECIAL_PIECES[3:]),  # unlike user symbols, control symbols are never found in text
             user_defined_symbols=["\n"],
             num_threads=os.cpu_count(),
             minloglevel=2,
@@ -133,17 +132,17 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         raise DataError(
-            f"data.tokenizer.vocab_size = {config.vocab_size} cannot be learned from the training text: {reason} "
+            f"data.tokenizer.vocab_size = {config.vocab_size}: not possible with the training text: {reason} "
             "Change it, add text, or set data.tokenizer.kind to 'byte'"
         ) from error
     return SentencePieceTokenizer(model)
 
 
 def _learn(lines: Iterator[str], **options: Any) -> bytes:
-    """Return the model that SentencePiece learns from the lines. Raises what `lines` raises, RuntimeError otherwise.
+    """Return the model that SentencePiece learns from the lines. Raises errors of `lines`, or RuntimeError.
 
-    The trainer runs in a thread, since this one could not be interrupted inside of it; an interrupt ends the reading of
-    the lines, and a trainer that is past it ends with the process.
+    The trainer runs in another thread, because it cannot be interrupted. An interrupt stops it while it reads lines;
+    after that, it ends with the process.
     """
     model, failed, stopped = io.BytesIO(), list[Exception](), threading.Event()
 
@@ -153,7 +152,7 @@ def _learn(lines: Iterator[str], **options: Any) -> bytes:
                 if stopped.is_set():
                     raise InterruptedError
                 yield line
-        except Exception as error:  # the trainer would raise it as a RuntimeError
+        except Exception as error:  # the trainer would turn it into a RuntimeError
             failed.append(error)
             raise
 
@@ -179,6 +178,6 @@ def _learn(lines: Iterator[str], **options: Any) -> bytes:
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for line in text.replace("\0", "").split("\n"):  # SentencePiece drops a whole line for one NUL
+        for line in text.replace("\0", "").split("\n"):  # SentencePiece drops a line that contains NUL
             for start in range(0, len(line), _TRAINING_LINE):
                 yield line[start : start + _TRAINING_LINE]

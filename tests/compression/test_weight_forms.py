@@ -1,6 +1,6 @@
-"""Weights with an adapter, and weights as int8: the network computes what it does with the merged, dequantised arrays.
+"""A network with adapters or int8 weights computes the same as with the merged, dequantised arrays.
 
-Dense and with experts, on one device and on eight. Shapes: B batch, T time.
+Covers dense networks and experts on one and eight devices. Shapes: B batch, T time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def with_lora(config):
-    """An adapter on one projection, and on the experts where there are some; its second factor is not zero."""
+    """Return a network with adapters on one projection and on experts, if any; their second factor is not zero."""
     names = {"attention.q"} | ({"mlp.up", "mlp.down"} if config.moe else set())
     model = add_lora(random_model(config, rules=RULES), names, rank=3, key=jax.random.key(1), alpha=6.0)
 
@@ -47,7 +47,7 @@ def with_lora(config):
 
 
 def with_int8(config):
-    """The MLP as int8, or the experts; the scales are those of a network whose outputs differ in size."""
+    """Return a network with its MLP or experts as int8."""
     return quantise(random_model(config, rules=RULES), {"mlp.up", "mlp.down"})
 
 
@@ -56,21 +56,21 @@ def loss(model) -> jax.Array:
 
 
 def placed(model, mesh):
-    """The arrays of a network as `rules.weights` stores them."""
+    """Return the network with its arrays sharded by `rules.weights`."""
 
     def put(path: str, weight: Weight) -> Weight:
         lead = (None,) * (weight.ndim - len(weight.axes))
 
-        def lay(x, names):
+        def shard(x, names):
             return jax.device_put(x, NamedSharding(mesh, RULES.spec("weights", (*lead, *names))))
 
-        return jax.tree.map(lay, weight, weight.part_axes())
+        return jax.tree.map(shard, weight, weight.part_axes())
 
     return map_named_weights(put, model)
 
 
 def close(found, expected, what: str) -> None:
-    """Within 1e-5 of the largest entry: float32 sums in another order."""
+    """Check to within 1e-5 of the largest entry, since float32 sums may be in another order."""
     scale = float(np.abs(expected).max())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale, err_msg=what)
 
@@ -78,7 +78,7 @@ def close(found, expected, what: str) -> None:
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("form", [with_lora, with_int8])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_values_and_gradients_are_those_of_dense_weights(name, form, devices):
+def test_values_and_gradients_match_dense_weights(name, form, devices):
     model = form(CONFIGS[name])
     floating = lambda path, weight, part: part == "adapter" or weight.scale is None
     trainable, frozen = split(model, floating)
@@ -90,7 +90,7 @@ def test_values_and_gradients_are_those_of_dense_weights(name, form, devices):
 
     @jax.jit
     def theirs(model):
-        """The network of dense arrays; gradients of factors and of what was never quantised by the chain rule."""
+        """Return loss and gradients of the dense network, with the chain rule for adapter factors."""
         trainable, frozen = split(model, floating)
         return jax.value_and_grad(lambda trainable: loss(dense_weights(merge(trainable, frozen))))(trainable)
 
@@ -107,11 +107,11 @@ def test_values_and_gradients_are_those_of_dense_weights(name, form, devices):
             close(np.asarray(a), np.asarray(b), path)
     changed = dense_weights(model)
     difference = np.abs(np.asarray(jax.jit(loss)(random_model(CONFIGS[name]))) - np.asarray(expected))
-    assert difference > 1e-6, "the adapter or the rounding shows"
+    assert difference > 1e-6, "the adapter or the rounding changes the loss"
     assert all(weight.scale is None and weight.adapter is None for _, weight in named_weights(changed))
 
 
-def test_int8_is_within_half_a_step_of_the_weight_and_scales_are_by_output():
+def test_int8_rounds_to_nearest_with_a_scale_per_output():
     model = random_model(CONFIGS["experts"])
     small = quantise(model, {"mlp.up"})
     before, after = model.stacks[0][0].mlp.up, small.stacks[0][0].mlp.up
@@ -121,7 +121,7 @@ def test_int8_is_within_half_a_step_of_the_weight_and_scales_are_by_output():
     assert (np.abs(found - np.asarray(before.value)) <= 0.5001 * np.asarray(after.scale)).all()
 
 
-def test_a_fresh_adapter_changes_nothing_and_is_a_small_part_of_the_network():
+def test_a_new_adapter_changes_nothing_and_is_small():
     model = random_model(CONFIGS["dense"])
     adapted = add_lora(model, {"attention.q", "attention.v"}, rank=2, key=jax.random.key(0))
     np.testing.assert_array_equal(jax.jit(loss)(adapted), jax.jit(loss)(model))
@@ -134,8 +134,8 @@ def test_a_fresh_adapter_changes_nothing_and_is_a_small_part_of_the_network():
 
 
 @pytest.mark.parametrize("blocks", [(1, 4), (2, 1), (2, 2)])
-def test_scales_of_blocks_and_zero_points(blocks):
-    """A scale for each block of inputs, of outputs, or both; the product equals that of the dequantised matrix."""
+def test_block_scales_and_zero_points_match_the_dequantised_matrix(blocks):
+    """Blocks split inputs, outputs or both."""
     rng = np.random.default_rng(3)
     shape = (8 // 4 * 2 if blocks[0] > 1 else 1, blocks[1])
     value = rng.integers(0, 16, (8, 4)).astype(np.uint8)
@@ -151,7 +151,7 @@ def test_scales_of_blocks_and_zero_points(blocks):
 
 
 @pytest.mark.parametrize("form", [with_lora, with_int8])
-def test_published_formats_refuse_what_is_not_dense(form):
+def test_published_formats_require_dense_weights(form):
     model = form(CONFIGS["dense"])
     with pytest.raises(ValueError, match=r"stacks/0/0/.*dense_weights"):
         named(model)
@@ -160,8 +160,8 @@ def test_published_formats_refuse_what_is_not_dense(form):
 
 @pytest.mark.parametrize("blocks", [(8, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("inside", [False, True])
-def test_scales_of_blocks_on_a_mesh_that_cuts_through_them(blocks, inside):
-    """Gathered as a layer does, and inside shard_map as experts are; a dimension may have one number on each device."""
+def test_block_scales_match_on_a_mesh_that_splits_blocks(blocks, inside):
+    """Weights are gathered as in a layer, or inside shard_map as for experts; a dimension may be 1 per device."""
     rng, mesh = np.random.default_rng(4), make_mesh(MeshConfig(fsdp=4, tensor=2))
     value = rng.integers(-127, 128, (1, 16, 1, 8)).astype(np.int8)
     scale = (rng.random((1, blocks[0], 1, blocks[1])) + 0.5).astype(np.float32)
@@ -185,7 +185,7 @@ def test_scales_of_blocks_on_a_mesh_that_cuts_through_them(blocks, inside):
     close(np.asarray(found), value * whole, "value * scale")
 
 
-def test_a_dimension_of_one_number_on_each_device_is_gathered():
+def test_a_dimension_of_size_one_per_device_is_gathered():
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     bias = np.arange(8, dtype=np.float32).reshape(2, 4)
     with use_mesh(mesh):

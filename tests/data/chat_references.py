@@ -1,7 +1,6 @@
-"""Chat templates in the manner of published ones, shortened, and chats for them; `chat_references.json` holds what
-transformers makes of each.
+"""Shortened templates in the style of published ones, and chats; `chat_references.json` holds transformers' output.
 
-    python -m tests.data.chat_references      writes it anew (needs transformers)
+python -m tests.data.chat_references      write the file again (needs transformers)
 """
 
 from __future__ import annotations
@@ -254,7 +253,7 @@ CHATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def references() -> dict[str, dict[str, str | None]]:
-    """What transformers renders, by template and chat; None: it raises."""
+    """Return transformers' output by template and chat, or None if it raises."""
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,4 +1,4 @@
-"""A small folder of code and configs on it, cheap enough for properties."""
+"""A small corpus and configs for it, fast enough for property tests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hypothesis import settings
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 
-# How long an example takes says what else the machine does.
+# The time of an example depends on the load of the machine.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
 def write_corpus(folder: Path, documents: int, seed: int = 0, longest: int = 300) -> SourceConfig:
-    """`documents` distinct files of random words, of 1 to `longest` words, as a source named after the folder."""
+    """Write distinct files of 1 to `longest` random words, and return them as a source named after the folder."""
     folder.mkdir(parents=True)
     draw = random.Random(f"{folder.name} {seed}")
     for i in range(documents):
@@ -30,7 +30,7 @@ def write_corpus(folder: Path, documents: int, seed: int = 0, longest: int = 300
 
 
 def byte_config(root: Path, *sources: SourceConfig, **changes: object) -> DataConfig:
-    """A config of bytes, windows of 32 and batches of 8, with its cache under `root`."""
+    """Return a config with the byte tokenizer, windows of 32, batches of 8 and a cache under `root`."""
     fields = {
         "sources": sources,
         "tokenizer": TokenizerConfig(kind="byte"),
@@ -44,7 +44,7 @@ def byte_config(root: Path, *sources: SourceConfig, **changes: object) -> DataCo
 
 @pytest.fixture(scope="session")
 def two_sources(tmp_path_factory):
-    """(prepared, config) of a large and a small source."""
+    """Return (prepared, config) of a large and a small source."""
     root = tmp_path_factory.mktemp("two_sources")
     config = byte_config(root, write_corpus(root / "large", 40), write_corpus(root / "small", 6, longest=60))
     return prepare(config), config

@@ -1,4 +1,4 @@
-"""Starts processes that prepare data together (tests.data.preparing_peer)."""
+"""Start processes that prepare data together (tests.data.preparing_peer)."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(folder: Path, configs: Sequence[DataConfig], scenarios: dict[int, str] | None = None, *before: str):
-    """Start one process per config; `scenarios` by process, `before` is a command that runs them."""
+    """Start one process per config. `scenarios`: by process. `before`: a command that runs each process."""
     store = folder / "store"
     store.mkdir()
     peers = []
@@ -27,7 +27,7 @@ def start(folder: Path, configs: Sequence[DataConfig], scenarios: dict[int, str]
 
 
 def results(peers: Sequence[subprocess.Popen], timeout: float = 60) -> list[dict]:
-    """Wait for the processes and return what each printed last."""
+    """Wait for the processes and return each one's last line of output."""
     try:
         return [json.loads(peer.communicate(timeout=timeout)[0].splitlines()[-1]) for peer in peers]
     finally:

@@ -1,13 +1,13 @@
-"""A process that prepares data, alone or with others; started by test_processes and test_storage.
+"""A process that prepares data, alone or with others. test_processes and test_storage start it.
 
     python -m tests.data.preparing_peer INDEX COUNT STORE CONFIG [SCENARIO]
 
 SCENARIO: interrupt | interrupt waiting | slow | limit=BYTES | keep=BYTES
 
-The processes share the folder STORE as their store of keys. CONFIG is a pickled DataConfig. With `interrupt` the
-process gets Ctrl-C when it first opens a file of the corpus, with `interrupt waiting` when it waits for the others to
-prepare. With `slow` it takes its time for every file. With `limit` no file can grow beyond BYTES. With `keep` it keeps
-BYTES of text in memory. The last line of the output is JSON: how often each file of the corpus was opened, and the
+The processes share the folder STORE as their key-value store. CONFIG is a pickled DataConfig. With `interrupt`, the
+process gets Ctrl-C when it first opens a file of the corpus; with `interrupt waiting`, while it waits for the others to
+prepare. With `slow`, it pauses at every file. With `limit`, no file can grow beyond BYTES. With `keep`, it keeps BYTES
+of text in memory. The last line of output is JSON with the number of times each file of the corpus was opened, and the
 identity or the error.
 """
 
@@ -27,11 +27,11 @@ from data.processes import ONE_PROCESS
 
 
 class FolderProcesses:
-    """Processes that share a folder of one file per key."""
+    """`Processes` that share a folder with one file per key."""
 
     def __init__(self, index: int, count: int, store: Path):
         self.index, self.count, self._store = index, count, store
-        self.interrupted = False  # by Ctrl-C, when it waits for the others to prepare
+        self.interrupted = False  # whether to send Ctrl-C while waiting for the others to prepare
 
     def send(self, key: str, text: str) -> None:
         path = self._path(key)

@@ -1,4 +1,4 @@
-"""What a source reads: globs, bad files, JSONL, duplicates, and a split that other documents do not move."""
+"""Reading sources: globs, bad files, JSONL, duplicates, and a split that does not depend on other documents."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_unreadable_files_are_skipped_and_named(tmp_path):
     assert [d.content for d in reread(config, found.entries)] == [b"a\r\nb"]
 
 
-def test_jsonl_reads_one_document_per_good_line(tmp_path):
+def test_jsonl_gives_one_document_per_valid_line(tmp_path):
     lines = [
         json.dumps({"body": "one\n\u2028two\x85"}, ensure_ascii=False),
         "",
@@ -91,7 +91,7 @@ def test_jsonl_reads_one_document_per_good_line(tmp_path):
     assert "no text in field 'body' (the record has ['text'])" in skipped[1]
 
 
-def test_a_file_is_a_source_too(tmp_path):
+def test_a_source_can_be_a_file(tmp_path):
     source(tmp_path, {"poem.txt": b"roses"})
     assert list(read_documents(SourceConfig(path=str(tmp_path / "poem.txt")), [])) == [("poem.txt", b"roses")]
 
@@ -105,7 +105,7 @@ def test_duplicates_count_once_over_all_sources(tmp_path):
 
 
 @pytest.mark.parametrize("files", [{}, {"a.txt": b"x"}, {"a.py": b""}, {"a.py": b"\xff"}])
-def test_an_empty_corpus_names_path_and_globs(tmp_path, files):
+def test_the_error_for_an_empty_corpus_names_path_and_globs(tmp_path, files):
     with pytest.raises(DataError, match=re.escape(f"path {str(tmp_path)!r}, include ('**/*.py',)")):
         survey(source(tmp_path, files), set())
 
@@ -115,7 +115,7 @@ def test_a_missing_folder_is_named(tmp_path):
         find_files(SourceConfig(path=str(tmp_path / "nowhere")))
 
 
-def test_a_document_that_changes_meanwhile_is_refused(tmp_path):
+def test_a_document_that_changes_while_being_read_is_refused(tmp_path):
     config = source(tmp_path, {"a.py": b"x"})
     entries = survey(config, set()).entries
     for changes in ({"a.py": b"y"}, {"a.py": b"\xff"}):
@@ -133,7 +133,7 @@ def test_a_document_that_changes_meanwhile_is_refused(tmp_path):
     limit=st.integers(0, 40),
 )
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
-def test_documents_are_reread_in_order_whatever_is_kept(tmp_path_factory, kind, files, wanted, limit):
+def test_documents_are_reread_in_order_for_any_memory_limit(tmp_path_factory, kind, files, wanted, limit):
     texts = [[f"{'x' * i} {i}" for i in numbers] for numbers in files]
     if kind == "jsonl":
         contents = {f"{i}.py": "\n".join(json.dumps({"text": t}) for t in file) for i, file in enumerate(texts)}
@@ -160,10 +160,10 @@ def test_a_deeply_nested_line_is_skipped_with_its_reason(tmp_path):
     config = source(tmp_path, {"a.jsonl": "\n".join(lines).encode()}, kind="jsonl", include=("*.jsonl",))
     found = survey(config, set())
     assert [entry.name for entry in found.entries] == ["a.jsonl:1", "a.jsonl:6"]
-    assert found.skipped == tuple(f"a.jsonl:{n}: JSON that is nested deeper than 500" for n in (2, 3, 4, 5))
+    assert found.skipped == tuple(f"a.jsonl:{n}: JSON nested deeper than 500" for n in (2, 3, 4, 5))
 
 
-def test_a_store_is_not_a_local_folder(tmp_path):
+def test_text_in_a_bucket_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"path = 'gs://bucket/text': text is read from local folders"):
         find_files(SourceConfig(path="gs://bucket/text"))
 
@@ -172,18 +172,18 @@ digests = st.lists(st.binary(min_size=32, max_size=32), min_size=2, max_size=60,
 
 
 @given(digests=digests, fraction=st.floats(0.01, 0.99), added=st.binary(min_size=32, max_size=32))
-def test_split_parts_and_another_document_moves_none(digests, fraction, added):
+def test_splits_are_disjoint_and_independent_of_other_documents(digests, fraction, added):
     entries = [Entry(str(i), digest.hex(), 1) for i, digest in enumerate(digests)]
     train, heldout = split(entries, fraction, "s")
     assert train and heldout and sorted(train + heldout) == sorted(entries)
     new = Entry("new", added.hex(), 1)
     train_after, heldout_after = split([new, *entries], fraction, "s")
     by_hash = sum(int(e.digest[:8], 16) < fraction * 2**32 for e in entries)
-    if 0 < by_hash < len(entries):  # else a side was filled by force
+    if 0 < by_hash < len(entries):  # otherwise an empty side was filled
         assert set(train_after) - {new} == set(train) and set(heldout_after) - {new} == set(heldout)
 
 
-def test_split_takes_about_the_fraction_and_refuses_one_document():
+def test_split_holds_out_the_fraction_and_refuses_one_document():
     entries = [Entry(str(i), f"{i * 2**22:08x}" + "0" * 56, 1) for i in range(1024)]
     assert len(split(entries, 0.25, "s")[1]) == 256
     assert split(entries[:1], 0, "s") == (entries[:1], [])
@@ -195,7 +195,7 @@ def test_split_takes_about_the_fraction_and_refuses_one_document():
     ("changes", "field"),
     [
         ({"sources": ()}, "sources"),
-        ({"evaluation_sources": (SourceConfig(),)}, "own name"),
+        ({"evaluation_sources": (SourceConfig(),)}, "different name"),
         ({"sources": (SourceConfig(name="a/b"),)}, "a/b"),
         ({"sources": (SourceConfig(weight=0),)}, "weight"),
         ({"sources": (SourceConfig(kind="xml"),)}, "kind"),
@@ -225,14 +225,14 @@ def test_split_takes_about_the_fraction_and_refuses_one_document():
         ({"cache_dir": "gs://bucket/cache"}, "cache_dir = 'gs://bucket/cache': .* needs a local file system"),
     ],
 )
-def test_config_errors_name_the_field(changes, field):
+def test_invalid_config_fields_are_refused_by_name(changes, field):
     DataConfig().validate()
     with pytest.raises(DataError, match=field):
         DataConfig(**changes).validate()
 
 
-def test_compressors_count_every_file_by_itself():
-    # By hand: gzip is 10 bytes of header, 3 of deflate for one literal, 8 of trailer.
+def test_compressors_compress_files_separately():
+    # gzip writes a header of 10 bytes, 3 bytes of deflate for one literal, and a trailer of 8 bytes.
     assert compressed_sizes([b"a"])["gzip -9"] == (10 + 3 + 8) * 8
     assert compressed_sizes([b"a", b"a"]) == compressed_sizes([b"a"])
     assert all(0 < size < 1 for size in compressed_sizes([b"abc" * 5000]).values())

@@ -1,5 +1,4 @@
-"""Tokenizers in GGUF files beside the ones that they were written from: of the packages tokenizers and
-sentencepiece."""
+"""Tokenizers in GGUF files match the originals from the packages tokenizers and sentencepiece."""
 
 import io
 import json
@@ -21,7 +20,7 @@ TEXT = [
     "The king's men shan't'VE gone; 1234567 of them ÄÖÜ наш 東京 are  here.\r\n\t x = [1,  22,  333,  4,  5]\n",
     "We'll say so. we'LL SAY SO. They are the ones that there were, the others are not there yet.\n",
 ] * 4
-# The patterns as the models' own tokenizer.json have them.
+# The patterns in the models' tokenizer.json.
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,7 +47,7 @@ def pre_tokenizer(pre):
 
 
 def byte_level(pre):
-    """A byte-level BPE tokenizer as its authors would publish it."""
+    """Return a byte-level BPE tokenizer as published models have it."""
     made = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     made.pre_tokenizer, made.decoder = pre_tokenizer(pre), decoders.ByteLevel()
     if pre == "qwen2":
@@ -87,24 +86,24 @@ def write_byte_level(path, made, pre, **values):
 
 @pytest.fixture(scope="module", params=["gpt-2", "smollm", "llama-bpe", "qwen2"])
 def pair(request, tmp_path_factory):
-    """(the tokenizer, the same read from a GGUF file)"""
+    """Return (a tokenizer, the same one read from a GGUF file)."""
     made = byte_level(request.param)
     path = write_byte_level(tmp_path_factory.mktemp("gguf") / "a.gguf", made, request.param)
     return made, tokenizers.Tokenizer.from_str(read_gguf_tokenizer(path).json)
 
 
 @given(text=anything)
-@example(text="x =  12,  345\n")  # what is a word of its own: the spaces, the last of them with the digits, each digit
+@example(text="x =  12,  345\n")  # splits differently in each pattern
 @settings(max_examples=150)
-def test_byte_level_bpe_cuts_as_the_one_it_was_written_from(pair, text):
+def test_byte_level_bpe_matches_the_original(pair, text):
     made, read = pair
     ids = made.encode(text).ids
     assert read.encode(text, add_special_tokens=False).ids == ids
     assert read.decode(ids, skip_special_tokens=False) == made.decode(ids, skip_special_tokens=False)
 
 
-def test_the_texts_tell_the_patterns_apart():
-    """Each of the four cuts some text as no other does: else the tests above could not fail for a mixed-up name."""
+def test_the_texts_distinguish_the_patterns():
+    """Each of the four splits the texts differently. Otherwise the tests above could not detect a wrong pattern."""
     cuts = [
         [[piece for piece, _ in pre_tokenizer(pre).pre_tokenize_str(t)] for t in TEXT]
         for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2")
@@ -113,7 +112,7 @@ def test_the_texts_tell_the_patterns_apart():
 
 
 @pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("qwen2", False)])
-def test_a_word_that_is_a_token_is_it_without_merges_in_llama_3_alone(tmp_path, pre, whole):
+def test_only_llama_3_encodes_a_whole_word_token_without_merges(tmp_path, pre, whole):
     tokens = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "zqz"]
     values = {"ggml.pre": pre, "ggml.merges": ["z q"], "ggml.eos_token_id": 0}
     path = write(tmp_path / "a.gguf", "gpt2", [*tokens, "zq"], [3, 3, *[1] * 258], **values)
@@ -140,7 +139,7 @@ def trained_pieces(**options):
 
 
 def write_pieces(path, sp, **values):
-    """As llama.cpp's converter writes a SentencePiece model."""
+    """Write a SentencePiece model like llama.cpp's converter."""
     size = range(sp.get_piece_size())
     kinds = [
         2
@@ -160,7 +159,7 @@ def write_pieces(path, sp, **values):
 
 @pytest.fixture(scope="module", params=[True, False])
 def pieces(request, tmp_path_factory):
-    """(a SentencePiece model with or without a space before the text, the same read from a GGUF file)"""
+    """Return (a SentencePiece model with or without a leading space, the same one read from a GGUF file)."""
     sp = trained_pieces(add_dummy_prefix=request.param)
     path = write_pieces(tmp_path_factory.mktemp("gguf") / "a.gguf", sp, **{"ggml.add_space_prefix": request.param})
     return sp, tokenizers.Tokenizer.from_str(read_gguf_tokenizer(path).json)
@@ -168,14 +167,14 @@ def pieces(request, tmp_path_factory):
 
 @given(text=anything)
 @settings(max_examples=150)
-def test_pieces_by_scores_are_those_of_sentencepiece(pieces, text):
+def test_pieces_match_sentencepiece(pieces, text):
     sp, read = pieces
     text = text.replace("\0", "")  # SentencePiece ends a text there
     assert read.encode(text, add_special_tokens=False).ids == sp.encode(text)
     assert read.decode(sp.encode(text)) == sp.decode(sp.encode(text))
 
 
-def test_text_after_a_special_is_cut_as_a_text_of_its_own_as_llama_cpp_does(pieces):
+def test_text_after_a_special_token_is_encoded_separately_as_in_llama_cpp(pieces):
     sp, read = pieces
     for special, i in (("<|tool|>", 3), ("</s>", 2)):
         assert read.encode(f"the{special}there", add_special_tokens=False).ids == [
@@ -185,7 +184,7 @@ def test_text_after_a_special_is_cut_as_a_text_of_its_own_as_llama_cpp_does(piec
         ]
 
 
-def test_what_the_file_says_of_specials_and_chats(tmp_path):
+def test_special_tokens_and_chat_template_are_read(tmp_path):
     made = byte_level("smollm")
     path = write_byte_level(
         tmp_path / "a.gguf", made, "smollm", chat_template="{{ messages }}", **{"ggml.eot_token_id": 1}
@@ -199,7 +198,7 @@ def test_what_the_file_says_of_specials_and_chats(tmp_path):
     assert tokenizers.Tokenizer.from_str(read_gguf_tokenizer(opening).json).encode("a").ids[0] == 1
     assert read_gguf_tokenizer(
         write_byte_level(tmp_path / "c.gguf", byte_level("llama-bpe"), "llama-bpe")
-    ).add_bos  # as llama.cpp has it
+    ).add_bos  # the default of llama.cpp
     ours = read_tokenizer(path)
     assert ours.special.end == 0 and ours.stops == (0, 1)
     assert ours.encode(TEXT[0]).tolist() == made.encode(TEXT[0]).ids
@@ -210,10 +209,10 @@ def test_what_the_file_says_of_specials_and_chats(tmp_path):
     [
         ({"ggml.pre": "tekken"}, "pre = 'tekken'.*smollm"),
         ({"ggml.merges": ["a bc", "xx"]}, "merge"),
-        ({"ggml.eos_token_id": 5000}, "eos_token_id = 5000 is outside"),
+        ({"ggml.eos_token_id": 5000}, "eos_token_id = 5000: outside"),
     ],
 )
-def test_what_is_not_known_is_refused(tmp_path, values, message):
+def test_unsupported_values_are_refused(tmp_path, values, message):
     with pytest.raises(DataError, match=message):
         read_gguf_tokenizer(write_byte_level(tmp_path / "a.gguf", byte_level("gpt-2"), "gpt-2", **values))
 
@@ -223,7 +222,7 @@ def test_other_kinds_and_damaged_files_are_refused(tmp_path):
         ("a", "bert", [1, 1], {}, "model = 'bert'.*gpt2, llama"),
         ("b", "llama", [1, 1], {}, "2 tokens and 0 scores"),
         ("c", "gpt2", [1], {}, "2 tokens .* 1 types"),
-        ("d", "llama", [1, 1], {"ggml.scores": [0.0, 0.0]}, "neither bytes nor an unknown"),
+        ("d", "llama", [1, 1], {"ggml.scores": [0.0, 0.0]}, "neither byte tokens nor an unknown"),
         (
             "e",
             "llama",
@@ -237,7 +236,7 @@ def test_other_kinds_and_damaged_files_are_refused(tmp_path):
     whole = (tmp_path / "a.gguf").read_bytes()
     for size in (0, 3, 20, 90, len(whole) - 40):
         (tmp_path / "f.gguf").write_bytes(whole[:size])
-        with pytest.raises(DataError, match=r"f\.gguf: no GGUF file, or one that was cut off"):
+        with pytest.raises(DataError, match=r"f\.gguf: not a GGUF file, truncated or damaged"):
             read_gguf_tokenizer(tmp_path / "f.gguf")
     with pytest.raises(DataError, match=r"g\.gguf: No such file"):
         read_gguf_tokenizer(tmp_path / "g.gguf")

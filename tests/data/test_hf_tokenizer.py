@@ -1,5 +1,4 @@
-"""Published tokenizers: ids and texts are those of the tokenizers package, streams equal texts, folders tell the
-specials."""
+"""Published tokenizers: ids, texts and streams match the tokenizers package, and folders provide special tokens."""
 
 import json
 
@@ -36,7 +35,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def byte_level() -> tokenizers.Tokenizer:
-    """As GPT-2, Llama 3 and Qwen have it."""
+    """Return a tokenizer like those of GPT-2, Llama 3 and Qwen."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +50,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentencepiece_like(model: str, form: str) -> tokenizers.Tokenizer:
-    """As Llama 2, Mistral (BPE) and T5 (Unigram) have it; `form`: how spaces are marked."""
+    """Return a tokenizer like those of Llama 2, Mistral (BPE) and T5 (Unigram). `form`: how spaces are marked."""
     trained = tokenizers.Tokenizer(models.BPE() if model == "bpe" else models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     kind = trainers.BpeTrainer if model == "bpe" else trainers.UnigramTrainer
@@ -73,7 +72,7 @@ def sentencepiece_like(model: str, form: str) -> tokenizers.Tokenizer:
     if form == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *fallback, decoders.Strip(" ", 1, 0)])
-    elif form == "replace":  # Gemma: no space before a text
+    elif form == "replace":  # like Gemma, without a leading space
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), *fallback])
     else:
@@ -96,7 +95,7 @@ CONFIG = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<u
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A published folder of each."""
+    """Return a published folder of each tokenizer."""
     made = {}
     for name, tokenizer in PACKAGE.items():
         made[name] = tmp_path_factory.mktemp(name)
@@ -123,7 +122,7 @@ MARKED = st.lists(
 
 @names
 @given(text=MARKED)
-def test_ids_are_the_packages_and_no_text_makes_a_special(read, name, text):
+def test_ids_match_the_package_and_no_text_gives_a_special_token(read, name, text):
     ours, package = read[name], PACKAGE[name]
     marked = package.encode(text, add_special_tokens=False).ids
     assert ours.encode_marked(text).tolist() == marked
@@ -135,7 +134,7 @@ def test_ids_are_the_packages_and_no_text_makes_a_special(read, name, text):
 
 
 @names
-def test_every_id_by_itself_and_after_another_spells_what_it_does_there(read, name):
+def test_every_id_decodes_like_the_package_alone_and_in_pairs(read, name):
     ours, package = read[name], PACKAGE[name]
     other = ours.encode("x").tolist()[-1]
     for i in range(ours.vocab_size):
@@ -145,7 +144,7 @@ def test_every_id_by_itself_and_after_another_spells_what_it_does_there(read, na
 
 @names
 @given(data=st.data())
-def test_texts_and_streams_are_the_packages(read, name, data):
+def test_texts_and_streams_match_the_package(read, name, data):
     ours, package = read[name], PACKAGE[name]
     some = st.integers(0, ours.vocab_size - 1) | st.sampled_from(ours.encode("é 🦜 x▁").tolist())
     drawn = data.draw(st.lists(some) | st.text())
@@ -153,12 +152,12 @@ def test_texts_and_streams_are_the_packages(read, name, data):
     expected = package.decode(ids, skip_special_tokens=True)
     assert ours.decode(ids) == expected
     stream = ours.stream()
-    for _ in range(2):  # a stream starts afresh
+    for _ in range(2):  # a flushed stream starts a new text
         assert "".join([stream.push(i) for i in ids]) + stream.flush() == expected
 
 
 @names
-def test_a_stream_shows_what_is_whole(read, name):
+def test_a_stream_returns_only_complete_characters(read, name):
     ours = read[name]
     stream = ours.stream()
     ids = ours.encode("the 🦜 the").tolist()
@@ -171,7 +170,9 @@ def test_a_stream_shows_what_is_whole(read, name):
 def test_bytes_of_ids_sum_to_the_text(read, name, text):
     ours = read[name]
     ids = ours.encode(text)
-    if name in ("llama", "gemma", "metaspace") and "▁" not in text:  # byte-level: composed first; Unigram: unknown
+    if (
+        name in ("llama", "gemma", "metaspace") and "▁" not in text
+    ):  # byte-level composes characters first; Unigram has unknown text
         space = bool(text) and name != "gemma" and not (name == "metaspace" and text.startswith(" "))
         assert byte_lengths(ours)[ids].sum() == len(text.encode()) + space
     assert b"".join(ours.token_bytes(int(i)) for i in ids).decode("utf-8", "replace").strip(" ") == ours.decode(
@@ -180,7 +181,7 @@ def test_bytes_of_ids_sum_to_the_text(read, name, text):
 
 
 @names
-def test_the_folder_tells_the_specials(read, name):
+def test_the_folder_provides_special_tokens(read, name):
     ours, find = read[name], PACKAGE[name].token_to_id
     assert ours.special.end == find("</s>") and ours.special.unk == find("<unk>") and ours.special.pad == -1
     assert ours.special.start == (-1 if name == "byte_level" else find("<s>"))
@@ -219,7 +220,7 @@ def test_files_and_flags_override(folders, tmp_path):
 
 
 @names
-def test_saved_equals_loaded(read, name, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(read, name, tmp_path):
     ours = read[name]
     ours.save(tmp_path)
     for loaded in (load_tokenizer(tmp_path), read_tokenizer(tmp_path)):
@@ -233,7 +234,7 @@ def test_saved_equals_loaded(read, name, tmp_path):
 
 
 @names
-def test_published_again_it_is_the_same(read, name, tmp_path):
+def test_publishing_again_gives_the_same_tokenizer(read, name, tmp_path):
     write_published(read[name], tmp_path)
     again = read_tokenizer(tmp_path)
     assert (again.identity, again.special, again.names) == (read[name].identity, read[name].special, read[name].names)
@@ -262,7 +263,7 @@ def published(tmp_path_factory):
 @given(
     text=st.lists(st.text() | st.sampled_from([*SPECIAL_PIECES, "▁", "    ", "\n\n", "the the", "ababa"])).map("".join)
 )
-def test_ours_published_are_the_same_to_others(published, name, text):
+def test_published_trained_tokenizers_match_the_originals(published, name, text):
     ours, (again, package) = OURS[name], published[name]
     ids = ours.encode(text).tolist()
     assert again.encode(text).tolist() == ids and again.decode(ids) == text
@@ -273,12 +274,12 @@ def test_ours_published_are_the_same_to_others(published, name, text):
 
 
 def test_the_leftmost_of_equal_merges_comes_first():
-    # In ab·a·ba both pairs merge to aba: SentencePiece takes (ab, a).
+    # In ab·a·ba both pairs merge to aba, and SentencePiece takes (ab, a).
     assert _splits("aba", frozenset({"a", "b", "ab", "ba", "aba"})) == [("ab", "a"), ("a", "ba")]
     assert _splits("ababa", frozenset({"ab", "ba", "aba", "ababa"})) == [("ab", "aba"), ("aba", "ba")]
 
 
-def test_a_saved_tokenizer_prepares_data(read, folders, tmp_path):
+def test_data_can_be_prepared_with_a_saved_tokenizer(read, folders, tmp_path):
     source = write_corpus(tmp_path / "s", 30, longest=20)
 
     def config(**fields) -> DataConfig:
@@ -304,7 +305,7 @@ def change(**parts):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (change(decoder=None), "its decoder is none"),
+        (change(decoder=None), "decoder none"),
         (change(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "WordPiece"),
         (change(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "WordLevel"),
         (change(model=3), "damaged"),
@@ -313,10 +314,10 @@ def change(**parts):
             r"model.continuing_subword_prefix = '##'",
         ),
         (lambda d: {**d, "model": {**d["model"], "end_of_word_suffix": "</w>"}}, r"model.end_of_word_suffix = '</w>'"),
-        (change(pre_tokenizer={"type": "Unheard"}), "not read by tokenizers"),
+        (change(pre_tokenizer={"type": "Unheard"}), "cannot read tokenizer.json"),
     ],
 )
-def test_what_is_not_read_is_named(tmp_path, changed, words):
+def test_unsupported_tokenizers_are_refused_with_the_reason(tmp_path, changed, words):
     description = changed(json.loads(PACKAGE["llama"].to_str()))
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIG))
@@ -325,10 +326,10 @@ def test_what_is_not_read_is_named(tmp_path, changed, words):
 
 
 def test_missing_files_and_ids_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"tokenizer.json, \*.tiktoken or tokenizer.model is expected"):
+    with pytest.raises(DataError, match=r"expected tokenizer.json, \*.tiktoken or tokenizer.model"):
         read_tokenizer(tmp_path)
     PACKAGE["llama"].save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="no end of text"):
+    with pytest.raises(DataError, match="no end-of-text token"):
         read_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config.json is damaged"):
@@ -345,7 +346,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("config.json", {"eos_token_id": {}}, "eos_token_id = {}"),
         ("config.json", {"text_config": {"eos_token_id": "2"}}, "text_config.eos_token_id = '2'"),
         ("config.json", {"bos_token_id": "1"}, "bos_token_id = '1'"),
-        ("config.json", {"eos_token_id": 99999}, "eos_token_id = 99999, expected ids of the tokenizer, from 0 to "),
+        ("config.json", {"eos_token_id": 99999}, "eos_token_id = 99999: expected ids from 0 to "),
         ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id = '2'"),
         ("generation_config.json", {"eos_token_id": [2, -5]}, "eos_token_id = -5"),
         ("generation_config.json", {"eos_token_id": [2.5]}, r"eos_token_id = \[2.5\]"),
@@ -372,7 +373,7 @@ def test_malformed_files_are_named_by_key(tmp_path, file, content, words):
         read_tokenizer(tmp_path)
 
 
-def test_no_padding_may_be_said_by_minus_one(tmp_path):
+def test_a_pad_token_id_of_minus_one_means_no_padding(tmp_path):
     PACKAGE["llama"].save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(
         json.dumps({"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": 2}})
@@ -380,10 +381,10 @@ def test_no_padding_may_be_said_by_minus_one(tmp_path):
     assert read_tokenizer(tmp_path).special.pad == -1 and read_tokenizer(tmp_path).stops == (2,)
 
 
-@pytest.mark.parametrize("inside", [False, True])  # whether the model's vocabulary holds it too
+@pytest.mark.parametrize("inside", [False, True])  # whether the model's vocabulary also has the token
 @names
-def test_specials_without_a_row_are_dropped(read, name, tmp_path, inside):
-    """As Gemma 3 of text alone is published: its <image_soft_token> comes after the embedding's rows."""
+def test_special_tokens_without_an_embedding_row_are_dropped(read, name, tmp_path, inside):
+    """In Gemma 3's text-only release, <image_soft_token> comes after the embedding's rows."""
     ours = read[name]
     rows = ours.vocab_size
     description = json.loads(ours.text)
@@ -398,7 +399,7 @@ def test_specials_without_a_row_are_dropped(read, name, tmp_path, inside):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ours.stops)}))
     wide = read_tokenizer(tmp_path)
     assert wide.vocab_size == rows + 1 and wide.special.mask == rows
-    if inside and name == "byte_level":  # its specials, numbered after the model's pieces, would move
+    if inside and name == "byte_level":  # its special tokens are numbered after the model's pieces and would move
         with pytest.raises(DataError, match="other ids would change"):
             fit_vocabulary(wide, rows)
         return
@@ -412,18 +413,18 @@ def test_specials_without_a_row_are_dropped(read, name, tmp_path, inside):
     fitted.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
     assert (loaded.identity, loaded.vocab_size) == (fitted.identity, rows)
-    for left in (rows - 1, 3):  # an id of text has no row; the ends have none
-        with pytest.raises(DataError, match="ids, but the model's embedding has"):
+    for left in (rows - 1, 3):  # an id of text, or the end tokens, would have no row
+        with pytest.raises(DataError, match="ids, but the model's embedding has only"):
             fit_vocabulary(wide, left)
-    with pytest.raises(DataError, match="ids, but the model's embedding has"):
+    with pytest.raises(DataError, match="ids, but the model's embedding has only"):
         fit_vocabulary(read_tokenizer(tmp_path).with_stops([rows]), rows)
 
 
-def test_a_vocabulary_fits_the_rows():
+def test_a_vocabulary_must_fit_the_embedding_rows():
     assert fit_vocabulary(ByteTokenizer(), 270)[1] == 3
-    with pytest.raises(DataError, match="267 ids, but the model's embedding has 266 rows"):
+    with pytest.raises(DataError, match="267 ids, but the model's embedding has only 266 rows"):
         fit_vocabulary(ByteTokenizer(), 266)
     assert check_vocabulary(ByteTokenizer(), 267) == 0 and check_vocabulary(ByteTokenizer(), 384) == 117
-    with pytest.raises(DataError, match="267 ids, but the model's embedding has 266 rows"):
+    with pytest.raises(DataError, match="267 ids, but the model's embedding has only 266 rows"):
         check_vocabulary(ByteTokenizer(), 266)
     assert SpecialTokens().document_start == 1

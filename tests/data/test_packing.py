@@ -1,4 +1,4 @@
-"""Every token is predicted exactly once, in both packings and at every stride, and segments are whole documents."""
+"""Both packings and every stride predict each token exactly once, and segments are documents."""
 
 from collections import Counter
 from itertools import pairwise
@@ -25,7 +25,7 @@ lengths = st.integers(3, 17)
 
 
 def stream_of(sizes):
-    """A stream whose every content token is unique, so that a prediction can be told by its pair of tokens."""
+    """Return a stream of unique content tokens, so that a pair of tokens identifies a prediction."""
     ids = np.arange(2, 2 + sum(sizes))
     return concatenate(np.split(ids, np.cumsum(sizes)[:-1]), END, END, np.dtype(np.int32))
 
@@ -71,17 +71,17 @@ def test_a_segment_is_a_run_of_one_document(packing, sizes, length):
     _, blocks = packed_blocks(stream, starts, length, packing)
     for tokens, segment_ids in blocks:
         positions = positions_of(segment_ids)
-        for row, segments, places in zip(tokens, segment_ids, positions, strict=True):
+        for row, segments, row_positions in zip(tokens, segment_ids, positions, strict=True):
             used = segments[segments > 0]
             assert list(dict.fromkeys(used)) == list(range(1, used.max() + 1))  # from 1, in order, padding last
             assert not np.any(np.diff((segments > 0).astype(int)) > 0)
             for segment in range(1, used.max() + 1):
                 run = row[segments == segment]
-                assert places[segments == segment].tolist() == list(range(len(run)))
+                assert row_positions[segments == segment].tolist() == list(range(len(run)))
                 content = run[run > END]
-                # Content ids are 2, 3, ... over the whole stream: the cumulated sizes say whose they are.
+                # Content ids are 2, 3, ... over the whole stream, so cumulative sizes give their documents.
                 assert len(set(np.searchsorted(np.cumsum(sizes), content - 2, side="right"))) <= 1
-                assert np.all(np.diff(content) == 1) and np.all(run[1:-1] > END)  # ends only at its two edges
+                assert np.all(np.diff(content) == 1) and np.all(run[1:-1] > END)  # end tokens only at the edges
 
 
 @given(sizes=sizes, length=lengths)
@@ -95,14 +95,14 @@ def test_best_fit_keeps_short_documents_whole_and_wastes_little(sizes, length):
     assert all(b - a > 1 for a, b in spans)  # a lone token predicts nothing
     filled = sorted(sum(end - start for start, end in window) for window in windows)
     assert filled[-1] <= length
-    assert len(windows) < 2 or filled[0] + filled[1] > length  # two windows that fit in one would be one
+    assert len(windows) < 2 or filled[0] + filled[1] > length  # no two windows would fit in one
 
 
-def test_positions_and_weights_by_hand():
+def test_positions_and_weights_match_a_worked_example():
     segment_ids = np.array([[1, 1, 1, 2, 2, 0]])
     assert positions_of(segment_ids).tolist() == [[0, 1, 2, 0, 1, 0]]
     assert target_weights(segment_ids).tolist() == [[1, 1, 0, 1, 0]]
 
 
-def test_tokens_are_stored_as_small_as_they_fit():
+def test_tokens_are_stored_in_the_smallest_dtype():
     assert token_dtype(2**16) == np.uint16 and token_dtype(2**16 + 1) == np.int32

@@ -1,4 +1,4 @@
-"""Paths are local or gs://, nothing else; files are written whole or not at all."""
+"""Paths are either local or gs://, and files are written atomically."""
 
 import os
 from pathlib import Path
@@ -37,21 +37,21 @@ def test_a_path_is_local_or_in_a_bucket():
         ("gs://", "gs://BUCKET/NAME"),
         ("gs:///a", "gs://BUCKET/NAME"),
         ("gs://bucket//a", "gs://BUCKET/NAME"),
-        (Path("gs://bucket/a"), "two slashes"),  # pathlib has taken one of them
-        ("gs:/bucket/a", "two slashes"),
-        ("", "no file has this name"),
-        ("a\0b", "no file has this name"),
-        ("x" * 300, "300 bytes; .* at most 255"),
+        (Path("gs://bucket/a"), "one slash instead of two"),  # pathlib removes one of them
+        ("gs:/bucket/a", "one slash instead of two"),
+        ("", "not a valid file name"),
+        ("a\0b", "not a valid file name"),
+        ("x" * 300, "300 bytes, .* at most 255"),
         ("runs/" + "é" * 128, "256 bytes"),
     ],
 )
-def test_any_other_path_is_refused_with_field_value_and_fix(value, words):
+def test_other_paths_are_refused_with_field_value_and_fix(value, words):
     with pytest.raises(PathError, match=f"(?s)^--run = .*{words}.* Try ") as caught:
         parse_path(value, "--run")
     assert len(str(caught.value)) < 400
 
 
-def test_a_bucket_without_its_client_is_refused(monkeypatch):
+def test_a_bucket_without_gcsfs_is_refused(monkeypatch):
     import fsspec
 
     def missing(name):
@@ -64,7 +64,7 @@ def test_a_bucket_without_its_client_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_a_file_is_replaced_whole(tmp_path, local):
+def test_a_file_is_replaced_atomically(tmp_path, local):
     if not local:
         use_fake_bucket()
     file = parse_path(tmp_path if local else "gs://bucket/test_paths") / "a.json"
@@ -76,7 +76,7 @@ def test_a_file_is_replaced_whole(tmp_path, local):
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_arrays_come_back_and_a_torn_file_is_named(tmp_path, local):
+def test_arrays_round_trip_and_a_truncated_file_is_refused(tmp_path, local):
     use_fake_bucket()
     file = parse_path(tmp_path if local else "gs://bucket/test_paths") / "a.npz"
     arrays = {"choices": np.arange(6, dtype=np.int16).reshape(2, 3), "none": np.zeros(0)}
@@ -92,7 +92,7 @@ def test_arrays_come_back_and_a_torn_file_is_named(tmp_path, local):
             read_arrays(file)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_no_temporary_file(tmp_path):
     (tmp_path / "folder").mkdir()
     for target in (tmp_path / "folder", tmp_path / "absent" / "file"):
         with pytest.raises(OSError):

@@ -1,4 +1,4 @@
-"""The stream of batches is a function of seed and step: whatever the hosts, the threads and the interruptions."""
+"""The stream of batches depends only on seed and step, for any number of hosts and threads and after interruptions."""
 
 import dataclasses
 import gc
@@ -34,16 +34,16 @@ def assert_equal(left, right):
 
 
 def joined(parts):
-    """The rows of several hosts' batches of one step as one batch."""
+    """Join several hosts' batches of one step into one batch."""
     return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
 
 def windows_of(batch):
-    """The rows as windows of T + 1 tokens."""
+    """Return the rows as windows of T + 1 tokens."""
     return np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1)
 
 
-def test_batches_are_windows_of_ids(two_sources):
+def test_batches_have_the_documented_shapes_and_dtypes(two_sources):
     prepared, config = two_sources
     for batch in take(train_batches(prepared, config), 3):
         for name, array in batch.arrays().items():
@@ -52,8 +52,8 @@ def test_batches_are_windows_of_ids(two_sources):
         np.testing.assert_array_equal(batch.targets[:, :-1], batch.tokens[:, 1:])
 
 
-def test_which_tokens_count_is_decided_once():
-    """A target counts if it is in its input's document; a window gives back what it was cut from."""
+def test_loss_weights_mark_targets_in_the_document_of_their_input():
+    """`window` restores the window, and `with_window` replaces only its tokens."""
     tokens = np.array([[5, 6, 7, 8, 9, 0]], np.int32)
     segment_ids = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
     batch = Batch.of_windows(tokens, segment_ids)
@@ -71,7 +71,7 @@ def test_which_tokens_count_is_decided_once():
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_together_see_what_one_sees(two_sources, hosts):
+def test_hosts_together_get_the_batches_of_one_host(two_sources, hosts):
     prepared, config = two_sources
     alone = take(train_batches(prepared, config), 5)
     parts = [take(train_batches(prepared, config, process_index=i, process_count=hosts), 5) for i in range(hosts)]
@@ -79,7 +79,7 @@ def test_hosts_together_see_what_one_sees(two_sources, hosts):
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
-def test_restored_equals_uninterrupted_from_every_step(two_sources, prefetch):
+def test_a_restored_stream_equals_an_uninterrupted_one(two_sources, prefetch):
     prepared, config = two_sources
     config = dataclasses.replace(config, prefetch=prefetch)
     whole = take(train_batches(prepared, dataclasses.replace(config, prefetch=2)), 12)
@@ -90,13 +90,13 @@ def test_restored_equals_uninterrupted_from_every_step(two_sources, prefetch):
             state = json.loads(json.dumps(stream.get_state()))
         assert state["step"] == k
         fresh = train_batches(prepared, config)
-        next(fresh)  # a moved stream is set back just as well
+        next(fresh)  # restoring also works after the stream has moved
         fresh.set_state(state)
         assert_equal(take(fresh, 12 - k), whole[k:])
         assert_equal(take(train_batches(prepared, config, start_step=k), 2), whole[k : k + 2])
 
 
-def test_any_step_can_be_looked_at(two_sources):
+def test_batch_at_returns_any_step(two_sources):
     prepared, config = two_sources
     stream = train_batches(prepared, config)
     whole = take(stream, 6)
@@ -109,12 +109,12 @@ def test_a_state_of_another_stream_is_refused_with_both_values(two_sources, name
     with train_batches(prepared, config) as stream:
         state = stream.get_state()
         for wrong in ("other", None):
-            with pytest.raises(DataError, match=rf"{name} = {wrong!r}, this run has"):
+            with pytest.raises(DataError, match=rf"{name} = {wrong!r}, but this run has"):
                 stream.set_state({**state, name: wrong})
         for step in (-1, "3", None):
             with pytest.raises(DataError, match="step ="):
                 stream.set_state({**state, "step": step})
-        next(stream)  # a refusal leaves the stream as it was
+        next(stream)  # a refusal does not change the stream
 
 
 def one_source(tmp_path, **changes):
@@ -135,7 +135,7 @@ def test_every_epoch_is_another_permutation_of_all_windows(tmp_path, packing):
     assert [windows_of(b)[0].tobytes() for b in take(train_batches(prepared, reseeded), len(windows))] != epochs[0]
 
 
-def test_one_window_is_enough(tmp_path):
+def test_a_stream_can_repeat_one_window(tmp_path):
     prepared, config = one_source(tmp_path, sequence_length=100_000, batch_size=2)
     batch = take(train_batches(prepared, config), 2)[1]
     assert prepared.counts("s").windows == 1 and np.array_equal(batch.tokens[0], batch.tokens[1])
@@ -147,7 +147,7 @@ def shares_seen(prepared, config, steps=200):
     return sum(row in small for row in rows) / len(rows)
 
 
-def test_the_stream_keeps_the_mixture(two_sources):
+def test_the_stream_follows_the_mixture(two_sources):
     prepared, config = two_sources
     large, small = (prepared.counts(name).train_tokens for name in ("large", "small"))
     weighted = dataclasses.replace(
@@ -164,11 +164,11 @@ def test_the_stream_keeps_the_mixture(two_sources):
     assert mixture(prepared, dataclasses.replace(config, temperature=0.01))["large"] == pytest.approx(1)
 
 
-def test_configs_that_do_not_fit_are_refused(two_sources):
+def test_configs_that_do_not_match_the_data_are_refused(two_sources):
     prepared, config = two_sources
     with pytest.raises(DataError, match="batch_size = 8 over 3 processes"):
         train_batches(prepared, config, process_count=3)
-    with pytest.raises(DataError, match="processes count from 0"):
+    with pytest.raises(DataError, match="processes are numbered from 0"):
         train_batches(prepared, config, process_index=2, process_count=2)
     with pytest.raises(DataError, match="sequence_length = 16"):
         train_batches(prepared, dataclasses.replace(config, sequence_length=16))
@@ -201,16 +201,19 @@ def test_heldout_windows_score_every_byte_once(two_sources, stride):
         scored = np.concatenate(targets)
         assert len(scored) == counts.heldout_tokens - counts.heldout_documents
         assert lengths[scored].sum() == counts.heldout_bytes
-        # In order, the scored targets spell the files themselves.
+        # In order, the scored targets decode to the files.
         assert prepared.tokenizer.decode(scored) == "".join(text for _, text in heldout_files(prepared, name))
         for batch in batches:
             assert {array.shape for array in batch.arrays().values()} == {(4, 32)}
-        if stride in (7, 1):  # all but the first window see at least T - stride tokens, unless a document begins there
+        if stride in (
+            7,
+            1,
+        ):  # all but the first window have T - stride tokens of context, unless a document begins there
             weights = batches[1].loss_weights
             assert weights.any() and np.all(np.argmax(weights > 0, axis=1)[weights.any(1)] >= 32 - stride)
 
 
-def test_heldout_windows_in_part_and_over_hosts(two_sources):
+def test_heldout_windows_can_be_limited_and_split_over_hosts(two_sources):
     prepared, _ = two_sources
     whole = list(heldout_windows(prepared, "large", batch_size=4))
     parts = [list(heldout_windows(prepared, "large", batch_size=4, process_index=i, process_count=2)) for i in range(2)]
@@ -233,7 +236,7 @@ def test_heldout_errors_name_the_value(two_sources):
         heldout_windows(prepared, "x", batch_size=4)
 
 
-def test_a_stream_left_open_ends_with_the_program_in_silence(two_sources):
+def test_an_open_stream_does_not_disturb_program_exit(two_sources):
     prepared, _ = two_sources
     program = (
         "import sys; from data.config import *; from data.prepare import open_prepared; from data.pipeline import *\n"

@@ -1,4 +1,4 @@
-"""The prepared folder: counts that add up, a cache that is hit when nothing changed and made again when damaged."""
+"""Prepared folders: counts add up, equal content hits the cache, and damaged folders are made again."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def test_counts_add_up_to_the_files(two_sources):
         sizes = [path.stat().st_size for _, path in find_files(source)]
         assert counts.documents == counts.train_documents + counts.heldout_documents == len(sizes)
         assert counts.train_bytes + counts.heldout_bytes == sum(sizes)
-        # Bytes are tokens here, and two ends frame every document.
+        # Tokens are bytes here, and every document has two end tokens.
         assert counts.train_tokens == counts.train_bytes + 2 * counts.train_documents
         assert counts.heldout_tokens == counts.heldout_bytes + 2 * counts.heldout_documents
         assert counts.max_id < prepared.vocab_size
@@ -31,7 +31,7 @@ def test_counts_add_up_to_the_files(two_sources):
         prepared.counts("x")
 
 
-def test_heldout_files_are_the_files_and_never_trained_on(two_sources):
+def test_heldout_files_are_complete_and_not_trained_on(two_sources):
     prepared, config = two_sources
     for source in config.sources:
         files = heldout_files(prepared, source.name)
@@ -60,11 +60,11 @@ def test_evaluation_sources_are_held_out_and_removed_from_training(tmp_path):
     assert prepared.train_names == ("train",) and prepared.heldout_names == ("evaluation",)
     assert prepared.counts("train").duplicates == 1 and prepared.counts("train").train_documents == 6
     assert leak.decode() in dict(heldout_files(prepared, "evaluation")).values()
-    with pytest.raises(DataError, match="holds nothing out"):
+    with pytest.raises(DataError, match="has no held-out documents"):
         heldout_files(prepared, "train")
 
 
-def test_the_cache_is_hit_by_equal_content_and_missed_by_anything_else(tmp_path):
+def test_the_cache_is_hit_only_by_equal_content(tmp_path):
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 8))
     first = prepare(config)
     changed_batch = dataclasses.replace(config, batch_size=4, seed=7, temperature=2.0)
@@ -78,7 +78,7 @@ def test_the_cache_is_hit_by_equal_content_and_missed_by_anything_else(tmp_path)
     assert len({first.identity, *(prepare(c).identity for c in [moved, *others])}) == 4
 
 
-def test_the_tokenizer_is_learned_once_from_training_text_alone(tmp_path):
+def test_the_tokenizer_is_trained_once_and_on_training_text_only(tmp_path):
     source = write_corpus(tmp_path / "s", 10)
     config = byte_config(tmp_path, source, tokenizer=TokenizerConfig(vocab_size=300))
     first = prepare(config)
@@ -87,23 +87,23 @@ def test_the_tokenizer_is_learned_once_from_training_text_alone(tmp_path):
     assert len(folders(tmp_path, "tokenizer-")) == 1 and len(folders(tmp_path)) == 3
     assert open_prepared(first.directory).tokenizer.identity == first.tokenizer.identity
     heldout = tmp_path / "s" / heldout_files(first, "s")[0][0]
-    heldout.unlink()  # text that is not trained on must not matter to the vocabulary
+    heldout.unlink()  # held-out text must not affect the vocabulary
     assert prepare(config).tokenizer.identity == first.tokenizer.identity
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
-def test_a_truncated_file_is_named_with_its_end_and_made_again(tmp_path, size):
+def test_a_truncated_file_is_named_and_made_again(tmp_path, size):
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 8))
     prepared = prepare(config)
     path = prepared.directory / "train.s.tokens.npy"
     content = path.read_bytes()
     path.write_bytes(content[:size])
     held = len(content[:size])
-    with pytest.raises(DataError, match=rf"train\.s\.tokens\.npy ends at byte {held} of {len(content)}"):
+    with pytest.raises(DataError, match=rf"train\.s\.tokens\.npy has {held} bytes instead of {len(content)}"):
         open_prepared(prepared.directory)
     lines: list[str] = []
     assert prepare(config, lines.append).identity == prepared.identity
-    assert any("cache damaged" in line and f"ends at byte {held}" in line for line in lines)
+    assert any("cache damaged" in line and f"has {held} bytes instead" in line for line in lines)
     assert path.read_bytes() == content
 
 
@@ -122,11 +122,11 @@ def test_a_missing_or_altered_file_is_named_and_made_again(tmp_path, victim):
         assert path.read_bytes() == content
 
 
-def test_two_writers_of_one_content_agree(tmp_path, monkeypatch):
+def test_two_writers_of_the_same_content_agree(tmp_path, monkeypatch):
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 8))
     other = prepare(config)
     manifest = (other.directory / "manifest.json").read_bytes()
-    # The other writer finishes between our look into the cache and our rename.
+    # The other writer finishes between this one's cache lookup and its rename.
     monkeypatch.setattr("pathlib.Path.exists", lambda self: self != other.directory or self._seen(), raising=True)
     seen = iter([False, True])
     monkeypatch.setattr("pathlib.Path._seen", lambda self: next(seen), raising=False)
@@ -134,7 +134,7 @@ def test_two_writers_of_one_content_agree(tmp_path, monkeypatch):
     assert (other.directory / "manifest.json").read_bytes() == manifest and len(folders(tmp_path)) == 1
 
 
-def test_log_lines_say_what_was_done(tmp_path):
+def test_log_lines_report_skipped_files_and_windows(tmp_path):
     source = write_corpus(tmp_path / "s", 8)
     (tmp_path / "s" / "bad.py").write_bytes(b"\xff")
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Others' SentencePiece models (Llama 2's, Gemma's tokenizer.model): ids and texts are the package's own."""
+"""Published SentencePiece models (Llama 2's and Gemma's tokenizer.model): ids and texts match the package."""
 
 import io
 
@@ -15,7 +15,7 @@ from tests.data.test_tokenizer import TEXTS
 
 
 def model(**options) -> bytes:
-    """As Llama 2 was trained: dummy prefix, byte fallback, <unk> <s> </s>; with Gemma's marks of turns."""
+    """Train a model like Llama 2's (dummy prefix, byte fallback, <unk> <s> </s>) with Gemma's turn token."""
     found = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]),
@@ -51,7 +51,7 @@ TEXT = st.lists(st.text() | st.sampled_from(["<s>", "</s>", "<start_of_turn>", "
 
 @each
 @given(text=TEXT)
-def test_ids_and_texts_are_the_packages(name, text):
+def test_ids_and_texts_match_the_package(name, text):
     ours, package = OURS[name], PACKAGE[name]
     ids = ours.encode(text)
     assert ids.tolist() == package.encode(text) and not {1, 2, 3} & set(ids.tolist())
@@ -65,8 +65,8 @@ def byte_ids(package, content: bytes) -> list[int]:
 
 @each
 @given(data=st.data())
-def test_any_ids_decode_as_the_package_decodes_them(name, data):
-    """Cut, broken and interrupted runs of byte pieces, unknown pieces, control symbols and spaces; also as a stream."""
+def test_any_ids_decode_like_the_package(name, data):
+    """Ids include cut, invalid and interrupted runs of byte pieces, unknown pieces, control symbols and spaces."""
     ours, package = OURS[name], PACKAGE[name]
     spaces = [i for i in range(ours.vocab_size) if package.id_to_piece(i).startswith("\u2581")]
     parts = st.integers(0, ours.vocab_size - 1).map(lambda i: [i])
@@ -92,11 +92,11 @@ def test_a_cut_run_of_bytes_keeps_its_whole_characters(name):
     assert ours.decode([0]) == " \u2047 " and ours.token_bytes(0) == b""
     stream = ours.stream()
     pushed = [stream.push(i) for i in byte_ids(PACKAGE[name], "鰯".encode())]
-    assert pushed == ["", "", "鰯"]  # a character is shown once it is whole, not at the end of its run
+    assert pushed == ["", "", "鰯"]  # a character appears when it is complete, not at the end of its run
 
 
 @each
-def test_specials_are_the_models(name, tmp_path):
+def test_special_tokens_match_the_model(name, tmp_path):
     ours = OURS[name]
     assert (ours.special.start, ours.special.end, ours.special.unk, ours.special.pad) == (1, 2, 0, -1)
     assert ours.stops == (2, 9) and ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -113,14 +113,14 @@ def test_specials_are_the_models(name, tmp_path):
     assert loaded.chat_template == "x"
 
 
-def test_a_published_folder(tmp_path):
+def test_a_published_folder_is_read(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"])
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert read_tokenizer(tmp_path).special.start == -1
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 349]}')
     assert read_tokenizer(tmp_path).stops == (2, 349)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 350]}')
-    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 350, expected .* from 0 to 349"):
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 350: expected .* from 0 to 349"):
         read_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(MODELS["llama"][:100])

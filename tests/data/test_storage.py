@@ -1,4 +1,4 @@
-"""The cache on disk: a full disk is an error with numbers, leftovers of the killed go, the work of the living stays."""
+"""The cache on disk: a full disk gives an error with numbers; leftovers are removed unless their writer is running."""
 
 import os
 import re
@@ -15,20 +15,20 @@ from tests.data.conftest import byte_config, write_corpus
 from tests.data.peers import ROOT, results, start
 
 NO_SPACE = (
-    r"data.cache_dir: {cache} has no space for the prepared data: \S+ needs [\d,]+ bytes and [\d,]+ bytes are free"
+    r"data.cache_dir: {cache} has no space for the prepared data \(\S+ needs [\d,]+ bytes and [\d,]+ bytes are free"
 )
 
 
 @pytest.mark.parametrize("limit", [100, 5_000, 12_000])
-def test_a_file_that_cannot_grow_is_an_error_with_numbers(tmp_path, limit):
+def test_a_file_size_limit_gives_an_error_with_numbers(tmp_path, limit):
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 12))
     (found,) = results(start(tmp_path, [config], {0: f"limit={limit}"}))
     assert found["kind"] == "DataError" and re.match(NO_SPACE.format(cache=re.escape(config.cache_dir)), found["error"])
     assert os.listdir(config.cache_dir) == []
 
 
-def test_a_full_disk_is_an_error_with_numbers(tmp_path):
-    """On a file system of 64 KiB that only the process sees."""
+def test_a_full_disk_gives_an_error_with_numbers(tmp_path):
+    """The cache is on a private file system of 64 KiB."""
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs -o size=64k none {tmp_path / 'disk'} && "
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"]).returncode:
@@ -41,7 +41,7 @@ def test_a_full_disk_is_an_error_with_numbers(tmp_path):
     assert needed > free and free <= 2**16
 
 
-def test_an_array_is_what_numpy_would_save(tmp_path):
+def test_an_array_file_equals_one_that_numpy_saves(tmp_path):
     expected = np.arange(21, dtype=np.uint16).reshape(7, 3)
     with open_array(tmp_path / "a.npy", expected.shape, expected.dtype) as write:
         for block in (expected[:4].astype(np.int32), expected[4:]):
@@ -51,7 +51,7 @@ def test_an_array_is_what_numpy_would_save(tmp_path):
 
 
 def writer(cache: Path) -> subprocess.Popen:
-    """A process that is in the middle of a folder."""
+    """Start a process that is writing a folder."""
     code = (
         "import sys, time; from pathlib import Path; from data.storage import whole_folder\n"
         f"with whole_folder(Path({str(cache)!r}) / 'packed') as folder:\n"
@@ -62,7 +62,7 @@ def writer(cache: Path) -> subprocess.Popen:
     return process
 
 
-def test_leftovers_of_the_killed_are_removed_beside_the_living(tmp_path):
+def test_leftovers_are_removed_unless_their_writer_is_running(tmp_path):
     with writer(tmp_path) as living, writer(tmp_path) as killed:
         try:
             assert remove_leftovers(tmp_path) == [] and len(os.listdir(tmp_path)) == 2
@@ -89,12 +89,12 @@ def test_folders_without_a_lock_are_leftovers_after_a_day(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_folder_appears_whole_or_not_at_all(tmp_path, error):
+def test_a_folder_is_complete_or_absent(tmp_path, error):
     with pytest.raises(error), whole_folder(tmp_path / "a") as folder:
         (folder / "part").write_text("")
         raise error
     assert os.listdir(tmp_path) == []
-    for _ in range(2):  # a second writer of the same content keeps the first one's
+    for _ in range(2):  # a second writer of the same content keeps the first one's folder
         with whole_folder(tmp_path / "a") as folder:
             (folder / "part").write_text("whole")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "part").read_text() == "whole"

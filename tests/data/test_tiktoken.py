@@ -1,4 +1,4 @@
-"""tiktoken files: known by their ranks, ids are tiktoken's own, any text comes back, damage is named."""
+"""tiktoken files: the number of ranks gives the kind, ids match tiktoken, any text round-trips, damage is named."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from tests.data.test_tokenizer import TEXTS
 
 
 def learned(count: int) -> bytes:
-    """A tiktoken file of so many ranks: BPE learned from a few words, and then made up."""
+    """Return a tiktoken file of `count` ranks: up to 300 learned by BPE from a few words, the others made up."""
     table = [bytes([byte]) for byte in range(256)]
     words = Counter(" ".join(TEXTS).encode()[:4000].split(b" "))
     parts = {b" " + word: [bytes([byte]) for byte in b" " + word] for word in words}
@@ -50,11 +50,11 @@ TEXT = st.lists(
 
 @each
 @given(text=TEXT)
-def test_any_text_round_trips_without_specials(kind, text):
+def test_any_text_round_trips_without_special_tokens(kind, text):
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and (ids < 300).all()
-    if kind != "qwen":  # composes characters first
+    if kind != "qwen":  # which first composes characters
         assert tokenizer.decode(ids) == text and byte_lengths(tokenizer)[ids].sum() == len(text.encode())
     np.testing.assert_array_equal(tokenizer.encode_many([text, "x"])[0], ids)
     assert tokenizer.encode_marked(text).tolist() == tokenizer._encoding.encode(
@@ -79,13 +79,13 @@ def test_a_stream_equals_decode(kind, data):
     decoded = tokenizer.decode(ids)
     assert "".join([stream.push(i) for i in ids]) + stream.flush() == decoded
     spelled = [i for i in ids if i < 300]
-    assert decoded == tokenizer._encoding.decode(spelled)  # specials and gaps spell nothing
+    assert decoded == tokenizer._encoding.decode(spelled)  # special tokens and unused ids have no text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "cl100k_base", "o200k_base", "o200k_harmony"])
-def test_patterns_and_specials_are_openais(kind, monkeypatch):
+def test_patterns_and_special_tokens_match_openai(kind, monkeypatch):
     for load in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
-        monkeypatch.setattr(openai_public, load, lambda *args, **kwargs: {})  # which would download
+        monkeypatch.setattr(openai_public, load, lambda *args, **kwargs: {})  # prevents a download
     theirs, ours = getattr(openai_public, kind)(), KINDS[kind]
     assert ours.pattern == theirs["pat_str"]
     specials = {name: ours.ranks + i for name, i in ours.specials.items()}
@@ -93,7 +93,7 @@ def test_patterns_and_specials_are_openais(kind, monkeypatch):
     assert set(specials.values()) == set(theirs["special_tokens"].values())
 
 
-def test_published_ids_of_specials():
+def test_special_tokens_have_their_published_ids():
     def ids(kind: str) -> dict[str, int]:
         return {name: KINDS[kind].ranks + i for name, i in KINDS[kind].specials.items()}
 
@@ -104,9 +104,9 @@ def test_published_ids_of_specials():
     assert (qwen["<|endoftext|>"], qwen["<|im_end|>"], max(qwen.values())) == (151643, 151645, 151850)
 
 
-def test_a_file_is_known_by_its_ranks(tmp_path, monkeypatch):
+def test_the_number_of_ranks_gives_the_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(ranks.KINDS, "llama3", replace(KINDS["llama3"], ranks=300))
-    (tmp_path / "tokenizer.model").write_bytes(SMALL)  # as Meta names it
+    (tmp_path / "tokenizer.model").write_bytes(SMALL)  # Meta's file name
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [301, 308]}))
     found = read_tokenizer(tmp_path)
     assert found.kind == "llama3" and found.special.start == 300 and found.special.end == 301
@@ -120,17 +120,17 @@ def test_a_file_is_known_by_its_ranks(tmp_path, monkeypatch):
         "llama3",
     )
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 556}))
-    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 556, expected .* from 0 to 555"):
+    with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 556: expected .* from 0 to 555"):
         read_tokenizer(tmp_path)
     with pytest.raises(DataError, match="cannot be written"):
         write_published(found, tmp_path / "published")
 
 
-def test_a_files_name_tells_its_kind(tmp_path):
+def test_the_file_name_gives_the_kind(tmp_path):
     (tmp_path / "qwen.tiktoken").write_bytes(SMALL)
     assert read_tokenizer(tmp_path).kind == "qwen"
     (tmp_path / "qwen.tiktoken").rename(tmp_path / "mine.tiktoken")
-    with pytest.raises(DataError, match=r"'mine' of 300 ranks: of no known kind.*llama3 \(128000\)"):
+    with pytest.raises(DataError, match=r"'mine' of 300 ranks: unknown kind.*llama3 \(128000\)"):
         read_tokenizer(tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_files_name_tells_its_kind(tmp_path):
         (b"AA==", "line 1"),
     ],
 )
-def test_damage_is_named(content, words):
+def test_damaged_files_are_refused_with_the_reason(content, words):
     with pytest.raises(DataError, match=f"tiktoken file.*{words}"):
         TiktokenTokenizer(content, kind="gpt2")
 

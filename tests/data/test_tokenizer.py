@@ -1,4 +1,4 @@
-"""Any text comes back exactly, in one piece or as a stream, and no text makes a special."""
+"""Any text round-trips exactly, as a whole or as a stream, and no text encodes to a special token."""
 
 import argparse
 import gc
@@ -18,7 +18,7 @@ from data.tokenizer import ByteTokenizer, SpecialTokens, byte_lengths, load_toke
 from tests.fake_bucket import use_fake_bucket
 
 CONFIG = TokenizerConfig(vocab_size=400)
-# Specials and byte pieces as text, in the training text too: they must stay text.
+# Names of special tokens and byte pieces must stay text, even in the training text.
 TEXTS = [
     inspect.getsource(argparse),
     "def f(x):\n    return x + 1\n\n" * 50,
@@ -54,7 +54,7 @@ each = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
 @each
 @given(text=any_text)
-def test_any_text_round_trips_without_specials(tokenizer, text):
+def test_any_text_round_trips_without_special_tokens(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert tokenizer.decode(ids) == text
@@ -70,7 +70,7 @@ def test_long_lines_round_trip(tokenizer):
 
 @each
 @given(texts=st.lists(any_text, max_size=5))
-def test_many_equals_one_by_one(tokenizer, texts):
+def test_encode_many_equals_encode(tokenizer, texts):
     for ids, text in zip(tokenizer.encode_many(texts), texts, strict=True):
         np.testing.assert_array_equal(ids, tokenizer.encode(text))
 
@@ -80,7 +80,7 @@ def test_many_equals_one_by_one(tokenizer, texts):
 def test_a_stream_equals_decode(tokenizer, data):
     text = data.draw(any_text)
     from_text = tokenizer.encode(text).tolist()
-    ids = data.draw(st.just(from_text) | st.lists(st.integers(0, tokenizer.vocab_size - 1)))  # broken UTF-8 as well
+    ids = data.draw(st.just(from_text) | st.lists(st.integers(0, tokenizer.vocab_size - 1)))  # includes invalid UTF-8
     decoder = tokenizer.stream()
     pushed = "".join(decoder.push(token) for token in ids)
     assert pushed + decoder.flush() == tokenizer.decode(ids)
@@ -89,7 +89,7 @@ def test_a_stream_equals_decode(tokenizer, data):
 
 
 @each
-def test_special_ids_are_the_same_everywhere(tokenizer):
+def test_special_ids_are_the_same_in_both_kinds(tokenizer):
     assert tokenizer.special == SpecialTokens() == (*range(len(SPECIAL_PIECES)), SpecialTokens().end)
     assert all(tokenizer.token_bytes(i) == b"" for i in tokenizer.special)
     assert tokenizer.decode([tokenizer.special.end, *tokenizer.encode("a"), tokenizer.special.mask]) == "a"
@@ -103,14 +103,14 @@ def test_ids_out_of_range_are_refused(tokenizer):
 
 
 @each
-def test_saved_equals_loaded(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.identity == tokenizer.identity and loaded.vocab_size == tokenizer.vocab_size
     np.testing.assert_array_equal(loaded.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
 
 
-def test_training_is_repeatable_and_learns():
+def test_training_is_reproducible_and_compresses():
     again = train_tokenizer(CONFIG, TEXTS)
     assert again.identity == TOKENIZERS["sentencepiece"].identity
     assert again.vocab_size == 400
@@ -119,12 +119,12 @@ def test_training_is_repeatable_and_learns():
 
 def test_an_interrupt_ends_the_training():
     def texts():
-        """Slow enough to take little memory, and at an end should the interrupt not come."""
+        """Yield texts slowly, to use little memory, and end if the interrupt does not arrive."""
         for _ in range(1000):
             yield TEXTS[0]
             time.sleep(0.005)
 
-    gc.disable()  # Python drops what a handler raises inside a callback of the garbage collector
+    gc.disable()  # Python drops an exception that a handler raises in a garbage collector callback
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -136,7 +136,7 @@ def test_an_interrupt_ends_the_training():
 
 
 @pytest.mark.parametrize("error", [DataError("changed"), OSError("gone")])
-def test_an_error_of_the_texts_is_raised_as_it_is(error):
+def test_an_error_in_the_texts_is_raised_unchanged(error):
     def texts():
         yield TEXTS[0]
         raise error
@@ -156,7 +156,7 @@ def test_damaged_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path)
     train_tokenizer(TokenizerConfig(vocab_size=380), TEXTS).save(tmp_path / "other")
     model.write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
-    with pytest.raises(DataError, match="two tokenizers"):
+    with pytest.raises(DataError, match="different tokenizers"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="damaged"):
@@ -164,11 +164,11 @@ def test_damaged_tokenizers_are_named(tmp_path):
 
 
 def test_a_vocabulary_too_large_for_the_text_is_refused():
-    with pytest.raises(DataError, match=r"vocab_size = 4096 .*value <= "):
+    with pytest.raises(DataError, match=r"vocab_size = 4096: .*value <= "):
         train_tokenizer(TokenizerConfig(), ["only a few words"])
 
 
-def test_a_tokenizer_is_saved_in_a_bucket(tmp_path, monkeypatch):
+def test_a_tokenizer_can_be_saved_in_a_bucket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     use_fake_bucket()
     folder = "gs://bucket/test_tokenizer/tokenizer"

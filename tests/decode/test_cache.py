@@ -1,4 +1,4 @@
-"""Logits from the cache equal logits without it, for every way a model can place and mask its tokens."""
+"""Logits with a cache equal logits without it, for every kind of positions and mask."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIGS = {
         scaling={"kind": "yarn", **STRETCHED}, moe=MoEConfig(num_experts=4, hidden_dim=16, layers=("moe", "dense"))
     ),
     "llama3": config(scaling={"kind": "llama3", **STRETCHED}),
-    # Later layers see keys made from hidden states of a shorter context: equal to a recomputation for one layer only.
+    # Keys of later layers come from hidden states of a shorter context, so only one layer equals a recomputation.
     "dynamic_ntk": config(scaling={"kind": "dynamic_ntk", **STRETCHED}, num_layers=1),
     "alibi, block sparse, softcap": config("alibi", attention={"layers": ("block_sparse",), "softcap": 5.0}),
     "learned, one key head, sandwich norms, hashed experts": config(
@@ -48,13 +48,13 @@ CONFIGS = {
 LENGTHS, WIDTH, TOTAL, CAPACITY = np.asarray([1, 4, 9]), 10, 16, 18
 
 
-# These differ from YaRN in a table alone, which tests/model compares with the formulas.
+# These differ from YaRN only in a table, which tests/model compares with the formulas.
 SLOW = ("linear", "ntk", "llama3")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONFIGS])
 def test_cached_logits_equal_uncached(name):
-    """Rows of uneven prompts, right-padded; then single tokens; then three at once."""
+    """Right-padded prompts of different lengths, then single tokens, then three at once."""
     c = CONFIGS[name]
     c.validate()
     model = unstack(random_model(c))
@@ -82,17 +82,17 @@ def test_cached_logits_equal_uncached(name):
     lengths = LENGTHS
     cache = cache.at_length(jnp.asarray(lengths, jnp.int32))
     for steps in (1, 1, 1, 3):
-        places = lengths[:, None] + np.arange(steps)
-        got, cache = cached(model, cache, tokens[rows[:, None], places], None, wide_prefix)
+        positions = lengths[:, None] + np.arange(steps)
+        got, cache = cached(model, cache, tokens[rows[:, None], positions], None, wide_prefix)
         lengths = lengths + steps
         expected = uncached(model, slots < lengths[:, None])
-        assert_close(got, expected[rows[:, None], places], 1e-5)
+        assert_close(got, expected[rows[:, None], positions], 1e-5)
         assert (np.asarray(cache.length_B) == lengths).all()
     assert np.abs(expected).max() > 0.5
 
 
-def test_a_prompt_is_answered_the_same_in_any_bucket_where_experts_have_a_capacity():
-    """Padding makes sequences longer, and a capacity grows with them: with a cache nothing is dropped."""
+def test_expert_capacity_does_not_make_logits_depend_on_the_bucket():
+    """Padding makes sequences longer, and capacity grows with them; with a cache, no token is dropped."""
     moe = MoEConfig(num_experts=4, hidden_dim=16, capacity_factor=1.0)
     model = unstack(random_model(tiny_config(num_layers=1, moe=moe)))
     prompt = np.random.default_rng(0).integers(0, 64, (1, 8))
@@ -110,4 +110,4 @@ def test_a_prompt_is_answered_the_same_in_any_bucket_where_experts_have_a_capaci
         found.append(np.asarray(got)[:, :8])
     assert_close(found[0], found[1], 1e-5)
     dropped = jax.jit(lambda model, tokens_BT: forward(model, tokens_BT).router.dropped)(model, prompt)
-    assert float(dropped.max()) > 0.1, "the same sequence, scored, drops"
+    assert float(dropped.max()) > 0.1, "scoring the same sequence without a cache drops tokens"

@@ -1,4 +1,4 @@
-"""Generation: equal to recomputing everything, whatever the batch, the bucket, the mesh or the way it is read."""
+"""Generation equals recomputation without a cache in any batch, bucket and mesh, streamed or not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def full(model, tokens_1W):
 
 
 def uncached(tokens: list[int]) -> np.ndarray:
-    """Float64 [len(tokens), V]: the logits after each token, with no cache."""
+    """Return the logits after each token, float64 [len(tokens), V], without a cache."""
     padded = np.asarray([tokens + [0] * (WIDTH - len(tokens))])
     return np.asarray(full(MODEL, padded), np.float64)[0, : len(tokens)]
 
@@ -49,21 +49,21 @@ def batch() -> list[Generation]:
     return generate(MODEL, PROMPTS, PARAMS)
 
 
-def test_greedy_is_the_argmax_of_a_full_forward_pass_at_every_step(batch):
+def test_greedy_matches_the_argmax_of_a_full_forward_pass(batch):
     tokens = list(PROMPTS[0])
     for _ in range(12):
         tokens.append(int(uncached(tokens)[-1].argmax()))
     assert batch[0].tokens == tokens[3:]
 
 
-def test_log_probabilities_are_the_models_own(batch):
+def test_log_probabilities_match_a_full_forward_pass(batch):
     for prompt, made in zip(PROMPTS, batch, strict=True):
         table = uncached(prompt + made.tokens)[len(prompt) - 1 : -1]
         table -= np.log(np.exp(table).sum(-1, keepdims=True))
         np.testing.assert_allclose(made.logprobs, table[np.arange(len(made.tokens)), made.tokens], atol=1e-5)
 
 
-def test_penalized_greedy_equals_numpy(batch):
+def test_penalized_greedy_matches_numpy(batch):
     p, tokens = PARAMS[3], list(PROMPTS[3])
     for _ in range(20):
         x, made = uncached(tokens)[-1], tokens[7:]
@@ -75,33 +75,33 @@ def test_penalized_greedy_equals_numpy(batch):
     assert batch[3].tokens == tokens[7:]
 
 
-def test_a_request_gives_the_same_text_in_any_company(batch):
-    """Alone, in another order, in a larger bucket."""
+def test_a_request_gives_the_same_text_in_any_batch(batch):
+    """Alone, in another order and in a larger bucket."""
     for i in (1, 3):
         assert generate(MODEL, [PROMPTS[i]], PARAMS[i])[0].tokens == batch[i].tokens
     order = [4, 2, 0, 3, 1]
     mixed = generate(MODEL, [PROMPTS[i] for i in order], [PARAMS[i] for i in order])
     assert [g.tokens for g in mixed] == [batch[i].tokens for i in order]
-    company = SamplingParams(seed=9, max_new_tokens=24)
-    wide = generate(MODEL, [*PROMPTS, [1] * 40], [*PARAMS, company])
+    other = SamplingParams(seed=9, max_new_tokens=24)
+    wide = generate(MODEL, [*PROMPTS, [1] * 40], [*PARAMS, other])
     assert [g.tokens for g in wide[:-1]] == [g.tokens for g in batch]
 
 
-def test_seeds_make_texts():
+def test_texts_depend_on_seeds():
     p = PARAMS[1]
     texts = generate(MODEL, [[5]] * 5, [dataclasses.replace(p, seed=s) for s in (0, 1, 2, 0, 2)])
     assert texts[0] == texts[3] and texts[2] == texts[4]
     assert len({tuple(t.tokens) for t in texts}) == 3
 
 
-def test_streaming_equals_generating(batch):
+def test_stream_equals_generate(batch):
     for i in (1, 3):
         streamed = list(stream(MODEL, PROMPTS[i], PARAMS[i]))
         assert [t for t, _ in streamed] == batch[i].tokens
         np.testing.assert_allclose([p for _, p in streamed], batch[i].logprobs, atol=1e-5)
 
 
-def test_stop_ids_end_their_own_row(batch):
+def test_stop_ids_end_only_their_row(batch):
     text = batch[1].tokens
     stop = text[6]
     first = text.index(stop)
@@ -146,7 +146,7 @@ def test_the_cache_is_updated_in_place(rows):
     """No step of the compiled loop copies a cache, and the state is donated."""
     request, state = start(MODEL, PROMPTS[:rows], PARAMS[:rows])
     program = advance.lower(MODEL, request, state, np.int32(1)).compile()
-    for leaf in jax.tree.leaves(state.cache.stacks):  # of contiguous and of ring caches
+    for leaf in jax.tree.leaves(state.cache.stacks):  # contiguous and ring caches
         shape = ",".join(str(n) for n in leaf.shape[1:])
         assert not re.findall(rf"= f32\[(?:1,)?{shape}\]\S* copy\(.*", program.as_text())
     caches = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.stacks))
@@ -176,7 +176,7 @@ def test_prefix_models_continue_past_their_window():
     assert made == table[6:14].argmax(-1).tolist()
 
 
-def test_buckets_hold_their_size_and_waste_little():
+def test_buckets_hold_the_size_and_waste_little():
     for steps in (1, 4):
         sizes = [bucket(n, steps) for n in range(1, 3000)]
         assert all(n <= b and b % 16 == 0 for n, b in enumerate(sizes, 1))
@@ -193,17 +193,17 @@ def test_buckets_hold_their_size_and_waste_little():
         (
             [[1, 64]],
             SamplingParams(max_new_tokens=2),
-            "prompts[0] holds token 64, outside the vocabulary of the model, 0",
+            "prompts[0] has token 64, outside the model's vocabulary, 0",
         ),
-        ([[-1]], SamplingParams(max_new_tokens=2), "prompts[0] holds token -1"),
-        ([[1]], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "sampling.stop_ids holds token 99"),
+        ([[-1]], SamplingParams(max_new_tokens=2), "prompts[0] has token -1"),
+        ([[1]], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "sampling.stop_ids has token 99"),
         ([[1] * 60], SamplingParams(max_new_tokens=5), "60 tokens, and with sampling.max_new_tokens = 5 that makes 65"),
-        ([[1] * 64], SamplingParams(max_new_tokens=1), "shorten the prompt to 63 tokens or fewer"),
+        ([[1] * 64], SamplingParams(max_new_tokens=1), "Shorten the prompt to 63 tokens or fewer"),
         ([[1]], [SamplingParams()] * 2, "2 given for 1 prompts"),
         ([[1]], SamplingParams(top_p=3.0), "sampling.top_p = 3.0"),
     ],
 )
-def test_bad_requests_are_refused_before_compiling(prompts, params, words):
+def test_invalid_requests_are_refused_before_compiling(prompts, params, words):
     before = prefill._cache_size()
     with pytest.raises(ValueError) as error:
         generate(MODEL, prompts, params)
@@ -221,7 +221,7 @@ def test_bidirectional_models_are_refused():
         generate(model, [[1]], SamplingParams(max_new_tokens=2))
 
 
-def test_a_network_for_decoding_is_unstacked_on_cpus_and_frees_what_it_was_made_of():
+def test_for_decoding_unstacks_on_cpus_and_frees_donated_weights():
     stacked = random_model(
         dataclasses.replace(
             CONFIG, num_layers=4, attention=dataclasses.replace(CONFIG.attention, layers=("global", "sliding"))
@@ -238,8 +238,8 @@ def test_a_network_for_decoding_is_unstacked_on_cpus_and_frees_what_it_was_made_
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_last_hidden_state_is_picked_and_not_multiplied():
-    """A product with a row of zeros and a one rounds on accelerators, at their default precision."""
+def test_the_last_hidden_state_is_selected_without_a_matmul():
+    """At their default precision, accelerators would round a product with a one-hot row."""
     request, _ = start(MODEL, PROMPTS[:3], PARAMS[:3])
     width, tokens_BS = 16, np.zeros((4, 32), np.int32)
     traced = jax.make_jaxpr(lambda m, r, t: prefill(m, r, t, width))(MODEL, request, tokens_BS)

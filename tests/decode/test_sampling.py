@@ -1,4 +1,4 @@
-"""The sampler against NumPy: filters, penalties, distribution and log-probabilities, each on its own."""
+"""The sampler against NumPy: filters, penalties, distribution and log-probabilities."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(rng, scale):
 
 @settings(max_examples=60, deadline=None)
 @given(rng=rows, scale=st.sampled_from([0.1, 1.0, 5.0]))
-def test_min_p_keeps_what_is_likely_enough(rng, scale):
+def test_min_p_keeps_tokens_likely_enough(rng, scale):
     x = (rng.standard_normal((B, V)) * scale).astype(np.float32)
     m = rng.uniform(0.01, 1.0, B).astype(np.float32)
     m[0], m[1] = 0.0, 1.0
@@ -84,7 +84,7 @@ def test_min_p_keeps_what_is_likely_enough(rng, scale):
 
 @settings(max_examples=40, deadline=None)
 @given(rng=rows)
-def test_penalties_by_hand(rng):
+def test_penalties_match_numpy(rng):
     x = rng.standard_normal((B, V)).astype(np.float32) * 3
     tokens = rng.integers(0, V, (B, S)).astype(np.int32)
     prompt = rng.integers(1, S, B).astype(np.int32)
@@ -106,7 +106,7 @@ def test_penalties_by_hand(rng):
 
 
 def draws(x_V: np.ndarray, params: SamplingParams, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens drawn with `count` seeds, and their log-probabilities."""
+    """Return tokens drawn with `count` seeds, and their log-probabilities."""
     sampler = sampler_arrays([dataclasses.replace(params, seed=s) for s in range(count)])
     ones, tokens = np.ones(count, np.int32), np.zeros((count, 1), np.int32)
     token, logprob = choose_jit(np.tile(x_V, (count, 1)), sampler, tokens, ones, ones, RULES)
@@ -126,8 +126,8 @@ def draws(x_V: np.ndarray, params: SamplingParams, count: int) -> tuple[np.ndarr
     ids=str,
 )
 def test_draws_follow_the_filtered_distribution(params):
-    """Chi-square against the distribution computed by sorting; the support exactly; log-probabilities of the raw
-    model."""
+    """Test chi-square against the distribution computed by sorting, the exact support, and log-probabilities of the
+    unfiltered model."""
     x = np.random.default_rng(7).standard_normal(V).astype(np.float32) * 2
     y = x.astype(np.float64) / params.temperature
     order = np.argsort(-y)
@@ -148,7 +148,7 @@ def test_draws_follow_the_filtered_distribution(params):
     np.testing.assert_allclose(logprob, np.log(softmax(x))[token], atol=1e-5)
 
 
-def test_seed_and_index_alone_decide_the_noise():
+def test_noise_depends_only_on_seed_and_index():
     x = np.random.default_rng(1).standard_normal((3, V)).astype(np.float32)
     x[2] = x[0]
     sampler = sampler_arrays([SamplingParams(seed=5), SamplingParams(seed=6), SamplingParams(seed=5)])
@@ -162,7 +162,7 @@ def test_seed_and_index_alone_decide_the_noise():
     assert (texts[0] == texts[2]).all() and len(set(texts[0].tolist())) > 1
 
 
-def test_greedy_rows_stay_greedy_beside_rows_that_draw():
+def test_greedy_rows_stay_greedy_in_a_batch_with_sampling_rows():
     x = np.random.default_rng(2).standard_normal((2, V)).astype(np.float32)
     ones, tokens = np.ones(2, np.int32), np.zeros((2, 1), np.int32)
     for seed in range(20):
@@ -188,6 +188,6 @@ def test_greedy_rows_stay_greedy_beside_rows_that_draw():
         ({"seed": 2**32}, "sampling.seed = 4294967296"),
     ],
 )
-def test_parameters_without_meaning_are_refused(changes, words):
+def test_invalid_parameters_are_refused(changes, words):
     with pytest.raises(ValueError, match=words.replace(".", r"\.")):
         SamplingParams(**changes).validate()

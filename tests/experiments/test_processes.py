@@ -112,7 +112,7 @@ def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
     assert first[0] == waited[0] and len(first[1]) == 2 and len(waited[1]) == 1
     assert waited[1][0].startswith("process 0 prepares the data")
     assert "source 'none' is empty" in error[0]
-    assert other[0] == f"process 0 failed while it prepared the data: {error[0]}"
+    assert other[0] == f"process 0 failed while preparing the data: {error[0]}"
     assert (
         [text for text, _ in compared]
         == [text for text, _ in also]

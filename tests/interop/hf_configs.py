@@ -1,4 +1,4 @@
-"""config.json of public releases as their authors wrote them, and the parameters that they publish."""
+"""The config.json of public releases, and their published parameter counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 class Release(NamedTuple):
     family: str
-    parameters: int  # of the text model; tied embeddings once, without layers of multi-token prediction
+    parameters: int  # in the text model, counting tied embeddings once, without layers for multi-token prediction
     values: dict[str, Any]
 
 

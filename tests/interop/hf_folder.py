@@ -26,7 +26,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def tensors(dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
-    """All tensors of the network, by their published names."""
+    """Return all tensors of the network by their published names."""
     shapes = {EMBEDDING: (V, D), "model.norm.weight": (D,), HEAD: (V, D)}
     for i in range(LAYERS):
         layer = {
@@ -42,7 +42,7 @@ def tensors(dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
 def write(
     folder: Path, held: dict[str, np.ndarray] | None = None, *, shards: int = 1, config: dict[str, Any] | None = None
 ) -> Path:
-    """Writes `held` in one file, or in several with their index, beside a config.json with the changes of `config`."""
+    """Write `held` in one file, or in several with an index, and CONFIG with the changes `config`."""
     held = tensors() if held is None else held
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | (config or {})))

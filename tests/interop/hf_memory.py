@@ -1,5 +1,8 @@
-"""Memory of loading a published model, measured in a process of its own: `python -m tests.interop.hf_memory FOLDER
-DTYPE DEVICES` prints one JSON line. The test beside it makes the folder and holds the figures to the promise."""
+"""Measure the memory use of loading a published model in a separate process.
+
+`python -m tests.interop.hf_memory FOLDER DTYPE DEVICES` prints one JSON line. test_hf_memory.py writes the folder and
+checks the figures.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 
 def resident() -> dict[str, int]:
-    """Bytes of VmRSS, RssAnon, RssFile and of VmHWM, the highest VmRSS since `forget_peak`."""
+    """Return VmRSS, RssAnon, RssFile and VmHWM (the highest VmRSS since `forget_peak`) in bytes."""
     lines = (line.split() for line in STATUS.read_text().splitlines())
     return {
         words[0][:-1]: int(words[1]) * 1024
@@ -26,7 +29,7 @@ def forget_peak() -> None:
 
 
 class Watch:
-    """The highest anonymous memory, looked at every millisecond."""
+    """Peak of anonymous memory, sampled every millisecond."""
 
     def __enter__(self) -> "Watch":
         self.peak, self._done = 0, threading.Event()
@@ -56,7 +59,7 @@ def main(folder: str, dtype: str, devices: int) -> None:
 
     mesh = make_mesh(MeshConfig(fsdp=devices // 2, tensor=2)) if devices > 1 else None
     rules = ShardingRules()
-    # The compiler's own memory is no part of the promise: programs and its threads are there before the measurement.
+    # Compile a program first, so that the measurement excludes the memory of the compiler and its threads.
     jax.block_until_ready(jax.jit(lambda: jax.numpy.zeros((64, 64)) @ jax.numpy.ones((64, 64)))())
     published = open_published(folder)
     before = resident()

@@ -1,5 +1,4 @@
-"""DeepSeek-V3's config.json as released, there and back; its files in 8 bits and with the layer that predicts further
-tokens."""
+"""DeepSeek-V3: round trips of its released config.json, FP8 files, and the ignored multi-token prediction layer."""
 
 from __future__ import annotations
 
@@ -82,13 +81,13 @@ RELEASED = {
 }
 
 
-def test_the_released_config_is_read_whole_and_written_back():
+def test_the_released_config_round_trips():
     name, config, unread = families.family_of(RELEASED)
     assert (name, unread) == ("deepseek_v3", [])
     assert config.attention.latent == LatentConfig(1536, 512, 64, 128)
     assert config.attention.query_scale == pytest.approx(192**-0.5 * yarn_mscale(40.0) ** 2)
     count = count_parameters(config)
-    assert (round(count.total / 1e9), round(count.active / 1e9)) == (671, 38)  # the paper's 37 leave the embedding out
+    assert (round(count.total / 1e9), round(count.active / 1e9)) == (671, 38)  # the paper's 37 excludes the embedding
     written = families.to_json(config)[1]
     assert architecture(families.family_of(written)[1]) == architecture(config)
     for key in set(written) & set(RELEASED) - {"num_nextn_predict_layers", "rope_scaling"}:
@@ -107,7 +106,7 @@ def test_the_released_config_is_read_whole_and_written_back():
         {"rope_scaling": RELEASED["rope_scaling"] | {"mscale": 0.5}}, {"tie_word_embeddings": True},
     ],
 )  # fmt: skip
-def test_each_option_comes_back(change: dict):
+def test_each_option_round_trips(change: dict):
     released, config = (families.family_of(values)[1] for values in (RELEASED, RELEASED | change))
     assert config != released
     again = families.family_of(families.to_json(config, "deepseek_v3")[1])[1]
@@ -121,7 +120,7 @@ def test_each_option_comes_back(change: dict):
         ("hidden_act", "gelu"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_expressed_is_refused(key: str, value: object):
+def test_unsupported_values_are_refused(key: str, value: object):
     with pytest.raises(UnsupportedModelError, match=key):
         families.family_of(RELEASED | {key: value})
 
@@ -141,7 +140,7 @@ def test_what_cannot_be_expressed_is_refused(key: str, value: object):
         ("norm.unit_offset", True),
     ],
 )
-def test_what_config_json_cannot_say_is_not_written(path: str, value: object):
+def test_networks_outside_the_family_are_refused(path: str, value: object):
     config = families.family_of(RELEASED)[1]
     with pytest.raises(UnsupportedModelError):
         families.to_json(changed(config, path, value), "deepseek_v3")
@@ -149,7 +148,7 @@ def test_what_config_json_cannot_say_is_not_written(path: str, value: object):
     assert families.to_json(dense)[1]["first_k_dense_replace"] == 61
 
 
-def test_without_shared_experts_the_tensors_of_width_0_that_transformers_has_are_written(tmp_path):
+def test_without_shared_experts_empty_tensors_are_written_for_transformers(tmp_path):
     family = BY_NAME["deepseek_v3"]
     config = families.family_of(family.config | {"n_shared_experts": 0})[1]
     weights = abstract(config, ShardingRules(), None)
@@ -161,15 +160,15 @@ def test_without_shared_experts_the_tensors_of_width_0_that_transformers_has_are
     assert shared == {
         f"model.layers.{i}.mlp.shared_experts.{part}.weight": shape for i in (1, 2) for part, shape in parts.items()
     }
-    published = open_published(tmp_path / "out")  # reads past them
+    published = open_published(tmp_path / "out")  # ignores them
     assert published.config.moe.shared_experts == 0
 
 
-def test_files_of_8_bits_and_of_the_layer_behind_the_last(tmp_path):
+def test_fp8_tensors_are_decoded_and_the_extra_layer_is_ignored(tmp_path):
     family = BY_NAME["deepseek_v3"]
     write_folder(family, tmp_path)
     tensors = {name: x for shard in tmp_path.glob("*.safetensors") for name, x in load_file(shard).items()}
-    path = tmp_path / "model.safetensors"  # which is read in place of the shards
+    path = tmp_path / "model.safetensors"  # takes precedence over the shards
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     plain = tensors[name]
     scale = np.float32(np.abs(plain).max() / 448)
@@ -185,7 +184,7 @@ def test_files_of_8_bits_and_of_the_layer_behind_the_last(tmp_path):
     published = open_published(tmp_path)
     found = published.source.read(name)
     np.testing.assert_array_equal(found, tensors[name].astype(np.float32) * scale)
-    # 8-bit floats of 3 fraction bits: an error of 2^-4 of a number at most (half its last bit), of 2^-10 below 2^-6.
+    # With 3 fraction bits, the relative error is at most 2^-4 (half the last bit); below 2^-6 the error is 2^-10.
     assert (np.abs(found - plain) <= np.maximum(np.abs(plain) * (2**-4 + 1e-6), scale * 2**-10)).all()
     for wrong in (f"model.layers.{last - 1}.eh_proj.weight", "model.further.weight"):
         save_file(tensors | further | {wrong: np.ones(3, np.float32)}, path)

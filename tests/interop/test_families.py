@@ -1,5 +1,4 @@
-"""Thirteen published families, tiny, read from a folder, beside what transformers makes of it
-(tests/parity/families.py).
+"""Thirteen published families, tiny: models read from folders match transformers (tests/parity/families.py).
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -29,18 +28,18 @@ from tests.parity import families as reference
 from tests.parity.families import BY_NAME, FAMILIES, B, Family, T
 from train.objectives import NextToken
 
-# Relative to the largest logit, or gradient of the tensor (those range over 1e-4 to 3). Both sides are float32, whose
-# sums differ by their order: with AVX2, AVX-512 and SSE4.2 by up to 22 units in the last place of logits and losses,
-# and 56 of gradients, which pass through the layers twice and are sums over all tokens. The bounds are 3 times that.
+# Relative to the largest logit, or to the tensor's largest gradient (1e-4 to 3). Both sides are float32, and the order
+# of sums differs: with AVX2, AVX-512 and SSE4.2, logits and losses differ by up to 22 units in the last place, and
+# gradients, which pass through the layers twice and sum over all tokens, by up to 56. The bounds are 3 times that.
 LOGITS, GRADIENTS = 64 * 2.0**-23, 160 * 2.0**-23
 SEEN = 10  # tokens of the prompt: longer than the window
-MOVED = 1e-2  # a wrong option moves some logit so much at least: 200 times what `LOGITS` lets pass
-TRIED = 1  # wrong options of a family in every run
+MOVED = 1e-2  # smallest change of some logit that a wrong option must cause
+TRIED = 1  # wrong options per family in the default tests; the others are slow
 RULES = ShardingRules()
 slow = pytest.mark.slow
 by_name = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-# In every run, three that differ: a table of positions; latent attention and groups of experts; windows and sinks. The
-# others have what these or tests/decode/test_cache.py have, and are tried in slow runs.
+# The default tests try three different families: learned positions; latent attention and expert groups; windows and
+# sinks. The others have features of these or of tests/decode/test_cache.py, and are slow tests.
 CACHED = ("gpt2", "deepseek_v3", "gpt_oss")
 
 
@@ -51,7 +50,7 @@ class Opened(NamedTuple):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Opened]:
-    """The family's folder, written by the safetensors library, and the network in it."""
+    """Return a function that writes a family's folder with the safetensors library and loads the network."""
 
     @cache
     def open_(family: Family) -> Opened:
@@ -61,7 +60,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Opene
     return open_
 
 
-FIRST = SEEN + 1  # tokens of the first of two documents in a row: as many of row 0, the others of row 1
+FIRST = SEEN + 1  # tokens of row 0 in the first of two packed documents; the second has tokens of row 1
 
 
 @jax.jit
@@ -71,8 +70,7 @@ def plain(model: Transformer, tokens_BT: jax.Array) -> jax.Array:
 
 @jax.jit
 def cached_and_packed(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return logits of a prompt in one piece and then token by token [B, T, V], and of two documents packed into a row
-    [T, V]."""
+    """Return the logits [B, T, V] of a whole prompt followed by single tokens, and [T, V] of two packed documents."""
 
     def step(cache, token_B):
         out = forward(model, token_B[:, None], cache=cache)
@@ -84,13 +82,13 @@ def cached_and_packed(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Arr
 
     row_1T = jnp.concatenate([tokens_BT[0, :FIRST], tokens_BT[1, : T - FIRST]])[None]
     t = np.arange(T)
-    places = {"positions_BT": np.where(t < FIRST, t, t - FIRST)[None], "segment_ids_BT": 1 + (t >= FIRST)[None]}
-    packed = forward(model, row_1T, **{name: jnp.asarray(x, jnp.int32) for name, x in places.items()})
+    packing = {"positions_BT": np.where(t < FIRST, t, t - FIRST)[None], "segment_ids_BT": 1 + (t >= FIRST)[None]}
+    packed = forward(model, row_1T, **{name: jnp.asarray(x, jnp.int32) for name, x in packing.items()})
     return cached_BTV, logits(model, packed.hidden_BTD)[0]
 
 
 @by_name
-def test_logits_and_loss(family: Family, opened):
+def test_logits_and_loss_match_transformers(family: Family, opened):
     tokens_BT, want = reference.tokens(family), reference.load(family)
     found_BTV = np.asarray(plain(opened(family).model, tokens_BT))
     assert np.abs(want["logits"]).max() > 1
@@ -103,7 +101,7 @@ def test_logits_and_loss(family: Family, opened):
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f.name in CACHED else slow, id=f.name) for f in FAMILIES]
 )
-def test_cached_and_packed_logits(family: Family, opened):
+def test_cached_and_packed_logits_match_transformers(family: Family, opened):
     tokens_BT, want = reference.tokens(family), reference.load(family)["logits"]
     cached_BTV, packed_TV = cached_and_packed(opened(family).model, tokens_BT)
     assert_close(cached_BTV, want, LOGITS, what="cached")
@@ -112,13 +110,13 @@ def test_cached_and_packed_logits(family: Family, opened):
 
 
 @by_name
-def test_names_and_shapes_on_disk_are_those_that_transformers_writes(family: Family, opened):
+def test_tensor_names_and_shapes_match_transformers(family: Family, opened):
     assert {piece.name: piece.shape for piece in opened(family).published.pieces} == reference.shapes(family)
 
 
 @jax.jit
 def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Array, Transformer]:
-    """Of what training minimizes."""
+    """Return the training loss and its gradients."""
     batch = Batch.of_windows(tokens_BT, np.ones(tokens_BT.shape, np.int32))
 
     def mean(model: Transformer) -> jax.Array:
@@ -129,10 +127,10 @@ def loss_and_gradients(model: Transformer, tokens_BT: jax.Array) -> tuple[jax.Ar
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.gradients], ids=lambda family: family.name)
-def test_gradients_of_every_tensor(family: Family, opened):
+def test_gradients_of_every_tensor_match_transformers(family: Family, opened):
     published, model = opened(family)
     want = reference.load(family)
-    if published.config.moe is not None:  # transformers' loss does not hold what routers add
+    if published.config.moe is not None:  # the reference's loss excludes router losses
         moe = dataclasses.replace(published.config.moe, load_balance=0.0, z_loss=0.0)
         model = filled(family, published, dataclasses.replace(published.config, moe=moe))
     loss, gradients = jax.device_get(loss_and_gradients(model, reference.tokens(family)))
@@ -142,24 +140,24 @@ def test_gradients_of_every_tensor(family: Family, opened):
         if f"d_{piece.name}" in want:
             part = piece.part(want[f"d_{piece.name}"])
             seen.add(f"d_{piece.name}")
-            assert np.abs(part).max() > 1e-4, f"{piece.name}: the reference's gradient says nothing"
+            assert np.abs(part).max() > 1e-4, f"{piece.name}: the reference's gradient is too small to compare"
             assert_close(leaves[piece.leaf][piece.at], part, GRADIENTS, what=piece.name)
     assert seen == {name for name in want if name.startswith("d_")} and len(seen) > 20
 
 
 def changed(config: Any, changes: dict[str, Any]) -> Any:
-    """A config with fields, by dotted name, set to other values."""
+    """Return a config with the fields `changes` (by dotted name) set to other values."""
     for name, value in changes.items():
         first, _, rest = name.partition(".")
         if rest:
             value = changed(getattr(config, first), {rest: value})
-        assert getattr(config, first) != value, f"{name} is {value!r}: nothing is wrong with that"
+        assert getattr(config, first) != value, f"{name} is already {value!r}"
         config = dataclasses.replace(config, **{first: value})
     return config
 
 
 def filled(family: Family, published: Published, config: ModelConfig) -> Transformer:
-    """A network of another config with the published weights, those that it has."""
+    """Return a network of another config, with those published weights that it has."""
     model = abstract(config, RULES, None)
     weights = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named(model).items()}
     for piece in READERS[published.family].pieces(config):
@@ -175,14 +173,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize("family, wrong", WRONG)
-def test_a_wrong_option_does_not_pass_for_the_right_one(family: Family, wrong: dict, opened):
+def test_a_wrong_option_changes_the_logits(family: Family, wrong: dict, opened):
     published = opened(family).published
     config = changed(published.config, wrong)
-    if config.moe is not None:  # through every expert on every token: quicker to compile
+    if config.moe is not None:  # dense dispatch compiles faster
         config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dense"))
     model = filled(family, published, config)
     moved = np.abs(plain(model, reference.tokens(family)) - reference.load(family)["logits"]).max()
-    assert moved > MOVED, f"moves the logits by {moved:.1e} only"
+    assert moved > MOVED, f"moves the logits by only {moved:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_a_wrong_option_does_not_pass_for_the_right_one(family: Family, wrong: d
         pytest.param("gemma3", {"fsdp": 4, "sequence": 2}, marks=slow),
     ],
 )
-def test_read_straight_into_the_shards_of_eight_devices(name: str, axes: dict[str, int], opened):
+def test_a_model_loaded_onto_eight_devices_matches_transformers(name: str, axes: dict[str, int], opened):
     family = BY_NAME[name]
     published = opened(family).published
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **axes}))

@@ -1,4 +1,4 @@
-"""8-bit floats with scales a block, against the formula in float64."""
+"""8-bit floats with block scales, against the formula in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RELEASED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"
 
 
 class Memory:
-    """A Source of arrays."""
+    """A Source of arrays in memory."""
 
     def __init__(self, **held: np.ndarray):
         self.held, self.released = held, 0
@@ -28,7 +28,7 @@ class Memory:
 
 
 def quantized(rows: int, columns: int) -> dict[str, np.ndarray]:
-    """Every 8-bit number but the two that are none, in a matrix of blocks that do not divide it."""
+    """Return every 8-bit number except the two NaNs, in a matrix that blocks of 4 x 3 may not divide."""
     rng = np.random.default_rng(0)
     bits = np.resize(np.setdiff1d(np.arange(256), [0x7F, 0xFF]), rows * columns).astype(np.uint8)
     scales = np.exp(rng.standard_normal((-(-rows // 4), -(-columns // 3)))).astype(np.float32)
@@ -37,14 +37,14 @@ def quantized(rows: int, columns: int) -> dict[str, np.ndarray]:
 
 
 def by_formula(bits: int) -> float:
-    """IEEE-like: 1 sign, 4 exponent bits of bias 7, 3 of fraction; no infinities (Micikevicius et al. 2022, table
-    1)."""
+    """Return the value of E4M3 bits: 1 sign bit, 4 exponent bits with bias 7, 3 fraction bits and no infinities
+    (Micikevicius et al. 2022, table 1)."""
     sign, exponent, fraction = -1.0 if bits >> 7 else 1.0, bits >> 3 & 15, bits & 7
     return sign * (fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7))
 
 
 @pytest.mark.parametrize("rows, columns", [(18, 17), (16, 18), (3, 100)])
-def test_a_number_is_its_8_bits_times_the_scale_of_its_block(rows: int, columns: int):
+def test_numbers_are_multiplied_by_the_scale_of_their_block(rows: int, columns: int):
     held = quantized(rows, columns)
     norm = np.ones(5, ml_dtypes.bfloat16)
     source = dequantize(Memory(**held, norm=norm), RELEASED)
@@ -74,12 +74,12 @@ def test_a_number_is_its_8_bits_times_the_scale_of_its_block(rows: int, columns:
         ({"weight_block_size": [128, 128]}, ModelFilesError, "w_scale_inv"),
     ],
 )
-def test_what_cannot_be_read_is_refused(change: dict, error: type, words: str):
+def test_unsupported_configs_are_refused(change: dict, error: type, words: str):
     with pytest.raises(error, match=words):
         dequantize(Memory(**quantized(18, 17)), RELEASED | change)
 
 
-def test_a_missing_scale_and_other_kinds_of_numbers_are_refused():
+def test_missing_scales_and_other_float_formats_are_refused():
     held = quantized(18, 17)
     with pytest.raises(ModelFilesError, match="no w_scale_inv"):
         dequantize(Memory(w=held["w"]), RELEASED)

@@ -1,5 +1,4 @@
-"""GGUF files of Llama: tiny ones as llama.cpp's converter would write them, beside a Hugging Face folder of the same
-weights."""
+"""Tiny GGUF files of Llama, laid out as by llama.cpp's converter, against Hugging Face folders of the same weights."""
 
 import json
 import math
@@ -66,7 +65,7 @@ NAMES = {
 
 
 def permuted(weights, heads):
-    """As llama.cpp's convert_hf_to_gguf.py writes rows of queries and keys."""
+    """Return rows of queries or keys in the order of llama.cpp's convert_hf_to_gguf.py."""
     return (
         weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
         .swapaxes(1, 2)
@@ -96,7 +95,7 @@ def write(
     permute=permuted,
     extra=None,
 ):
-    """A GGUF file of the drawn weights; returns them as quantization leaves them, by Hugging Face's names."""
+    """Write the drawn weights to a GGUF file; return them after quantization, by Hugging Face's names."""
     writer = gguf.GGUFWriter(path, architecture)
     values = {f"{architecture}.{key}": value for key, value in (METADATA | (metadata or {})).items()} | (general or {})
     for key, value in values.items():
@@ -140,7 +139,7 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, V, (2, 24)))
     ("kind", "tied"),
     [("Q8_0", True), *((kind, False) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16", "F32"))],
 )
-def test_the_network_is_that_of_a_folder_of_the_dequantized_weights(tmp_path, kind, tied):
+def test_gguf_matches_a_folder_of_the_dequantized_weights(tmp_path, kind, tied):
     folder = tmp_path / "folder"
     folder.mkdir()
     save_file(write(tmp_path / "a.gguf", TYPES[kind], tied=tied), folder / "model.safetensors")
@@ -150,7 +149,7 @@ def test_the_network_is_that_of_a_folder_of_the_dequantized_weights(tmp_path, ki
     np.testing.assert_array_equal(run(ours, TOKENS), run(theirs, TOKENS))
 
 
-def test_rows_in_another_order_would_show(tmp_path):
+def test_unpermuted_rows_change_the_logits(tmp_path):
     write(tmp_path / "a.gguf")
     write(tmp_path / "b.gguf", permute=lambda weights, heads: weights)
     assert np.abs(run(loaded(tmp_path / "a.gguf"), TOKENS) - run(loaded(tmp_path / "b.gguf"), TOKENS)).max() > 0.1
@@ -162,12 +161,12 @@ def test_biases_are_read_in_the_order_of_their_rows(tmp_path):
     values, source = open_gguf(tmp_path / "a.gguf")
     assert values["attention_bias"]
     np.testing.assert_array_equal(source.read("model.layers.0.self_attn.q_proj.bias"), q_bias)
-    with pytest.raises(ModelFilesError, match=r"o_proj\.bias"):  # Llama's biases are all there or none
+    with pytest.raises(ModelFilesError, match=r"o_proj\.bias"):  # Llama has all biases or none
         open_published(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
-def test_other_quantizations_in_slices_equal_the_whole(tmp_path, kind):
+def test_decoding_in_slices_equals_decoding_at_once(tmp_path, kind):
     block, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     raw = np.random.default_rng(0).integers(0, 64, (700, 2 * size), dtype=np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
@@ -182,7 +181,7 @@ def test_other_quantizations_in_slices_equal_the_whole(tmp_path, kind):
     np.testing.assert_array_equal(found[rows], gguf.dequantize(raw, TYPES[kind]))
 
 
-def test_reading_holds_the_tensor_and_little_more(tmp_path):
+def test_reading_needs_little_memory_besides_the_tensor(tmp_path):
     rows, width = 1024, 8192
     large = np.full((rows, width), 0.5, np.float32)
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
@@ -211,7 +210,7 @@ def test_floats_that_need_no_reordering_are_views_of_the_file(tmp_path):
 
 
 def divisors(factor, low=1.0, high=4.0, original=8192):
-    """As llama.cpp's converter writes rope_freqs.weight of Llama 3.1."""
+    """Return rope_freqs.weight as llama.cpp's converter writes it for Llama 3.1."""
     found = []
     for i in range(0, H, 2):
         wavelength = 2 * math.pi * 10_000.0 ** (i / H)
@@ -226,7 +225,7 @@ def divisors(factor, low=1.0, high=4.0, original=8192):
 
 
 @pytest.mark.parametrize(("factor", "original"), [(8.0, 8192), (32.0, 8192), (4.0, 4096)])
-def test_factors_of_frequencies_are_llama_3s_scaling(tmp_path, factor, original):
+def test_frequency_factors_are_read_as_llama_3_scaling(tmp_path, factor, original):
     written = divisors(factor, original=original)
     write(tmp_path / "a.gguf", extra={"rope_freqs.weight": written})
     scaling = open_published(tmp_path / "a.gguf").config.position.scaling
@@ -240,7 +239,7 @@ def test_factors_of_frequencies_are_llama_3s_scaling(tmp_path, factor, original)
     )
 
 
-def test_other_factors_of_frequencies_are_refused(tmp_path):
+def test_other_frequency_factors_are_refused(tmp_path):
     for name, wrong in (("a", divisors(8.0, high=3.0)), ("b", divisors(8.0) * 1.01)):
         write(tmp_path / f"{name}.gguf", extra={"rope_freqs.weight": wrong})
         with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
@@ -259,7 +258,7 @@ def test_other_factors_of_frequencies_are_refused(tmp_path):
         ({"rope.scaling.type": "none"}, None),
     ],
 )
-def test_scalings_of_rope(tmp_path, metadata, kind):
+def test_rope_scaling_is_read_from_metadata(tmp_path, metadata, kind):
     write(tmp_path / "a.gguf", metadata=metadata)
     scaling = open_published(tmp_path / "a.gguf").config.position.scaling
     assert (scaling and (scaling.kind, scaling.factor)) == (kind and (kind, 2.0))
@@ -275,7 +274,7 @@ def test_scalings_of_rope(tmp_path, metadata, kind):
         ({"metadata": {"rope.dimension_count": 8}}, "dimension_count = 8"),
         ({"metadata": {"rope.scaling.type": "longrope"}}, "longrope.*yarn"),
         ({"metadata": {"attention.new_thing": 3}}, "llama.attention.new_thing = 3"),
-        ({"metadata": {"attention.head_count_kv": [2, 4]}}, "head_count_kv differs by layer"),
+        ({"metadata": {"attention.head_count_kv": [2, 4]}}, "head_count_kv differs between layers"),
         ({"general": {"split.count": 2}}, "one of 2 parts.*merge"),
         ({"general": {"general.type": "adapter"}}, "general.type = 'adapter'"),
         (
@@ -283,12 +282,12 @@ def test_scalings_of_rope(tmp_path, metadata, kind):
                 "extra": {"rope_freqs.weight": divisors(8.0)},
                 "metadata": {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0},
             },
-            "at once",
+            "not supported together",
         ),
         ({"extra": {"blk.0.attn_q.steps": np.zeros(4, np.int8)}}, "I8"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
+def test_unsupported_files_are_refused_by_name(tmp_path, change, message):
     write(tmp_path / "a.gguf", **change)
     with pytest.raises(UnsupportedModelError, match=message):
         open_published(tmp_path / "a.gguf")
@@ -304,27 +303,27 @@ def test_what_cannot_be_expressed_is_refused_by_name(tmp_path, change, message):
         ({"extra": {"blk.0.attn_extra.weight": np.zeros(32, np.float32)}}, r"blk\.0\.attn_extra\.weight"),
     ],
 )
-def test_what_does_not_belong_together_is_told(tmp_path, change, message):
+def test_inconsistent_files_are_refused(tmp_path, change, message):
     write(tmp_path / "a.gguf", **change)
     with pytest.raises(ModelFilesError, match=message):
         open_published(tmp_path / "a.gguf")
 
 
-def test_a_file_cut_off_anywhere_is_told(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     write(tmp_path / "a.gguf", TYPES.Q4_0, general={"tokenizer.ggml.tokens": [f"token {i}" for i in range(V)]})
     whole = (tmp_path / "a.gguf").read_bytes()
     cut = tmp_path / "b.gguf"
     for size in [*range(0, 5000, 61), *range(5000, len(whole), 9001), len(whole) - 4096]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(ModelFilesError, match=r"b\.gguf: .*(empty|no GGUF|ends inside|cut off)"):
+        with pytest.raises(ModelFilesError, match=r"b\.gguf: .*(empty|not a GGUF|ends inside|truncated)"):
             open_gguf(cut)
 
 
-def test_damaged_files_are_told(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     write(tmp_path / "a.gguf")
     whole, other = (tmp_path / "a.gguf").read_bytes(), tmp_path / "b.gguf"
     for start, new, error, message in (
-        (0, b"GGML", ModelFilesError, "no GGUF file"),
+        (0, b"GGML", ModelFilesError, "not a GGUF file"),
         (4, struct.pack("<I", 1), UnsupportedModelError, "version 1"),
         (4, struct.pack(">I", 3), UnsupportedModelError, "big-endian"),
         (8, struct.pack("<Q", 1 << 60), ModelFilesError, "damaged|ends inside"),
@@ -343,12 +342,12 @@ def test_damaged_files_are_told(tmp_path):
 
 
 def offset_of(whole: bytes, name: str, dims: int = 2) -> int:
-    """Where the header says at which byte of the data a tensor begins."""
+    """Return the position in the header of a tensor's data offset."""
     return whole.index(name.encode()) + len(name) + 4 + dims * 8 + 4
 
 
-def test_tensors_that_do_not_tile_the_data_are_told(tmp_path):
-    """Each reader of ggml demands it; a file in which two tensors share bytes, or bytes belong to none, is damaged."""
+def test_tensors_that_do_not_tile_the_data_are_refused(tmp_path):
+    """ggml's readers require it: a file in which tensors share bytes, or bytes belong to no tensor, is damaged."""
     write(tmp_path / "a.gguf", general={"general.alignment": 32})
     whole, other = (tmp_path / "a.gguf").read_bytes(), tmp_path / "b.gguf"
     up, down = "blk.0.ffn_up.weight", "blk.0.ffn_down.weight"
@@ -357,8 +356,8 @@ def test_tensors_that_do_not_tile_the_data_are_told(tmp_path):
     alignment = whole.index(b"general.alignment") + len("general.alignment") + 4
     for change, message in (
         ({offset_of(whole, down): begins}, f"ffn_(up|down)\\.weight begins at byte .* {up}|{down} .* they overlap"),
-        ({at: begins - 32}, f"{up} begins at byte .*, and blk.0.ffn_gate.weight ends at byte .*: they overlap"),
-        ({at: begins + 32}, f"{up} begins at byte .*, not at .*, the next multiple of 32 behind blk.0.ffn_gate.weight"),
+        ({at: begins - 32}, f"{up} begins at byte .*, but blk.0.ffn_gate.weight ends at byte .*: they overlap"),
+        ({at: begins + 32}, f"{up} begins at byte .*, not at .*, the next multiple of 32 after blk.0.ffn_gate.weight"),
         ({at: begins + 1}, f"{up} begins at byte .*, not at"),
         ({alignment: 48}, r"general\.alignment = 48: must be a power of 2"),
         ({alignment: 0}, r"general\.alignment = 0: must be"),
@@ -400,7 +399,7 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_weights_that_are_not_finite_are_told(tmp_path, kind):
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind):
     name = "model.layers.1.mlp.down_proj.weight"
     ruined = drawn()[name]
     ruined[3, 5] = np.inf

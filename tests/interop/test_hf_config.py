@@ -1,4 +1,4 @@
-"""config.json to ModelConfig and back, and the tables of names: all families, without a weight."""
+"""config.json to ModelConfig and back, and the tensor maps of all families, without loading weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 def small(family: str, **more: Any) -> dict[str, Any]:
-    """A config.json of a family, which says no more than it must, and `more`."""
+    """Return a minimal config.json of a family, plus `more`."""
     return {"architectures": [NAMES[family]]} | (GPT2 if family == "gpt2" else SMALL) | more
 
 
@@ -50,7 +50,7 @@ def read(values: dict[str, Any]) -> ModelConfig:
     return family_of(values)[1]
 
 
-# One of every kind of table; the parity suite has what their networks compute.
+# One config for each kind of tensor map. The parity tests check what the networks compute.
 TABLES = {family.name: family.config for family in TINY} | {
     "gpt2_untied": small("gpt2", tie_word_embeddings=False, n_inner=40),
     "llama_biases": small("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True, head_dim=16),
@@ -60,7 +60,7 @@ TABLES = {family.name: family.config for family in TINY} | {
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_releases_have_the_parameters_that_they_publish(name: str) -> None:
+def test_releases_have_their_published_parameter_count(name: str) -> None:
     release = RELEASES[name]
     family, config, left = family_of(release.values)
     assert (family, left) == (release.family, [])
@@ -80,7 +80,7 @@ def test_a_config_written_and_read_again_is_the_same_network(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tensors_and_weights_cover_each_other_once(name: str) -> None:
+def test_pieces_cover_each_tensor_and_weight_once(name: str) -> None:
     family, config, _ = family_of(TABLES[name])
     pieces = FAMILIES[family].pieces(config)
     weights = {path: np.zeros(leaf.shape, int) for path, leaf in named(abstract(config, ShardingRules(), None)).items()}
@@ -90,7 +90,7 @@ def test_tensors_and_weights_cover_each_other_once(name: str) -> None:
         assert tensor.shape == piece.shape
         part = piece.part(tensor)
         assert part.shape == weights[piece.leaf][piece.at].shape
-        part += 1  # a view: of the tensor
+        part += 1  # a view of the tensor
         weights[piece.leaf][piece.at] += 1
     assert {path for path, count in weights.items() if not (count == 1).all()} == set()
     assert {tensor for tensor, count in tensors.items() if not (count == 1).all()} == set()
@@ -110,7 +110,7 @@ def test_a_piece_written_is_read_back(name: str) -> None:
         assert (written == tensor).sum() >= part.size
 
 
-def test_what_config_json_leaves_out_is_what_transformers_assumes() -> None:
+def test_missing_keys_have_the_defaults_of_transformers() -> None:
     mistral, qwen3 = read(small("mistral", num_key_value_heads=4)), read(small("qwen3"))
     assert (mistral.attention.layers, mistral.attention.window, mistral.norm.epsilon) == (("sliding",), 4096, 1e-6)
     assert (qwen3.attention.head_dim, qwen3.attention.layers, qwen3.tied_embeddings) == (128, ("global",), False)
@@ -140,7 +140,7 @@ def test_null_is_not_missing() -> None:
     assert gemma.attention.softcap is None and gemma.final_softcap is None
 
 
-def test_windows() -> None:
+def test_layers_with_windows() -> None:
     def kinds(family: str, **more: Any) -> str:
         return "".join(spec.attention[0] for spec in layer_specs(read(small(family, **more))))
 
@@ -153,7 +153,7 @@ def test_windows() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2"])
-def test_both_spellings_of_rope(family: str) -> None:
+def test_both_spellings_of_rope_give_the_same_config(family: str) -> None:
     for parameters in (
         {"rope_type": "default"},
         YARN,
@@ -169,18 +169,17 @@ def test_both_spellings_of_rope(family: str) -> None:
     )
 
 
-def test_lengths_that_rope_goes_by() -> None:
-    """Of dynamic scaling the longest context, whatever the original one; of the others the original one, wherever it
-    stands."""
+def test_original_length_of_rope_scaling() -> None:
+    """Dynamic scaling uses max_position_embeddings; the others use the original length, at either level of the file."""
     dynamic = small(
         "llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 16}
     )
     assert read(dynamic).position.scaling == RopeScalingConfig("dynamic_ntk", 3.0, 64)
-    beside = small("llama", rope_scaling={"rope_type": "yarn"}, original_max_position_embeddings=16)
-    assert read(beside).position == read(small("llama", rope_scaling=YARN)).position
+    top_level = small("llama", rope_scaling={"rope_type": "yarn"}, original_max_position_embeddings=16)
+    assert read(top_level).position == read(small("llama", rope_scaling=YARN)).position
 
 
-def test_ntk_is_written_as_the_larger_base_that_it_is() -> None:
+def test_ntk_is_written_as_an_equivalent_larger_base() -> None:
     config = read(small("llama", rope_theta=100.0))
     ntk = replace(config, position=replace(config.position, scaling=RopeScalingConfig("ntk", 4.0)))
     found = read(to_json(ntk, "llama")[1])
@@ -190,7 +189,7 @@ def test_ntk_is_written_as_the_larger_base_that_it_is() -> None:
     )
 
 
-def test_rope_of_gemma_3_is_scaled_where_a_layer_sees_all() -> None:
+def test_rope_of_gemma_3_is_scaled_in_global_layers_only() -> None:
     linear = {"rope_type": "linear", "factor": 8.0}
     old = read(small("gemma3", rope_theta=300.0, rope_local_base_freq=20.0, rope_scaling=linear))
     nested = {
@@ -203,7 +202,7 @@ def test_rope_of_gemma_3_is_scaled_where_a_layer_sees_all() -> None:
     assert read(small("gemma3", rope_parameters=both)).position.local_theta is None
 
 
-def test_the_text_part_of_a_gemma_3_with_images() -> None:
+def test_text_config_of_a_multimodal_gemma_3_is_read() -> None:
     values = {k: v for k, v in small("gemma3", rms_norm_eps=1e-3, odd=1).items() if k != "architectures"}
     whole = {
         "architectures": ["Gemma3ForConditionalGeneration"],
@@ -284,23 +283,23 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "change", "told"), REFUSED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-def test_what_cannot_be_expressed_is_refused(family: str, change: dict[str, Any], told: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("family", "change", "parts"), REFUSED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_unsupported_values_are_refused(family: str, change: dict[str, Any], parts: tuple[str, ...]) -> None:
     read(small(family))
     with pytest.raises(UnsupportedModelError) as error:
         read(small(family, **change))
     message = str(error.value)
     assert message.startswith("config.json") and "\n" not in message
-    assert [part for part in told if part not in message] == []
+    assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize("named", [["BertModel"], "GPTNeoXForCausalLM", [], None, [["LlamaForCausalLM"]], 7])
-def test_an_architecture_that_is_not_there_lists_those_that_are(named: Any) -> None:
+def test_an_unsupported_architecture_lists_the_supported_ones(named: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"GPT2LMHeadModel.*Gemma3ForCausalLM.*LlamaForCausalLM"):
         read(SMALL | {"architectures": named})
 
 
-def test_keys_that_nothing_reads_are_told() -> None:
+def test_unused_keys_are_reported() -> None:
     assert family_of(small("llama", residual_multiplier=0.2, use_cache=True, torch_dtype="float16", nothing=None))[
         2
     ] == ["residual_multiplier"]
@@ -324,7 +323,7 @@ ODD = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_an_odd_value_is_read_or_refused_and_never_a_crash(data: st.DataObject) -> None:
+def test_an_odd_value_is_read_or_refused_without_a_crash(data: st.DataObject) -> None:
     values = copy.deepcopy(TABLES[data.draw(st.sampled_from(sorted(TABLES)), "family")])
     where = values
     keys = sorted(values)
@@ -397,18 +396,18 @@ NETWORKS = st.builds(
 
 @settings(max_examples=120, deadline=None)
 @given(NETWORKS)
-def test_any_network_is_written_as_what_it_is_or_refused(config: ModelConfig) -> None:
+def test_any_network_is_written_exactly_or_refused(config: ModelConfig) -> None:
     try:
         _, values = to_json(config)
     except UnsupportedModelError as error:
-        assert "which cannot say: " in str(error)
+        assert "which cannot express: " in str(error)
         return
     assert differences(architecture(config), architecture(read(values))) == []
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
-def test_a_window_is_written_where_no_layer_slides(name: str) -> None:
-    """transformers refuses null of these families."""
+def test_a_window_is_written_even_if_no_layer_slides(name: str) -> None:
+    """transformers does not accept null for these families."""
     config = read(BY_NAME[name].config)
     everywhere = replace(config, attention=replace(config.attention, layers=("global",)))
     if name == "gemma3":
@@ -418,18 +417,18 @@ def test_a_window_is_written_where_no_layer_slides(name: str) -> None:
     assert differences(architecture(everywhere), architecture(read(values))) == []
 
 
-def test_olmoe_has_queries_as_wide_as_the_residual_stream() -> None:
+def test_olmoe_requires_queries_as_wide_as_the_residual_stream() -> None:
     config = read(BY_NAME["olmoe"].config)
     assert to_json(config)[0] == "olmoe"
     wide = replace(config, attention=replace(config.attention, head_dim=16))
     with pytest.raises(
-        UnsupportedModelError, match=r"head_dim = 16: .*embed_dim = 32 numbers, and 4 heads of 16 are 64"
+        UnsupportedModelError, match=r"head_dim = 16: .*embed_dim = 32 numbers, but 4 heads of 16 have 64"
     ):
         to_json(wide, "olmoe")
 
 
-def test_of_dynamic_scaling_the_length_it_starts_from_is_written() -> None:
-    """That is max_position_embeddings, whatever the longest context was raised to; of other positions, the latter."""
+def test_dynamic_scaling_is_written_with_its_original_length() -> None:
+    """max_position_embeddings is the original length for dynamic scaling, and model.max_length for other positions."""
     values = small("llama", rope_scaling={"rope_type": "dynamic", "factor": 3.0})
     longer = replace(read(values), max_length=256)
     written = to_json(longer)[1]
@@ -440,7 +439,7 @@ def test_of_dynamic_scaling_the_length_it_starts_from_is_written() -> None:
     assert architecture(learned) != architecture(replace(learned, max_length=256))
 
 
-def test_the_simplest_family_that_can_say_it_is_chosen() -> None:
+def test_the_simplest_family_that_can_express_a_config_is_chosen() -> None:
     def chosen(**changes: Any) -> str:
         config = read(small("llama"))
         return to_json(replace(config, attention=replace(config.attention, **changes)))[0]
@@ -450,13 +449,13 @@ def test_the_simplest_family_that_can_say_it_is_chosen() -> None:
     assert chosen(bias="qkv") == "qwen2"
     assert chosen(qk_norm="head") == "qwen3"
     with pytest.raises(
-        UnsupportedModelError, match=r"llama, which cannot say: model.attention.sinks = True \(there False\)"
+        UnsupportedModelError, match=r"llama, which cannot express: model.attention.sinks = True \(there False\)"
     ):
         chosen(sinks=True)
-    with pytest.raises(UnsupportedModelError, match="'bert' is unknown; there are llama"):
+    with pytest.raises(UnsupportedModelError, match=r"family = 'bert': unknown\. Supported: llama"):
         to_json(read(small("llama")), "bert")
 
 
-def test_tables_are_of_all_families() -> None:
+def test_tables_and_releases_include_every_family() -> None:
     counted = Counter(family_of(values)[0] for values in TABLES.values())
     assert set(counted) == set(FAMILIES) == {release.family for release in RELEASES.values()}

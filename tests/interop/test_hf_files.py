@@ -1,5 +1,4 @@
-"""Files of published models: what is read is what an independent writer wrote, and damage is told before a weight is
-read."""
+"""Reading published models: values match an independent writer's, and damage is reported before weights are read."""
 
 import json
 from collections.abc import Callable
@@ -59,17 +58,19 @@ def test_every_dtype_is_read_as_the_library_wrote_it(tmp_path):
         assert source.tensors[name].file == "model.safetensors"
     views = {name: source.read(name) for name in held}
     source.release()
-    assert all(same(views[name], held[name]) for name in held)  # pages that were given back are read again
+    assert all(same(views[name], held[name]) for name in held)  # released pages are read again
 
 
-def test_a_folder_with_an_index_is_read_from_its_shards_and_others_are_left_alone(tmp_path):
+def test_a_folder_with_an_index_is_read_from_its_shards_only(tmp_path):
     held = tensors()
     write(tmp_path, held, shards=3)
-    save_file({"tok_embeddings.weight": held[EMBEDDING]}, tmp_path / "consolidated.safetensors")  # as Mistral's
+    save_file(
+        {"tok_embeddings.weight": held[EMBEDDING]}, tmp_path / "consolidated.safetensors"
+    )  # as in Mistral's releases
     source = SafetensorsFolder(tmp_path)
     assert all(same(source.read(name), held[name]) for name in held)
     (tmp_path / INDEX).unlink()
-    with pytest.raises(ModelFilesError, match=r"4 safetensors files .* no model.safetensors.index.json"):
+    with pytest.raises(ModelFilesError, match=r"4 safetensors files .* but no model.safetensors.index.json"):
         (tmp_path / "extra.safetensors").write_bytes((tmp_path / "consolidated.safetensors").read_bytes())
         (tmp_path / FIRST.replace("2.", "3.")).rename(tmp_path / "a.safetensors")
         (tmp_path / SECOND.replace("2.", "3.")).rename(tmp_path / "b.safetensors")
@@ -93,7 +94,9 @@ def test_shards_without_an_index_are_read_by_their_numbers(tmp_path):
     [("float32", 1 << 20, 700, True), ("bfloat16", 10_000, 5000, True), ("float32", 0, 3000, False)],
     ids=["small, on a mesh", "large, on a mesh", "large, one device"],
 )
-def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored, small_bytes, slab_bytes, on_mesh):
+def test_loaded_weights_match_the_files_for_any_slab_size(
+    tmp_path, monkeypatch, stored, small_bytes, slab_bytes, on_mesh
+):
     held = tensors(stored)
     write(tmp_path, held, shards=2)
     monkeypatch.setattr(loading, "SLAB_BYTES", slab_bytes)
@@ -137,15 +140,15 @@ def test_weights_are_the_files_whatever_the_slabs(tmp_path, monkeypatch, stored,
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_network_is_refused_by_name(config, axes, message):
+def test_a_mesh_that_does_not_divide_the_network_is_refused(config, axes, message):
     network = llama.to_config(Keys(CONFIG | config))
     mesh = make_mesh(MeshConfig(**axes))
-    with pytest.raises(ValueError, match=message):  # what `load` begins with
+    with pytest.raises(ValueError, match=message):  # `load` calls `abstract` first
         abstract(network, RULES, mesh)
 
 
 def damage_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """A function that rewrites the header of the first shard."""
+    """Return a function that rewrites the header of the first shard."""
 
     def damage(folder: Path) -> None:
         data = (folder / FIRST).read_bytes()
@@ -194,10 +197,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         damage_header(lambda h: h[EMBEDDING]["shape"].reverse() or h[EMBEDDING]["shape"].append(2)),
         "does not fit its",
     ),
-    "an unknown dtype": (damage_header(lambda h: h[EMBEDDING].update(dtype="F31")), "dtype 'F31'; known are F64"),
+    "an unknown dtype": (
+        damage_header(lambda h: h[EMBEDDING].update(dtype="F31")),
+        r"unknown dtype 'F31' \(known: F64",
+    ),
     "an overlap": (damage_header(lambda h: h[EMBEDDING].update(data_offsets=h[HEAD]["data_offsets"])), "overlaps"),
     "a hole": (damage_header(lambda h: h.pop(EMBEDDING)), "unused before it|follow the last"),
-    "a negative shape": (damage_header(lambda h: h[EMBEDDING].update(shape=[-96, -32])), r"has the shape \[-96, -32\]"),
+    "a negative shape": (
+        damage_header(lambda h: h[EMBEDDING].update(shape=[-96, -32])),
+        r"has the invalid shape \[-96, -32\]",
+    ),
     "a name twice": (lambda f: (f / FIRST).write_bytes(TWICE), "header is not JSON .a name occurs twice"),
     "no offsets": (damage_header(lambda h: h[EMBEDDING].pop("data_offsets")), "no valid data_offsets"),
     "a shard missing": (lambda f: (f / SECOND).unlink(), f"1 of 2 files .* missing: {SECOND}"),
@@ -211,11 +220,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a path out of the folder": (
         lambda f: index(f, lambda i: i["weight_map"].update(x="../x.safetensors")),
-        "of the same folder",
+        "in the same folder",
     ),
     "an index of nothing": (lambda f: (f / INDEX).write_text("{}"), "holds no weight_map"),
     "a tensor twice": (lambda f: save_file(tensors(), f / SECOND), "is both in .* and in"),
-    "a pickle": (pickle_alone, "pytorch_model.bin is a pickle: .*save_pretrained"),
+    "a pickle": (pickle_alone, "pytorch_model.bin is a pickle, .*save_pretrained"),
     "nothing": (lambda f: [p.unlink() for p in f.glob("*safetensors*")], "holds no model"),
     "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
     "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
@@ -223,7 +232,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told_on_opening(tmp_path, damage):
+def test_damage_is_reported_when_opening(tmp_path, damage):
     change, message = DAMAGES[damage]
     write(tmp_path, shards=2)
     open_published(tmp_path)
@@ -232,7 +241,7 @@ def test_damage_is_told_on_opening(tmp_path, damage):
         open_published(tmp_path)
 
 
-def test_a_wrong_total_size_is_a_note(tmp_path):
+def test_a_wrong_total_size_is_only_noted(tmp_path):
     held = tensors()
     write(tmp_path, held, shards=2)
     assert open_published(tmp_path).notes == ()
@@ -277,7 +286,7 @@ def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(small, tmp_
         assert all(same(library.get_tensor(name), found[name]) for name in found)
 
 
-def test_the_table_of_differences(tmp_path):
+def test_mismatched_tensors_are_listed_in_a_table(tmp_path):
     held = tensors()
     q = "model.layers.0.self_attn.q_proj.weight"
     held["model.layers.0.self_attn.q_projj.weight"] = held.pop(q)
@@ -287,17 +296,17 @@ def test_the_table_of_differences(tmp_path):
     with pytest.raises(ModelFilesError) as error:
         open_published(tmp_path)
     first, *rows = str(error.value).splitlines()
-    assert "1 missing, 1 unexpected, 1 of another shape, 1 not of floating point" in first
-    told = "\n".join(" ".join(row.split()) for row in rows)
-    assert f"missing {q} [32, 32] (there is model.layers.0.self_attn.q_projj.weight)" in told
-    assert "shape model.norm.weight [32] wanted, [30] found" in told
-    assert "unexpected model.layers.0.self_attn.q_projj.weight [32, 32]" in told
-    assert "dtype model.layers.1.mlp.down_proj.weight int8" in told and "quantized in a way" in told
+    assert "1 missing, 1 unexpected, 1 of another shape, 1 not floating-point" in first
+    table = "\n".join(" ".join(row.split()) for row in rows)
+    assert f"missing {q} [32, 32] (found model.layers.0.self_attn.q_projj.weight)" in table
+    assert "shape model.norm.weight [32] required, [30] found" in table
+    assert "unexpected model.layers.0.self_attn.q_projj.weight [32, 32]" in table
+    assert "dtype model.layers.1.mlp.down_proj.weight int8" in table and "quantized in a way" in table
 
 
-def test_a_long_table_is_cut_and_a_common_prefix_is_told(tmp_path):
+def test_a_long_table_is_cut_and_a_common_prefix_is_reported(tmp_path):
     write(tmp_path, {f"base.{name}": x for name, x in tensors().items()})
-    with pytest.raises(ModelFilesError, match=r"there with 'base.' before their names") as error:
+    with pytest.raises(ModelFilesError, match=r"exist with the prefix 'base\.'") as error:
         open_published(tmp_path)
     rows = [line for line in str(error.value).splitlines() if line.startswith("  ")]
     assert len(rows) == 21 and rows[-1] == "  ... and 22 more"
@@ -308,22 +317,22 @@ def test_old_buffers_are_ignored(tmp_path):
     assert len(open_published(tmp_path).pieces) == 21
 
 
-def test_vocabulary_of_the_config_against_the_rows_of_the_embedding(tmp_path):
+def test_a_vocab_size_other_than_the_embedding_rows_is_refused(tmp_path):
     write(tmp_path, config={"vocab_size": 90})
     with pytest.raises(
         ModelFilesError,
-        match=r"vocab_size is 90 in config.json, but model.embed_tokens.weight has 96 rows: set vocab_size to 96",
+        match=r"vocab_size is 90 in config.json, but model.embed_tokens.weight has 96 rows\. Set vocab_size to 96",
     ):
         open_published(tmp_path)
 
 
-def test_tied_and_untied(tmp_path, monkeypatch):
+def test_tied_embeddings_must_equal_a_stored_head(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "SLAB_ROWS", 16)
     held = tensors()
     write(tmp_path / "two", held, config={"tie_word_embeddings": True})
     with pytest.raises(
         ModelFilesError,
-        match=r"tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight .*from row 0",
+        match=r"tie_word_embeddings is true, but lm_head.weight is not equal to model.embed_tokens.weight .*in row 0",
     ):
         open_published(tmp_path / "two")
     held[EMBEDDING] = held[EMBEDDING].astype(jnp.bfloat16).astype(np.float32)
@@ -338,11 +347,11 @@ def test_tied_and_untied(tmp_path, monkeypatch):
     assert open_published(tmp_path / "copy").config.tied_embeddings
     held[HEAD][70, 3] *= 1.0001
     write(tmp_path / "nearly", held, config={"tie_word_embeddings": True})
-    with pytest.raises(ModelFilesError, match="from row 70 on"):
+    with pytest.raises(ModelFilesError, match="in row 70"):
         open_published(tmp_path / "nearly")
     write(tmp_path / "one", {name: x for name, x in held.items() if name != HEAD})
     with pytest.raises(
-        ModelFilesError, match=r"lm_head.weight is missing though .* tie_word_embeddings = false: set it to true"
+        ModelFilesError, match=r"lm_head.weight is missing, but .* tie_word_embeddings = false\. Set it to true"
     ):
         open_published(tmp_path / "one")
 
@@ -354,47 +363,45 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path, monkeypatch, small_byt
         held = tensors()
         held[HEAD][50, 3] = bad
         published = open_published(write(tmp_path, held))
-        with pytest.raises(
-            ModelFilesError, match=f"{HEAD}: holds {bad}, 1 of the 3072 values looked at are not finite"
-        ):
+        with pytest.raises(ModelFilesError, match=f"{HEAD}: holds {bad}; 1 of the 3072 values checked are not finite"):
             load(published.source, published.pieces, published.config, RULES)
 
 
-def test_a_weight_beyond_the_dtype_asked_for_is_refused(tmp_path):
+def test_a_weight_beyond_the_range_of_the_dtype_is_refused(tmp_path):
     held = tensors()
     held[HEAD][50, 3] = 7e4
     published = open_published(write(tmp_path, held))
     with pytest.raises(
-        ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say \(65504\)"
+        ModelFilesError, match=r"lm_head.weight: holds a value of magnitude 70000, above the float16 maximum of 65504"
     ):
         load(published.source, published.pieces, published.config, RULES, dtype="float16")
 
 
-def test_what_cannot_be_read_is_refused_by_name(tmp_path):
+def test_unreadable_models_are_refused_by_name(tmp_path):
     write(tmp_path / "a", config={"architectures": ["T5ForConditionalGeneration"]})
     for file in (tmp_path / "a").glob("*.safetensors"):
-        file.unlink()  # what can never be read is told before what is missing
+        file.unlink()  # an unsupported architecture is reported before missing files
     with pytest.raises(
-        UnsupportedModelError, match=r"T5ForConditionalGeneration.*not supported; there are .*LlamaForCausalLM"
+        UnsupportedModelError, match=r"T5ForConditionalGeneration.*not supported\. Supported: .*LlamaForCausalLM"
     ):
         open_published(tmp_path / "a")
     write(tmp_path / "b", config={"quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(UnsupportedModelError, match=r"quant_method = 'gptq' cannot be read; supported: fp8, mxfp4"):
+    with pytest.raises(UnsupportedModelError, match=r"quant_method = 'gptq': not supported \(supported: fp8, mxfp4"):
         open_published(tmp_path / "b")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelFilesError, match="adapter"):
         open_published(tmp_path / "c")
     (tmp_path / "e" / "snapshots").mkdir(parents=True)
-    with pytest.raises(ModelFilesError, match="give one of the folders in"):
+    with pytest.raises(ModelFilesError, match="Give one of the folders in"):
         open_published(tmp_path / "e")
-    with pytest.raises(ModelFilesError, match="no such path"):
+    with pytest.raises(ModelFilesError, match="does not exist"):
         open_published(tmp_path / "d")
-    with pytest.raises(ModelFilesError, match="give the folder that holds it"):
+    with pytest.raises(ModelFilesError, match="Give the folder that holds it"):
         open_published(tmp_path / "b" / "model.safetensors")
 
 
-def test_a_source_under_other_names(tmp_path):
+def test_a_renamed_source_reads_the_same_tensors(tmp_path):
     held = {"wte.weight": np.ones(3, np.float32), "b": np.zeros(2, np.float32)}
     save_file(held, tmp_path / "model.safetensors")
     source = Renamed(SafetensorsFolder(tmp_path), {"wte.weight": "transformer.wte.weight"})

@@ -1,4 +1,4 @@
-"""The promise of the loader: beside the shards, less memory than the largest tensor."""
+"""Loading needs less memory, besides the shards, than the largest tensor has."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ WIDTH = 512
 
 
 def write(folder: Path, dtype: str, vocab: int, *, tied: bool, layers: int) -> Path:
-    """A Llama whose embedding is the largest tensor by far; its values repeat, so that writing it is quick."""
+    """Write a Llama whose embedding is by far the largest tensor. Values repeat, so that writing is quick."""
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": WIDTH,
@@ -56,22 +56,22 @@ def measure(folder: Path, dtype: str, devices: int) -> dict[str, float]:
 
 
 needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc"
+    not Path("/proc/self/clear_refs").exists(), reason="memory peaks are read from Linux's /proc"
 )
 
 
 def hold(found: dict[str, float]) -> None:
-    """The issue asks for 1.2 times the largest tensor beside the shards; a loader that reads it whole, once, would pass
-    that."""
+    """Check that loading needs less than 0.8 times the largest tensor besides the shards. A bound above 1 would accept
+    a loader that reads the whole tensor."""
     over = found["peak"] - found["shards"]
     assert found["largest"] > 1e8
     assert over < 0.8 * found["largest"], (
-        f"{over / 1e6:.0f} MB beside the shards, largest tensor {found['largest'] / 1e6:.0f} MB"
+        f"{over / 1e6:.0f} MB besides the shards, largest tensor {found['largest'] / 1e6:.0f} MB"
     )
 
 
 @needs_proc
-def test_memory_of_loading_bfloat16_as_float32(tmp_path):
+def test_loading_bfloat16_as_float32_needs_less_than_the_largest_tensor(tmp_path):
     hold(measure(write(tmp_path / "m", "bfloat16", 1 << 17, tied=True, layers=1), "float32", 1))
 
 
@@ -79,7 +79,7 @@ def test_memory_of_loading_bfloat16_as_float32(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("stored", ["bfloat16", "float32"])
-def test_memory_of_loading_from_and_into_each_dtype(tmp_path, stored, devices):
+def test_loading_each_dtype_needs_less_than_the_largest_tensor(tmp_path, stored, devices):
     folder = write(tmp_path / "m", stored, 1 << (17 if stored == "bfloat16" else 16), tied=False, layers=4)
     for dtype in ("float32", "bfloat16"):
         hold(measure(folder, dtype, devices))

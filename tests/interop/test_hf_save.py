@@ -1,4 +1,4 @@
-"""Published models written: read by an independent reader, whole or not at all, and verified."""
+"""Saving published models: an independent reader reads them, they are complete or absent, and they verify."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ def model(published):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_library_reads_what_was_written(tmp_path, published, model, dtype):
+def test_the_library_reads_a_saved_model(tmp_path, published, model, dtype):
     assert save_published(model, published.config, tmp_path / "out", dtype=dtype, shard_bytes=20_000) == "llama"
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     found, held = {}, tensors()
@@ -70,7 +70,7 @@ def test_the_library_reads_what_was_written(tmp_path, published, model, dtype):
     assert not list(tmp_path.glob(".*.writing"))
 
 
-def test_from_a_mesh_the_same_bytes_are_written(tmp_path, published, model):
+def test_a_mesh_writes_the_same_bytes_as_one_device(tmp_path, published, model):
     mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
     spread = load(published.source, published.pieces, published.config, RULES, mesh)
     save_published(model, published.config, tmp_path / "one")
@@ -82,8 +82,8 @@ def test_from_a_mesh_the_same_bytes_are_written(tmp_path, published, model):
     assert verify(spread, published, "float32").elements == ELEMENTS
 
 
-def test_within_the_context_of_a_mesh_too(tmp_path, published, monkeypatch):
-    monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)  # one weight goes by slabs
+def test_saving_and_verifying_work_within_use_mesh(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)  # one weight is loaded in slabs
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with use_mesh(mesh):
         spread = load(published.source, published.pieces, published.config, RULES, mesh)
@@ -92,13 +92,13 @@ def test_within_the_context_of_a_mesh_too(tmp_path, published, monkeypatch):
         verify_saved(spread, tmp_path / "out", "float32")
 
 
-def test_weights_of_several_hosts_are_refused(tmp_path, published, model, monkeypatch):
+def test_weights_on_several_hosts_are_refused(tmp_path, published, model, monkeypatch):
     elsewhere = {path: namedtuple("Weight", "is_fully_addressable")(path != "head") for path in named(model)}
     monkeypatch.setattr(saving, "named", lambda _: elsewhere)
     monkeypatch.setattr(verifying, "named", lambda _: elsewhere)
-    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+    with pytest.raises(ModelFilesError, match="the weights are spread over several hosts"):
         save_published(model, published.config, tmp_path / "out")
-    with pytest.raises(ModelFilesError, match="the weights lie on several hosts"):
+    with pytest.raises(ModelFilesError, match="the weights are spread over several hosts"):
         verify(model, published, "float32")
 
 
@@ -110,24 +110,24 @@ def test_a_part_of_a_weight_is_fetched_from_its_shards(model):
     for low, high in (((1, 0, 0), (2, 6, 8)), ((0, 2, 3), (4, 5, 5)), ((0, 0, 0), (4, 6, 8)), ((3, 4, 0), (4, 5, 3))):
         np.testing.assert_array_equal(fetch(spread, low, high), whole[tuple(map(slice, low, high))])
     for on_host in (True, False):
-        with use_mesh(None if on_host else mesh):  # on an accelerator, an export within the context of its mesh
+        with use_mesh(None if on_host else mesh):  # an export on an accelerator runs within use_mesh
             found = _part(spread.addressable_shards[3].data, (1, 2, 1), (2, 1, 2), on_host)
         np.testing.assert_array_equal(found, np.asarray(spread.addressable_shards[3].data)[1:3, 2:3, 1:3])
         np.testing.assert_array_equal(_part(jnp.asarray(whole), (1, 2, 3), (2, 3, 4), on_host), whole[1:3, 2:5, 3:7])
 
 
-def test_verify_names_what_differs(published, model):
+def test_verify_names_the_differing_tensor(published, model):
     assert verify(model, published, "float32") == Verified(21, 11, ELEMENTS)
     mlp = model.stacks[0][0].mlp
     put(mlp, "up", mlp.up.value.at[1, 3, 1, 7].add(0.5).at[1, 4, 1, 8].add(0.25))
     with pytest.raises(
         ModelFilesError,
-        match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0.5",
+        match=r"layers.1.mlp.up_proj.weight \(model-0000.*\): 2 of 1536 .* stacks/0/0/mlp/up .* up to 0\.5",
     ):
         verify(model, published, "float32")
 
 
-def test_verify_sees_the_last_bit_of_the_dtype_and_no_further(published, model):
+def test_verify_compares_exactly_the_bits_of_the_dtype(published, model):
     scale = np.asarray(model.final_norm.scale.value)
     put(model.final_norm, "scale", jnp.asarray(np.nextafter(scale, np.float32(np.inf))))
     with pytest.raises(ModelFilesError, match=r"model.norm.weight .*32 of 32"):
@@ -138,7 +138,7 @@ def test_verify_sees_the_last_bit_of_the_dtype_and_no_further(published, model):
     assert verify(rounded, published, "bfloat16").elements == ELEMENTS
 
 
-def test_verify_sees_a_file_that_changed(tmp_path, published, model):
+def test_verify_detects_a_changed_file(tmp_path, published, model):
     save_published(model, published.config, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -160,13 +160,13 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error)
     assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
-def test_what_a_killed_export_left_looks_like_no_model_and_the_next_one_removes_it(tmp_path, published, model, capsys):
+def test_leftovers_of_a_killed_export_are_not_a_model_and_are_removed(tmp_path, published, model, capsys):
     save_published(model, published.config, tmp_path / "out")
     left = tmp_path / ".again.0123abcd.writing"
     inner = tmp_path / f".{left.name}.89abcdef.writing"  # the command line stages twice
     for folder in (left, inner):
         shutil.copytree(tmp_path / "out", folder)
-        (folder / "config.json").unlink()  # it is written last
+        (folder / "config.json").unlink()  # written last
     with pytest.raises(ModelFilesError, match=r"there is no config.json"):
         open_published(left)
     others = [tmp_path / name for name in (".again.12.writing", ".again2.0123abcd.writing", ".again.0123abcd")]
@@ -180,19 +180,19 @@ def test_what_a_killed_export_left_looks_like_no_model_and_the_next_one_removes_
     assert f"removed {left}, which a killed process left" in out and f"removed {inner}" in out
 
 
-def test_a_folder_that_a_living_process_writes_is_no_leftover(tmp_path):
-    told: list[str] = []
-    with staged(tmp_path / "out", told.append) as first:
+def test_the_folder_of_a_running_process_is_not_removed(tmp_path):
+    logged: list[str] = []
+    with staged(tmp_path / "out", logged.append) as first:
         (first / "x").write_text("1")
-        with staged(tmp_path / "out", told.append) as second:
+        with staged(tmp_path / "out", logged.append) as second:
             (second / "x").write_text("2")
         assert first.exists()
         shutil.rmtree(tmp_path / "out")
-    assert (tmp_path / "out" / "x").read_text() == "1" and told == []
+    assert (tmp_path / "out" / "x").read_text() == "1" and logged == []
 
 
-def test_weights_saved_in_a_held_folder_leave_it_held(tmp_path, published, model):
-    """The command line adds a tokenizer and verifies; another export of the same name begins meanwhile."""
+def test_saving_in_a_staging_folder_keeps_its_lock(tmp_path, published, model):
+    """The command line then adds a tokenizer and verifies, while another export to the same name may start."""
     logged: list[str] = []
     with staged(tmp_path / "out", logged.append) as first:
         save_published(model, published.config, first)
@@ -202,7 +202,7 @@ def test_weights_saved_in_a_held_folder_leave_it_held(tmp_path, published, model
     assert (tmp_path / "out" / "config.json").exists() and logged == []
 
 
-def test_an_empty_folder_is_written_in_and_emptied_again(tmp_path, published, model):
+def test_an_interrupted_export_empties_an_existing_folder(tmp_path, published, model):
     def stop(piece, size):
         raise KeyboardInterrupt
 
@@ -212,14 +212,14 @@ def test_an_empty_folder_is_written_in_and_emptied_again(tmp_path, published, mo
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_killed_process_lets_go_of_its_folder(tmp_path):
-    code = "import sys; from pathlib import Path; from interop.save import _held_folder; import os, signal\n"
-    code += "_held_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+def test_the_folder_of_a_killed_process_is_removed(tmp_path):
+    code = "import sys; from pathlib import Path; from interop.save import _locked_staging_folder; import os, signal\n"
+    code += "_locked_staging_folder(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
-    (left,), told = list(tmp_path.iterdir()), []
+    (left,), logged = list(tmp_path.iterdir()), []
     assert done.returncode == -9
-    with staged(tmp_path / "out", told.append):
-        assert not left.exists() and told == [f"removed {left}, which a killed process left"]
+    with staged(tmp_path / "out", logged.append):
+        assert not left.exists() and logged == [f"removed {left}, which a killed process left"]
 
 
 def test_config_json_is_written_last(tmp_path, published, model, monkeypatch):
@@ -235,11 +235,14 @@ def test_config_json_is_written_last(tmp_path, published, model, monkeypatch):
     assert seen == [shards, [*shards, "model.safetensors.index.json"]]
 
 
-def test_a_full_disk_is_told_and_nothing_is_kept(tmp_path, published, model, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, published, model, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(ModelFilesError, match="the disk is full: 0 MB are needed"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ModelFilesError, match="the disk is full: the weights need 0 MB"),
+    ):
         patch.setattr(saving, "_write", full)
         save_published(model, published.config, tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(ModelFilesError, match="the disk is full"):
@@ -248,14 +251,14 @@ def test_a_full_disk_is_told_and_nothing_is_kept(tmp_path, published, model, mon
     assert [p.name for p in tmp_path.iterdir()] == ["published"]
 
 
-def test_what_cannot_be_written_is_refused(tmp_path, published, model):
+def test_unsupported_exports_are_refused(tmp_path, published, model):
     (tmp_path / "taken").mkdir()
-    save_published(model, published.config, tmp_path / "taken")  # empty: it is replaced
-    with pytest.raises(ModelFilesError, match="exists already and is not empty"):
+    save_published(model, published.config, tmp_path / "taken")  # an empty folder may be used
+    with pytest.raises(ModelFilesError, match="already exists and is not empty"):
         save_published(model, published.config, tmp_path / "taken")
-    with pytest.raises(ModelFilesError, match=r"dtype 'int8' .* float32, bfloat16, float16"):
+    with pytest.raises(ModelFilesError, match=r"dtype = 'int8': .* float32, bfloat16, float16"):
         save_published(model, published.config, tmp_path / "out", dtype="int8")
-    with pytest.raises(UnsupportedModelError, match="which cannot say"):
+    with pytest.raises(UnsupportedModelError, match="which cannot express"):
         save_published(
             model,
             replace(published.config, norm=replace(published.config.norm, kind="layer")),
@@ -264,7 +267,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, published, model):
         )
     put(model, "head", model.head.value.at[3, 50].set(7e4))
     with pytest.raises(
-        ModelFilesError, match=r"lm_head.weight: holds a value of size 70000, more than float16 can say"
+        ModelFilesError, match=r"lm_head.weight: holds a value of magnitude 70000, above the float16 maximum"
     ):
         save_published(model, published.config, tmp_path / "out", dtype="float16")
     put(model, "head", model.head.value.at[3, 50].set(jnp.nan))
@@ -273,7 +276,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, published, model):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["published", "taken"]
 
 
-def test_slabs_go_through_the_file_from_its_beginning_to_its_end(published):
+def test_slabs_follow_the_order_of_the_file(published):
     weights, held = named(abstract(published.config, RULES, None)), tensors()
     for piece in published.pieces:
         tensor = held[piece.name]
@@ -303,7 +306,7 @@ def test_pieces_must_cover_each_weight_and_tensor_once(published):
             check_cover(pieces, weights)
 
 
-def test_the_plan_is_made_of_headers(tmp_path, published, model):
+def test_the_plan_matches_the_loaded_model(tmp_path, published, model):
     held = tensors("bfloat16")
     held[EMBEDDING] = held[EMBEDDING].astype(np.float32)
     source = open_published(write(tmp_path / "mixed", held, shards=2))
@@ -322,5 +325,5 @@ def test_the_plan_is_made_of_headers(tmp_path, published, model):
     assert math.prod(held[HEAD].shape) == V * D
 
 
-def test_pieces_of_the_family_are_those_of_the_config(published):
+def test_an_opened_llama_has_the_pieces_of_its_family(published):
     assert llama.pieces(published.config) == published.pieces

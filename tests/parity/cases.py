@@ -1,8 +1,7 @@
-"""Layers of experts as published models have them, tiny, with weights that make every choice matter.
+"""Tiny MoE layers of published models, with weights that make every option matter.
 
-The numbers come from NumPy's RandomState, whose stream is frozen for good, so that a seed is as good as the weights.
-Shapes as transformers stores them: B batch, T time, D width, E experts, F hidden width of an expert, S of the shared
-ones.
+Weights come from NumPy's RandomState, whose stream is frozen, so that a seed determines them. Shapes are those of
+transformers: B batch, T time, D width, E experts, F hidden width of an expert, S hidden width of the shared experts.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Case:
-    """`moe` is our config of the layer; each of `wrong` is a change to it that must not go unseen."""
+    """A layer and its config. Each change in `wrong` must change the output."""
 
     name: str
-    family: str  # of transformers' models
+    family: str  # name of the model in transformers
     seed: int
     moe: MoEConfig
     wrong: tuple[dict[str, Any], ...]
 
     @property
     def file(self) -> Path:
-        """Where the reference's outputs and gradients are."""
+        """Return the path of the reference's outputs and gradients."""
         return FOLDER / f"{self.name}.npz"
 
 
@@ -106,8 +105,11 @@ CASES = (
 
 
 def draw(case: Case) -> dict[str, np.ndarray]:
-    """Float32. Matrices N(0, 1 / inputs), tokens and the functional that is differentiated N(0, 1); biases as large as
-    the scores differ, so that they decide. `mask`: the tokens that are no padding, where a statistic takes one."""
+    """Return inputs and weights, float32.
+
+    Matrices are N(0, 1 / inputs); inputs and the differentiated functional are N(0, 1). Biases are large enough to
+    change choices. `mask`: tokens that are not padding, for the statistics that use a mask.
+    """
     random = np.random.RandomState(case.seed)
 
     def normal(*shape: int, std: float = 1.0) -> np.ndarray:
@@ -134,6 +136,6 @@ def draw(case: Case) -> dict[str, np.ndarray]:
 
 
 def load(case: Case) -> dict[str, np.ndarray]:
-    """What the reference made of `draw(case)`: y, logits, indices, weights, losses, and `d_NAME` for every input."""
+    """Return the reference for `draw(case)`: y, logits, indices, weights, losses, and `d_NAME` for every input."""
     with np.load(case.file) as file:
         return dict(file)

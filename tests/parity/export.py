@@ -1,4 +1,4 @@
-"""What transformers makes of the folders that interop/save.py writes: the way out, tried on every family."""
+"""Compare transformers' logits for folders that interop/save.py writes with the reference, for every family."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.parity import transformers_families
 from tests.parity.families import FAMILIES, Family, write_folder
 from tests.parity.families import load as load_reference
 
-LIMIT = 2e-5  # of the largest logit; make.py lets another build of torch differ by half of that
+LIMIT = 2e-5  # relative to the largest logit; twice the difference that make.py allows between builds of torch
 
 
 def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
-    """Yield each family and how far the logits of its network, read and written by us, are from the reference in
-    transformers, relative to the largest of them."""
+    """Yield each family and the difference, relative to the largest logit, between the reference and transformers'
+    logits for the network that was loaded and saved again."""
     for family in FAMILIES:
         if names and family.name not in names:
             continue

@@ -1,9 +1,8 @@
-"""Thirteen published families (Llama with two kinds of RoPE), tiny: config.json as their authors write it, weights
-drawn.
+"""Tiny networks of thirteen published families (Llama with two kinds of RoPE): config.json as published, random weights.
 
-Written from the issue and the papers, not from interop. Numbers come from NumPy's RandomState, whose stream is frozen
-for good. Numbers that a reader could have built in (an epsilon, a base, a cap) are not the usual ones where that is
-possible. Shapes: B batch, T time, V vocabulary.
+The configs were written from published ones and the papers, independently of interop. Weights come from NumPy's
+RandomState, whose stream is frozen. Values that a reader could hard-code (an epsilon, a base, a cap) differ from the
+usual ones where possible. Shapes: B batch, T time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,31 +18,34 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-B, T, V, WINDOW = 2, 24, 96, 7  # a sequence is some windows long
+B, T, V, WINDOW = 2, 24, 96, 7  # a sequence is longer than three windows
 FOLDER = Path(__file__).parent / "families"
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """`config` is config.json; `gradients`: the reference has those of every tensor. Each of `wrong` changes fields of
-    our config (by dotted name) to what must not go unseen; the first of them are tried in every run, the others in slow
-    ones."""
+    """A family's test network.
+
+    `config`: config.json. `wrong`: changes of ModelConfig fields (by dotted name) that must change the logits; the
+    first ones are in the default tests, the others in slow tests. `gradients`: the reference has every tensor's
+    gradient.
+    """
 
     name: str
     config: dict[str, Any]
     wrong: tuple[dict[str, Any], ...] = ()
     gradients: bool = False
-    embedding_std: float = 0.05  # small, so that an epsilon counts; tied ones are predictions too, and larger
+    embedding_std: float = 0.05  # small, so that an epsilon matters; larger for tied embeddings, which also predict
     seed: int = field(default=1, kw_only=True)
 
     @property
     def file(self) -> Path:
-        """Where the reference is."""
+        """Return the path of the reference file."""
         return FOLDER / f"{self.name}.npz"
 
 
 def _llama(name: str, kind: str, **more: Any) -> dict[str, Any]:
-    """What most config.json say alike."""
+    """Return a config.json with the keys that most families share, and `more`."""
     return {
         "architectures": [name], "model_type": kind, "vocab_size": V, "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
@@ -229,15 +231,15 @@ BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def tokens(family: Family) -> np.ndarray:
-    """Int32 [B, T]."""
+    """Return the input tokens, int32 [B, T]."""
     return np.random.RandomState([family.seed, 0]).randint(0, V, (B, T)).astype(np.int32)
 
 
 def draw(family: Family, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 tensor of this name and shape on disk.
+    """Return the float32 tensor with this name and shape on disk.
 
-    Matrices N(0, 1 / inputs), queries and keys (where they are normed, the norms) doubled, so that attention is peaked;
-    norms, biases, sinks and the router's correction far from what an initializer gives: else a wrong option hides.
+    Matrices are N(0, 1 / inputs). Queries and keys (or their norms) are doubled, so that attention is peaked. Norms,
+    biases, sinks and the router's correction are far from their usual initial values, so that wrong options show.
     """
     n = np.random.RandomState([family.seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
     last = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -261,26 +263,26 @@ def draw(family: Family, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if last in ("q_proj", "k_proj", "q_b_proj", "kv_a_proj_with_mqa", "gate", "router"):
         times = 2.0
     if last == "gate_up_proj":
-        times = 4.0  # so that some are clamped
+        times = 4.0  # so that some values are clamped
     return n * np.float32(times * inputs**-0.5)
 
 
 @cache
 def load(family: Family) -> dict[str, np.ndarray]:
-    """What the reference gave: `logits` [B, T, V], `loss`, and `d_NAME` of each tensor where it has gradients."""
+    """Return the reference: `logits` [B, T, V], `loss`, and `d_NAME` for each tensor if it has gradients."""
     with np.load(family.file) as file:
         return {name: value for name, value in file.items() if name != "tensors"}
 
 
 @cache
 def shapes(family: Family) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors on disk, as transformers' save_pretrained writes them."""
+    """Return names and shapes of the tensors that transformers' save_pretrained writes."""
     with np.load(family.file) as file:
         return {name: tuple(shape) for name, shape in json.loads(file["tensors"].tobytes()).items()}
 
 
 def write_folder(family: Family, folder: Path, named: dict[str, tuple[int, ...]] | None = None) -> Path:
-    """The published folder: config.json and two shards with their index."""
+    """Write the published folder: config.json and two shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(family.config, indent=2))
     tensors = {name: draw(family, name, shape) for name, shape in sorted((named or shapes(family)).items())}

@@ -1,9 +1,9 @@
-"""Runs transformers on the drawn weights and writes what it gives beside this file: layers of experts (`cases.py`) and
-whole networks of thirteen families (`families.py`).
+"""Run transformers on the drawn weights and write the reference files: MoE layers (`cases.py`) and whole networks of
+thirteen families (`families.py`).
 
-    python -m tests.parity.make           writes the files (needs torch and transformers: the extra `parity`)
-    python -m tests.parity.make --check   runs them anew and compares, reads with transformers what interop/save.py
-                                          writes, and says what differs: `make parity`
+    python -m tests.parity.make           write the files (needs torch and transformers, the extra `parity`)
+    python -m tests.parity.make --check   recompute and compare them, and let transformers read models saved by
+                                          interop/save.py; report differences (`make parity`)
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import transformers
 
 from tests.parity import cases, families, transformers_blocks, transformers_families
 
-# Of a file made by another build of torch, relative to its largest entry (at least 1).
+# Largest difference between builds of torch, relative to the largest entry of a file (at least 1).
 TOLERANCE = {"block": 2e-6, "family": 1e-5}
 
 
 def main() -> int:
-    """Writes or checks every case; 1 where a file differs."""
+    """Write or check every case. Return 1 if a file differs, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.make", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
     parser.add_argument("names", nargs="*", help="only these cases and families")
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def same(kind: str, case: Any, found: dict[str, np.ndarray]) -> bool:
-    """Whether transformers gives what the file holds; prints it."""
+    """Print and return whether transformers reproduces the file."""
     with np.load(case.file) as file:
         kept = dict(file)
     exact = [name for name in found if found[name].dtype.kind in "iu"]
@@ -65,8 +65,8 @@ def same(kind: str, case: Any, found: dict[str, np.ndarray]) -> bool:
 
 
 def exported(names: list[str]) -> int:
-    """How many families transformers reads otherwise than meant from the folders that we write."""
-    from tests.parity.export import LIMIT, differences  # runs jax beside torch
+    """Return the number of families whose exported folders give different logits in transformers."""
+    from tests.parity.export import LIMIT, differences  # loads jax in addition to torch
 
     wrong = 0
     for family, far in differences(names):

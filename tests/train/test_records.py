@@ -330,7 +330,11 @@ def test_a_run_in_a_bucket_opens_and_opens_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("x" * 300, "300 bytes; file systems take at most 255"), ("s3://b/a", "not s3://"), ("a\0b", "no file has")],
+    [
+        ("x" * 300, "300 bytes, but file systems allow at most 255"),
+        ("s3://b/a", "not s3://"),
+        ("a\0b", "not a valid file name"),
+    ],
 )
 def test_a_path_that_cannot_name_a_run_is_refused(tmp_path, monkeypatch, path, words):
     monkeypatch.chdir(tmp_path)
