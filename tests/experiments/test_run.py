@@ -152,7 +152,7 @@ def test_a_tokenizer_of_another_run_is_refused(place, capsys):
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
-    assert "do not belong together" in message and "--run NEWNAME" in message
+    assert "was trained with tokenizer" in message and "--run NEWNAME" in message
 
 
 def test_the_same_command_again_says_finished(place, capsys):

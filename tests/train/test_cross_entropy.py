@@ -211,7 +211,7 @@ def test_tokens_and_vocabulary_over_one_mesh_axis_are_refused():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with use_mesh(mesh):
         lay = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
-        with pytest.raises(ValueError, match="mesh axis 'data' spreads both"):
+        with pytest.raises(ValueError, match="mesh axis 'data' shards both"):
             cross_entropy(lay(hidden, "data", None, None), lay(head, None, "data"), lay(targets, "data", None))
 
 

@@ -111,10 +111,10 @@ def test_a_run_learns_from_a_teacher_and_resumes_bit_for_bit(place, tmp_path):
 def test_a_teacher_that_does_not_fit_is_refused(place, tmp_path):
     data, _, teacher = place
     config = experiment(data, objective="distillation", teacher=str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"train.teacher = .*is not a run"):
+    with pytest.raises(ConfigError, match=r"train.teacher = .*not a run with a readable config"):
         build(replace(config, model=TINY))
     config = replace(config, train=replace(config.train, teacher=str(teacher)))
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 272, this network 300"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 272, the student 300"):
         build(replace(config, model=replace(TINY, vocab_size=300)), devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="set both, or neither"):
         replace(config.train, teacher="").validate()

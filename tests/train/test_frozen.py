@@ -185,5 +185,5 @@ def test_frozen_weights_of_a_start_that_died_before_its_first_checkpoint_are_set
 
 
 def test_an_impossible_number_of_layers_is_refused():
-    with pytest.raises(ValueError, match=r"train.trainable_layers = 9: between 1 and model.num_layers = 8"):
+    with pytest.raises(ValueError, match=r"train.trainable_layers = 9: must be between 1 and model.num_layers = 8"):
         program_of(DENSE, 9)

@@ -47,9 +47,9 @@ def plain(tmp_path):
 def test_marks_that_are_lacking_are_named(marked, plain):
     for objective in ("masked", "fill_in_middle"):
         experiment(marked, objective).validate(1)
-    with pytest.raises(ValueError, match=r"train.objective = 'masked': the tokenizer in .* lacks its marks \(mask\)"):
+    with pytest.raises(ValueError, match=r"train.objective = 'masked': the tokenizer in .* lacks the .* \(mask\)"):
         experiment(plain, "masked").validate(1)
-    with pytest.raises(ValueError, match=r"lacks its marks \(fim_suffix\)"):
+    with pytest.raises(ValueError, match=r"lacks the special tokens that it needs \(fim_suffix\)"):
         experiment(plain, "fill_in_middle").validate(1)
     experiment(plain, "next_token").validate(1)
 

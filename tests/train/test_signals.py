@@ -84,7 +84,7 @@ with StopSignal():
     print("not here")
 """)
     assert (done.returncode, done.stdout) == (code, "still here\n")
-    assert "save and exit" in done.stderr and "leaving at once" in done.stderr
+    assert "save and exit" in done.stderr and "exiting at once" in done.stderr
 
 
 def test_the_watchdog_shows_where_the_loop_hangs():
@@ -248,14 +248,14 @@ def test_a_process_that_left_in_order_is_not_missed_and_a_killed_one_is(watches)
     assert not any(words.values())
     second._stopped.set()  # as kill -9 does: no more beats, and no word
     second._thread.join()
-    assert last_words(words, 0) == {describe([2], 3, "no sign of life for 0.5 s")}
+    assert last_words(words, 0) == {describe([2], 3, "no heartbeat for 0.5 s")}
 
 
 def test_a_process_that_never_starts_to_beat_is_missed():
     words: list[str] = []
     watch = PeerWatch(Peers(), 0, 2, words.append, 0.5, 0.02)
     watch.start()
-    assert last_words({0: words}, 0) == {describe([1], 2, "no sign of life for 0.5 s")}
+    assert last_words({0: words}, 0) == {describe([1], 2, "no heartbeat for 0.5 s")}
     watch.stop()
 
 
