@@ -228,7 +228,7 @@ def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
     (place / "published_other" / "tokenizer.json").write_text(json.dumps(text))
     shutil.copy(place / "published" / "tokenizer_config.json", place / "published_other")
     read_tokenizer(place / "published_other").save(place / "other")
-    assert "has another tokenizer" in refusal(capsys, "train", "tiny", "--set", "data.tokenizer.path=other")
+    assert "trained with another tokenizer" in refusal(capsys, "train", "tiny", "--set", "data.tokenizer.path=other")
     assert {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()} == before
 
 

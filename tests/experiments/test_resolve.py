@@ -80,7 +80,8 @@ def test_a_run_folder_gives_its_experiment_back(tmp_path):
 @pytest.mark.parametrize("name, device", [("tpu", "tpu"), ("hopper", "gpu"), ("triton", "gpu")])
 def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, device):
     with pytest.raises(
-        ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"
+        ConfigError,
+        match=rf"model.attention.implementation = '{name}': runs on a {device}, but the device is a cpu; use",
     ):
         resolve("smoke", [f"model.attention.implementation={name}"], 1)
 
@@ -95,6 +96,8 @@ def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, dev
 )
 def test_a_kernel_of_another_platform_is_refused(override):
     field, value = override.split("=")
-    with pytest.raises(ConfigError, match=rf"{field} = '{value}': runs on a [tg]pu, and here is a cpu; use 'auto'"):
+    with pytest.raises(
+        ConfigError, match=rf"{field} = '{value}': runs on a [tg]pu, but the device is a cpu; use 'auto'"
+    ):
         resolve("smoke", [override], 1)
     resolve("smoke", [f"{field}=reference"], 1)

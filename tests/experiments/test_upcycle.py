@@ -82,7 +82,7 @@ def test_the_new_run_scores_as_the_dense_one_and_says_where_it_came_from(place, 
 def test_what_cannot_be_upcycled_is_refused_in_one_paragraph(capsys, told):
     assert "runs/fine exists already" in refusal(capsys, "upcycle", "dense", "--run", "fine", *FINE)
     assert "top_k = 3" in refusal(capsys, "upcycle", "dense", "--run", "new", *FINE, "--set", "model.moe.top_k=3")
-    assert "has experts already" in refusal(capsys, "upcycle", "fine", "--run", "new")
+    assert "already has experts" in refusal(capsys, "upcycle", "fine", "--run", "new")
     assert "model.num_layers = 3" in refusal(capsys, "upcycle", "dense", "--run", "new", "--set", "model.num_layers=3")
     assert "'dance' is not a run" in refusal(capsys, "upcycle", "dance", "--run", "new")
 
