@@ -1,4 +1,4 @@
-"""Bad input: one paragraph that names field, value and fix, exit 1, before anything is compiled."""
+"""Bad input gives one paragraph with field, value and fix, and exit code 1, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def no_compilation(monkeypatch, tmp_path):
-    """The whole command runs with a compiler that refuses, in an empty folder."""
+    """Run in an empty folder, with a compiler that fails."""
     monkeypatch.chdir(tmp_path)
 
     def refuse(self, *args, **kwargs):
@@ -100,7 +100,7 @@ def test_a_config_that_cannot_work(capsys, command, overrides, expected):
 def test_an_unknown_experiment(capsys):
     message = refusal(capsys, "train", "quikstart")
     assert "'quikstart'" in message and "did you mean 'quickstart'" in message and "quickstart_dense" in message
-    assert "there are" in refusal(capsys, "show", "zzz")
+    assert "the experiments are" in refusal(capsys, "show", "zzz")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_list_names_every_experiment_with_its_question(capsys):
 
 
 def test_show_prints_config_parameters_and_costs(capsys):
-    """As if for 4 devices, none of which needs to be there; the bytes per device add up."""
+    """The config for 4 devices, which need not exist; the bytes per device add up."""
     code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4"))
     assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "fsdp=4" in out
     rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+([\d,]+)\s*$", out, re.MULTILINE)
@@ -216,7 +216,7 @@ def test_show_prints_config_parameters_and_costs(capsys):
 
 
 def test_a_program_that_exits(tmp_path):
-    """The same from a shell: exit code 1, stderr of one paragraph, no traceback, stdout empty."""
+    """From a shell: exit code 1, one paragraph on stderr without a traceback, and an empty stdout."""
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "train", "smoke", "--set", "model.moe.topk=1"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

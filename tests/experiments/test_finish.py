@@ -1,4 +1,4 @@
-"""The end of a run: stopped in its last evaluation, without held-out text, on other devices than it was trained on."""
+"""The end of a run: a stop in its last evaluation, no held-out text, full disks, and sampling on other devices."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_run_of_eight_devices_is_sampled_and_evaluated_on_one(place):
 
 
 def test_a_file_of_the_run_that_cannot_be_written_ends_it_with_a_sentence(place):
-    """At its start and at its end; a directory in the file's place stands for a full disk."""
+    """At its start and at its end; a directory in place of the file simulates a full disk."""
     experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
     folder = place / "run"
 

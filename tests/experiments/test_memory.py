@@ -1,4 +1,4 @@
-"""What cannot fit is refused from the config alone, at once, with the field; what runs is not."""
+"""A config that cannot fit into memory is refused at once, with the field; one that can run is not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_nothing_that_runs_on_a_small_machine_is_refused(name):
 
 @pytest.mark.parametrize(("name", "devices"), [("mixtral_8x7b", 64), ("deepseek_v3_like", 64)])
 def test_the_estimate_lies_below_what_the_compiler_says_of_the_pods(name, devices):
-    """experiments/pods.py has the compiler's figures: 8.76 and 34.0 GB of arguments a chip, 11.95 and 45.0 GB of
+    """experiments/pods.py has the compiler's figures: 8.76 and 34.0 GB of arguments per chip, 11.95 and 45.0 GB of
     temporaries."""
     arguments, temporaries = {"mixtral_8x7b": (8.76e9, 11.95e9), "deepseek_v3_like": (34.0e9, 45.0e9)}[name]
     parts = {part.name: part.size for part in estimate(resolve(name, [], devices, "tpu"), devices)}

@@ -1,4 +1,4 @@
-"""The mesh of a trained run on other devices."""
+"""The mesh of a trained run adapts to other devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes under jax.distributed prepare data once, through the key-value store that they share."""
+"""Processes under jax.distributed prepare data once, through their shared key-value store."""
 
 import json
 import os

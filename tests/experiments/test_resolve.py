@@ -1,4 +1,4 @@
-"""Every experiment resolves; overrides, vocabulary and what may change on resume."""
+"""Resolution of experiments: overrides, vocabulary, and the fields that may change on resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_override_changes_that_field_alone():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.tokenizer.kind=byte"], 384),  # 256 bytes and 11 specials, to a multiple of 128
+        (["data.tokenizer.kind=byte"], 384),  # 256 bytes and 11 special tokens, rounded up to a multiple of 128
         (["data.tokenizer.vocab_size=1000"], 1024),
         (["data.tokenizer.vocab_size=1024"], 1024),
         (["data.tokenizer.vocab_size=1000", "model.vocab_size=1000"], 1000),

@@ -1,4 +1,4 @@
-"""A run through the command line, from text to report, on eight devices."""
+"""A complete run through the command line, from text to report, on eight devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working directory with a corpus, one file of which is no text."""
+    """A working directory with a corpus, one file of which is not text."""
     root = tmp_path_factory.mktemp("place")
     write_folder(root / "corpus")
     (root / "corpus" / "broken.py").write_bytes(b"\xff\xfe\x00broken")
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(place):
-    """What `train` printed; the run is runs/mine."""
+    """The output of `train`; the run is runs/mine."""
     from contextlib import redirect_stdout
     from io import StringIO
 
@@ -175,7 +175,7 @@ def test_report_is_written_anew(place, capsys):
 
 
 def test_more_steps_resume(place, capsys):
-    """Last: it changes the run. Resumed by its name, a run keeps what it was started with."""
+    """A run resumed by its name keeps its config. This test is last because it changes the run."""
     assert "is a run of 'smoke'" in refusal(capsys, "train", "quickstart", "--resume", "mine")
     code, out, _ = call(capsys, "train", "smoke", "--resume", "mine", "--set", "train.steps=16")
     assert code == 0 and "resuming from step 12" in out and "train.steps: 12 -> 16" in out
@@ -186,8 +186,7 @@ def test_more_steps_resume(place, capsys):
 
 @pytest.mark.slow
 def test_sigterm_from_a_shell_saves_exits_cleanly_and_resumes(place, tmp_path):
-    """The program itself: SIGTERM in mid-run, exit 143; the same command ends with the weights' figures of the
-    undisturbed run."""
+    """SIGTERM in mid-run gives exit code 143, and the same command then ends with the results of an undisturbed run."""
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
     def command(run: Path) -> list[str]:

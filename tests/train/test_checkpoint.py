@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit on any mesh, and what is damaged is named and passed over."""
+"""Checkpoints restore bit for bit on any mesh, and damaged steps are reported and skipped."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def mesh_of(*shape: int) -> jax.sharding.Mesh:
 
 
 def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """A tree with every kind of leaf: sharded, replicated, scalar, low precision, key, numpy, empty."""
+    """Return a tree with every kind of leaf: sharded, replicated, scalar, low precision, key, numpy, empty."""
     keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def place(x, *spec):
@@ -68,7 +68,7 @@ def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
 
 
 def as_template(state, mesh):
-    """The state's shapes on another mesh, with the axes of the specs reversed."""
+    """Return the state's shapes on another mesh, without the axes that this mesh lacks."""
 
     def leaf(x):
         if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
@@ -97,7 +97,7 @@ def same_bits(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def good_folder(tmp_path_factory) -> Path:
-    """Steps 1 and 2 on disk, never touched: tests damage copies."""
+    """A folder with steps 1 and 2 that stays intact; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("good")
     with Checkpointer(folder) as checkpointer:
         for step in (1, 2):
@@ -106,7 +106,7 @@ def good_folder(tmp_path_factory) -> Path:
 
 
 def restore_copy(good_folder: Path, tmp_path: Path, damage) -> tuple:
-    """`(restored, warnings)` after `damage(step 2's directory)` on a fresh copy."""
+    """Return `(restored, warnings)` after `damage(directory of step 2)` on a new copy."""
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     shutil.copytree(good_folder, tmp_path / "copy")
     damage(tmp_path / "copy" / "2")
@@ -188,7 +188,7 @@ def test_restores_bit_for_bit_on_another_mesh(tmp_path, saved_on, restored_on):
             assert found.sharding == leaf.sharding, name
         else:
             assert isinstance(found, type(leaf)), name
-    # An uncommitted leaf must not come back pinned to a device that the mesh does not share.
+    # An uncommitted leaf must not be restored to a committed array on a device outside the mesh.
     assert np.isfinite(
         jax.jit(lambda s: s["w"].sum() + jax.random.key_data(s["streams"]).sum())(
             restored.state["params"] | restored.state
@@ -393,7 +393,7 @@ def test_a_commit_file_of_another_shape_is_damage(good_folder, tmp_path, change)
 
 
 def make_unreadable(file: Path) -> None:
-    """The kernel fails to open it (ELOOP), for root, too; what it held is kept beside it."""
+    """Make the kernel fail to open a file (ELOOP), even for root. Its content is kept next to it."""
     file.rename(file.with_name(f"{file.name}.kept"))
     file.symlink_to(file)
 
@@ -413,7 +413,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_pa
     with Checkpointer(tmp_path, warn=warnings.append, retry_waits=(0, 0)) as checkpointer:
         with pytest.raises(CheckpointError, match=rf"(?s)step 2 .*not be read in 3 tries: .*{file.name}.*nothing was"):
             checkpointer.restore(random_state(0))
-        with pytest.raises(CheckpointError, match="already holds step 2"):  # no way around it
+        with pytest.raises(CheckpointError, match="already holds step 2"):  # nor can a save get past it
             checkpointer.save(1, random_state(1), metadata={})
     make_readable(file)
     with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
@@ -433,7 +433,7 @@ def test_a_passing_read_error_is_tried_again(good_folder, tmp_path):
 
 
 class FailingHandler:
-    """Orbax, as TensorStore fails it: with each of `messages` in turn, then not at all."""
+    """A stand-in for Orbax that fails as TensorStore does, with each of `messages` in turn, and then succeeds."""
 
     def __init__(self, *messages: str):
         self.messages = list(messages)
@@ -482,7 +482,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     with Checkpointer(tmp_path, retry_waits=(0,)) as checkpointer:
         checkpointer.verify(2, as_template(random_state(0), None))
-        with pytest.raises(CheckpointError, match=r"step 3 of .* is not whole: commit\.json is missing"):
+        with pytest.raises(CheckpointError, match=r"step 3 of .* is damaged: commit\.json is missing"):
             checkpointer.verify(3, random_state(0))
         make_unreadable(tmp_path / "1" / COMMIT_FILE)
         with pytest.raises(CheckpointError, match=r"step 1 .*not be read in 2 tries"):
@@ -497,7 +497,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
         content = bytearray(file.read_bytes())
         content[content.index(row)] ^= 1
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"step 1 of .* is not whole: b: checksum mismatch"):
+        with pytest.raises(CheckpointError, match=r"step 1 of .* is damaged: b: checksum mismatch"):
             checkpointer.verify(1, big)
 
 
@@ -505,7 +505,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
 
 
 def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path):
-    """A folder that cannot be renamed, as a bucket's: `local=False` on a disk."""
+    """`local=False` on a disk simulates a bucket, whose folders cannot be renamed."""
     warnings: list[str] = []
     with Checkpointer(tmp_path, local=False, keep_last=2, warn=warnings.append) as checkpointer:
         for step in (1, 2):
@@ -525,7 +525,7 @@ def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path
 
 
 def test_in_a_bucket_a_save_that_fails_stops_counting_before_its_files_change(tmp_path):
-    """The same step again, cut short: neither its old commit.json nor its new arrays may pass for a checkpoint."""
+    """If a second save of a step is cut short, neither its old commit.json nor its new arrays count as a checkpoint."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -562,7 +562,7 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
 
 
 def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
-    """The kernel refuses files beyond a limit, in the middle of the asynchronous write."""
+    """A file size limit makes the kernel fail the asynchronous write midway."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -650,14 +650,14 @@ def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, 
 @pytest.mark.parametrize("local", [True, False])
 def test_rewinding_sets_the_steps_ahead_aside_once_the_new_one_is_safe(good_folder, tmp_path, local):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "2.abandoned").mkdir()  # from another time
+    (tmp_path / "2.abandoned").mkdir()  # from an earlier rewind
     warnings: list[str] = []
     with Checkpointer(tmp_path, warn=warnings.append, keep_last=5, local=local) as checkpointer:
         checkpointer.restore(random_state(0), step=1)
         assert checkpointer.save(1, random_state(8), metadata={}, wait=True) and checkpointer.steps() == [1]
         assert len(warnings) == 1 and "set aside steps 2" in warnings[0]
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(8))
-        if local:  # a person may take it back
+        if local:  # a user may undo it
             (tmp_path / "2.abandoned-1").rename(tmp_path / "2")
         else:
             (tmp_path / "2" / "set_aside").unlink()
@@ -669,7 +669,7 @@ def test_a_clean_up_that_fails_is_not_a_failed_save(tmp_path):
     with Checkpointer(tmp_path / "run", warn=warnings.append, keep_last=1) as checkpointer:
         assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, wait=True)
         (tmp_path / "run" / "1").rename(tmp_path / "elsewhere")
-        (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that cannot be removed as one
+        (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that rmtree cannot remove
         assert checkpointer.save(2, {"x": np.int32(2)}, metadata={}, wait=True)
     (warning,) = warnings
     assert "step 2 is saved, but" in warning and "1 could not be removed" in warning and "failed:" not in warning
@@ -696,7 +696,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(STAGING_SUFFIX in path.name for path in tmp_path.iterdir())
     template = {"w": jax.ShapeDtypeStruct((8_000_000,), jnp.float32)}
-    with Checkpointer(tmp_path, read_only=True) as checkpointer:  # a reader leaves the leftovers alone
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:  # a reader does not remove the leftovers
         assert checkpointer.restore(template).step == 1
         assert len(list(tmp_path.iterdir())) > 1
     with Checkpointer(tmp_path) as checkpointer:

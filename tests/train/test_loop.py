@@ -238,7 +238,7 @@ def test_a_run_whose_last_checkpoint_does_not_read_back_is_not_finished(programs
                 content[len(content) // 2] ^= 1
                 file.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"step 12 of .* is not whole"):
+    with pytest.raises(CheckpointError, match=r"step 12 of .* is damaged"):
         run(programs["stop"], prepared, tmp_path, hooks=[Damage()])
     resumed = run(programs["stop"], prepared, tmp_path)
     assert resumed.finished and bits(resumed.state) == bits(undisturbed[1].state)

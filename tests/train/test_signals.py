@@ -303,7 +303,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, rank):
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     peers[rank].send_signal(signal.SIGTERM)
-    outputs = [re.findall(r"stopped at (\d+), asked here: (\w+)", out) for out, _ in finish(peers)]
+    outputs = [re.findall(r"stopped at (\d+), requested here: (\w+)", out) for out, _ in finish(peers)]
     assert [peer.returncode for peer in peers] == [0, 0]
     (step, asked), (other_step, other_asked) = outputs[rank][0], outputs[1 - rank][0]
     assert step == other_step and (asked, other_asked) == ("True", "False")
