@@ -44,12 +44,12 @@ def test_the_largest_buffers_are_those_of_the_devices_memory():
     assert _largest("") == ()
 
 
-def test_memory_is_told_once():
+def test_memory_updated_in_place_counts_once():
     # An array that is updated in place is an argument and a result, but counts once.
     assert Memory(arguments=100, in_place=90, results=95, temporaries=40, code=1).total == 146
 
 
-def test_the_compilers_refusal_becomes_one_paragraph():
+def test_a_compiler_error_becomes_one_paragraph():
     message = (
         "E1000: CompileTimeHbmOom: Ran out of memory on HBM, 512.00G exceeds available HBM (15.75G). "
         "HLO module: x\n\nLargest:\n"
@@ -106,7 +106,7 @@ def test_misuse_is_refused_before_anything_is_compiled(capsys):
     assert "quickstart" in refusal(capsys, "compile", "quickstat", "--topology", "v5e:2x2")
 
 
-def test_no_compiler_is_told_with_its_package(capsys, monkeypatch):
+def test_a_missing_compiler_is_named_with_its_package(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     assert "pip install libtpu" in refusal(capsys, "compile", "smoke", "--topology", "v5e:2x2")
 
@@ -117,7 +117,7 @@ def test_every_generation_has_its_memory_in_the_table():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
-def test_the_step_compiles_for_tpus_that_are_not_here(capsys, tmp_path):
+def test_a_step_compiles_without_a_tpu(capsys, tmp_path):
     saved = tmp_path / "smoke.json"
     code, out, _ = call(
         capsys, "compile", "smoke", "--topology", "v5e:2x2", "--set", "model.remat=full", "--save", saved

@@ -101,7 +101,7 @@ def working_directory(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def test_exported_again_it_is_the_folder_it_came_from(place, capsys):
+def test_an_exported_import_equals_the_published_folder(place, capsys):
     code, out, err = call(capsys, "export", "tiny", "--to", "again")
     assert code == 0 and "verified bit by bit" in out, err
     before, after = (load_file(place / folder / "model.safetensors") for folder in ("published", "again"))
@@ -114,7 +114,7 @@ def test_exported_again_it_is_the_folder_it_came_from(place, capsys):
     assert (one.special, one.stops) == (other.special, other.stops) and values["eos_token_id"] == one.special.end
 
 
-def test_an_export_of_another_dtype_is_the_rounded_weights(place, capsys):
+def test_an_export_to_another_dtype_rounds_the_weights(place, capsys):
     code, _, err = call(capsys, "export", "tiny", "--to", "half", "--dtype", "bfloat16")
     assert code == 0, err
     before, after = (load_file(place / folder / "model.safetensors") for folder in ("published", "half"))
@@ -123,7 +123,7 @@ def test_an_export_of_another_dtype_is_the_rounded_weights(place, capsys):
     assert {str(x.dtype) for x in after.values()} == {"bfloat16"}
 
 
-def test_stored_as_bfloat16_it_is_kept_and_exported_so(place, capsys):
+def test_an_import_as_bfloat16_is_stored_and_exported_as_bfloat16(place, capsys):
     assert call(capsys, "import", "published", "--name", "narrow", "--dtype", "bfloat16", *SETTINGS)[0] == 0
     commit = json.loads((place / "runs" / "narrow" / "checkpoints" / "0" / "commit.json").read_text())
     assert {leaf["dtype"] for leaf in commit["body"]["leaves"].values()} == {"bfloat16"}
@@ -133,7 +133,7 @@ def test_stored_as_bfloat16_it_is_kept_and_exported_so(place, capsys):
         np.testing.assert_array_equal(tensor.astype(after[name].dtype), after[name], err_msg=name)
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(place, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     before = sorted(p for p in place.rglob("*") if "cache" not in p.parts)
     code, out, _ = call(capsys, "import", "published", "--name", "dry", "--dry-run", *SETTINGS)
     assert (
@@ -148,7 +148,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(place, capsys):
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
 
 
-def test_it_is_evaluated_and_continues_prompts_like_any_run(capsys):
+def test_an_imported_run_can_be_evaluated_and_sampled(capsys):
     code, out, err = call(capsys, "generate", "tiny", "--prompt", "def f", "--max-new-tokens", 5, "--temperature", 0)
     assert code == 0 and out.startswith("def f"), err
     code, out, err = call(capsys, "eval", "tiny")
@@ -157,7 +157,7 @@ def test_it_is_evaluated_and_continues_prompts_like_any_run(capsys):
     assert 2 < printed_bits(out) < 40
 
 
-def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
+def test_an_imported_run_is_trained_in_a_copy_with_another_config(place, capsys):
     code, out, err = call(capsys, "train", "tiny", "--run", "tuned", "--set", "optimizer.learning_rate=0.01")
     assert code == 0 and "resuming from step 0" in out, err
     rows = read_metrics(place / "runs" / "tuned" / "metrics.jsonl")
@@ -176,7 +176,7 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
     assert "model.position.theta" in refusal(capsys, "train", "tiny", "--set", "model.position.theta=5000.0")
 
 
-def test_a_longer_context_is_imported_generated_with_and_noticed(place, capsys):
+def test_a_longer_context_is_accepted_with_a_note(place, capsys):
     code, out, err = call(
         capsys, "import", "published", "--name", "long", "--dry-run", *SETTINGS, "--set", "model.max_length=256"
     )
@@ -197,7 +197,7 @@ def test_a_longer_context_is_imported_generated_with_and_noticed(place, capsys):
     assert json.loads((place / "far_again" / "config.json").read_text())["max_position_embeddings"] == 128
 
 
-def test_it_answers_through_its_chat_template(capsys):
+def test_an_imported_run_answers_through_its_chat_template(capsys):
     code, out, err = call(
         capsys,
         "generate",
@@ -216,7 +216,7 @@ def test_it_answers_through_its_chat_template(capsys):
     assert "--chat" in refusal(capsys, "generate", "tiny", "--system", "x", "--prompt", "Hi")
 
 
-def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
+def test_another_tokenizer_never_replaces_that_of_a_run(place, capsys):
     before = {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()}
     shutil.copytree(place / "runs" / "tiny" / "tokenizer", place / "other")
     text = json.loads((place / "other" / "huggingface.json").read_text())
@@ -231,7 +231,7 @@ def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
     assert {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()} == before
 
 
-def test_a_published_folder_is_no_run_and_what_its_weights_are_of_cannot_be_set(place, capsys):
+def test_a_published_folder_is_not_a_run_and_its_network_is_fixed(place, capsys):
     assert "is a published model, not a run" in refusal(capsys, "generate", "published", "--prompt", "x")
     for change in (
         "model.num_layers=1",

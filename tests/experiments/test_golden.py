@@ -65,12 +65,12 @@ def losses(experiment: Experiment) -> list[float]:
     return found
 
 
-def test_twenty_golden_losses():
+def test_twenty_losses_match_recorded_values():
     np.testing.assert_allclose(losses(GOLDEN), LOSSES, rtol=2e-4)
 
 
 @pytest.mark.slow
-def test_the_tolerance_would_show_a_small_change():
+def test_the_tolerance_detects_a_small_change():
     """A z-loss coefficient of 3e-4 instead of 1e-4 fails the comparison."""
     changed = dataclasses.replace(GOLDEN, train=dataclasses.replace(GOLDEN.train, z_loss=3e-4))
     with pytest.raises(AssertionError):

@@ -9,7 +9,7 @@ from experiments.bench.seeds import compare
 
 
 @pytest.mark.slow
-def test_eight_seeds_of_smoke_under_one_vmap_are_eight_runs():
+def test_eight_seeds_of_smoke_under_one_vmap_match_separate_runs():
     """Over 20 steps; later, a difference in the last bit may decide a router's near tie differently."""
     apart, _, _ = compare(seeds=8, steps=20)
     assert apart.shape == (20, 8)

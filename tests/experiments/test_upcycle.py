@@ -88,7 +88,7 @@ def test_runs_that_cannot_be_upcycled_are_refused_in_one_paragraph(capsys, outpu
 
 
 @pytest.mark.slow
-def test_logits_that_differ_leave_no_run_behind(place, monkeypatch):
+def test_differing_logits_leave_no_run(place, monkeypatch):
     monkeypatch.setattr("experiments.upcycle.TOLERANCE", -1.0)
     run, dense = find_run("dense"), load_experiment(find_run("dense"))
     experiment = with_experts(dense, FINE[1::2])

@@ -144,7 +144,7 @@ def test_a_flip_of_one_bit_changes_the_checksum(dtype, shape, data):
     assert sums["x"] == sums["numpy"] != sums["flipped"]
 
 
-def test_checksum_sees_cancelling_changes_and_order():
+def test_checksum_detects_cancelling_changes_and_order():
     x = jax.random.normal(jax.random.key(0), (64, 64))
     variants = {
         "x": x,
@@ -280,7 +280,7 @@ def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
     assert warnings == ["step 2, params/w: checksum mismatch; falling back to step 1"]
 
 
-def test_garbage_commit_file_is_named(good_folder, tmp_path):
+def test_a_garbled_commit_file_is_reported(good_folder, tmp_path):
     for garbage in (b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000, b"1" * 9999, b'{"body": {}, "crc32": 1}'):
         restored, (warning,) = restore_copy(
             good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g)
@@ -298,7 +298,7 @@ def test_edited_metadata_is_refused(good_folder, tmp_path):
     assert restored.step == 1 and "checksum mismatch" in warning
 
 
-def test_when_every_step_is_bad_each_is_listed(good_folder, tmp_path):
+def test_when_every_step_is_damaged_each_is_listed(good_folder, tmp_path):
     def damage(step):
         (step / COMMIT_FILE).unlink()
         (step.parent / "1" / "manifest.ocdbt").unlink()
@@ -332,7 +332,7 @@ def test_an_explicit_step_does_not_fall_back(good_folder, tmp_path):
         (lambda s: s.update(rng=jax.random.key_data(s["rng"])), r"rng +key<fry>\[\] +uint32\[2\]"),
     ],
 )
-def test_another_state_is_refused_with_a_table(good_folder, change, row):
+def test_a_mismatched_state_is_refused_with_a_table(good_folder, change, row):
     template = random_state(0)
     change(template)
     warnings: list[str] = []
@@ -379,7 +379,7 @@ def test_only_plain_numbers_are_steps(good_folder, tmp_path):
         lambda body: {key: value for key, value in body.items() if key != "format"},
     ],
 )
-def test_a_commit_file_of_another_shape_is_damage(good_folder, tmp_path, change):
+def test_a_malformed_commit_file_is_damage(good_folder, tmp_path, change):
     def edit(step):
         body = change(json.loads((step / COMMIT_FILE).read_text())["body"])
         crc32 = zlib.crc32(json.dumps(body, sort_keys=True).encode())
@@ -404,7 +404,7 @@ def make_readable(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [COMMIT_FILE, "manifest.ocdbt", "the largest"])
-def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_path, name):
+def test_an_unreadable_step_stops_the_run_and_is_not_damaged(good_folder, tmp_path, name):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     files = [file for file in (tmp_path / "2").rglob("*") if file.is_file()]
     file = tmp_path / "2" / name if name != "the largest" else max(files, key=lambda file: file.stat().st_size)
@@ -421,7 +421,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_pa
     assert warnings == []
 
 
-def test_a_passing_read_error_is_tried_again(good_folder, tmp_path):
+def test_a_transient_read_error_is_retried(good_folder, tmp_path):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "2" / COMMIT_FILE
     make_unreadable(file)
@@ -504,7 +504,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------- object stores
 
 
-def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path):
+def test_in_a_bucket_a_step_is_valid_once_its_commit_file_exists(good_folder, tmp_path):
     """`local=False` on a disk simulates a bucket, whose folders cannot be renamed."""
     warnings: list[str] = []
     with Checkpointer(tmp_path, local=False, keep_last=2, warn=warnings.append) as checkpointer:
@@ -524,7 +524,7 @@ def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path
     assert warnings == []
 
 
-def test_in_a_bucket_a_save_that_fails_stops_counting_before_its_files_change(tmp_path):
+def test_in_a_bucket_a_failed_save_invalidates_its_step_first(tmp_path):
     """If a second save of a step is cut short, neither its old commit.json nor its new arrays count as a checkpoint."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
@@ -548,7 +548,7 @@ def test_a_path_of_another_scheme_is_refused():
 # ---------------------------------------------------------------------------------------------------- failed saves
 
 
-def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
+def test_a_full_disk_is_reported_and_the_next_save_tries_again(tmp_path):
     warnings: list[str] = []
     free = [math.inf, 1000.0, math.inf]
     with Checkpointer(tmp_path, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
@@ -561,7 +561,7 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(6))
 
 
-def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
+def test_a_failed_write_is_reported_and_cleaned_up(tmp_path):
     """A file size limit makes the kernel fail the asynchronous write midway."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
@@ -578,7 +578,7 @@ def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
         assert checkpointer.save(6, big, metadata={}, wait=True) and checkpointer.steps() == [2, 6]
 
 
-def test_mistakes_of_the_caller(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cannot/be/made"):
         with pytest.raises(CheckpointError, match="cannot be written to"):
@@ -609,7 +609,7 @@ def test_mistakes_of_the_caller(tmp_path):
     st.integers(0, 2),
     st.sampled_from(["min", "max"]),
 )
-def test_keeps_the_last_and_the_best(tmp_path_factory, metrics, keep_last, keep_best, mode):
+def test_the_last_and_the_best_steps_are_kept(tmp_path_factory, metrics, keep_last, keep_best, mode):
     folder = tmp_path_factory.mktemp("retention")
     kept: set[int] = set()
     with Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=mode) as checkpointer:
@@ -631,7 +631,7 @@ def test_a_run_that_did_not_restore_does_not_overwrite(good_folder, tmp_path):
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, local):
+def test_after_a_fallback_the_damaged_step_is_set_aside(good_folder, tmp_path, local):
     for next_step, left in ((2, [1, 2]), (3, [1, 3])):
         folder = tmp_path / str(next_step)
         shutil.copytree(good_folder, folder)
@@ -648,7 +648,7 @@ def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_rewinding_sets_the_steps_ahead_aside_once_the_new_one_is_safe(good_folder, tmp_path, local):
+def test_rewinding_sets_later_steps_aside_once_the_new_one_is_saved(good_folder, tmp_path, local):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "2.abandoned").mkdir()  # from an earlier rewind
     warnings: list[str] = []
@@ -664,7 +664,7 @@ def test_rewinding_sets_the_steps_ahead_aside_once_the_new_one_is_safe(good_fold
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
 
 
-def test_a_clean_up_that_fails_is_not_a_failed_save(tmp_path):
+def test_a_failed_clean_up_is_not_a_failed_save(tmp_path):
     warnings: list[str] = []
     with Checkpointer(tmp_path / "run", warn=warnings.append, keep_last=1) as checkpointer:
         assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, wait=True)
@@ -689,7 +689,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_kill_in_the_middle_of_a_save(tmp_path):
+def test_a_save_that_is_killed_leaves_the_older_step(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
