@@ -53,7 +53,7 @@ def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides
         tokenizer.save(folder)
         saved = TokenizerConfig(kind="saved", path=folder, vocab_size=tokenizer.vocab_size)
         experiment = _experiment(name, published, saved, overrides)
-    _length_notice(published, experiment)
+    _length_note(published, experiment)
     if lost := differences(architecture(config), architecture(experiment.model)):
         raise ConfigError(
             f"{lost[0].replace('(there', '(requested')}: the published weights fix this field; remove its --set"
@@ -65,7 +65,7 @@ def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides
     return _with_tokenizer(experiment, Path("runs") / name / "tokenizer")
 
 
-def _length_notice(published: Published, experiment: Experiment) -> str | None:
+def _length_note(published: Published, experiment: Experiment) -> str | None:
     """Return a note if model.max_length differs from the published one. Raises ConfigError if it is impossible."""
     try:
         return check_length(experiment.model, published.config.max_length)
@@ -273,7 +273,7 @@ def _plan(
         table.add_row(
             "not read", f"{', '.join(published.unread)} (in config.json; check that none changes the computation)"
         )
-    for note in (*published.notes, _length_notice(published, experiment)):
+    for note in (*published.notes, _length_note(published, experiment)):
         if note is not None:
             table.add_row("note", note)
     return table

@@ -18,7 +18,7 @@ from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
 from train.records import RunFolder, RunFolderError
 
-MOST_OF_A_NAME = 200  # bytes of a run's name; file systems allow 255
+MAX_NAME_BYTES = 200  # bytes of a run's name; file systems allow 255
 VOCAB_MULTIPLE = 128  # suits matrix units and tensor-parallel meshes
 
 DeviceCount = int | Callable[[Experiment], int] | None
@@ -154,10 +154,10 @@ def may_differ_on_resume(name: str) -> bool:
 
 def is_run(text: str) -> bool:
     """Return whether `find_run` would find a run."""
-    return any(_holds_run(path) for path in _places(text))
+    return any(_holds_run(path) for path in _candidate_paths(text))
 
 
-def _places(text: str) -> tuple[str, ...]:
+def _candidate_paths(text: str) -> tuple[str, ...]:
     """Return the paths that a user may mean: the text itself and, unless it is gs://, a name under runs/."""
     return (text,) if "://" in text else (text, f"runs/{text}")
 
@@ -174,11 +174,11 @@ def find_run(text: str) -> RunFolder:
     """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
     if not is_local(text):
         _parse(text, "run")
-    for path in _places(text):
+    for path in _candidate_paths(text):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
-    shown = text if len(text) <= MOST_OF_A_NAME else f"{text[:MOST_OF_A_NAME]}..."
+    shown = text if len(text) <= MAX_NAME_BYTES else f"{text[:MAX_NAME_BYTES]}..."
     published = False
     with contextlib.suppress(OSError, ValueError):
         published = (parse_path(text) / "config.json").exists()
@@ -222,20 +222,20 @@ def new_run_path(name: str) -> epath.Path:
     """
     if "/" in name or name.startswith("."):
         path = _parse(name, "--run")
-    elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
+    elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MAX_NAME_BYTES:
         path = epath.Path("runs") / name
     else:
-        shown = name if len(name) <= MOST_OF_A_NAME else f"{name[:MOST_OF_A_NAME]}... ({len(name)} characters)"
+        shown = name if len(name) <= MAX_NAME_BYTES else f"{name[:MAX_NAME_BYTES]}... ({len(name)} characters)"
         raise RunFolderError(
-            f"--run {shown!r}: not a valid name of a folder below runs/; use at most {MOST_OF_A_NAME} bytes of "
+            f"--run {shown!r}: not a valid name of a folder below runs/; use at most {MAX_NAME_BYTES} bytes of "
             f"letters, digits, '_', '-' and the like, or give a path"
         )
     try:
-        foreign = path.exists() and not _holds_run(path) and _foreign(path)
+        foreign = path.exists() and not _holds_run(path) and _foreign_file(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunFolderError(
-            f"--run {name[:MOST_OF_A_NAME]}: cannot be a folder ({reason}); choose another name"
+            f"--run {name[:MAX_NAME_BYTES]}: cannot be a folder ({reason}); choose another name"
         ) from error
     if foreign:
         shown = path.resolve() if is_local(path) else path
@@ -246,7 +246,7 @@ def new_run_path(name: str) -> epath.Path:
     return path
 
 
-def _foreign(path: epath.Path) -> str | None:
+def _foreign_file(path: epath.Path) -> str | None:
     """Return the name of a file in `path` that a run which died while creating its folder cannot have left, or None."""
     if not path.is_dir():
         return "it is a file"

@@ -94,9 +94,9 @@ def upcycle_run(
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
-        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
+        difference = _compare(experiment, dense, run, trained.step, new, prepared, say)
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
-    return far
+    return difference
 
 
 def _write(
@@ -177,17 +177,19 @@ def _compare(
     rows = max(experiment.sharding.batch_slices(mesh), 2)
     batch, what = _windows(experiment, prepared, rows)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
-        far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))
+        difference, largest = map(
+            float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec))
+        )
     say(
-        f"largest difference of the logits from the dense run's, {rows} {what} windows: {far:.1e} (logits up to "
+        f"largest difference of the logits from the dense run's, {rows} {what} windows: {difference:.1e} (logits up to "
         f"{largest:.3g})"
     )
-    if not far <= TOLERANCE * max(1.0, largest):
+    if not difference <= TOLERANCE * max(1.0, largest):
         raise CheckpointError(
-            f"upcycled logits differ from those of {old.path} by {far:.3g}, but rounding explains only "
+            f"upcycled logits differ from those of {old.path} by {difference:.3g}, but rounding explains only "
             f"{TOLERANCE * max(1.0, largest):.1g}: nothing was kept; please report this with the two configs"
         )
-    return far
+    return difference
 
 
 def _windows(experiment: Experiment, prepared: Prepared, rows: int) -> tuple[Batch, str]:

@@ -60,14 +60,14 @@ def cross_entropy(
     if no_mesh():
         return local(hidden_BTD, head, targets_BT, vocab_axes=())
     rows = P(*jax.typeof(hidden_BTD).sharding.spec[: targets_BT.ndim])
-    spread = jax.typeof(head).sharding.spec[vocab_axis]
-    vocab_axes = spread if isinstance(spread, tuple) else (spread,) if spread else ()
+    vocab_part = jax.typeof(head).sharding.spec[vocab_axis]
+    vocab_axes = vocab_part if isinstance(vocab_part, tuple) else (vocab_part,) if vocab_part else ()
     shared = {axis for part in rows for axis in (part if isinstance(part, tuple) else (part,))} & set(vocab_axes)
     if shared:
         raise ValueError(
             f"mesh axis {shared.pop()!r} shards both the tokens and the vocabulary: shard one of them over another axis"
         )
-    specs = P(*rows, None), P(None, spread) if vocab_axis else P(spread, None), rows
+    specs = P(*rows, None), P(None, vocab_part) if vocab_axis else P(vocab_part, None), rows
     on_devices = jax.shard_map(partial(local, vocab_axes=vocab_axes), in_specs=specs, out_specs=(rows, rows))
     return on_devices(
         *(jax.sharding.reshard(x, spec) for x, spec in zip((hidden_BTD, head, targets_BT), specs, strict=True))
@@ -118,18 +118,18 @@ def _slice_forward(hidden_ND, head, targets_N, vocab_axis, softcap, chunk):
 
     N, V = targets_N.shape[0], head.shape[vocab_axis]
     zeros_N = vary(jnp.zeros(N, jnp.float32), varying_axes(hidden_ND))
-    carry, whole = (zeros_N - jnp.inf, zeros_N, zeros_N), None
+    carry, stored = (zeros_N - jnp.inf, zeros_N, zeros_N), None
     if chunk == V:
-        carry, whole = add(0, V, carry)
+        carry, stored = add(0, V, carry)
     else:
         carry = _over_chunks(lambda start, size, carry: add(start, size, carry)[0], V, chunk, carry)
     top_N, total_N, target_N = carry
     log_total_N = top_N + jnp.log(total_N)
-    return (log_total_N, target_N), (hidden_ND, head, targets_N, log_total_N, top_N, whole)
+    return (log_total_N, target_N), (hidden_ND, head, targets_N, log_total_N, top_N, stored)
 
 
 def _slice_backward(vocab_axis, softcap, chunk, saved, cotangents):
-    hidden_ND, head, targets_N, log_total_N, top_N, whole = saved
+    hidden_ND, head, targets_N, log_total_N, top_N, stored = saved
     dlog_total_N, dtarget_N = cotangents
     V, letters = head.shape[vocab_axis], _letters(vocab_axis)
 
@@ -153,12 +153,12 @@ def _slice_backward(vocab_axis, softcap, chunk, saved, cotangents):
         more_ND, dhead_part = gradients(start, head_part, logits_NC, probabilities(logits_NC, None))
         return dhidden_ND + more_ND, jax.lax.dynamic_update_slice_in_dim(dhead, dhead_part, start, vocab_axis)
 
-    if whole is not None:
+    if stored is not None:
         # Values that the backward pass does not use are not stored. CPUs keep the exponentials, which cost them more
         # to compute than to store; other devices recompute them.
         scaled = lambda _, weights_NV: weights_NV * jnp.exp(top_N - log_total_N)[:, None]
-        probabilities_NV = jax.lax.platform_dependent(*whole, cpu=scaled, default=probabilities)
-        dhidden_ND, dhead = gradients(0, head, whole[0], probabilities_NV)
+        probabilities_NV = jax.lax.platform_dependent(*stored, cpu=scaled, default=probabilities)
+        dhidden_ND, dhead = gradients(0, head, stored[0], probabilities_NV)
     else:
         zeros = jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros(head.shape, head.dtype)
         carry = tuple(vary(x, varying_axes(hidden_ND)) for x in zeros)

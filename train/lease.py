@@ -52,7 +52,7 @@ def _exit_process(message: str) -> None:
 @contextlib.contextmanager
 def hold_lease(
     run: RunFolder,
-    notice: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     timing: LeaseTiming | None = None,
     on_lost: Callable[[str], None] = _exit_process,
@@ -64,7 +64,7 @@ def hold_lease(
     timing = timing or LeaseTiming()
     file, me = _LockFile(run.lock), _describe_process()
     try:
-        _take(run, file, me, notice, timing)
+        _take(run, file, me, log, timing)
     except (RunFolderError, OSError):
         raise
     except Exception as error:  # bucket clients raise their own exception classes
@@ -101,12 +101,12 @@ def hold_lease(
 
 
 def _take(
-    run: RunFolder, file: "_LockFile", me: dict[str, Any], notice: Callable[[str], None], timing: LeaseTiming
+    run: RunFolder, file: "_LockFile", me: dict[str, Any], log: Callable[[str], None], timing: LeaseTiming
 ) -> None:
     found, watched_since = file.take(me, None), time.monotonic()
     if found is None:
         return
-    seen, holder = found, _parse(found)
+    expected, holder = found, _parse(found)
     where = f"run folder {run.path} is in use by {_name(holder)}"
     fix = f"wait for it, stop it, use another folder with --run, or delete {run.lock} if that job is gone"
     if holder is not None and _is_here(holder, me):
@@ -116,17 +116,17 @@ def _take(
     elif holder is not None and "beat" not in holder:
         raise RunFolderError(f"{where}, which sends no heartbeat; {fix}")
     else:
-        notice(f"{where}; watching its heartbeat for up to {timing.lease:.0f} s")
+        log(f"{where}; watching its heartbeat for up to {timing.lease:.0f} s")
         while time.monotonic() - watched_since < timing.lease:
             time.sleep(min(timing.heartbeat, timing.lease) / 4)
-            if (now := file.read()) != seen:
+            if (now := file.read()) != expected:
                 if not now:
                     break  # released
                 raise RunFolderError(f"{where}, which is alive; {fix}")
         dead = f"took over the lock of {_name(holder)}, without a heartbeat for {timing.lease:.0f} s"
-    if (taken := file.take(me, seen)) is not None:
+    if (taken := file.take(me, expected)) is not None:
         raise RunFolderError(f"run folder {run.path} was just taken over by {_name(_parse(taken))}; {fix}")
-    notice(dead)
+    log(dead)
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:

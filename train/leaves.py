@@ -93,9 +93,11 @@ def _describe(entry: dict[str, Any] | None) -> str:
     return f"{entry['dtype']}{entry['shape']}" if entry else "(absent)"
 
 
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> str:
+def differences(saved: dict[str, Any], requested: dict[str, Any]) -> str:
     """Return a table of the leaves that differ between a checkpoint and a template, or "" if none differ."""
-    rows = [(name, _describe(saved.get(name)), _describe(asked.get(name))) for name in sorted(saved.keys() | asked)]
+    rows = [
+        (name, _describe(saved.get(name)), _describe(requested.get(name))) for name in sorted(saved.keys() | requested)
+    ]
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
         return ""

@@ -66,7 +66,7 @@ def open_run(
             require_backend(run.path, "run")
             run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lease(run, notice, timing=timing))
-            _warn_of_lost_checkpoints(run, notice)
+            _warn_about_missing_checkpoints(run, notice)
             run.checkpoints.mkdir(exist_ok=True)
             _accept_config(run, config, may_differ, override, notice)
             write_whole(run.overrides, json.dumps(list(overrides)) + "\n")
@@ -80,7 +80,7 @@ def open_run(
         yield run
 
 
-def _warn_of_lost_checkpoints(run: RunFolder, notice: Callable[[str], None]) -> None:
+def _warn_about_missing_checkpoints(run: RunFolder, notice: Callable[[str], None]) -> None:
     if (step := run.recorded_without_checkpoint()) is not None:
         notice(
             f"warning: {run.metrics} records steps up to {step}, but {run.checkpoints} holds no checkpoint; training "

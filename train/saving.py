@@ -85,12 +85,12 @@ class Saver:
 
     def __init__(
         self, checkpoints: Checkpointer, batches: TrainBatches, prepared: Prepared, start: Start,
-        resting: Callable[[], None] = lambda: None,
+        pause_watchdog: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self._checkpoints, self._batches, self._tokenizer = checkpoints, batches, prepared.tokenizer
         self._seconds_before, self._began = start.seconds, time.monotonic()
         self._frozen = {"frozen": start.frozen} if start.frozen else {}
-        self._resting = resting
+        self._pause_watchdog = pause_watchdog
 
     @property
     def seconds(self) -> float:
@@ -105,7 +105,7 @@ class Saver:
             "seconds": self.seconds,
             **self._frozen,
         }
-        self._resting()
+        self._pause_watchdog()
         return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)
 
     def require(self, state: TrainState, step: int, written: bool) -> None:
@@ -113,7 +113,7 @@ class Saver:
 
         A run whose last weights are lost is not finished. `written`: the result of `save`, equal on every process.
         """
-        self._resting()
+        self._pause_watchdog()
         if written:
             return self._checkpoints.verify(step, state._replace(frozen=None))
         last = ""
