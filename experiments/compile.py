@@ -1,9 +1,8 @@
-"""The train step of an experiment, compiled for TPUs that are not here: what it takes of each device, and what it
-sends.
+"""Ahead-of-time compilation of a train step for TPUs you don't have, with its memory use and traffic per device.
 
-The TPU compiler (`pip install libtpu`) runs on any machine. It lays out the whole step, forward, backward, clipping and
-update, on a topology such as v5p:4x4x4, refuses what does not fit into memory, and says what each device holds and
-which collectives it runs. Nothing is timed: how fast the step is, only the pod can say.
+The TPU compiler (`pip install libtpu`) runs on any machine. It compiles the whole step (forward, backward, clipping and
+update) for a topology such as v5p:4x4x4, rejects a step that does not fit into memory, and reports the memory use and
+the collectives of each device. It cannot report how fast the step runs; that takes a pod.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from train.config_io import ConfigError
 from train.program import Program, build
 from train.progress import count
 
-# What the compiler lets a program use of a JAX device's memory, bytes: read from its refusals (libtpu 0.0.52). A chip
-# of v4 or 7x has two JAX devices. The data sheets (32, 16, 95, 32 and 192 GB a chip) count what the system keeps for
-# itself, too.
+# Bytes of a JAX device's memory that the compiler lets a program use, read from its error messages (libtpu 0.0.52). A
+# v4 or 7x chip has two JAX devices. The data sheets (32, 16, 95, 32 and 192 GB per chip) include memory that the system
+# reserves.
 AVAILABLE = {
     name: int(gibibytes * 2**30)
     for name, gibibytes in {
@@ -47,20 +46,20 @@ AVAILABLE = {
         "TPU7x": 94.74,
     }.items()
 }
-LARGEST = 12  # buffers that are named
+LARGEST = 12  # buffers to report
 
 
 class DoesNotFit(ConfigError):
-    """The compiler refused the step: it needs more memory than a device has."""
+    """The step needs more memory than a device has, so the compiler rejected it."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a device."""
+    """Memory use of a program in bytes per device."""
 
-    arguments: int  # the train state and the batch
-    in_place: int  # of the results, what takes the place of an argument
-    results: int  # all of them
+    arguments: int  # train state and batch
+    in_place: int  # results that reuse the memory of an argument
+    results: int  # all results, including those in place
     temporaries: int
     code: int
 
@@ -71,17 +70,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A train step, compiled. Every figure is of one device and one step unless it says otherwise."""
+    """A compiled train step. Figures are for one device and one step unless stated otherwise."""
 
     topology: str
     device_kind: str
     devices: int
-    mesh: dict[str, int]  # axes of more than one device
-    parameters: int
+    mesh: dict[str, int]  # axes with more than one device
+    parameters: int  # of the whole network
     tokens: int  # of the whole step
     memory: Memory
-    available: int | None
-    buffers: tuple[str, ...]  # the largest temporaries: size and the arrays that share it
+    available: int | None  # bytes that the compiler lets a program use; None: unknown
+    buffers: tuple[str, ...]  # the largest temporaries: size, and the arrays that share it
     traffic: Traffic
     flops: float  # by the convention of model.cost
     peak: float | None  # FLOP/s
@@ -89,7 +88,7 @@ class Compiled:
     seconds_to_compile: float
 
     def to_json(self) -> dict:
-        """Figures alone, in bytes and seconds."""
+        """Return the figures as JSON values, in bytes and seconds."""
         kinds = {
             kind: {"count": n, "bytes_put_out": out, "bytes_sent": round(sent)}
             for kind, (n, out, sent) in self.traffic.by_kind().items()
@@ -109,7 +108,7 @@ class Compiled:
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology. Raises ConfigError for an unknown one, or where there is no compiler."""
+    """Return the devices of a topology. Raises ConfigError if it is unknown or no compiler is installed."""
     try:
         return devices_of(topology)
     except (ValueError, RuntimeError) as error:
@@ -117,16 +116,19 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 
 def memory_of(device: jax.Device) -> DeviceMemory | None:
-    """Return what the compiler lets a program use of a device; None for a kind that is not in the table."""
+    """Return the memory of a device that the compiler lets a program use, or None for a kind not in `AVAILABLE`."""
     size = AVAILABLE.get(device.device_kind)
     return None if size is None else DeviceMemory(size, f"the compiler gives a program on a {device.device_kind}")
 
 
 def compile_step(experiment: Experiment, topology: str) -> Compiled:
-    """Compiles the train step of an experiment, resolved for the topology's devices. Raises ConfigError if that cannot
-    be: DoesNotFit where the memory of a device does not suffice. The dtype 'auto' is bfloat16, as it is on a TPU."""
+    """Compile the train step of an experiment, resolved for the devices of the topology.
+
+    The dtype 'auto' becomes bfloat16, as on a TPU. Raises ConfigError if the step cannot be compiled, and DoesNotFit,
+    a subclass, if it needs more memory than a device has.
+    """
     devices = topology_devices(topology)
-    if experiment.model.dtype == "auto":  # which looks at the backend that is here
+    if experiment.model.dtype == "auto":  # would choose by the backend of this machine
         experiment = replace(experiment, model=replace(experiment.model, dtype="bfloat16"))
     mesh = lay_out(experiment.mesh.sizes(len(devices)), devices)
     device = mesh.devices.flat[0]
@@ -139,11 +141,11 @@ def compile_step(experiment: Experiment, topology: str) -> Compiled:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise DoesNotFit(_refusal(str(error), topology)) from error
-        # The text of the compiled object itself cannot be had: JAX fails to read back what runs on a TPU's SparseCores.
+        # Read the dumps, because JAX fails to print a compiled program that uses a TPU's SparseCores.
         text = _dumped(folder, "after_optimizations.txt")
         buffers = _largest(_dumped(folder, "after_optimizations-memory-usage-report.txt"))
     m = executable.memory_analysis()
-    assert m is not None, "the TPU compiler tells its memory"
+    assert m is not None, "the TPU compiler reports memory use"
     memory = Memory(
         m.argument_size_in_bytes, m.alias_size_in_bytes, m.output_size_in_bytes, m.temp_size_in_bytes,
         m.generated_code_size_in_bytes,
@@ -174,7 +176,7 @@ def _compile(program: Program, mesh: Mesh, folder: str) -> jax.stages.Compiled:
 
 
 def _dumped(folder: str, ending: str) -> str:
-    """The dump of the train step with this ending; other programs are small."""
+    """Return the largest dump with this ending, which is that of the train step; other programs are small."""
     found = sorted(Path(folder).glob(f"*.{ending}"), key=lambda path: path.stat().st_size)
     return found[-1].read_text() if found else ""
 
@@ -185,76 +187,78 @@ def _size(size: float) -> str:
 
 def _peak(device: jax.Device) -> tuple[float | None, str]:
     peak, source = peak_flops(device)
-    half = (
-        device.device_kind == "TPU v4" and device.num_cores == 1
-    )  # topologies of v4 have a device for each of a chip's two cores
+    # Topologies of v4 have one device for each of the two cores of a chip.
+    half = device.device_kind == "TPU v4" and device.num_cores == 1
     return (peak / 2, f"half of the {source}") if half and peak else (peak, source)
 
 
 def _largest(report: str) -> tuple[str, ...]:
-    """Of the compiler's report on the memory of the device, which stands before those on the memories of its cores."""
+    """Return the largest buffers in the compiler's report on device memory, which precedes those on core memories."""
     device = report.split("Memory Space:")[1] if "Memory Space:" in report else ""
     rows = re.findall(r"^ *[\d.]+[KMGT]?i?B\( *\d+%\); +([\d.]+[KMGT]?i?B); +\d+; +\d+; (.*)$", device, re.MULTILINE)
     return tuple(f"{size}: {arrays}" for size, arrays in rows[:LARGEST])
 
 
 def _refusal(message: str, topology: str) -> str:
-    told = re.search(r"(Ran out of memory[^\n]*?)(?: HLO module:|\n|$)", message)
+    found = re.search(r"(Ran out of memory[^\n]*?)(?: HLO module:|\n|$)", message)
     return (
-        f"--topology {topology}: the step does not fit into a device's memory. The compiler: "
-        f"{told[1] if told else message[:300]} Take more devices, fewer rows (data.batch_size), more "
-        "train.microbatches, model.remat=full, or a mesh that holds less (mesh.fsdp, mesh.expert)"
+        f"--topology {topology}: the step does not fit into a device's memory. The compiler reports: "
+        f"{found[1] if found else message[:300]} Try more devices, fewer rows (data.batch_size), more "
+        "train.microbatches, model.remat=full, or a mesh that shards the weights further (mesh.fsdp, mesh.expert)"
     )
 
 
 def print_compiled(compiled: Compiled, console: Console) -> None:
-    """What a user asks of a pod, as tables."""
+    """Print the memory use, collectives and FLOPs of a compiled step as tables."""
     c, m = compiled, compiled.memory
     mesh = " x ".join(f"{axis}={size}" for axis, size in c.mesh.items()) or "one device"
     console.print(
         f"{c.topology}: {c.devices} devices ({c.device_kind}), mesh {mesh}; compiled in {c.seconds_to_compile:.0f} s"
-        f"\n{c.parameters:,} parameters, {c.tokens:,} tokens a step; all that follows is of one device and one step\n",
+        f"\n{c.parameters:,} parameters, {c.tokens:,} tokens per step; the figures below are per device and step\n",
         soft_wrap=True,
     )
     memory = Table("memory", "", box=None, pad_edge=False)
     memory.columns[1].justify = "right"
     rows = {
         "arguments: train state and batch": m.arguments,
-        "results not in the place of arguments": m.results - m.in_place,
+        "results outside of arguments": m.results - m.in_place,
         "temporaries": m.temporaries,
         "program": m.code,
-        "all": m.total,
+        "total": m.total,
     }
     for name, size in rows.items():
         memory.add_row(name, _size(size))
     console.print(memory)
     if c.available is not None:
-        console.print(f"fits: the compiler gives a program {_size(c.available)} ({m.total / c.available:.0%} are used)")
-    largest = Table("\nlargest temporaries (those that are not needed at once share memory)", box=None, pad_edge=False)
+        console.print(f"fits: the compiler gives a program {_size(c.available)} ({m.total / c.available:.0%} used)")
+    largest = Table(
+        "\nlargest temporaries (arrays that are not needed at the same time share memory)", box=None, pad_edge=False
+    )
     for row in c.buffers[:6]:
         largest.add_row(row if len(row) < 150 else row[:147] + "...")
     console.print(largest)
-    table = Table("\ncollective", "\ncount", "\nput out", "\nsent", box=None, pad_edge=False)
+    table = Table("\ncollective", "\ncount", "\noutput", "\nsent", box=None, pad_edge=False)
     for kind, (n, out, sent) in c.traffic.by_kind().items():
         table.add_row(kind, f"{n:,}", _size(out), _size(sent))
-    table.add_row("all", "", _size(c.traffic.put_out), _size(c.traffic.sent))
+    table.add_row("total", "", _size(c.traffic.put_out), _size(c.traffic.sent))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
     console.print(
-        "put out: bytes of the results; sent: bytes that leave the device if rings and direct messages do it. Loops "
-        "count as often as they go round",
+        "output: bytes of the results; sent: bytes that leave the device with ring algorithms and direct messages. "
+        "Loop bodies count once per iteration",
         soft_wrap=True,
     )
     if c.traffic.most > 1.01 * c.traffic.put_out:
         console.print(
-            f"where the step branches, these are the branches that put out least; the others: {_size(c.traffic.most)}",
+            f"where the step branches, these figures take the branch with the smallest output; with the largest, the "
+            f"output is {_size(c.traffic.most)}",
             soft_wrap=True,
         )
     if c.traffic.open_loops:
         console.print(
-            f"{c.traffic.open_loops} loops whose length depends on data, such as further rounds of an exchange of "
-            f"tokens, are not counted; a round of each puts out {_size(c.traffic.a_round)}",
+            f"{c.traffic.open_loops} loops whose length depends on data, such as the overflow rounds of an all-to-all "
+            f"of tokens, are not counted; one iteration of each outputs {_size(c.traffic.a_round)}",
             soft_wrap=True,
         )
     seconds = (
@@ -264,7 +268,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
 
 
 def save(compiled: Compiled, experiment: Experiment, overrides: list[str], path: Path) -> None:
-    """Writes the figures as JSON, with what was asked for."""
-    told = {"experiment": experiment.name, "overrides": overrides, **compiled.to_json()}
+    """Write the figures as JSON, with the experiment's name and its overrides."""
+    figures = {"experiment": experiment.name, "overrides": overrides, **compiled.to_json()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(told, indent=1) + "\n")
+    path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Published models to runs and runs to published models: what `import` and `export` do."""
+"""Conversion of published models to runs and of runs to published models (`import` and `export`)."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ from train.config_io import ConfigError
 from train.objectives import token_losses
 from train.records import MetricsWriter, RunFolder, RunFolderError, describe_environment, open_run, write_environment
 
-PROBE = Path(argparse.__file__)  # a text that every machine has: what an import is tried on
+PROBE = Path(argparse.__file__)  # text that every machine has, on which an imported model is tested
 PROBE_TOKENS = 256
 
 
 def fine_tuning(name: str, published: Published, tokenizer: Tokenizer, overrides: Sequence[str]) -> Experiment:
-    """An experiment that goes on training a published model, gently, on the default corpus. Raises ConfigError by
-    field."""
+    """Return an experiment that fine-tunes a published model, at a low learning rate, on the default corpus.
+
+    Raises ConfigError that names the field.
+    """
     config = published.config
-    with tempfile.TemporaryDirectory() as folder:  # where the checks find the tokenizer, before the run has it
+    with tempfile.TemporaryDirectory() as folder:  # holds the tokenizer for the checks, before the run folder exists
         tokenizer.save(folder)
         saved = TokenizerConfig(kind="saved", path=folder, vocab_size=tokenizer.vocab_size)
         experiment = _experiment(name, published, saved, overrides)
-    _length_notice(published, experiment)
+    _length_note(published, experiment)
     if lost := differences(architecture(config), architecture(experiment.model)):
         raise ConfigError(
-            f"{lost[0].replace('(there', '(asked for')}: the published weights are of that network; leave --set of it "
-            f"out"
+            f"{lost[0].replace('(there', '(requested')}: the published weights fix this field; remove its --set"
         )
     if experiment.data.tokenizer != saved:
         raise ConfigError(
-            "data.tokenizer: the published weights need their own tokenizer; leave --set of it out, or give "
-            "--tokenizer PATH"
+            "data.tokenizer: the published weights need their own tokenizer; remove its --set, or pass --tokenizer PATH"
         )
     return _with_tokenizer(experiment, Path("runs") / name / "tokenizer")
 
 
-def _length_notice(published: Published, experiment: Experiment) -> str | None:
-    """Return what to say of a model.max_length that is not the published one. Raises ConfigError."""
+def _length_note(published: Published, experiment: Experiment) -> str | None:
+    """Return a note if model.max_length differs from the published one. Raises ConfigError if it is impossible."""
     try:
         return check_length(experiment.model, published.config.max_length)
     except ValueError as error:
@@ -102,12 +102,12 @@ def import_run(
     path: Path, run_path: Path, *, name: str, overrides: Sequence[str], dtype: str, tokenizer_path: Path | None,
     dry_run: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Writes the run folder `run_path`: the published model at `path` (a folder, or a GGUF file) with its weights
-    stored as `dtype`, its tokenizer (or that at `tokenizer_path`) and an experiment that would train it further.
+    """Write the published model at `path` (a folder, or a GGUF file) as the run folder `run_path`.
 
-    Read back, every weight is compared with the files bit by bit. The folder appears whole or not at all; `dry_run`
-    reads headers alone and tells what would be done. Raises RunFolderError, ModelFilesError, UnsupportedModelError,
-    DataError, ConfigError.
+    The run holds the weights stored as `dtype`, the model's tokenizer (or the one at `tokenizer_path`) and an
+    experiment to fine-tune it. The weights are read back and compared with the files bit by bit. The folder appears
+    atomically. `dry_run` reads only headers and prints the plan. Raises RunFolderError, ModelFilesError,
+    UnsupportedModelError, DataError or ConfigError.
     """
     if run_path.exists():
         raise RunFolderError(f"run folder {run_path} exists already; choose another name with --name, or delete it")
@@ -135,12 +135,14 @@ def import_run(
         with use_mesh(mesh):
             loss, tokens = probe(trained.model, tokenizer)
         console.print(
-            f"verified: {verified.elements:,} weights are those of the files, bit by bit as {dtype}; "
-            f"{loss:.3f} nats a token on {tokens} tokens of Python's {PROBE.name} (guessing: "
+            f"verified: {verified.elements:,} weights match the files, bit by bit as {dtype}; "
+            f"{loss:.3f} nats per token on {tokens} tokens of Python's {PROBE.name} (guessing: "
             f"{math.log(experiment.model.vocab_size):.2f})"
         )
         if not math.isfinite(loss):
-            raise CheckpointError(f"{path}: the model's loss on a text is {loss}; nothing was kept")
+            raise CheckpointError(
+                f"{path}: the model's loss on a test text is {loss}; nothing was kept. Check the files"
+            )
     console.print(f"{run_path} is ready: python -m experiments generate {name} --prompt '...'")
 
 
@@ -155,11 +157,11 @@ def export_run(
     dry_run: bool,
     console: Console,
 ) -> None:
-    """Writes a run's weights (the average where it keeps one) and tokenizer as a folder that transformers loads.
+    """Write a run's weights (their average if it keeps one) and tokenizer as a folder that transformers loads.
 
-    Read back, every weight is compared with the run's. The folder appears whole or not at all. Raises
-    UnsupportedModelError where no family's config.json can say the network, naming the fields; ModelFilesError,
-    RunFolderError, CheckpointError.
+    The weights are read back and compared with those of the run. The folder appears atomically. Raises
+    UnsupportedModelError, naming the fields, if no family's config.json can describe the network, and ModelFilesError,
+    RunFolderError or CheckpointError.
     """
     if folder.exists():
         raise RunFolderError(f"{folder} exists already; choose another folder with --to, or delete it")
@@ -174,7 +176,8 @@ def export_run(
     length, wanted = values.get("max_position_embeddings"), experiment.model.max_length
     if length not in (None, wanted):
         console.print(
-            f"note: max_position_embeddings = {length}, not model.max_length = {wanted}: dynamic scaling starts from it"
+            f"note: max_position_embeddings = {length} instead of model.max_length = {wanted}, because dynamic scaling "
+            "starts from it"
         )
     if dry_run:
         console.print("dry run: nothing was written")
@@ -193,21 +196,20 @@ def export_run(
 
 
 def copy_import(run: RunFolder, path: Path) -> None:
-    """A copy of an imported run at `path`, to be trained while that one stays as it is; one that is there already
-    stays."""
+    """Copy an imported run to `path`, to be trained there. An existing copy stays. Raises RunFolderError."""
     if not imported_from(run):
         raise RunFolderError(
-            f"{run.path} is not an imported run, whose copies can be trained on; to start a new run from its "
-            f"weights, export it and import that: python -m experiments export {run.path.name} --to FOLDER, then "
+            f"{run.path} is not an imported run, and only copies of imported runs can be trained; to start a new run "
+            f"from its weights, export and import it: python -m experiments export {run.path.name} --to FOLDER, then "
             "python -m experiments import FOLDER --name NAME"
         )
     if path.exists():
         if imported_from(RunFolder(path)) == imported_from(run):
             return
-        raise RunFolderError(f"{path} exists already and is no copy of {run.path}; choose another name with --run")
+        raise RunFolderError(f"{path} already exists and is not a copy of {run.path}; choose another name with --run")
     if not untouched_import(run):
         raise RunFolderError(
-            f"{run.path} was trained further, so that a copy would not start from the published weights; continue it "
+            f"{run.path} was trained further, so a copy would not start from the published weights; continue it "
             "without --run, or import the model again"
         )
     with staged(path) as partial:
@@ -217,7 +219,7 @@ def copy_import(run: RunFolder, path: Path) -> None:
 
 
 def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
-    """(nats a token, tokens) of the beginning of `PROBE`."""
+    """Return (nats per token, number of tokens) on the beginning of `PROBE`."""
     start = [] if tokenizer.special.start < 0 else [tokenizer.special.start]
     ids = [*start, *tokenizer.encode(PROBE.read_text()[: 16 * PROBE_TOKENS]).tolist()][
         : min(PROBE_TOKENS, model.config.max_length) + 1
@@ -234,9 +236,9 @@ def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:
 def _write(
     run: RunFolder, model: Transformer, experiment: Experiment, tokenizer: Tokenizer, dtype: str, origin: str
 ) -> None:
-    """The checkpoint of weights alone at step 0, and the event that the report reads."""
+    """Write a checkpoint of only the weights at step 0, and the event that the report reads."""
     counts = count_parameters(experiment.model)
-    told = f"{counts.total:,} parameters ({counts.active:,} active per token) from {Path(origin).name}"
+    summary = f"{counts.total:,} parameters ({counts.active:,} active per token) from {Path(origin).name}"
     metadata = {"weights": dtype, "tokenizer": tokenizer.identity, "seconds": 0.0, "imported_from": Path(origin).name}
     with Checkpointer(str(run.checkpoints)) as checkpoints, MetricsWriter(run) as metrics:
         if not checkpoints.save(0, {"model": model}, metadata=metadata, wait=True):
@@ -244,7 +246,7 @@ def _write(
                 f"{run.path}: the checkpoint was not written (the warning above says why); free the disk"
             )
         metrics.write({
-            "kind": "event", "step": 0, "event": "started", "message": f"imported: {told}",
+            "kind": "event", "step": 0, "event": "started", "message": f"imported: {summary}",
             "imported_from": Path(origin).name, "parameters_total": counts.total, "parameters_active": counts.active,
         })  # fmt: skip
 
@@ -252,7 +254,7 @@ def _write(
 def _plan(
     path: Path, published: Published, tokenizer: Tokenizer, unused: int, experiment: Experiment, dtype: str
 ) -> Table:
-    """What is in the files and what becomes of it."""
+    """Return a table of the files' content and of the run that they become."""
     found = plan(published, dtype, experiment.sharding, make_mesh(experiment.mesh))
     kinds = ", ".join(f"{n} of {kind}" for kind, n in sorted(found.tensors.items()))
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -262,16 +264,16 @@ def _plan(
     table.add_row(
         "tensors", f"{kinds}, {found.disk / 1e6:,.1f} MB in {files}; the largest {found.largest / 1e6:,.1f} MB"
     )
-    device = "" if found.device == found.weights else f", {found.device / 1e6:,.1f} MB a device"
+    device = "" if found.device == found.weights else f", {found.device / 1e6:,.1f} MB per device"
     table.add_row("weights", f"{found.weights / 1e6:,.1f} MB as {dtype}{device}")
     rows = f"; {unused} rows of the embedding have no id" if unused else ""
     chats = "" if tokenizer.chat_template is None else "; a chat template"
     table.add_row("tokenizer", f"{tokenizer.vocab_size:,} ids{rows}{chats}")
     if published.unread:
         table.add_row(
-            "not read", f"{', '.join(published.unread)} (of config.json: see that none changes what the model computes)"
+            "not read", f"{', '.join(published.unread)} (in config.json; check that none changes the computation)"
         )
-    for note in (*published.notes, _length_notice(published, experiment)):
+    for note in (*published.notes, _length_note(published, experiment)):
         if note is not None:
             table.add_row("note", note)
     return table
@@ -279,7 +281,7 @@ def _plan(
 
 @contextmanager
 def _progress(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` numbers on a terminal, one line elsewhere."""
+    """Show a progress bar over `total` numbers on a terminal, or print one line elsewhere."""
     if not console.is_terminal:
         console.print(f"{title} {total:,} numbers")
         yield lambda size: None

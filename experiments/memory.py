@@ -1,7 +1,7 @@
-"""Refuses what cannot fit into memory, from the config alone, before anything is built.
+"""A memory estimate from the config alone, to reject a run that cannot fit before anything is built.
 
-The estimate is a lower bound: what any step must hold, and nothing that a compiler may avoid. A config that passes may
-still not fit; one that is refused cannot.
+The estimate is a lower bound: it counts what every step must hold, and nothing that a compiler may avoid. A config that
+passes may still not fit, but one that is rejected cannot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.config import Experiment
 from train.config_io import ConfigError
 from train.cross_entropy import CHUNK_IDS, WHOLE_IDS
 
-# Bytes of optimizer state for each parameter, at the least: two float32 moments; one; factored moments; Muon's one.
+# Least bytes of optimizer state per parameter: two float32 moments, one, factored moments, and Muon's one.
 OPTIMIZER_BYTES = {"adamw": 8, "lion": 4, "adafactor": 0, "muon": 4}
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -26,22 +26,22 @@ class Part:
     """One contribution to the memory of a device."""
 
     name: str
-    size: int  # bytes a device, at least
-    fields: str  # that set it
+    size: int  # bytes per device, at least
+    fields: str  # config fields that determine it
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What there is to fit into."""
+    """The memory of a device."""
 
-    size: int  # bytes for each JAX device
-    description: str  # as in "a TPU v5p chip has"
+    size: int  # bytes per JAX device
+    description: str  # subject and verb for the message, as in "a TPU v5p chip has"
 
 
 def estimate(experiment: Experiment, device_count: int, *, training: bool = True) -> list[Part]:
-    """Return the least that each of `device_count` devices holds, by part: of a training step, or of weights alone.
+    """Return the least memory of each of `device_count` devices, by part, for training or, without it, for weights.
 
-    The experiment's vocabulary is filled in and its fields are valid.
+    The experiment must be valid, with its vocabulary filled in.
     """
     mesh = dict(zip(MESH_AXES, experiment.mesh.sizes(device_count), strict=True))
 
@@ -51,8 +51,8 @@ def estimate(experiment: Experiment, device_count: int, *, training: bool = True
 
     model, data, train = experiment.model, experiment.data, experiment.train
     spread = devices("weights", *vars(experiment.sharding.weights))
-    # Training keeps weights in float32, beside the optimizer's state; sampling may keep them in half precision.
-    # Frozen weights have no such state, and how many are frozen is left open: the estimate is the least.
+    # Training keeps float32 weights and optimizer state; sampling may keep weights in half precision. Frozen weights
+    # have no optimizer state. Their number is not computed, so with frozen layers the bound counts no such state.
     moments = 0 if train.trainable_layers is not None else OPTIMIZER_BYTES.get(experiment.optimizer.name, 0)
     each = 4 + moments if training else 2
     what = "weights and optimizer state" if training else "weights"
@@ -79,8 +79,10 @@ def estimate(experiment: Experiment, device_count: int, *, training: bool = True
 def refuse_what_cannot_fit(
     experiment: Experiment, device_count: int, memory: Memory | None, *, training: bool = True
 ) -> None:
-    """Raise ConfigError that names the largest part and the fields to change, where the lower bound exceeds `memory`
-    (None: unknown, nothing is refused)."""
+    """Raise ConfigError if the lower bound exceeds `memory` (None: unknown, always passes).
+
+    The message names the largest part and the fields to change.
+    """
     if memory is None:
         return
     parts = estimate(experiment, device_count, training=training)
@@ -89,10 +91,10 @@ def refuse_what_cannot_fit(
         return
     largest = max(parts, key=lambda part: part.size)
     values = ", ".join(f"{name} = {_value(experiment, name)!r}" for name in largest.fields.split(", "))
-    more = ", or spread them further (mesh, sharding)" if device_count > 1 else ""
+    more = ", or shard it over more devices (mesh, sharding)" if device_count > 1 else ""
     raise ConfigError(
-        f"{values}: needs at least {_bytes(total)} on each device, and {memory.description} {_bytes(memory.size)}. The "
-        f"largest part: {largest.name}, {_bytes(largest.size)}. Try smaller values of {largest.fields}{more}"
+        f"{values}: needs at least {_bytes(total)} on each device, but {memory.description} {_bytes(memory.size)}. The "
+        f"largest part is {largest.name}, {_bytes(largest.size)}. Try smaller values of {largest.fields}{more}"
     )
 
 
@@ -111,7 +113,7 @@ def _bytes(size: int) -> str:
 
 
 def memory_here() -> Memory | None:
-    """Return the memory of this process's devices; None where the backend does not say. Starts jax's backend."""
+    """Return the memory of this process's devices, or None if the backend does not report it. Starts jax's backend."""
     import jax
 
     device = jax.local_devices()[0]
@@ -129,7 +131,7 @@ def _divided(size: int | None, devices: int) -> Memory | None:
 
 
 def host_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes of memory and swap that this process may use; None where the system does not say."""
+    """Return the bytes of memory and swap that this process may use, or None if the system does not report them."""
     try:
         rows = (line.split() for line in (root / "proc/meminfo").read_text().splitlines())
         known = {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) > 1}

@@ -1,4 +1,4 @@
-"""Every named experiment: a function that returns it."""
+"""All named experiments, each as a function that returns it."""
 
 from experiments.pods import PODS
 from experiments.quickstart import EXPERIMENTS as QUICKSTART

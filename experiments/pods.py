@@ -1,9 +1,8 @@
-"""Mixtures of experts that need a pod: compiled ahead of time here (`python -m experiments compile`), trained where the
-pod is.
+"""Mixtures of experts that need a pod for training. Any machine can compile them (`python -m experiments compile`).
 
-On the mesh `expert` x `fsdp` a layer sends tokens over the `expert` group, to the devices that hold their experts, and
-each device gathers the slices of its own experts alone, over the `fsdp` group. Heads and vocabulary are stored over
-`expert`, too, so that no weight of size lies on two devices; at use every device has them whole.
+On the mesh `expert` x `fsdp`, a layer sends tokens over the `expert` group to the devices that hold their experts, and
+each device gathers only the slices of its experts, over the `fsdp` group. Heads and vocabulary are also sharded over
+`expert` in storage, so that no large weight is stored on two devices. Every device gathers them for use.
 """
 
 from __future__ import annotations
@@ -24,19 +23,20 @@ STORED_OVER_ALL = ShardingRules(
 
 
 def mixtral_8x7b() -> Experiment:
-    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, 8 experts, top-2, 2 sequences of 4,096 a chip of
-    v5p-128.
+    """Mixtral 8x7B (Jiang et al. 2024): 46,702,792,704 parameters, 8 experts, top-2, on 64 v5p chips (v5p-128).
 
+    Each chip processes 2 sequences of 4,096 tokens.
     Command: python -m experiments compile mixtral_8x7b --topology v5p:4x4x4
-    Expect, of each chip: 8.76 GB of arguments, 11.95 GB of temporaries; collectives put out 61 GB a step and send 66 GB
-    (libtpu
-    0.0.52, jax 0.10.2). A chip's buffer takes 18,432 pairs, 1.125 of an even share; what exceeds it goes in a further
-    round. The load-balance loss is transformers' with 0.02: that is k where ours is 1, and pools the layers where ours
-    adds them.
+    Expect per chip and step: 8.76 GB of arguments, 11.95 GB of temporaries, and collectives that output 61 GB and send
+    66 GB (libtpu 0.0.52, jax 0.10.2).
+
+    The buffer of a chip holds 18,432 pairs, 1.125 times an even share; further pairs are sent in an overflow round. The
+    load-balance loss corresponds to 0.02 in transformers, whose loss is k where ours is 1, and which pools the layers
+    where we add them.
     """
     return Experiment(
         name="mixtral_8x7b",
-        question="What does a step of Mixtral 8x7B take of each of 64 v5p chips, and what does it send?",
+        question="How much memory does a step of Mixtral 8x7B use on each of 64 v5p chips, and how much does it send?",
         source="Jiang et al. 2024 (Mixtral), table 1",
         cost="compiles in minutes on 2 CPU cores; trains on 64 v5p chips",
         model=ModelConfig(
@@ -62,20 +62,24 @@ def mixtral_8x7b() -> Experiment:
 
 
 def deepseek_v3_like() -> Experiment:
-    """The experts of DeepSeek-V3 (DeepSeek-AI 2024, sec. 4.2), 16 of its 61 layers, for 64 v5p chips.
+    """The experts of DeepSeek-V3 (DeepSeek-AI 2024, sec. 4.2), with 16 of its 61 layers, for 64 v5p chips.
 
-    As there: 256 experts of width 2,048 of which 8 in 4 of 8 groups, one shared, sigmoid weights scaled by 2.5,
-    balanced by a bias, three dense layers of width 18,432 first. Not as there: grouped-query attention, 128 heads of
-    128 with 16 key heads, in place of latent attention; no prediction of further tokens; AdamW's state in float32. At
-    full depth weights and that state, 12 bytes for each of 676 B parameters, are 127 GB a chip of 64, and a v5p chip
-    has 95: `deepseek_v3_like_full` is for 512. Command: python -m experiments compile deepseek_v3_like --topology
-    v5p:4x4x4 Expect, of each chip: 34.0 GB of arguments, 45.0 GB of temporaries; collectives put out 166 GB a step.
+    As in the paper: 256 experts of width 2,048, of which each token uses 8 in 4 of 8 groups, one shared expert, sigmoid
+    weights scaled by 2.5, balancing by a bias, and three initial dense layers of width 18,432. Unlike the paper:
+    grouped-query attention (128 heads of width 128 with 16 key heads) instead of latent attention, no multi-token
+    prediction, and AdamW's state in float32.
+
+    At full depth, weights and optimizer state (12 bytes for each of 676 B parameters) take 127 GB on each of 64 chips,
+    and a v5p chip has 95 GB; `deepseek_v3_like_full` is for 512 chips.
+
+    Command: python -m experiments compile deepseek_v3_like --topology v5p:4x4x4
+    Expect per chip and step: 34.0 GB of arguments, 45.0 GB of temporaries, and collectives that output 166 GB.
     """
     return Experiment(
         name="deepseek_v3_like",
-        question="What does a step with 256 experts take of each of 64 v5p chips, and what does it send?",
+        question="How much memory does a step with 256 experts use on each of 64 v5p chips, and how much does it send?",
         source="DeepSeek-AI 2024 (DeepSeek-V3), sec. 4.2",
-        cost="weights and AdamW's state are 34 GB a chip of 64 v5p chips",
+        cost="weights and AdamW's state take 34 GB on each of 64 v5p chips",
         model=ModelConfig(
             vocab_size=129_280,
             num_layers=16,
@@ -112,7 +116,7 @@ def deepseek_v3_like() -> Experiment:
 
 
 def deepseek_v3_like_full() -> Experiment:
-    """All 61 layers, for 512 v5p chips.
+    """`deepseek_v3_like` with all 61 layers, for 512 v5p chips.
 
     Command: python -m experiments compile deepseek_v3_like_full --topology v5p:8x8x8
     """
@@ -120,8 +124,8 @@ def deepseek_v3_like_full() -> Experiment:
     return replace(
         base,
         name="deepseek_v3_like_full",
-        question="The same at the full depth of 61 layers: does it fit 512 v5p chips?",
-        cost="weights and AdamW's state are 17 GB a chip of 512 v5p chips",
+        question="Does deepseek_v3_like at its full depth of 61 layers fit on 512 v5p chips?",
+        cost="weights and AdamW's state take 17 GB on each of 512 v5p chips",
         model=replace(base.model, num_layers=61),
         data=replace(base.data, batch_size=1024),
     )

@@ -1,4 +1,4 @@
-"""The processes of a run, for rooms that do not know JAX (data.processes.Processes)."""
+"""The processes of a run, for packages that do not import JAX (data.processes.Processes)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _numbers = itertools.count()
 
 
 class JaxProcesses:
-    """The processes of jax.distributed and its key-value store; waiting there has no limit, unlike in a collective.
+    """The processes of jax.distributed, which communicate through its key-value store.
 
-    Ctrl-C and signals act every `poll_seconds`, since a wait inside the client cannot be interrupted.
+    Unlike a collective, `receive` may wait without limit. Ctrl-C and signals take effect every `poll_seconds`, because
+    a wait inside the client cannot be interrupted.
     """
 
     def __init__(self, poll_seconds: float) -> None:
         self._poll_seconds = poll_seconds
         self.index, self.count = jax.process_index(), jax.process_count()
         self._client: Any = distributed.global_state.client
-        self._prefix = f"meshwork/processes/{next(_numbers)}"  # every process makes its objects in the same order
+        self._prefix = f"meshwork/processes/{next(_numbers)}"  # every process creates its objects in the same order
 
     def send(self, key: str, text: str) -> None:
         self._client.key_value_set(f"{self._prefix}/{key}", text, allow_overwrite=True)
@@ -39,17 +40,18 @@ class JaxProcesses:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise DataError(
-                        f"a process of the run is gone while this one waits for it ({error}). Read its output, then "
+                        f"a process of the run was lost while this one waited for it ({error}). Read its output, then "
                         "start every process again"
                     ) from error
             if timeout is not None and time.monotonic() - started > timeout:
-                raise TimeoutError(f"no answer to {key} in {timeout:g} s")
+                raise TimeoutError(f"no value for {key} within {timeout:g} s")
 
 
 def agree(digest: str, wrong: str, fix: str) -> None:
-    """Refuse to continue where the processes hold different things, as `wrong` says. Raises ConfigError on all of them.
+    """Raise ConfigError on all processes unless all of them have the same `digest`.
 
-    The digests are compared in the key-value store: a collective could hang where the processes differ.
+    `wrong` completes the message "the processes ...", and `fix` is the advice. The digests are compared through the
+    key-value store, because a collective could hang if the processes differ.
     """
     digests = [text[:8] for text in _exchange(digest)]
     if len(set(digests)) > 1:
@@ -57,12 +59,12 @@ def agree(digest: str, wrong: str, fix: str) -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has arrived."""
     _exchange("")
 
 
 def _exchange(text: str) -> list[str]:
-    """Return the text of every process, in their order."""
+    """Return the texts of all processes, in the order of their indices."""
     processes = all_processes()
     if processes.count == 1:
         return [text]

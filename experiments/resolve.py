@@ -1,4 +1,4 @@
-"""From a name and `--set` overrides to a complete, checked Experiment; from a run folder back to it."""
+"""Resolution of a name and `--set` overrides, or of a run folder, to a complete and valid Experiment."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
 from train.records import RunFolder, RunFolderError
 
-MOST_OF_A_NAME = 200  # bytes of a run's name; file systems take 255
-VOCAB_MULTIPLE = 128  # what matrix units and tensor-parallel meshes divide well
+MAX_NAME_BYTES = 200  # bytes of a run's name; file systems allow 255
+VOCAB_MULTIPLE = 128  # suits matrix units and tensor-parallel meshes
 
 DeviceCount = int | Callable[[Experiment], int] | None
 
-# What may change when a run goes on: how long, how it is watched and stored, not what is computed.
+# Fields that may change when a run resumes: its length, logging, storage and layout, but not its computation.
 MAY_DIFFER_ON_RESUME = (
     "train.steps",
     "train.eval_every",
@@ -58,17 +58,18 @@ def resolve(
     platform: str | None = None,
     memory: Callable[[], Memory | None] | None = None,
 ) -> Experiment:
-    """Return the experiment `name` with `overrides` applied and its vocabulary filled in, checked for `device_count`
-    devices of `platform` ('cpu', 'gpu' or 'tpu'); None: those that are here; a function: those that it starts for the
-    experiment. `memory`, asked once the config is valid,
-    returns what a device has; None: it is not checked.
+    """Return the experiment `name` with `overrides` applied, its vocabulary filled in, and its fields checked.
+
+    The check is for `device_count` devices of `platform` ('cpu', 'gpu' or 'tpu'). None: the devices of this machine; a
+    function: the number of devices that it starts for the experiment. `memory`, called once the config is valid,
+    returns the memory of a device; None: memory is not checked.
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
     """
     if name not in EXPERIMENTS:
         near = get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"experiment {name!r} is unknown; {hint}there are {', '.join(EXPERIMENTS)}")
+        raise ConfigError(f"experiment {name!r} is unknown; {hint}the experiments are {', '.join(EXPERIMENTS)}")
     return resolve_from(EXPERIMENTS[name](), overrides, device_count, platform, memory)
 
 
@@ -81,8 +82,10 @@ def resolve_from(
     *,
     training: bool = True,
 ) -> Experiment:
-    """Do what `resolve` does for an experiment that is not a named one, such as that of a run folder. Without
-    `training`, for evaluation and sampling, nothing is refused that only a training run needs."""
+    """Return an experiment that need not be a named one, such as that of a run folder, resolved as by `resolve`.
+
+    Without `training`, for evaluation and sampling, skip the checks that only matter for training.
+    """
     experiment = _find_teacher(fill_vocabulary(apply_overrides(experiment, overrides)))
     if device_count is None:
         import jax
@@ -98,7 +101,7 @@ def resolve_from(
 
 
 def _find_teacher(experiment: Experiment) -> Experiment:
-    """Return the experiment with the teacher as the path of a run's folder; a name stands for a run below runs/."""
+    """Return the experiment with the teacher as the path of a run folder. A name means a run below runs/."""
     train = experiment.train
     if not train.teacher or train.objective != "distillation":
         return experiment
@@ -121,44 +124,49 @@ def _refuse_kernels_of_other_platforms(experiment: Experiment, platform: str | N
 
         here = platform or jax.default_backend()
         if here != wanted:
-            raise ConfigError(f"model.{field} = {value!r}: runs on a {wanted}, and here is a {here}; use {others}")
+            raise ConfigError(
+                f"model.{field} = {value!r}: runs on a {wanted}, but the device is a {here}; use {others}"
+            )
 
 
 def fill_vocabulary(experiment: Experiment) -> Experiment:
-    """`model.vocab_size` 0 becomes the tokenizer's, rounded up; another value must hold the tokenizer's ids."""
+    """Return the experiment with a `model.vocab_size` of 0 replaced by the tokenizer's size, rounded up.
+
+    Raises ConfigError for another value that is smaller than the tokenizer's number of ids.
+    """
     tokenizer, given = experiment.data.tokenizer, experiment.model.vocab_size
     needed = tokenizer.ids
     if given and given < needed:
         raise ConfigError(
             f"model.vocab_size = {given}: the {tokenizer.kind} tokenizer has {needed} ids; set it to 0 (fitted) or "
-            f"more than that"
+            f"to at least {needed}"
         )
     vocab_size = given or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     return replace(experiment, model=replace(experiment.model, vocab_size=vocab_size))
 
 
 def may_differ_on_resume(name: str) -> bool:
-    """Whether a field (dotted) may change when a run is resumed."""
+    """Return whether a field, given by its dotted name, may change when a run resumes."""
     return any(
         name == allowed or (allowed.endswith(".") and name.startswith(allowed)) for allowed in MAY_DIFFER_ON_RESUME
     )
 
 
 def is_run(text: str) -> bool:
-    """Return whether `find_run` would find it."""
-    return any(_holds_run(path) for path in _places(text))
+    """Return whether `find_run` would find a run."""
+    return any(_holds_run(path) for path in _candidate_paths(text))
 
 
-def _places(text: str) -> tuple[str, ...]:
+def _candidate_paths(text: str) -> tuple[str, ...]:
     """Return the paths that a user may mean: the text itself and, unless it is gs://, a name under runs/."""
     return (text,) if "://" in text else (text, f"runs/{text}")
 
 
 def _holds_run(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder is a run's; a published model's folder has a config.json, too."""
+    """Return whether a folder is that of a run. A published model's folder also has a config.json."""
     try:
         return RunFolder(path).config.exists() and RunFolder(path).overrides.exists()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # a name that no file system accepts
         return False
 
 
@@ -166,28 +174,32 @@ def find_run(text: str) -> RunFolder:
     """Return the run folder of a path or of a name under runs/. Raises RunFolderError."""
     if not is_local(text):
         _parse(text, "run")
-    for path in _places(text):
+    for path in _candidate_paths(text):
         if _holds_run(path):
             return RunFolder(path)
     known = sorted(p.parent.name for p in Path("runs").glob("[!.]*/overrides.json"))
-    shown = text if len(text) <= MOST_OF_A_NAME else f"{text[:MOST_OF_A_NAME]}..."
+    shown = text if len(text) <= MAX_NAME_BYTES else f"{text[:MAX_NAME_BYTES]}..."
     published = False
     with contextlib.suppress(OSError, ValueError):
         published = (parse_path(text) / "config.json").exists()
     if published:
         raise RunFolderError(
-            f"{text} is a published model, not a run: python -m experiments import {text} --name NAME makes one of it"
+            f"{text} is a published model, not a run; import it: python -m experiments import {text} --name NAME"
         )
     raise RunFolderError(
         f"run {shown!r} is not a run folder (no config.json and overrides.json in it"
         + (f" or in runs/{shown}" if is_local(text) else "")
         + "); "
-        + (f"there are {', '.join(known)}" if known else "there are none yet: python -m experiments train quickstart")
+        + (
+            f"the runs are {', '.join(known)}"
+            if known
+            else "there are none yet: python -m experiments train quickstart"
+        )
     )
 
 
 def _parse(text: str, field: str) -> epath.Path:
-    """Return the path of a text. Raises RunFolderError where it names no file, or a bucket that cannot be reached."""
+    """Return the path that a text names. Raises RunFolderError if it is invalid or an unreachable bucket."""
     try:
         return require_backend(parse_path(text, field), field)
     except PathError as error:
@@ -195,32 +207,36 @@ def _parse(text: str, field: str) -> epath.Path:
 
 
 def new_local_run_path(name: str) -> Path:
-    """Return `new_run_path` for a command whose folder is renamed in the end. Raises RunFolderError for gs://."""
+    """Return `new_run_path` for a command that renames the folder at the end. Raises RunFolderError for gs://."""
     path = new_run_path(name)
     if not is_local(path):
-        raise RunFolderError(f"--run {name}: this command writes a local folder. Try a local one, and copy it to gs://")
+        raise RunFolderError(f"--run {name}: this command needs a local folder. Use one, then copy it to gs://")
     return Path(path)
 
 
 def new_run_path(name: str) -> epath.Path:
-    """Return the folder that `--run NAME` writes. A name stands for a folder below runs/; a path, which has a '/' or
-    begins with a '.', for itself; gs://BUCKET/NAME for a folder of a bucket. Raises RunFolderError unless that folder
-    is missing, empty, or already a run's."""
+    """Return the folder that `--run NAME` writes.
+
+    A name means a folder below runs/. A path, which contains a '/' or begins with a '.', means that path, and
+    gs://BUCKET/NAME a folder in a bucket. Raises RunFolderError unless the folder is missing, empty or already a run.
+    """
     if "/" in name or name.startswith("."):
         path = _parse(name, "--run")
-    elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MOST_OF_A_NAME:
+    elif name and name.isprintable() and "\\" not in name and len(os.fsencode(name)) <= MAX_NAME_BYTES:
         path = epath.Path("runs") / name
     else:
-        shown = name if len(name) <= MOST_OF_A_NAME else f"{name[:MOST_OF_A_NAME]}... ({len(name)} characters)"
+        shown = name if len(name) <= MAX_NAME_BYTES else f"{name[:MAX_NAME_BYTES]}... ({len(name)} characters)"
         raise RunFolderError(
-            f"--run {shown!r}: names a folder below runs/; use at most {MOST_OF_A_NAME} bytes of letters, digits, '_', "
-            f"'-' and the like, or give a path"
+            f"--run {shown!r}: not a valid name of a folder below runs/; use at most {MAX_NAME_BYTES} bytes of "
+            f"letters, digits, '_', '-' and the like, or give a path"
         )
     try:
-        foreign = path.exists() and not _holds_run(path) and _foreign(path)
+        foreign = path.exists() and not _holds_run(path) and _foreign_file(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RunFolderError(f"--run {name[:MOST_OF_A_NAME]}: cannot be a folder ({reason}); choose another") from error
+        raise RunFolderError(
+            f"--run {name[:MAX_NAME_BYTES]}: cannot be a folder ({reason}); choose another name"
+        ) from error
     if foreign:
         shown = path.resolve() if is_local(path) else path
         raise RunFolderError(
@@ -230,8 +246,8 @@ def new_run_path(name: str) -> epath.Path:
     return path
 
 
-def _foreign(path: epath.Path) -> str | None:
-    """Return a file in `path` that a run which died while its folder was made would not have left; None if none."""
+def _foreign_file(path: epath.Path) -> str | None:
+    """Return the name of a file in `path` that a run which died while creating its folder cannot have left, or None."""
     if not path.is_dir():
         return "it is a file"
     run = RunFolder(path)
@@ -242,8 +258,7 @@ def _foreign(path: epath.Path) -> str | None:
 
 
 def load_experiment(run: RunFolder) -> Experiment:
-    """The resolved experiment of a run folder. A saved tokenizer is the one that lies in the folder, wherever that
-    went."""
+    """Return the resolved experiment of a run folder. Its saved tokenizer is the one in the folder, even if moved."""
     experiment = load_json(Experiment, run.config)
     tokenizer = experiment.data.tokenizer
     if tokenizer.kind != "saved" or not run.tokenizer.exists():

@@ -1,4 +1,4 @@
-"""What the routers of a run chose for the same held-out tokens, step by step.
+"""Statistics over steps of the experts that a run's routers choose for a fixed set of held-out tokens.
 
 Shapes: S evaluations, L MoE layers, N tokens, C choices of a token, E experts.
 """
@@ -17,17 +17,18 @@ from train.routing import read_choices
 
 class Study(NamedTuple):
     steps: np.ndarray  # [S]
-    saturation_SL: np.ndarray  # part of the choices of each step that are the last step's too
-    co_activation_LEE: (
-        np.ndarray
-    )  # at the last step: of the tokens that chose i, the part that chose j; NaN on the diagonal
-    chance: float  # the saturation of routers that have nothing to do with each other: choices of a token / E
-    choices_a_token: int  # the most
+    saturation_SL: np.ndarray  # fraction of the choices at each step that are also choices at the last step
+    # At the last step: the fraction of the tokens with expert i that also chose j. NaN on the diagonal.
+    co_activation_LEE: np.ndarray
+    chance: float  # saturation of independent routers: choices per token / E
+    choices_a_token: int  # largest number of choices of a token
 
 
 def study(run: RunFolder, num_experts: int, log: Callable[[str], None] = lambda text: None) -> Study | None:
-    """Return the study of the choices kept in RUN/routing; None where there are none. `log` receives a line for each
-    file that is left out because it is damaged."""
+    """Return the statistics of the choices in RUN/routing, or None if there are none.
+
+    `log` receives a line for each damaged file, which is left out.
+    """
     found = read_choices(run, log)
     if not found:
         return None
@@ -35,7 +36,7 @@ def study(run: RunFolder, num_experts: int, log: Callable[[str], None] = lambda 
     last_LNC = choices[-1]
     shared = [[saturation(a, b, num_experts) for a, b in zip(now, last_LNC, strict=True)] for now in choices]
     together = np.stack([np.array(co_activation(layer, num_experts)) for layer in last_LNC])
-    together[:, np.arange(num_experts), np.arange(num_experts)] = np.nan  # one, and so of no interest
+    together[:, np.arange(num_experts), np.arange(num_experts)] = np.nan  # always one
     chosen_LN = (last_LNC < num_experts).sum(-1)
     per_token = float(chosen_LN[chosen_LN > 0].mean()) if chosen_LN.any() else 0.0
     return Study(steps, np.asarray(shared, np.float64), together, per_token / num_experts, int(chosen_LN.max()))

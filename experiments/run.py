@@ -1,4 +1,4 @@
-"""A run from data to report: prepare, train, evaluate, sample, report."""
+"""A whole run: prepare data, train, evaluate, sample and report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,9 @@ def run_experiment(
     override: bool,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Train or resume the experiment in its folder and finish it; return whether it was finished, not stopped by a
-    signal before its end.
+    """Train or resume the experiment in its folder, and finish it. Return False if a signal stopped it before its end.
 
-    Raises ValueErrors, RunFolderError, CheckpointError and NonfiniteError with one paragraph for the user.
+    Raises ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
     """
     started = time.monotonic()
     with _shared_run(path, experiment, overrides, override, say) as run:
@@ -82,7 +81,7 @@ def run_experiment(
 
 @contextlib.contextmanager
 def _written(run: RunFolder) -> Iterator[None]:
-    """Turn an OSError of a file of the run into a RunFolderError that says what to do."""
+    """Convert an OSError for a file of the run to a RunFolderError with a fix."""
     try:
         yield
     except OSError as error:
@@ -93,23 +92,23 @@ def _written(run: RunFolder) -> Iterator[None]:
 
 
 def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
-    """Saves the tokenizer in the run's folder, never over another one that its weights may need. Raises ConfigError."""
-    with contextlib.suppress(DataError):  # there is none, or it is damaged
+    """Save the tokenizer in the run folder, unless its weights may need another one there. Raises ConfigError."""
+    with contextlib.suppress(DataError):  # no tokenizer, or a damaged one
         if run.begun and load_tokenizer(run.tokenizer).identity != tokenizer.identity:
             raise ConfigError(
-                f"data.tokenizer: {run.path} has another tokenizer, which its weights were trained with; leave "
-                "data.tokenizer and the text it is learned from as they were, or start a new run with --run NEWNAME"
+                f"data.tokenizer: the weights of {run.path} were trained with another tokenizer; restore "
+                "data.tokenizer and the text from which it is learned, or start a new run with --run NEWNAME"
             )
     tokenizer.save(run.tokenizer)
 
 
 def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
-    """The prepared data of an experiment, the same on every process. Raises DataError, ConfigError."""
+    """Return the prepared data of an experiment, identical on every process. Raises DataError or ConfigError."""
     try:
         prepared = prepare(experiment.data, log=say, processes=all_processes())
     except OSError as error:
         raise ConfigError(
-            f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be kept there ({error}); free "
+            f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be stored there ({error}); free "
             "the disk, fix the permissions, or set it to another folder"
         ) from error
     agree(prepared.identity, "prepared different data", "give every host the same text and the same Python")
@@ -124,7 +123,7 @@ def _shared_run(
     override: bool,
     say: Callable[[str], None],
 ) -> Iterator[RunFolder]:
-    """The run folder, opened by process 0 for all; every process must have come with the same config."""
+    """Yield the run folder, which process 0 opens for all. Raises ConfigError if the processes' configs differ."""
     fix = "start every one with the same experiment and the same --set"
     agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:
@@ -144,8 +143,10 @@ def _shared_run(
 
 
 def _may_differ(path: str | os.PathLike[str], experiment: Experiment) -> Callable[[str], bool]:
-    """Which fields may change in a folder that exists: of weights that were imported and not yet trained all that leave
-    the network and its tokenizer what they are."""
+    """Return a predicate on the fields that may change in an existing run folder.
+
+    For imported weights that were not trained yet, these are all fields that do not change the network or tokenizer.
+    """
     run = RunFolder(path)
     if not untouched_import(run) or differences(
         architecture(load_experiment(run).model), architecture(experiment.model)
@@ -155,29 +156,29 @@ def _may_differ(path: str | os.PathLike[str], experiment: Experiment) -> Callabl
 
 
 def untouched_import(run: RunFolder) -> bool:
-    """Whether a run has imported weights and was not trained further."""
+    """Return whether a run has imported weights and was not trained further."""
     return imported_from(run) is not None and not any(row["kind"] == "train" for row in read_metrics(run.metrics))
 
 
 def imported_from(run: RunFolder) -> str | None:
-    """What published model a run has its first weights from."""
+    """Return the name of the published model from which a run was imported, or None."""
     rows = read_metrics(run.metrics) if run.metrics.exists() else []
     return next((row["imported_from"] for row in rows if "imported_from" in row), None)
 
 
 class _StoppedError(Exception):
-    """A signal asked for the end of the final evaluation."""
+    """A signal requested the end of the final evaluation."""
 
 
 def finish(
     program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None], stop: StopSignal
 ) -> bool:
-    """Evaluate and sample at the end of a run and record the figures; return False if `stop` ended that.
+    """Evaluate and sample at the end of a run, and record the results. Return False if `stop` ended that.
 
-    The figures are held-out bits per byte beside compressors; the texts are completions of held-out files.
+    The results are held-out bits per byte, compared with compressors, and completions of held-out files.
     """
     say("evaluating on all held-out files")
-    asked = itertools.count(trained.step + 1)  # every process asks after each batch, and all stop at the same one
+    asked = itertools.count(trained.step + 1)  # every process asks after each batch, and all stop after the same one
 
     def poll() -> None:
         if stop.agreed(next(asked)):
@@ -221,7 +222,7 @@ def final_row(experiment: Experiment, trained: Trained, sets: dict[str, dict]) -
 
 
 def heldout_table(name: str, figures: dict) -> str:
-    """The model's bits per byte beside the compressors', best first, as lines of text."""
+    """Return lines of text with the bits per byte of the model and of compressors, best first."""
     entries = {"this model": figures["bits_per_byte"], **figures["compressors"]}
     width = max(map(len, entries))
     lines = [f"  {label:<{width}}  {value:.4f}" for label, value in sorted(entries.items(), key=lambda item: item[1])]
@@ -229,13 +230,13 @@ def heldout_table(name: str, figures: dict) -> str:
 
 
 def complete_heldout(network: Network, model: Transformer, prepared: Prepared) -> list[dict[str, str]]:
-    """Return completions of held-out files: the prompt ends at a line's end near the middle of the file."""
+    """Return completions of held-out files. Each prompt ends at the end of a line near the middle of the file."""
     config, tokenizer, mesh = network.experiment.samples, prepared.tokenizer, network.mesh
     if config.count == 0 or network.experiment.model.attention.mask == "bidirectional":
         return []
     spread = mesh is not None and mesh.shape["sequence"] > 1
     if jax.process_count() > 1 or spread:
-        return []  # `generate` does it afterwards, on one host and another mesh
+        return []  # users can run `generate` later, on one host and another mesh
     cases = _cases(prepared, config)
     if not cases:
         return []
@@ -260,7 +261,7 @@ def complete_heldout(network: Network, model: Transformer, prepared: Prepared) -
 
 
 def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int], str]]:
-    """(file, prompt ids, what follows) from the held-out files that are long enough, evenly spread over them."""
+    """Return (file, prompt ids, reference text) for held-out files that are long enough, evenly spaced among them."""
     tokenizer: Tokenizer = prepared.tokenizer
     needed = (config.prompt_tokens + config.new_tokens) * 8
     files = [
@@ -290,8 +291,10 @@ def open_trained(
     *,
     log: Callable[[str], None] = print,
 ) -> tuple[Network, Weights]:
-    """Return a run's network and its weights of `step` (default: the newest good checkpoint), for evaluation, sampling
-    and export: no optimizer is built. A mesh that does not fit the devices that are here is replaced by one that does.
+    """Return a run's network and its weights of `step` (default: the newest good checkpoint), without an optimizer.
+
+    They serve evaluation, sampling and export. A mesh that does not fit this machine's devices is replaced by one that
+    does. Raises CheckpointError.
     """
     network = build_network(fit_mesh(experiment, log=log))
     with Checkpointer(run.checkpoints, read_only=True, warn=log) as checkpoints, use_mesh(network.mesh):

@@ -1,6 +1,6 @@
-"""SIGTERM outside the training loop: data preparation, compilation, the final evaluation.
+"""SIGTERM handling outside the training loop: in data preparation, compilation and the final evaluation.
 
-The loop itself stops between steps (train/signals.py); everything else is left at once, as Ctrl-C leaves it.
+The loop stops between steps (train/signals.py). Everything else ends at once, as with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ AGAIN_SECONDS = 0.01
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM arrived. Raised in the main thread, and like KeyboardInterrupt no ordinary error."""
+    """SIGTERM arrived. It is raised in the main thread and, like KeyboardInterrupt, is not an Exception."""
 
     code = 128 + signal.SIGTERM
 
@@ -26,10 +26,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into `Stopped` while the context lasts. For the main thread.
+    """Raise `Stopped` on SIGTERM while the context lasts. Use it in the main thread.
 
-    Python drops an exception that a handler raises while a finalizer or a callback of the garbage collector runs (JAX
-    has one): it is then raised again a moment later, and so is that of Ctrl-C.
+    Python drops an exception that a signal handler raises during a finalizer or a callback of the garbage collector
+    (JAX has one). A dropped `Stopped` or KeyboardInterrupt is therefore raised again a moment later.
     """
     terminate, alarm, hook = signal.signal(signal.SIGTERM, _stop), signal.getsignal(signal.SIGALRM), sys.unraisablehook
 
@@ -52,5 +52,5 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = hook
         for number, handler in ((signal.SIGTERM, terminate), (signal.SIGALRM, alarm)):
-            # None is a handler that was not set from Python (jax.distributed's), which Python cannot set back.
+            # None is a handler that was not set from Python (that of jax.distributed) and that Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""A run with experts that starts from the weights of a dense run: its folder, with a checkpoint at step 0."""
+"""Upcycling of a dense run to a new run with experts, whose checkpoint at step 0 holds the dense run's weights."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ from train.records import (
 )
 from train.step import TrainState
 
-TOLERANCE = 1e-5  # of the largest logit; float32 rounding gives 1e-6
+TOLERANCE = 1e-5  # relative to the largest logit; float32 rounding gives 1e-6
 
 
 def with_experts(dense: Experiment, overrides: Sequence[str]) -> Experiment:
-    """The dense run's experiment with experts as wide as its MLP, and `overrides` on top. Raises ValueError by
-    field."""
+    """Return the dense run's experiment with experts as wide as its MLP, and then `overrides`.
+
+    Raises ValueError that names the field.
+    """
     if dense.model.moe is not None:
-        raise ConfigError(f"run of {dense.name!r}: its model has experts already; upcycling starts from a dense run")
+        raise ConfigError(f"run of {dense.name!r}: its model already has experts; upcycling starts from a dense run")
     if dense.train.teacher:
         raise ConfigError(
-            f"run of {dense.name!r}: its objective has a teacher, which an upcycled run cannot take over; upcycle a "
+            f"run of {dense.name!r}: its objective has a teacher, which an upcycled run cannot use; upcycle a "
             "run with another objective"
         )
     base = replace(
@@ -71,17 +73,19 @@ def upcycle_run(
     step: int | None = None,
     say: Callable[[str], None] = print,
 ) -> float:
-    """Writes the run folder `path` of `experiment` (made by `with_experts`): the weights of `run`, whose experiment is
-    `dense`, at `step` (default: the newest; the average where it keeps one) as experts, a fresh optimizer, the data
-    from their start. Read back, the largest difference of its logits from the dense run's is logged and returned.
+    """Write the run folder `path` of `experiment` (from `with_experts`) with the weights of `run`.
 
-    The folder appears whole or not at all. Raises RunFolderError where `path` exists, CheckpointError where `run`
-    cannot be read or the logits differ.
+    `dense` is the experiment of `run`. Its weights at `step` (default: the newest; their average if it keeps one)
+    become experts, with a new optimizer and the data from the start. The new run is read back, and the largest
+    difference of its logits from those of the dense run is logged and returned.
+
+    The folder appears atomically. Raises RunFolderError if `path` exists, and CheckpointError if `run` cannot be read
+    or the logits differ.
     """
     if path.exists():
         raise RunFolderError(f"run folder {path} exists already; choose another name with --run, or delete it")
     prepared = prepare_data(experiment, say)
-    # On the new run's mesh, where both are then compared.
+    # Load the dense run on the new run's mesh, to compare both there.
     dense = replace(dense, mesh=experiment.mesh, sharding=experiment.sharding)
     _, trained = open_trained(run, dense, prepared.tokenizer, step)
     origin = {"run": str(run.path), "step": trained.step, "name": dense.name}
@@ -90,9 +94,9 @@ def upcycle_run(
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
         _write(experiment, trained, prepared, new, origin, say)
-        far = _compare(experiment, dense, run, trained.step, new, prepared, say)
+        difference = _compare(experiment, dense, run, trained.step, new, prepared, say)
     say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
-    return far
+    return difference
 
 
 def _write(
@@ -103,16 +107,16 @@ def _write(
     origin: dict,
     say: Callable[[str], None],
 ) -> None:
-    """The checkpoint at step 0, and the event that the report reads."""
+    """Write the checkpoint at step 0, and the event that the report reads."""
     moe, mlp, counts = experiment.model.moe, experiment.model.mlp, count_parameters(experiment.model)
     assert moe is not None
     shards = mlp.hidden_dim // moe.hidden_dim
-    told = (
+    summary = (
         f"{counts.total:,} parameters ({counts.active:,} active per token) from {origin['run']} at step "
         f"{origin['step']}: {moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its "
         "layer's MLP"
     )
-    say(told)
+    say(summary)
     with Checkpointer(str(new.checkpoints), warn=say) as checkpoints, MetricsWriter(new) as metrics:
         with train_batches(prepared, experiment.data) as batches:
             position = batches.get_state()
@@ -130,7 +134,7 @@ def _write(
                 f"{new.path}: the checkpoint was not written (the warning above says why); free the disk"
             )
         metrics.write({
-            "kind": "event", "step": 0, "event": "started", "message": f"upcycled: {told}", "upcycled_from": origin,
+            "kind": "event", "step": 0, "event": "started", "message": f"upcycled: {summary}", "upcycled_from": origin,
             "parameters_total": counts.total, "parameters_active": counts.active,
             "flops_per_token": train_flops_per_token(experiment.model, experiment.data.sequence_length),
             "mfu_convention": f"FLOPs {CONVENTION}",
@@ -138,7 +142,7 @@ def _write(
 
 
 def _state(experiment: Experiment, dense: Transformer) -> TrainState:
-    """The state before the first step, on the experiment's mesh, whose network has the dense one's weights."""
+    """Return the state before the first step, on the experiment's mesh, with the weights of the dense network."""
     program = build(experiment)
 
     def make(dense: Transformer) -> TrainState:
@@ -153,7 +157,7 @@ def _compare(
     experiment: Experiment, dense: Experiment, old: RunFolder, step: int, new: RunFolder, prepared: Prepared,
     say: Callable[[str], None],
 ) -> float:  # fmt: skip
-    """Both networks as they lie on disk, in float32, on held-out windows."""
+    """Return the largest difference of the logits of both runs' checkpoints, in float32, on held-out windows."""
 
     def load(run: RunFolder, experiment: Experiment, step: int):
         exact = replace(experiment, model=replace(experiment.model, dtype="float32"))
@@ -166,29 +170,30 @@ def _compare(
     def differences(models: tuple[Transformer, Transformer], batch: Batch) -> tuple[jax.Array, jax.Array]:
         given = {"positions_BT": batch.positions, "segment_ids_BT": batch.segment_ids}
         first, second = (logits(model, forward(model, batch.tokens, **given).hidden_BTD) for model in models)
-        seen = batch.segment_ids[..., None] > 0
-        return jnp.where(seen, abs(first - second), 0.0).max(), jnp.where(seen, abs(first), 0.0).max()
+        valid = batch.segment_ids[..., None] > 0
+        return jnp.where(valid, abs(first - second), 0.0).max(), jnp.where(valid, abs(first), 0.0).max()
 
     mesh = program.mesh
     rows = max(experiment.sharding.batch_slices(mesh), 2)
     batch, what = _windows(experiment, prepared, rows)
     with use_mesh(mesh), jax.default_matmul_precision("highest"):
-        far, largest = map(float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec)))
+        difference, largest = map(
+            float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec))
+        )
     say(
-        f"largest difference of the logits from the dense run's, {rows} {what} windows: {far:.1e} (logits up to "
+        f"largest difference of the logits from the dense run's, {rows} {what} windows: {difference:.1e} (logits up to "
         f"{largest:.3g})"
     )
-    if not far <= TOLERANCE * max(1.0, largest):
+    if not difference <= TOLERANCE * max(1.0, largest):
         raise CheckpointError(
-            f"upcycled logits differ from those of {old.path} by {far:.3g} where {TOLERANCE * max(1.0, largest):.1g} "
-            f"is rounding: nothing was kept; report it with the two configs"
+            f"upcycled logits differ from those of {old.path} by {difference:.3g}, but rounding explains only "
+            f"{TOLERANCE * max(1.0, largest):.1g}: nothing was kept; please report this with the two configs"
         )
-    return far
+    return difference
 
 
 def _windows(experiment: Experiment, prepared: Prepared, rows: int) -> tuple[Batch, str]:
-    """Return (windows to compare on, what they are): held-out ones, or where nothing is held out the first of
-    training."""
+    """Return (the windows to compare on, their description): held-out ones or, without any, the first of training."""
     if prepared.heldout_names:
         windows = heldout_windows(prepared, prepared.heldout_names[0], batch_size=rows, max_windows=rows)
         return next(iter(windows)), "held-out"

@@ -1,11 +1,11 @@
-"""Checkpoints of a pytree with Orbax: asynchronous, atomic, verified leaf by leaf, independent of the mesh.
+"""Asynchronous and atomic checkpoints of a pytree with Orbax, verified leaf by leaf and independent of the mesh.
 
-A folder holds one directory a step. Orbax writes the arrays of a step as a flat `{name: array}` tree; then commit.json
-(train/commit.py: shapes, dtypes, checksums, files, the caller's metadata) makes the step count. How a step appears on
-a local disk and in a bucket, and which steps are kept, is in train/checkpoint_folder.py.
+A folder holds one directory per step. Orbax writes the arrays of a step as a flat `{name: array}` tree. Then
+commit.json (shapes, dtypes, checksums, files and the caller's metadata, see train/commit.py) makes the step valid.
+train/checkpoint_folder.py defines how a step appears on a local disk and in a bucket, and which steps are kept.
 
-Every process of a distributed run calls every method, in the same order; the folder is shared between them.
-Process 0 alone lists, commits and deletes.
+Every process of a distributed run calls every method, in the same order, and all processes share the folder. Only
+process 0 lists, commits and deletes steps.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ from train.leaves import checksums, differences, from_stored, named_leaves, sign
 
 __all__ = ["COMMIT_FILE", "STAGING_SUFFIX", "CheckpointError", "Checkpointer", "Restored"]
 
-# What a checkpoint needs on disk beyond the bytes of its arrays: indices, metadata, the file system's blocks.
+# Disk space beyond the bytes of the arrays: indices, metadata and partly filled blocks of the file system.
 SPACE_MARGIN = 1.05
 SPACE_FLOOR = 4 << 20
 EXIT_WAIT_SECONDS = 60.0
-RETRY_WAITS = (0.5, 2.0, 8.0)  # seconds before each further try of what could not be read
-VERIFY_BYTES = 1 << 28  # read back at once by `verify`, over all devices
+RETRY_WAITS = (0.5, 2.0, 8.0)  # seconds before each retry of a failed read
+VERIFY_BYTES = 1 << 28  # that `verify` reads back at a time, summed over all devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpointer.restore` found: the step, the state as the template asked for it, the metadata as saved."""
+    """A restored step: its number, the state in the template's form, and the metadata as saved."""
 
     step: int
     state: Any
@@ -56,16 +56,17 @@ def _print_warning(message: str) -> None:
 
 
 class Checkpointer:
-    """Saves and restores the steps of one run folder; a context manager that waits for the last save on leaving.
+    """Saves and restores the steps of one folder. As a context manager, it waits for the last save on exit.
 
-    keep_last: newest steps to keep. keep_best: further steps to keep, by the metric given to `save` (`best_mode`
-    says which is better; steps saved without a metric, or with NaN, are never the best). warn: receives one-paragraph
-    messages about failed saves, damaged steps and steps set aside; called from a thread, too. free_bytes: free space
-    of the folder's disk, in bytes. read_only: restore alone, nothing is created or cleaned (evaluation beside a run
-    that is going on). local: whether the folder can be renamed (default: read off the path). retry_waits: seconds to
-    wait before each further try of what could not be read.
+    keep_last: number of newest steps to keep. keep_best: number of further steps to keep, ranked by the metric given
+    to `save` (`best_mode` says whether a lower or a higher metric is better; a step saved without a metric, or with
+    NaN, is never among the best). warn: callback for one-paragraph messages about failed saves, damaged steps and
+    steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
+    read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
+    local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
+    each retry of a failed read.
 
-    CheckpointError when the folder cannot be created or written.
+    Raises CheckpointError if the folder cannot be created or written.
     """
 
     def __init__(
@@ -82,9 +83,7 @@ class Checkpointer:
         retry_waits: Sequence[float] = RETRY_WAITS,
     ):
         if keep_last < 1 or keep_best < 0:
-            raise ValueError(
-                f"keep_last = {keep_last}, keep_best = {keep_best}: keep at least the last 1 and the best 0 checkpoints"
-            )
+            raise ValueError(f"keep_last = {keep_last}, keep_best = {keep_best}: must be at least 1 and at least 0")
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode = {best_mode!r}: set it to 'min' or 'max'")
         try:
@@ -99,14 +98,14 @@ class Checkpointer:
         self._directory = self._folder.path
         self._warn, self._read_only = warn, read_only
         self._free_bytes = free_bytes or self._folder.free_bytes
-        self._current: int | None = None  # the step this run stands at: restored, or saved last
+        self._current: int | None = None  # the step that this run restored or saved last
         self._pending: _Pending | None = None
         if read_only:
             if not self._directory.is_dir():
                 raise CheckpointError(f"{self._directory} is not a directory of checkpoints; check the run's path")
         elif process_zero():
             self._folder.prepare()
-        # Compressing random-looking floats costs more time than it saves bytes, and CPU that training wants.
+        # Weights look like random bits: compression saves little space and takes CPU time from training.
         handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         self._reader = CheckpointReader(self._folder, handler, retry_waits)
         self._writer = ocp.AsyncCheckpointer(
@@ -120,8 +119,10 @@ class Checkpointer:
         self.close(abandon=kind is not None)
 
     def close(self, *, abandon: bool = False) -> None:
-        """Wait for the save under way and report it. abandon: peers may be gone, wait a bounded time, agree on
-        nothing."""
+        """Wait for the save in progress and report its result.
+
+        abandon: peers may be gone, so wait for a bounded time and run no collective.
+        """
         if abandon and self._pending:
             self._pending.thread.join(EXIT_WAIT_SECONDS)
             return
@@ -129,7 +130,7 @@ class Checkpointer:
         self._writer.close()
 
     def steps(self) -> list[int]:
-        """Return the committed steps on disk now, in ascending order."""
+        """Return the committed steps now on disk, in ascending order."""
         return self._folder.committed()
 
     # ---- saving ----
@@ -137,12 +138,12 @@ class Checkpointer:
     def save(
         self, step: int, state: Any, *, metadata: dict[str, Any], metric: float | None = None, wait: bool = False
     ) -> bool:
-        """Start writing `state` as `step`; return whether the save was started (with wait: whether it succeeded).
+        """Start to save `state` as `step`. Return whether the save started or, with `wait`, whether it succeeded.
 
-        The buffers may be donated as soon as this returns. Waits for the save before. A full disk or a failed write
-        is reported through `warn` and leaves the older steps as they are; the next save tries again. `verify` reads
-        the step back. metadata: JSON values. CheckpointError when the folder holds newer steps that this run did not
-        restore from.
+        The state's buffers may be donated as soon as this method returns. It first waits for the previous save. A full
+        disk or a failed write is reported through `warn` and leaves older steps unchanged; the next save tries again.
+        `verify` reads the step back. metadata: JSON values. Raises CheckpointError if the folder holds newer steps and
+        this run has not restored from it.
         """
         if self._read_only:
             raise CheckpointError(f"{self._directory} was opened with read_only=True; open it without to save")
@@ -164,19 +165,18 @@ class Checkpointer:
             "metric": None if metric is None or math.isnan(metric) else float(metric),
             "leaves": {name: signature(leaf) | {"checksum": sums[name]} for name, leaf in leaves.items()},
         }
-        body = json.loads(json.dumps(body))  # what cannot be JSON must fail here, not in the thread
+        body = json.loads(json.dumps(body))  # a value that is not JSON must fail here, not in the thread
         error = None
         try:
             if process_zero():
                 self._folder.clear_for(step)
-            # Orbax refuses arrays without elements; their shape in commit.json is all there is to know.
+            # Orbax rejects empty arrays; their shape in commit.json is enough to restore them.
             filled = {name: leaf for name, leaf in stored.items() if leaf.size}
             self._writer.save(self._folder.staging_path(step), args=ocp.args.PyTreeSave(filled), force=True)
         except Exception as caught:
             error = caught
-        if not all_agree(
-            error is None
-        ):  # a save that one process cannot start is none for all, and `wait` is not asked
+        # If one process cannot start the save, no process saves, and `wait` has nothing to wait for.
+        if not all_agree(error is None):
             self._abandon_save(step, error or RuntimeError("another process could not start it"))
             return False
         errors: list[Exception] = []
@@ -197,7 +197,7 @@ class Checkpointer:
         return False
 
     def _finish(self, step: int, body: dict[str, Any], errors: list[Exception]) -> None:
-        """Commit the save under way once its files are written; runs beside training."""
+        """Commit the save in progress once its files are written. Runs in a thread while training continues."""
         try:
             self._writer.wait_until_finished()
             if process_zero():
@@ -211,7 +211,7 @@ class Checkpointer:
             self._folder.drop_old(step)
 
     def wait(self) -> bool:
-        """Wait for the save under way; return whether it succeeded on every process (True when there is none)."""
+        """Wait for the save in progress. Return whether it succeeded on every process, and True if there is none."""
         if self._pending is None:
             return True
         pending, self._pending = self._pending, None
@@ -223,7 +223,7 @@ class Checkpointer:
             last = max((old for old in self.steps() if old != step), default=None)
             kept = "no good step is on disk" if last is None else f"last good step {last}"
         except Exception as error:
-            kept = f"the steps on disk cannot be listed ({one_line(error)})"
+            kept = f"cannot list the steps on disk ({one_line(error)})"
         self._warn(f"save of step {step} failed: {reason}; {kept}")
 
     def _abandon_save(self, step: int, error: Exception) -> None:
@@ -234,15 +234,15 @@ class Checkpointer:
     # ---- restoring ----
 
     def restore(self, template: Any, *, step: int | None = None, part: bool = False) -> Restored | None:
-        """Restore the newest good step, or exactly `step`; return None when the folder holds no step at all.
+        """Restore the newest good step, or exactly `step`. Return None if the folder holds no step at all.
 
-        part: the template may lack leaves that were saved, which are then not read.
+        template: the saved tree, as concrete arrays or as `jax.ShapeDtypeStruct`s with shardings on any mesh, or a
+        function that returns such a tree for a step's metadata. A leaf without a sharding is restored uncommitted, and
+        numpy leaves stay numpy. part: the template may lack saved leaves, which are then not read.
 
-        template: the tree that was saved, of concrete arrays or of `jax.ShapeDtypeStruct`s with shardings, on any
-        mesh; or a function that gives it for a step's metadata. A leaf without a sharding is restored uncommitted;
-        numpy leaves stay numpy. Steps proven damaged are named through `warn` and passed over. CheckpointError when no
-        step is good, when `step` is not, when a leaf's name, shape or dtype differs from the template's, or when a step
-        cannot be read after several tries: that proves no damage, and no older step is taken for it.
+        A step that is proven damaged is reported through `warn` and skipped. Raises CheckpointError if no step is
+        good, if `step` is not good, if a leaf's name, shape or dtype differs from the template's, or if a step cannot
+        be read after several attempts. A failed read does not prove damage, so no older step is restored in its place.
         """
         self.wait()
         try:
@@ -251,7 +251,7 @@ class Checkpointer:
             raise self._reader.not_readable("the list of steps", error) from error
         if step is not None and step not in on_disk:
             raise CheckpointError(
-                f"step {step} is not in {self._directory}, which holds {', '.join(map(str, on_disk)) or 'none'}"
+                f"step {step} is not in {self._directory}, which holds {', '.join(map(str, on_disk)) or 'no steps'}"
             )
         candidates = sorted(on_disk, reverse=True) if step is None else [step]
         reasons = []
@@ -272,9 +272,9 @@ class Checkpointer:
         raise CheckpointError(f"no good checkpoint in {self._directory}:\n  " + "\n  ".join(reasons))
 
     def verify(self, step: int, state: Any) -> None:
-        """Read `step` back, some leaves at a time, and compare each with the checksum it was saved with.
+        """Read `step` back, a few leaves at a time, and compare each leaf with its saved checksum.
 
-        state: the tree that was saved, or its shapes with shardings. Raises CheckpointError unless all is whole.
+        state: the saved tree, or its shapes with shardings. Raises CheckpointError unless every leaf is intact.
         """
         self.wait()
         try:
@@ -283,7 +283,7 @@ class Checkpointer:
                 self._reader.read_verified(step, leaves, body)
         except DamagedError as damage:
             self._folder.damaged.add(step)
-            raise CheckpointError(f"step {step} of {self._directory} is not whole: {damage}") from damage
+            raise CheckpointError(f"step {step} of {self._directory} is damaged: {damage}") from damage
         except UnreadableError as error:
             raise self._reader.not_readable(f"step {step}", error) from error
 
@@ -298,8 +298,8 @@ class Checkpointer:
         }  # fmt: skip
         if table := differences(saved, {name: signature(leaf) for name, leaf in leaves.items()}):
             raise CheckpointError(
-                f"step {step} of {self._directory} holds another state than the one asked for; "
-                f"set the configuration back, or start in another folder:\n{table}"
+                f"step {step} of {self._directory} does not match the requested state; "
+                f"restore the configuration, or start in another folder:\n{table}"
             )
         stored = self._reader.read_verified(step, leaves, body)
         values = [from_stored(stored[name], leaf) for name, leaf in leaves.items()]

@@ -1,9 +1,11 @@
-"""The folder of a run's checkpoints: what is on disk, how a step appears in it, and which steps are kept.
+"""The checkpoint folder of a run: listing its steps, publishing a new one, and removing old ones.
 
-Process 0 alone calls what writes here. On a local disk a step is written as `<step>.writing` and renamed. In a bucket,
-where a rename is a copy, it is written to its final place, and counts from the upload of commit.json on.
-Nothing is deleted because it could not be read: a step found damaged, or left behind by a return to an earlier one, is
-set aside as `<step>.damaged` or `<step>.abandoned` (in a bucket: marked by the file `set_aside`).
+Only process 0 calls the methods that write. On a local disk, a step is written as `<step>.writing` and then renamed. In
+a bucket, where a rename is a copy, a step is written to its final path and becomes valid when commit.json is uploaded.
+
+A step is never deleted because it could not be read. A damaged step, or one that became obsolete when the run resumed
+from an earlier step, is set aside as `<step>.damaged` or `<step>.abandoned` (in a bucket, the file `set_aside` marks
+it).
 """
 
 import math
@@ -32,7 +34,7 @@ _ORBAX_STAGING = ".orbax-checkpoint-tmp"
 
 
 class CheckpointFolder:
-    """Steps of one run on disk. `damaged` holds the steps that were found damaged since the folder was opened."""
+    """The steps of one run on disk. `damaged` holds the steps found damaged since the folder was opened."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class CheckpointFolder:
         return self.path / str(step)
 
     def staging_path(self, step: int) -> epath.Path:
-        """Return where the arrays of a step are written."""
+        """Return the path to which the arrays of a step are written."""
         return self.path / f"{step}{STAGING_SUFFIX}" if self.local else self.step_path(step)
 
     def on_disk(self) -> list[int]:
@@ -63,19 +65,19 @@ class CheckpointFolder:
     def free_bytes(self) -> float:
         try:
             return shutil.disk_usage(self.path).free if self.local else math.inf
-        except OSError:  # unknown: the write itself will fail, and say why
+        except OSError:  # unknown; if there is too little, the write itself fails and reports why
             return math.inf
 
     # ---- writing ----
 
     def prepare(self) -> None:
-        """Create the folder, try to write in it, remove leftovers. Raises CheckpointError."""
+        """Create the folder, check that it is writable, and remove leftovers. Raises CheckpointError."""
         probe = self.path / f"probe{STAGING_SUFFIX}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
             probe.unlink()
-        except Exception as error:  # OSError, or what the client of a bucket raises
+        except Exception as error:  # OSError, or an exception class of a bucket's client
             raise CheckpointError(
                 f"checkpoints cannot be written to {self.path} ({one_line(error)}); "
                 f"choose a folder that can be created and written"
@@ -83,25 +85,25 @@ class CheckpointFolder:
         self.clean_leftovers()
 
     def clean_leftovers(self) -> None:
-        """Remove what saves that failed or were killed have left; one that cannot be removed is a warning."""
+        """Remove the leftovers of failed or killed saves. Warn about those that cannot be removed."""
         try:
             names = list_names(self.path)
             leftovers = [name for name in names if STAGING_SUFFIX in name or _ORBAX_STAGING in name]
             if not self.local:
                 leftovers += [str(step) for step in self.on_disk() if not self._holds(step, COMMIT_FILE)]
         except Exception as error:
-            self._warn(f"leftovers of failed saves in {self.path} could not be listed ({one_line(error)})")
+            self._warn(f"cannot list leftovers of failed saves in {self.path} ({one_line(error)})")
             return
         for name in leftovers:
             self._remove(name)
 
     def clear_for(self, step: int) -> None:
-        """Make room for a save of `step` in a bucket: an older save of it stops counting before its files change."""
+        """Invalidate an older save of `step` in a bucket before its files change."""
         if not self.local:
             (self.step_path(step) / COMMIT_FILE).unlink(missing_ok=True)
 
     def publish(self, step: int, body: dict[str, Any]) -> None:
-        """Turn the arrays in `staging_path` into a step that counts."""
+        """Turn the arrays in `staging_path` into a valid step."""
         staging, final = self.staging_path(step), self.step_path(step)
         write_commit(staging, body)
         if staging != final:
@@ -113,7 +115,7 @@ class CheckpointFolder:
         self.damaged.discard(step)
 
     def set_aside(self, step: int, reason: Literal["damaged", "abandoned"]) -> None:
-        """Take a step out of the count without deleting it."""
+        """Exclude a step from the valid ones without deleting it."""
         if not self.local:
             (self.step_path(step) / ASIDE_FILE).write_text(f"{reason}\n")
             return
@@ -124,9 +126,9 @@ class CheckpointFolder:
     # ---- what is kept ----
 
     def drop_old(self, newest: int) -> None:
-        """Delete what neither keep_last nor keep_best holds; set aside damaged steps and steps ahead of `newest`.
+        """Delete steps that neither keep_last nor keep_best keeps. Set aside damaged steps and those after `newest`.
 
-        A step that cannot be read, or cannot be removed, stays, with a warning.
+        A step that cannot be read or removed stays; a failed removal is a warning.
         """
         try:
             steps = [step for step in self.on_disk() if step != newest]
@@ -135,8 +137,8 @@ class CheckpointFolder:
                 self.set_aside(step, "damaged" if step in self.damaged else "abandoned")
             if ahead := [step for step in aside if step > newest]:
                 self._warn(
-                    f"set aside steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues an earlier "
-                    f"one; they stay in {self.path} and no longer count, delete them when they are not needed"
+                    f"set aside steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues from an "
+                    f"earlier step; they stay in {self.path} but are ignored; delete them when they are not needed"
                 )
             older = [step for step in steps if step < newest and step not in aside]
         except Exception as error:
@@ -155,7 +157,7 @@ class CheckpointFolder:
                 self._remove(str(step), f"step {newest} is saved, but ")
 
     def _holds(self, step: int, name: str) -> bool:
-        """Return whether a file is in a step's folder, by listing it: `exists` says False for what it cannot see."""
+        """Return whether a file is in a step's folder. Lists it, because `exists` also returns False for failures."""
         return name in list_names(self.step_path(step))
 
     def _remove(self, name: str, prefix: str = "") -> None:
@@ -172,13 +174,13 @@ class CheckpointFolder:
             self._warn(f"{prefix}{self.path / name} could not be removed ({one_line(error)}); delete it by hand")
 
     def _best(self, steps: list[int]) -> tuple[list[int], list[int]]:
-        """Return (the best `keep_best` steps by their metric, the steps whose metric could not be read)."""
+        """Return (the `keep_best` steps with the best metric, the steps whose metric could not be read)."""
         metrics, unread = {}, []
         for step in steps if self._keep_best else []:
             try:
                 metrics[step] = read_body(self.step_path(step), step)["metric"]
             except DamagedError:
-                continue  # never the best; keep_last still holds it if it is recent
+                continue  # never the best; keep_last still keeps it if it is recent
             except (UnreadableError, CheckpointError):
                 unread.append(step)
         sign = 1 if self._best_mode == "min" else -1

@@ -1,4 +1,4 @@
-"""Reading checkpoints on all processes together: a step is whole, proven damaged, or not readable in several tries."""
+"""Joint reads of a checkpoint by all processes: a step is intact, proven damaged, or unreadable after several tries."""
 
 import math
 import re
@@ -15,8 +15,8 @@ from train.checkpoint_folder import CheckpointFolder
 from train.commit import CheckpointError, DamagedError, UnreadableError, one_line, read_commit, read_files, reading
 from train.leaves import checksums, restore_args, stored_struct
 
-# What TensorStore reports of a file system, and not of the data in it.
-_PASSING = re.compile(
+# Status codes by which TensorStore reports trouble with a file system rather than with the data in it.
+_TRANSIENT = re.compile(
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNKNOWN|"
     r"INTERNAL)\b"
 )
@@ -30,12 +30,12 @@ def process_zero() -> bool:
 
 
 def _largest(code: int) -> int:
-    """Return the largest of all processes' codes. A collective under several processes, free with one."""
+    """Return the largest code of all processes. A collective with several processes, free with one."""
     return code if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(code))))
 
 
 def all_agree(ok: bool) -> bool:
-    """Return True on every process when every process says True."""
+    """Return, on every process, whether `ok` is True on all of them."""
     return _largest(0 if ok else 1) == 0
 
 
@@ -52,17 +52,17 @@ def _from_process_zero(steps: list[int]) -> list[int]:
 
 
 class CheckpointReader:
-    """Reads steps of one folder. `retry_waits`: seconds before each further try of what could not be read.
+    """Reads the steps of one folder. `retry_waits`: seconds before each retry of a failed read.
 
-    Raises DamagedError where one process has proof of damage, UnreadableError where one could not read to the end;
-    each on all processes, so that all of them fall back, or stop, together.
+    Raises DamagedError if one process has proof of damage, and UnreadableError if one could not finish reading. All
+    processes raise the same error, so that they fall back or stop together.
     """
 
     def __init__(self, folder: CheckpointFolder, handler: ocp.PyTreeCheckpointHandler, retry_waits: Sequence[float]):
         self._folder, self._handler, self._retry_waits = folder, handler, tuple(retry_waits)
 
     def list_steps(self) -> list[int]:
-        """Return the steps that process 0 sees, whole or not, in ascending order."""
+        """Return the steps that process 0 finds, intact or not, in ascending order."""
 
         def on_disk() -> list[int]:
             with reading("the folder"):
@@ -71,27 +71,27 @@ class CheckpointReader:
         return _from_process_zero(self._jointly(on_disk))
 
     def read_commit(self, step: int) -> dict[str, Any]:
-        """Return the body of a step's commit.json after checking it and its files."""
+        """Return the body of a step's commit.json after checking it and the files that it lists."""
         return self._jointly(lambda: read_commit(self._folder.step_path(step), step))
 
     def not_readable(self, what: str, error: Exception) -> CheckpointError:
-        """Return the error for a user who must mend a disk, a network or a permission."""
+        """Return the error for a user who must fix a disk, a network or a permission."""
         return CheckpointError(
             f"{what} in {self._folder.path} could not be read in {len(self._retry_waits) + 1} tries: {error}. That "
-            f"proves no damage: nothing was deleted and no older step was taken. Check permissions, disk and network, "
+            f"proves no damage: nothing was deleted and no older step was used. Check permissions, disk and network, "
             f"then start the same command again"
         )
 
     def read_verified(self, step: int, leaves: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-        """Return the arrays of these leaves, whose checksums are those of `body`."""
+        """Return the arrays of these leaves after comparing their checksums with those in `body`."""
         try:
             stored = self._jointly(lambda: self._read_arrays(step, leaves))
         except UnreadableError as error:
-            # TensorStore reports damage and a failing disk with the same types: files that can be read to their ends
-            # and still hold no arrays are damaged.
+            # TensorStore raises the same types for damage and for a failing disk. If every file can be read to its end
+            # and the arrays still cannot be restored, the files are damaged.
             part = slice(jax.process_index(), None, jax.process_count())
             self._jointly(lambda: read_files(self._folder.step_path(step), step, part))
-            if all_agree(not _PASSING.search(str(error))):
+            if all_agree(not _TRANSIENT.search(str(error))):
                 raise DamagedError(str(error)) from error
             raise
         found = checksums(stored)
@@ -111,16 +111,16 @@ class CheckpointReader:
         try:
             return self._handler.restore(self._folder.step_path(step), args=args) | empty
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # the machine's trouble, not the checkpoint's
-        except Exception as error:  # TensorStore reports what it meets with bare types
+            raise  # a fault of the machine, not of the checkpoint
+        except Exception as error:  # TensorStore raises generic types such as ValueError
             message = str(error)
             named = max((name for name in leaves if name in message), key=len, default="arrays")
             raise UnreadableError(f"{named}: cannot be read ({one_line(error)})") from error
 
     def _jointly(self, read: Callable[[], Any]) -> Any:
-        """`read()` on every process, again after a while where one of them cannot read; they fail together.
+        """Return `read()` on every process; if any process cannot read, all of them wait and try again.
 
-        Raises DamagedError or UnreadableError on all processes when one of them met it in the end.
+        Raises DamagedError or UnreadableError on all processes if the last attempt of one of them raised it.
         """
         waits = list(self._retry_waits)
         while True:
@@ -146,7 +146,7 @@ def _refuse(wrong: list[str]) -> None:
 
 
 def in_parts(leaves: dict[str, Any], most_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the leaves in groups of at most `most_bytes`, or of a single leaf."""
+    """Yield the leaves in groups of at most `most_bytes`; a larger leaf is a group of one."""
     group: dict[str, Any] = {}
     size = 0
     for name, leaf in leaves.items():

@@ -1,4 +1,4 @@
-"""How a network is trained, and `Experiment`: the whole of a run in one frozen value."""
+"""Configs of training, and `Experiment`, which describes a whole run in one frozen value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.config import ModelConfig, MoEConfig
 from sharding.mesh import MeshConfig
 from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
 
-# The specials that an objective needs.
+# The special tokens that an objective needs.
 OBJECTIVE_MARKS = {"masked": ("mask",), "fill_in_middle": ("fim_prefix", "fim_suffix", "fim_middle")}
 
 
@@ -23,23 +23,23 @@ class OptimizerConfig:
     learning_rate: float = 3e-4  # peak
     schedule: Literal["cosine", "linear", "wsd", "exponential", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: int = 100  # linear, from 0
-    final_fraction: float = 0.1  # of the peak, at the last step
-    decay_fraction: float = 0.2  # wsd: the last part of the run, in which the rate falls
-    betas: tuple[float, ...] = (0.9, 0.95)  # decay rates of the averages of the gradient and of its square
+    final_fraction: float = 0.1  # of the peak, at the last step, in [0, 1]
+    decay_fraction: float = 0.2  # wsd: share of the steps after the warm-up in which the rate falls, in [0, 1]
+    betas: tuple[float, ...] = (0.9, 0.95)  # decay rates of the averages of the gradient and its square, in [0, 1)
     epsilon: float = 1e-8
     weight_decay: float = 0.1
-    decay: Literal["matrices", "all"] = "matrices"  # matrices: not norms, biases, sinks
-    clip_norm: float | None = 1.0  # global norm of the gradient
+    decay: Literal["matrices", "all"] = "matrices"  # "matrices" excludes norms, biases and sinks
+    clip_norm: float | None = 1.0  # largest global norm of the gradient; none: no clipping
 
     def validate(self) -> None:
-        """Raises ValueError that names field, value and fix."""
+        """Raise ValueError that names the field, its value and a fix."""
         for name, low, high in (
             ("final_fraction", 0, 1), ("decay_fraction", 0, 1),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"optimizer.{name} = {getattr(self, name)}: must be between {low} and {high}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas = {self.betas}: two decay rates in [0, 1), as in (0.9, 0.95)")
+            raise ValueError(f"optimizer.betas = {self.betas}: must be two decay rates in [0, 1), as in (0.9, 0.95)")
         if not self.epsilon > 0:
             raise ValueError(f"optimizer.epsilon = {self.epsilon}: must be above 0")
         if not self.learning_rate > 0:
@@ -56,34 +56,33 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
-    seed: int = 0  # of the weights, dropout and objectives
-    trainable_layers: int | None = None  # last layers, trained with the final norm and the head; none: everything
+    seed: int = 0  # of the initial weights, dropout and objectives
+    trainable_layers: int | None = None  # number of last layers to train with the final norm and head; none: everything
     objective: Literal["next_token", "masked", "fill_in_middle", "prefix", "distillation"] = "next_token"
-    teacher: str = ""  # distillation: the run whose predictions are matched, a path
+    teacher: str = ""  # distillation: path of the run whose predictions are matched
     distillation_temperature: float = 2.0  # of both softmaxes (Hinton et al. 2015, sec. 2)
-    distillation_mix: float = 0.5  # weight of the teacher's predictions; the targets have the rest
-    mask_rate: float = 0.15  # masked: tokens that are predicted (Devlin et al. 2019)
-    fim_rate: float = 0.5  # fill_in_middle: rows that are rearranged (Bavarian et al. 2022)
-    fim_spm_rate: float = 0.5  # of those, suffix-prefix-middle instead of prefix-suffix-middle
+    distillation_mix: float = 0.5  # weight of the teacher's predictions in [0, 1]; the targets have the rest
+    mask_rate: float = 0.15  # masked: share of tokens that are predicted (Devlin et al. 2019)
+    fim_rate: float = 0.5  # fill_in_middle: share of rows that are rearranged (Bavarian et al. 2022)
+    fim_spm_rate: float = 0.5  # share of these rows in suffix-prefix-middle instead of prefix-suffix-middle order
     z_loss: float = 0.0  # coefficient of mean logsumexp(logits)^2 (Chowdhery et al. 2022)
-    loss_chunk: int | None = (
-        None  # ids whose logits a device holds at once; none: up to 32,768 all, of more 8,192 at a time
-    )
-    microbatches: int = 1  # gradients of so many slices of the batch are summed before an update
-    ema_decay: float | None = None  # average of the weights, used for evaluation and sampling
-    nonfinite: Literal["stop", "skip"] = "stop"  # a loss or gradient that is NaN or infinite never reaches the weights
+    # Ids whose logits a device holds at once; none: all of up to 32,768, otherwise 8,192 at a time.
+    loss_chunk: int | None = None
+    microbatches: int = 1  # slices of the batch whose gradients are summed before an update
+    ema_decay: float | None = None  # of the averaged weights for evaluation and sampling, in [0, 1); none: no average
+    nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or infinite loss or gradient; neither updates the weights
     eval_every: int = 250  # steps; 0: only at the end
-    eval_windows: int = 128  # of each held-out set, evenly spread; the evaluation at the end takes all
-    eval_stride: int | None = None  # tokens scored a window, the rest is context; none: all, no context
-    checkpoint_every: int = 250  # steps; there is always one at the end
-    keep_last: int = 2
-    keep_best: int = 1  # by bits per byte of the first held-out set
+    eval_windows: int = 128  # windows of each held-out set, evenly spaced; the final evaluation uses all
+    eval_stride: int | None = None  # tokens scored per window, after the rest as context; none: all, without context
+    checkpoint_every: int = 250  # steps; there is always a checkpoint at the end
+    keep_last: int = 2  # newest checkpoints to keep
+    keep_best: int = 1  # further checkpoints to keep, by bits per byte of the first held-out set
     log_every: int = 10  # steps between rows of metrics.jsonl
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    watchdog_seconds: float = 0.0  # no step for so long: stacks are printed and the process exits; 0: off
+    watchdog_seconds: float = 0.0  # without a step before the process prints its stacks and exits; 0: off
 
     def validate(self) -> None:
-        """Raises ValueError that names field, value and fix."""
+        """Raise ValueError that names the field, its value and a fix."""
         for name in ("steps", "microbatches", "eval_windows", "checkpoint_every", "keep_last", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be at least 1")
@@ -101,18 +100,18 @@ class TrainConfig:
         if (self.objective == "distillation") != bool(self.teacher):
             raise ValueError(
                 f"train.objective = {self.objective!r} and train.teacher = {self.teacher!r}: the objective "
-                "'distillation' takes the run of a teacher; set both, or neither"
+                "'distillation' needs the run of a teacher, and no other objective takes one; set both, or neither"
             )
         for name in ("mask_rate", "fim_rate", "fim_spm_rate", "distillation_mix"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: a probability between 0 and 1")
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be a probability between 0 and 1")
         if self.loss_chunk is not None and self.loss_chunk < 1:
             raise ValueError(
-                f"train.loss_chunk = {self.loss_chunk}: at least 1 id of the vocabulary (best thousands), or none to "
-                f"leave the choice"
+                f"train.loss_chunk = {self.loss_chunk}: must be at least 1 id of the vocabulary (thousands are best), "
+                f"or none for the default"
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay = {self.ema_decay}: between 0 and 1, or none")
+            raise ValueError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1, or none")
 
 
 @dataclass(frozen=True)
@@ -120,20 +119,20 @@ class SampleConfig:
     """Completions of held-out files at the end of a run."""
 
     count: int = 3
-    prompt_tokens: int = 96
-    new_tokens: int = 96
+    prompt_tokens: int = 96  # tokens of the file that each completion continues
+    new_tokens: int = 96  # tokens generated per completion
     temperature: float = 0.7
     top_p: float = 0.95
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run, complete: `dataclasses.replace` of another one is an ablation."""
+    """The complete description of a run. An ablation is a `dataclasses.replace` of another experiment."""
 
     name: str
-    question: str = ""  # what the run is to answer
-    source: str = ""  # paper or origin
-    cost: str = ""  # as measured, with the machine
+    question: str = ""  # question that the run answers
+    source: str = ""  # paper or other origin
+    cost: str = ""  # measured cost, with the machine
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingRules = ShardingRules()
@@ -143,10 +142,10 @@ class Experiment:
     samples: SampleConfig = SampleConfig()
 
     def validate(self, device_count: int, *, training: bool = True) -> None:
-        """Check every part, and the parts against each other and the devices, before any compile or download.
+        """Check every part, and the parts against each other and the devices, before any compilation or download.
 
-        Without `training`, what only a training run needs is not checked: a finished run can be sampled whatever its
-        schedule was. Raises ValueError whose one paragraph names field, value and fix.
+        Without `training`, skip the checks that only matter for training, so that a finished run can be sampled
+        whatever its schedule was. Raises ValueError with one paragraph that names the field, its value and a fix.
         """
         for part in (self.model, self.sharding, self.data, self.optimizer, self.train):
             part.validate()
@@ -160,8 +159,8 @@ class Experiment:
         layers = self.train.trainable_layers
         if layers is not None and not 1 <= layers <= self.model.num_layers:
             raise ValueError(
-                f"train.trainable_layers = {layers}: between 1 and model.num_layers = {self.model.num_layers}, or none "
-                "to train everything"
+                f"train.trainable_layers = {layers}: must be between 1 and model.num_layers = {self.model.num_layers}, "
+                "or none to train everything"
             )
         if training and self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
@@ -174,8 +173,8 @@ class Experiment:
         stride = self.train.eval_stride
         if stride is not None and not 1 <= stride <= self.data.sequence_length:
             raise ValueError(
-                f"train.eval_stride = {stride}: between 1 and data.sequence_length = {self.data.sequence_length} "
-                "tokens of a window are scored, or none for all"
+                f"train.eval_stride = {stride}: must be between 1 and data.sequence_length = "
+                f"{self.data.sequence_length} tokens per window, or none to score all"
             )
         self._validate_mesh(dict(zip(MESH_AXES, self.mesh.sizes(device_count), strict=True)))
 
@@ -184,14 +183,16 @@ class Experiment:
         if s.count < 0 or s.prompt_tokens < 2 or s.new_tokens < 1:
             raise ValueError(
                 f"samples: count = {s.count} must be 0 or more, prompt_tokens = {s.prompt_tokens} at least 2, "
-                f"new_tokens = {s.new_tokens} at least 1"
+                f"and new_tokens = {s.new_tokens} at least 1"
             )
         if not s.temperature >= 0 or not 0 < s.top_p <= 1:
-            raise ValueError(f"samples: temperature = {s.temperature} must be 0 or more, top_p = {s.top_p} in (0, 1]")
+            raise ValueError(
+                f"samples: temperature = {s.temperature} must be 0 or more, and top_p = {s.top_p} must be in (0, 1]"
+            )
         if s.count and s.prompt_tokens + s.new_tokens > self.model.max_length:
             raise ValueError(
                 f"samples.prompt_tokens = {s.prompt_tokens} + samples.new_tokens = {s.new_tokens}: longer than "
-                f"model.max_length = {self.model.max_length}; shorten them, or samples.count=0"
+                f"model.max_length = {self.model.max_length}; shorten them, or set samples.count=0"
             )
 
     def _validate_objective(self) -> None:
@@ -203,23 +204,23 @@ class Experiment:
             if lacking:
                 raise ValueError(
                     f"train.objective = {objective!r}: the tokenizer in data.tokenizer.path = "
-                    f"{self.data.tokenizer.path!r} lacks its "
-                    f"marks ({', '.join(lacking)}); choose another objective or tokenizer"
+                    f"{self.data.tokenizer.path!r} lacks the "
+                    f"special tokens that it needs ({', '.join(lacking)}); choose another objective or tokenizer"
                 )
         if objective == "masked" and mask != "bidirectional":
             raise ValueError(
-                f"train.objective = 'masked': predicts from both sides, but model.attention.mask = {mask!r}; set it to "
-                "bidirectional"
+                f"train.objective = 'masked': this objective predicts from both sides, but model.attention.mask = "
+                f"{mask!r}; set the mask to bidirectional"
             )
         if (objective == "prefix") != (mask == "prefix"):
             raise ValueError(
-                f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' gives "
-                "the prefix that the mask 'prefix' shows to all; set both, or neither"
+                f"train.objective = {objective!r} and model.attention.mask = {mask!r}: the objective 'prefix' draws "
+                "the prefix that the mask 'prefix' makes visible to every token; set both, or neither"
             )
         if objective != "masked" and mask == "bidirectional":
             raise ValueError(
-                f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees the "
-                "one it is to predict; set the mask to causal, or the objective to masked"
+                f"train.objective = {objective!r}: with model.attention.mask = 'bidirectional' every token sees its "
+                "own target; set the mask to causal, or the objective to masked"
             )
 
     def _validate_mesh(self, mesh: dict[str, int]) -> None:
@@ -233,8 +234,8 @@ class Experiment:
         for axis, size in mesh.items():
             if size > 1 and axis not in used:
                 raise ValueError(
-                    f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so that its devices "
-                    "would repeat each other's work; set it to 1"
+                    f"mesh.{axis} = {size}: no field of sharding.activations names this axis, so its devices would "
+                    "repeat each other's work; set it to 1"
                 )
         model, moe = self.model, self.model.moe
         sizes = [
@@ -250,7 +251,7 @@ class Experiment:
                 ("model.moe.num_experts", "expert", moe.num_experts),
                 ("model.moe.hidden_dim", "mlp", moe.hidden_dim),
             ]
-            if moe.router == "soft":  # slots are laid out as tokens are
+            if moe.router == "soft":  # expert slots are sharded like tokens
                 sizes.append(("model.moe.num_experts * model.moe.top_k", "sequence", moe.num_experts * moe.top_k))
         if model.vocab_size:
             sizes.append(("model.vocab_size", "vocab", model.vocab_size))
@@ -272,7 +273,7 @@ class Experiment:
             )
 
     def _validate_expert_mesh(self, moe: MoEConfig, mesh: dict[str, int]) -> None:
-        """Experts' weights enter shard_map spread over the axes of both sides."""
+        """Check that the experts divide over the mesh axes of both weights and activations, as in their shard_map."""
         for field, axis, size in (("num_experts", "expert", moe.num_experts), ("hidden_dim", "mlp", moe.hidden_dim)):
             both = {name for side in ("weights", "activations") for name in getattr(getattr(self.sharding, side), axis)}
             count = math.prod(mesh[name] for name in both)

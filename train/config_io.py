@@ -1,9 +1,9 @@
 """Frozen-dataclass configs: dotted overrides, JSON, differences and hashes.
 
 A config is a tree of frozen dataclasses. Its leaves are int, float, bool, str, Literal, tuples of these, and unions of
-these with None; a field may also hold a dataclass, a dataclass or None, or a tuple of dataclasses. The annotations are
-the schema: a value is parsed, written and read back by them alone. Imports nothing heavy, so that a command line
-starts fast. Anything a user can get wrong raises `ConfigError`, with the field, the value and the fix.
+these with None. A field may also hold a dataclass, a dataclass or None, or a tuple of dataclasses. The annotations are
+the schema: they alone decide how a value is parsed, written and read back. The module imports nothing heavy, so that a
+command line starts fast. Every mistake of a user raises `ConfigError` with the field, the value and a fix.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ BOOLS = {"true": True, "false": False}
 
 
 class ConfigError(ValueError):
-    """A config value, name or file that cannot be used; the message is one paragraph for the user."""
+    """A config value, name or file is unusable; the message is one paragraph for the user."""
 
 
 class _Absent:
@@ -41,7 +41,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-# ---- the schema: what an annotation says ----
+# ---- the schema: annotations ----
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def _dataclass_in(annotation: Any) -> type | None:
 
 
 def _element(annotation: Any) -> Any | None:
-    """The element annotation of `tuple[X, ...]` (alone or in a union), or None."""
+    """Return the element annotation of `tuple[X, ...]` (alone or in a union), or None."""
     for member in _members(annotation):
         if typing.get_origin(member) is tuple:
             args = typing.get_args(member)
@@ -72,7 +72,7 @@ def _element(annotation: Any) -> Any | None:
 
 
 def _describe(annotation: Any) -> str:
-    """What a user may write for this annotation, with an example."""
+    """Return a description, with an example, of the text that a user may write for this annotation."""
     words = []
     for member in _members(annotation):
         if member is types.NoneType:
@@ -89,16 +89,16 @@ def _describe(annotation: Any) -> str:
 
 
 def _short(value: object) -> str:
-    """Return `value` as text of a length that fits into a message."""
+    """Return `value` as text that is short enough for a message."""
     try:
         text = value if isinstance(value, str) else repr(value)
-    except (ValueError, RecursionError):  # an int of thousands of digits; lists in lists without end
+    except (ValueError, RecursionError):  # an int of thousands of digits; lists nested too deep
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _encodes(value: object) -> bool:
-    """Return False for text that cannot be written as UTF-8, such as an argument of other bytes."""
+    """Return False for text that has no UTF-8 encoding, such as a command-line argument of invalid bytes."""
     return not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -111,7 +111,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def _names(annotation: Any, value: Any, prefix: str) -> Iterator[str]:
-    """Every dotted name below `prefix` that an override may set."""
+    """Yield every dotted name below `prefix` that an override may set."""
     if prefix:
         yield prefix
     if cls := _dataclass_in(annotation):
@@ -123,7 +123,7 @@ def _names(annotation: Any, value: Any, prefix: str) -> Iterator[str]:
 
 
 def _suggestion(wrong: str, names: Sequence[str]) -> str | None:
-    """The name nearest to `wrong`, judged whole and by its last part (`top_k` finds `model.moe.top_k`)."""
+    """Return the name most similar to `wrong` as a whole or in its last part (`top_k` finds `model.moe.top_k`)."""
     last = wrong.rpartition(".")[2]
 
     def likeness(name: str) -> float:
@@ -145,7 +145,7 @@ def _unknown(dotted: str, names: Sequence[str], here: Sequence[str]) -> ConfigEr
 
 
 def _parse_member(annotation: Any, text: str) -> Any:
-    """`text` as one non-union leaf annotation; ValueError when it is not one."""
+    """Return `text` parsed as one leaf annotation that is not a union. Raises ValueError if it does not fit."""
     if annotation is types.NoneType:
         if text.lower() == "none":
             return None
@@ -153,7 +153,7 @@ def _parse_member(annotation: Any, text: str) -> Any:
         if text.lower() in BOOLS:
             return BOOLS[text.lower()]
     elif annotation is int:
-        if re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text):  # int() takes the digits of every script
+        if re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text):  # int() accepts the digits of every script
             return int(text)
     elif annotation is float:
         if text.isascii() and math.isfinite(number := float(text)):
@@ -175,7 +175,7 @@ def _parse_member(annotation: Any, text: str) -> Any:
 
 
 def _parse(annotation: Any, text: str) -> Any:
-    # None first, text last: in `str | tuple[str, ...] | None`, "none" is None and "a,b" is a tuple, but "a" stays text.
+    # None first, str last: in `str | tuple[str, ...] | None`, "none" is None and "a,b" is a tuple, but "a" is a str.
     def rank(member: Any) -> int:
         if member is types.NoneType:
             return 0
@@ -207,13 +207,13 @@ def _default(cls: type, dotted: str) -> Any:
 
 def _refuse_whole(dotted: str, text: str, cls: type, first: str) -> ConfigError:
     return ConfigError(
-        f"{dotted} = {text}: {cls.__name__} cannot be set whole; set one of its fields "
+        f"{dotted} = {text}: {cls.__name__} cannot be set as a whole; set one of its fields "
         f"({', '.join(_fields(cls))}), like {_join(first, next(iter(_fields(cls))))}=…"
     )
 
 
 def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: str, root: tuple[type, Any]) -> Any:
-    """`value` with the leaf at `path` replaced by `text`. `done` is the dotted name so far."""
+    """Return `value` with the leaf at `path` replaced by `text`. `done` is the dotted name so far."""
     cls, element = _dataclass_in(annotation), _element(annotation)
     if not path:
         if text.lower() == "none" and types.NoneType in _members(annotation):
@@ -240,7 +240,7 @@ def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: st
         return dataclasses.replace(value, **{head: new})
     if element is not None and isinstance(value, tuple):
         item_cls = _dataclass_in(element)
-        # One past the end appends, so that a list of sources can grow from the command line.
+        # The index one past the end appends, so that the command line can extend a list of sources.
         appended = item_cls if head == str(len(value)) else None
         if appended is None and head not in map(str, range(len(value))):
             raise ConfigError(f"unknown field '{dotted}': {done} has {len(value)} items, numbered from 0")
@@ -251,11 +251,12 @@ def _set(annotation: Any, value: Any, path: tuple[str, ...], text: str, done: st
 
 
 def apply_overrides(config: C, overrides: Sequence[str]) -> C:
-    """`config` with each "dotted.name=value" applied in order, typed by the annotations.
+    """Return `config` with each "dotted.name=value" applied in order and typed by the annotations.
 
-    true/false for bool; `none` for an optional field; `a,b,c` and `()` for tuples; `sources.0.path=…` for an element of
-    a tuple, one past its end appends a default one. A field of an optional dataclass that is None sets its default
-    first. Raises ConfigError for an unknown name (with the nearest valid one) or an ill-typed value.
+    Write true or false for a bool, `none` for an optional field, `a,b,c` or `()` for a tuple, and `sources.0.path=…`
+    for an element of a tuple; the index one past the end appends a default element. Setting a field of an optional
+    dataclass that is None first sets the dataclass to its default. Raises ConfigError for an unknown name (with the
+    nearest valid one) or an ill-typed value.
     """
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -316,25 +317,28 @@ def _decode_dataclass(cls: type, data: dict[str, Any], dotted: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as JSON-ready dicts, lists and scalars; `from_dict` gives back an equal config, floats exact.
+    """Return the config as JSON-ready dicts, lists and scalars. `from_dict` inverts it exactly, floats included.
 
-    Raises ConfigError for a value that its annotation does not allow, NaN and infinity included.
+    Raises ConfigError for a value that its annotation does not allow, including NaN and infinity.
     """
     return _encode(type(config), config, "")
 
 
 def from_dict(cls: type[C], data: dict[str, Any]) -> C:
-    """The inverse of `to_dict`. A missing key takes its default; an unknown key or ill-typed value is a ConfigError."""
+    """Return the config from which `to_dict` made `data`. A missing key takes its default.
+
+    Raises ConfigError for an unknown key or an ill-typed value.
+    """
     return _decode(cls, data, "")
 
 
 def save_json(config: Any, path: str | os.PathLike) -> None:
-    """Write the config as indented JSON, whole or not at all."""
+    """Write the config as indented JSON, atomically."""
     write_whole(path, json.dumps(to_dict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def load_json(cls: type[C], path: str | os.PathLike) -> C:
-    """Read what `save_json` wrote. ConfigError names the file when it is not JSON or does not fit `cls`."""
+    """Return the config that `save_json` wrote. Raises ConfigError, naming the file, if it does not hold a `cls`."""
     content = parse_path(path).read_bytes()
     try:
         return from_dict(cls, json.loads(content.decode("utf-8")))
@@ -348,7 +352,7 @@ def load_json(cls: type[C], path: str | os.PathLike) -> C:
         ) from error
 
 
-# ---- looking at configs ----
+# ---- inspecting configs ----
 
 
 def _children(node: Any) -> dict[str, Any] | None:
@@ -362,7 +366,7 @@ def _children(node: Any) -> dict[str, Any] | None:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every leaf by dotted name. Takes a config or the dict of its JSON; tuples of leaves are one leaf."""
+    """Return every leaf of a config, or of the dict of its JSON, by dotted name. A tuple of leaves is one leaf."""
     children = _children(config)
     if children is None:
         return {prefix: config}
@@ -370,9 +374,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def diff(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, value in a, value in b) of all that differs; `ABSENT` for a name that one side lacks.
+    """Return (dotted name, value in a, value in b) of every difference, with `ABSENT` for a name that one side lacks.
 
-    Where one side holds a dataclass and the other none, the whole is one row.
+    A dataclass on one side and None on the other is one row.
     """
     children_a, children_b = _children(a), _children(b)
     if children_a is None or children_b is None:
@@ -384,6 +388,6 @@ def diff(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
 
 
 def config_hash(config: Any) -> str:
-    """16 hex digits of SHA-256 over the canonical JSON; equal configs hash equal on every machine."""
+    """Return 16 hex digits of the SHA-256 of the canonical JSON; equal configs have equal hashes on every machine."""
     canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

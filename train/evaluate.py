@@ -31,25 +31,24 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     tokens: int
     bytes: int
-    # Of a mixture of experts, over the whole set, a mean over its layers: how far the most loaded expert is above the
-    # mean (Wang et al. 2024: MaxVio_global), and the part of the choices that found no place.
+    # For a mixture of experts, over the whole set and averaged over its layers: how far the most loaded expert exceeds
+    # the mean load (Wang et al. 2024: MaxVio_global), and the fraction of the choices that were dropped.
     max_violation: float | None = None
     dropped_fraction: float | None = None
 
     def row(self) -> dict[str, float]:
-        """What there is, by name."""
+        """Return the figures that are not None, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Score(NamedTuple):
-    """Of one batch."""
+    """Figures of one batch."""
 
     loss: Float[Array, ""]  # sum over the scored tokens, nats
-    tokens: Float[Array, ""]
-    routed: Float[Array, ""]  # tokens that were no padding
-    load_LE: (
-        Float[Array, "L E"] | None
-    )  # of a mixture of experts: each layer's choices over its experts, summing to one
+    tokens: Float[Array, ""]  # that were scored
+    routed: Float[Array, ""]  # tokens without padding
+    # For a mixture of experts: the share of each expert in its layer's choices, and the share of dropped choices.
+    load_LE: Float[Array, "L E"] | None
     dropped_L: Float[Array, "L"] | None
 
 
@@ -66,11 +65,12 @@ def evaluate(
     spec: PartitionSpec | None = None,
     between: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Loss and bits per byte of a held-out set; `score` is a jitted `make_score`. `between` is called after each batch.
+    """Return the loss and bits per byte of a held-out set.
 
-    Every token of every document is predicted once, ends of documents included, and the bytes are those of the tokens
-    predicted: with `max_windows` None, of all the held-out files. An objective that predicts some of them alone
-    (masked) is scored as if the others cost the same.
+    `score` is a jitted `make_score`; `between` is called after each batch. Every token of every document is predicted
+    once, including the ends of documents, and the bytes are those of the predicted tokens: of all held-out files if
+    `max_windows` is None. An objective that predicts only some tokens (masked) is scored as if the others had the same
+    loss.
     """
     lengths = byte_lengths(prepared.tokenizer)
     total: Score | None = None
@@ -95,7 +95,7 @@ def evaluate(
         if jax.process_count() == 1:
             size, targets = _add_targets(batch, lengths, size, targets)
         pending.append(score(model, put_batch(batch, mesh, spec)))
-        if len(pending) > 1:  # read one batch late, so that the device never waits
+        if len(pending) > 1:  # read each score one batch later, so that the device never waits
             read()
         between()
     while pending:
@@ -122,7 +122,7 @@ def evaluate_all(
     full: bool,
     between: Callable[[], object] = lambda: None,
 ) -> dict[str, Evaluation]:
-    """Return the figures of every held-out set: of `train.eval_windows` windows of each, or of all."""
+    """Return the figures of every held-out set, on `train.eval_windows` windows of each or, with `full`, on all."""
     config = network.experiment.train
     with use_mesh(network.mesh):
         return {
@@ -143,10 +143,10 @@ def evaluate_all(
 
 
 def make_score(objective: Objective) -> Callable[[Transformer, Batch], Score]:
-    """Return `score(model, batch)` by the objective without its auxiliary losses."""
+    """Return `score(model, batch)`, which applies the objective without its auxiliary losses."""
 
     def score(model: Transformer, batch: Batch) -> Score:
-        # The objectives that draw at random draw the same for every batch of an evaluation.
+        # A constant key: random objectives make the same draws for every batch of an evaluation.
         loss = objective(model, None, batch, jax.random.key(0))
         routed = (batch.segment_ids > 0).sum().astype(jnp.float32)
         dropped = loss.metrics.get("expert_dropped")
@@ -156,12 +156,11 @@ def make_score(objective: Objective) -> Callable[[Transformer, Batch], Score]:
 
 
 def max_violation(load_LE: np.ndarray) -> np.ndarray:
-    """Return MaxVio (Wang et al. 2024, eq. 4) of each layer on the host: the greatest load over the mean load, less
-    1."""
+    """Return MaxVio (Wang et al. 2024, eq. 4) of each layer on the host: largest load / mean load - 1."""
     return load_LE.max(-1) / load_LE.mean(-1) - 1.0
 
 
 def _add_targets(batch: Batch, lengths: np.ndarray, size: int, targets: int) -> tuple[int, int]:
-    """Return `size` and `targets` with the bytes and the number of the batch's scored tokens added."""
+    """Return `size` plus the bytes of the batch's scored tokens, and `targets` plus their number."""
     scored = batch.loss_weights > 0
     return size + int((lengths[batch.targets] * scored).sum()), targets + int(scored.sum())

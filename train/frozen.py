@@ -1,6 +1,6 @@
-"""The part of a run's weights that is never updated: layers of the network, or a second network of the loss.
+"""Frozen weights of a run, which are never updated: layers of the network, or a second network in the loss.
 
-It is written once, to RUN/frozen, and read beside every checkpoint, which holds its digest.
+They are written once, to RUN/frozen. Every checkpoint holds their digest and is restored together with them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from train.leaves import checksums, named_leaves, to_storable
 
 
 class Frozen(NamedTuple):
-    """Weights that a step reads and never changes; no gradient, moment or average exists for them."""
+    """Weights that a step reads and never changes. They have no gradients, moments or averages."""
 
     model: Transformer | None = None  # the rest of the network, with None where a weight is trained
     teacher: Transformer | None = None  # the network whose predictions are distilled
 
 
 def network(trainable: Transformer, frozen: Frozen | None) -> Transformer:
-    """Return the whole network of a trainable part and its frozen rest."""
+    """Return the whole network from its trainable part and its frozen rest."""
     return trainable if frozen is None or frozen.model is None else merge(trainable, frozen.model)
 
 
 def train_last(model: Transformer, layers: int | None) -> tuple[Transformer, Frozen | None]:
-    """Return (the last `layers` layers with the final norm and the head, the rest); None: everything is trained.
+    """Return (the last `layers` layers with the final norm and the head, the rest). None: everything is trained.
 
-    The stacks are cut so that both sides are whole arrays. An embedding that is also the head stays frozen: training
-    it would take the gradient through every layer.
+    The stacks are split so that each array belongs to one side. An embedding that is also the head stays frozen,
+    because training it would require the gradient through every layer.
     """
     if layers is None:
         return model, None
@@ -59,7 +59,7 @@ def train_last(model: Transformer, layers: int | None) -> tuple[Transformer, Fro
 
 
 def rejoin(model: Transformer) -> Transformer:
-    """Return a network whose stacks were cut with the stacks that its config gives it."""
+    """Return a network whose stacks `train_last` split with the stacks that its config defines."""
     layers = [unit[0] for unit in unstack(model).stacks]
     stacks, first = [], 0
     for segment in segments(model.config):
@@ -71,16 +71,16 @@ def rejoin(model: Transformer) -> Transformer:
 
 
 def digest(frozen: Frozen) -> str:
-    """Return a hash of every bit of the frozen weights and their names, the same on every mesh."""
+    """Return a hash of the names and all bits of the frozen weights. It is the same on every mesh."""
     sums = checksums({name: to_storable(leaf) for name, leaf in named_leaves(frozen).items()})
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], None]) -> str:
-    """Write the frozen weights of a run that begins, and return their digest.
+    """Write the frozen weights of a new run, and return their digest.
 
-    What an earlier beginning wrote stays if it is the same, and is set aside if it is not: no checkpoint refers to it.
-    Raises CheckpointError if they cannot be written.
+    Weights from an earlier start stay if they are the same. Otherwise they are set aside, because no checkpoint refers
+    to them. Raises CheckpointError if the weights cannot be written.
     """
     name = digest(frozen)
     if epath.Path(folder).exists():
@@ -89,8 +89,8 @@ def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], No
         if process_zero():
             aside = epath.Path(folder).with_name(f"{epath.Path(folder).name}.{secrets.token_hex(4)}")
             epath.Path(folder).rename(aside)
-            warn(f"{folder} held the frozen weights of an earlier start, which are not this one's: now {aside.name}")
-        all_agree(True)  # the folder is free for every process
+            warn(f"{folder} held different frozen weights from an earlier start; they are now in {aside.name}")
+        all_agree(True)  # wait until the folder is free for every process
     with Checkpointer(folder, keep_last=1, warn=warn) as checkpoints:
         if not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
             raise CheckpointError(f"{folder}: the frozen weights were not written; free the disk and start again")
@@ -99,7 +99,7 @@ def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], No
 
 
 def _holds(folder: epath.PathLike, frozen: Frozen, name: str, warn: Callable[[str], None]) -> bool:
-    """Return whether a folder holds these weights, whose digest is `name`, whole."""
+    """Return whether a folder holds these weights, whose digest is `name`, intact."""
     with Checkpointer(folder, read_only=True, warn=warn) as checkpoints, contextlib.suppress(CheckpointError):
         restored = checkpoints.restore({}, part=True)
         if restored is not None and restored.metadata["digest"] == name:
@@ -109,14 +109,16 @@ def _holds(folder: epath.PathLike, frozen: Frozen, name: str, warn: Callable[[st
 
 
 def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Callable[[str], None]) -> Any:
-    """Return the frozen weights of a run as `template` lays them out. Raises CheckpointError if they are missing or
-    not those that its checkpoints were trained with (`expected`)."""
+    """Return the frozen weights of a run, sharded like `template`.
+
+    Raises CheckpointError if they are missing or if their digest is not `expected`, the one in the run's checkpoints.
+    """
     if not epath.Path(folder).is_dir():
-        raise CheckpointError(f"{folder} is missing: the run's frozen weights are there; copy it with the run")
+        raise CheckpointError(f"{folder} is missing: it holds the run's frozen weights; copy it with the run")
     with Checkpointer(folder, read_only=True, warn=warn) as checkpoints:
         restored = checkpoints.restore(template, part=True)
     if restored is None:
-        raise CheckpointError(f"{folder} holds no weights: the run's frozen weights are there; copy it with the run")
+        raise CheckpointError(f"{folder} is empty: it must hold the run's frozen weights; copy it with the run")
     if restored.metadata["digest"] != expected:
         raise CheckpointError(_changed(folder, restored.metadata["digest"], expected))
     return restored.state
@@ -124,6 +126,6 @@ def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Call
 
 def _changed(folder: epath.PathLike, found: str, expected: str) -> str:
     return (
-        f"{folder}: the frozen weights changed (digest {found}, the run has {expected}); put the folder back, or start "
-        "a new run with --run NEWNAME"
+        f"{folder}: the frozen weights changed (their digest is {found}, the run expects {expected}); restore the "
+        "folder, or start a new run with --run NEWNAME"
     )

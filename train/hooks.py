@@ -1,4 +1,4 @@
-"""What accompanies a run: evaluators, which the trainer asks, and hooks, which it informs."""
+"""Evaluators, which the trainer calls for metrics, and hooks, which it notifies."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
 
 
 class NonfiniteError(RuntimeError):
-    """The loss or the gradient is not finite and `train.nonfinite` is 'stop'."""
+    """The loss or the gradient is not finite, and `train.nonfinite` is 'stop'."""
 
 
 class StepResult(NamedTuple):
-    """A train step whose metrics were read, which happens after the next one was dispatched."""
+    """The result of a train step, available after the next step was dispatched."""
 
     step: int
     row: dict[str, Any]  # of metrics.jsonl
     batch: Batch  # this host's rows
-    refused: int  # updates refused so far
+    refused: int  # updates skipped so far because they were not finite
 
 
 class Hook:
-    """Methods that a trainer calls; each may be overridden."""
+    """Base class of hooks, whose methods the trainer calls. Override any of them."""
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
-        """A step's metrics were read."""
+        """Called after the metrics of a step were read."""
 
     def on_eval(self, trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
-        """The weights of `step` were evaluated."""
+        """Called after the weights of `step` were evaluated."""
 
     def on_save(self, trainer: Trainer, step: int, started: bool) -> None:
-        """A checkpoint of `step` was started (the last one: written), or could not be."""
+        """Called after a checkpoint of `step` was started (the last one: written) or failed to start."""
 
     def on_stop(self, trainer: Trainer, finished: bool) -> None:
-        """The run ended with its last checkpoint on disk: at its last step, or where it was asked to stop."""
+        """Called when the run ends with its last checkpoint on disk: `finished`, or stopped on request."""
 
 
 class Recorder(Hook):
-    """Writes rows to metrics.jsonl and messages to `log`. A full disk costs rows, not the run."""
+    """Writes rows to metrics.jsonl and messages to `log`. A full disk loses rows but does not stop the run."""
 
     def __init__(self, metrics: MetricsWriter, log: Callable[[str], None]):
         self._metrics, self.log = metrics, log
@@ -86,7 +86,7 @@ class Recorder(Hook):
 
 
 class NonfiniteGuard(Hook):
-    """Keeps the batch of a refused update, and ends the run if its config says so."""
+    """Saves the batch of an update that was not finite, and ends the run if its config says so."""
 
     def __init__(self, run: RunFolder, recorder: Recorder, stop: bool):
         self._run, self._recorder, self._stop = run, recorder, stop
@@ -101,23 +101,23 @@ class NonfiniteGuard(Hook):
             write_arrays(path, result.batch.arrays())
             kept = f"the batch is in {path.name}"
         except OSError as error:
-            kept = f"the batch could not be kept ({error})"
+            kept = f"the batch could not be saved ({error})"
         row = result.row
         message = (
-            f"step {result.step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were left as they "
-            f"were, {kept}"
+            f"step {result.step}: loss {row['loss']}, gradient norm {row['grad_norm']}; the weights were left "
+            f"unchanged, {kept}"
         )
         self._recorder.event(result.step, "nonfinite", message)
         if self._stop:
             raise NonfiniteError(
-                f"{message}. train.nonfinite = 'stop' ended the run: continue without such batches with "
+                f"{message}. train.nonfinite = 'stop' ended the run: skip such batches with "
                 "--set train.nonfinite=skip, or lower optimizer.learning_rate in a new run (--run NEWNAME)"
             )
         self._recorder.log(message)
 
 
 class ShowProgress(Hook):
-    """Updates the panel or the lines that a person watches."""
+    """Updates the progress panel or prints progress lines."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -131,9 +131,9 @@ class ShowProgress(Hook):
 
 
 class Evaluator(ABC):
-    """`evaluator(model, step)` returns rows, the first of which decides which checkpoints are the best.
+    """Base class of evaluators: `evaluator(model, step)` returns rows, the first of which ranks the checkpoints.
 
-    `at_end`: also asked at the last step, which `experiments.run.finish` evaluates on all held-out text.
+    `at_end`: also called at the last step, which `experiments.run.finish` evaluates on all held-out text.
     """
 
     at_end = False
@@ -143,7 +143,7 @@ class Evaluator(ABC):
 
 
 class HeldOut(Evaluator):
-    """Bits per byte of every held-out set."""
+    """Evaluates bits per byte on every held-out set."""
 
     def __init__(self, network: Network, prepared: Prepared, between: Callable[[], object]):
         self._network, self._prepared, self._between = network, prepared, between

@@ -1,7 +1,7 @@
-"""Scalar hyperparameters as traced values: runs that differ in them alone share one compiled program.
+"""Scalar hyperparameters as traced values, so that runs that differ only in them share one compiled program.
 
-`step(state, batch, hyper)` takes them beside the batch, so that a sweep over learning rates compiles once and runs of
-several seeds go through one `jax.vmap`:
+`step(state, batch, hyper)` takes them next to the batch. A sweep over learning rates therefore compiles once, and runs
+with several seeds go through one `jax.vmap`:
 
     hypers = stack([hyper_of(e) for e in arms])
     states = jax.vmap(program.make_state)(hypers)
@@ -25,7 +25,7 @@ COEFFICIENTS = ("z_loss", "load_balance", "router_z_loss", "temperature", "mix")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Hyper:
-    """Scalars of one run, or with a leading axis those of several. None: the loss is not computed at all."""
+    """Scalars of one run or, with a leading axis, of several runs. None: the loss is not computed at all."""
 
     seed: Any  # uint32: of the weights, dropout and objectives
     learning_rate: Any  # float32: peak of the schedule
@@ -38,7 +38,7 @@ class Hyper:
 
 
 def hyper_of(experiment: Experiment) -> Hyper:
-    """Return the scalars of an experiment, as NumPy. An auxiliary loss of coefficient 0 is None."""
+    """Return the scalars of an experiment as NumPy. The coefficient of an auxiliary loss is None instead of 0."""
     moe, optimizer, train = experiment.model.moe, experiment.optimizer, experiment.train
     of_loss = lambda value: np.float32(value) if value else None
     distilled = train.objective == "distillation"
@@ -55,8 +55,10 @@ def hyper_of(experiment: Experiment) -> Hyper:
 
 
 def stack(hypers: Sequence[Hyper]) -> Hyper:
-    """Return one Hyper whose scalars have a leading axis over `hypers`; a coefficient that only some have is 0 in the
-    others."""
+    """Return one Hyper whose scalars have a leading axis over `hypers`.
+
+    A coefficient that only some of them have is 0 in the others.
+    """
 
     def column(name: str) -> np.ndarray | None:
         values = [getattr(hyper, name) for hyper in hypers]

@@ -1,14 +1,14 @@
-"""The lease on a run folder: one job writes there at a time, and a job that died does not lock the next one out.
+"""The lease on a run folder. One job at a time writes there, and a dead job does not lock out the next one.
 
-The holder writes a record into `.lock` and renews it every HEARTBEAT_SECONDS from a thread. A job that finds another's
-record decides by what it can see:
+The holder writes a record to `.lock`, and a thread renews it every HEARTBEAT_SECONDS. A job that finds the record of
+another job acts as follows:
 
-- the holder is a process of the same machine: it is alive or dead, which the kernel says at once;
-- the holder is elsewhere, or the record cannot be read: its heartbeat is watched. A change means a live holder, and the
-  job is refused. No change for LEASE_SECONDS means a dead one, and the folder is taken over.
+- If the holder is a process on the same machine, the kernel reports whether it is alive.
+- If the holder is elsewhere, or the record cannot be read, the job watches the heartbeat. If it changes, the holder is
+  alive and the job is refused. If it does not change for LEASE_SECONDS, the holder is dead and the job takes over.
 
-Clocks of two machines are never compared. A holder that was stopped for so long that its folder was taken over (a
-suspended machine, a hung file system) finds the other record at its next heartbeat and ends its process.
+The clocks of two machines are never compared. If a holder was stopped for so long that another job took over (a
+suspended machine, a hung file system), it finds the other record at its next heartbeat and ends its process.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from data.paths import forget_listings, is_local
 from train.run_folder import RunFolder, RunFolderError
 
 HEARTBEAT_SECONDS = 10.0
-LEASE_SECONDS = 60.0  # without a heartbeat: a holder elsewhere counts as dead
+LEASE_SECONDS = 60.0  # without a heartbeat, after which a holder elsewhere counts as dead
 LOST_EXIT = 75  # EX_TEMPFAIL
 _RECORD_BYTES = 512  # fixed, so that a heartbeat overwrites its record in place even on a full disk
 
 
 @dataclass(frozen=True)
 class LeaseTiming:
-    """How often a holder shows that it lives, and how long a silent one is waited for, in seconds."""
+    """The interval between heartbeats, and the silence after which a holder counts as dead, in seconds."""
 
     heartbeat: float = HEARTBEAT_SECONDS
     lease: float = LEASE_SECONDS
@@ -52,22 +52,22 @@ def _exit_process(message: str) -> None:
 @contextlib.contextmanager
 def hold_lease(
     run: RunFolder,
-    notice: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     timing: LeaseTiming | None = None,
     on_lost: Callable[[str], None] = _exit_process,
 ) -> Iterator[None]:
     """Hold the folder's lease for the block. Raises RunFolderError while another job holds it.
 
-    on_lost: called by the heartbeat's thread with a message once another job has taken over; it must end the writing.
+    on_lost: called from the heartbeat thread with a message after another job has taken over; it must stop all writes.
     """
     timing = timing or LeaseTiming()
     file, me = _LockFile(run.lock), _describe_process()
     try:
-        _take(run, file, me, notice, timing)
+        _take(run, file, me, log, timing)
     except (RunFolderError, OSError):
         raise
-    except Exception as error:  # a bucket's client has exceptions of its own
+    except Exception as error:  # bucket clients raise their own exception classes
         raise OSError(f"{run.lock}: {error}") from error
     done = threading.Event()
 
@@ -75,14 +75,14 @@ def hold_lease(
         for count in range(1, sys.maxsize):
             if done.wait(timing.heartbeat):
                 return
-            # Whatever a disk or a bucket's client raises now, the next heartbeat may succeed: were this thread to end,
-            # another job would take the run over while this one writes.
+            # Whatever a disk or a bucket's client raises now, the next heartbeat may succeed. If this thread ended,
+            # another job would take over the run while this one still writes.
             with contextlib.suppress(Exception):
                 holder = file.renew(me, count)
                 if holder is not None:
                     on_lost(
                         f"run folder {run.path} was taken over by {_name(holder)} while this process was stopped for "
-                        f"more than {timing.lease:.0f} s; nothing more is written"
+                        f"more than {timing.lease:.0f} s; this process writes nothing more"
                     )
                     return
 
@@ -93,44 +93,44 @@ def hold_lease(
     finally:
         done.set()
         thread.join()
-        with contextlib.suppress(Exception):  # not released, the lease ends by itself
+        with contextlib.suppress(Exception):  # a lease that is not released expires
             file.release(me)
 
 
-# ---- taking it ----
+# ---- acquisition ----
 
 
 def _take(
-    run: RunFolder, file: "_LockFile", me: dict[str, Any], notice: Callable[[str], None], timing: LeaseTiming
+    run: RunFolder, file: "_LockFile", me: dict[str, Any], log: Callable[[str], None], timing: LeaseTiming
 ) -> None:
     found, watched_since = file.take(me, None), time.monotonic()
     if found is None:
         return
-    seen, holder = found, _parse(found)
+    expected, holder = found, _parse(found)
     where = f"run folder {run.path} is in use by {_name(holder)}"
     fix = f"wait for it, stop it, use another folder with --run, or delete {run.lock} if that job is gone"
     if holder is not None and _is_here(holder, me):
         if _alive(holder):
             raise RunFolderError(f"{where}; {fix}")
-        dead = f"lock of {_name(holder)}, dead on this host, taken over"
+        dead = f"took over the lock of {_name(holder)}, which is dead on this host"
     elif holder is not None and "beat" not in holder:
         raise RunFolderError(f"{where}, which sends no heartbeat; {fix}")
     else:
-        notice(f"{where}; watching its heartbeat for up to {timing.lease:.0f} s")
+        log(f"{where}; watching its heartbeat for up to {timing.lease:.0f} s")
         while time.monotonic() - watched_since < timing.lease:
             time.sleep(min(timing.heartbeat, timing.lease) / 4)
-            if (now := file.read()) != seen:
+            if (now := file.read()) != expected:
                 if not now:
                     break  # released
                 raise RunFolderError(f"{where}, which is alive; {fix}")
-        dead = f"lock of {_name(holder)}, without a heartbeat for {timing.lease:.0f} s, taken over"
-    if (taken := file.take(me, seen)) is not None:
+        dead = f"took over the lock of {_name(holder)}, without a heartbeat for {timing.lease:.0f} s"
+    if (taken := file.take(me, expected)) is not None:
         raise RunFolderError(f"run folder {run.path} was just taken over by {_name(_parse(taken))}; {fix}")
-    notice(dead)
+    log(dead)
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
-    """Return the record in a lock file, None where it is not one."""
+    """Return the record in a lock file, or None if the content is not a record."""
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
@@ -163,7 +163,7 @@ def _describe_process() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Return what tells apart machines, and containers of one machine, that share a host name."""
+    """Return an identifier that differs between machines, or containers of one machine, with the same host name."""
     with contextlib.suppress(OSError):
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return ""
@@ -174,7 +174,7 @@ def _is_here(holder: dict[str, Any], me: dict[str, Any]) -> bool:
 
 
 def _process_start(pid: int) -> str | None:
-    """Return the kernel's start time of a process, which differs when a pid is used again."""
+    """Return the kernel's start time of a process, which differs when its pid is reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # no such process, or a system without /proc
@@ -188,7 +188,7 @@ def _alive(holder: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it lives, under another user
+        pass  # it is alive and belongs to another user
     return _process_start(holder["pid"]) in (holder["start"], None)
 
 
@@ -196,13 +196,13 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 
 class _LockFile:
-    """`.lock` on a disk, where flock makes a look and a write one act, or in a bucket, where a second look must do."""
+    """The file `.lock`. On a disk, flock makes a read and a write atomic; in a bucket, a second read must suffice."""
 
     def __init__(self, path: epath.Path):
         self._path, self._local = path, is_local(path)
 
     def read(self) -> bytes:
-        """Return the record without its padding; empty when nobody holds the lease."""
+        """Return the record without its padding. It is empty if nobody holds the lease."""
         if self._local:
             with self._locked() as descriptor:
                 return os.pread(descriptor, 1 << 16, 0).strip()
@@ -213,7 +213,7 @@ class _LockFile:
             return b""
 
     def take(self, me: dict[str, Any], expected: bytes | None) -> bytes | None:
-        """Write `me` if nobody holds the lease, or if the record is `expected`; else return the record found."""
+        """Write `me` if nobody holds the lease or the record is `expected`. Otherwise return the record found."""
         if self._local:
             with self._locked() as descriptor:
                 found = os.pread(descriptor, 1 << 16, 0).strip()
@@ -226,12 +226,12 @@ class _LockFile:
         if found and found != expected:
             return found
         self._path.write_bytes(_padded(me))
-        time.sleep(0.5)  # another job that also found it free has written by now; the last one holds it
+        time.sleep(0.5)  # another job that also found it free has written by now; the last writer holds it
         now = self.read()
         return None if _identity(now) == me["id"] else now
 
     def renew(self, me: dict[str, Any], beat: int) -> dict[str, Any] | None:
-        """Write the next heartbeat; return the record of another job instead where one has taken over."""
+        """Write the next heartbeat. If another job has taken over, return its record instead."""
         record = _padded(me | {"beat": beat})
         if self._local:
             with self._locked() as descriptor:
@@ -272,6 +272,6 @@ def _identity(content: bytes) -> str | None:
 
 
 def _other(content: bytes, me: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record of another job, None where the file holds ours, nothing (it was deleted), or no record."""
+    """Return the record of another job, or None if the file holds our record, is empty (deleted) or is unreadable."""
     record = _parse(content)
     return record if record is not None and record.get("id") != me["id"] else None

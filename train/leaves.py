@@ -1,6 +1,6 @@
-"""The leaves of a checkpointed tree: their names, their form on disk, their checksums.
+"""Names, stored forms and checksums of the leaves of a checkpointed tree.
 
-A leaf is a jax array (on any mesh, typed PRNG keys among them), a numpy array or a numpy scalar. On disk it is a plain
+A leaf is a jax array (on any mesh, typed PRNG keys included), a numpy array or a numpy scalar. On disk, it is a plain
 array under its path, so that a checkpoint does not depend on the Python classes that held it.
 """
 
@@ -22,12 +22,12 @@ def _is_key(leaf: Any) -> bool:
 
 def _key_impl(leaf: Any) -> Any:
     found: list[Any] = []
-    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), leaf)  # it refuses a ShapeDtypeStruct
+    jax.eval_shape(lambda keys: found.append(jax.random.key_impl(keys)), leaf)  # key_impl rejects a ShapeDtypeStruct
     return found[0]
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """`{path: leaf}` of a tree, paths joined by '/'. TypeError for a leaf that has no shape and dtype."""
+    """Return `{path: leaf}` of a tree, with paths joined by '/'. Raises TypeError for a leaf without shape or dtype."""
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -43,7 +43,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def to_storable(leaf: Any) -> Any:
-    """The array that Orbax writes for a leaf: key data for a typed key, numpy for what one host owns by itself."""
+    """Return the array that Orbax writes for a leaf: key data for a typed key, NumPy for data that one host owns."""
     if isinstance(leaf, jax.Array) and _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array) and not (jax.process_count() > 1 and leaf.is_fully_addressable):
@@ -63,8 +63,8 @@ def _device_checksum(x: jax.Array) -> jax.Array:
     for axis in reversed(range(bits.ndim)):
         index = index + lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    # For one index each step is a bijection of the bits (xor, odd multiples, xor-shifts), so that a change of one
-    # element always changes the sum; mixing before the sum keeps two flipped sign bits from cancelling.
+    # For a given index, each step is a bijection of the bits (xor, odd multiples, xor-shifts), so a change of one
+    # element always changes the sum. Mixing before the sum keeps two flipped sign bits from cancelling.
     mixed = (bits ^ (index * np.uint32(0x9E3779B1))) * np.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
     total = jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
@@ -72,10 +72,10 @@ def _device_checksum(x: jax.Array) -> jax.Array:
 
 
 def checksums(leaves: dict[str, Any]) -> dict[str, int]:
-    """A 32-bit sum of each leaf's bits and their global positions: the same on any mesh, in any order of addition.
+    """Return a 32-bit sum of each leaf's bits and their global positions, equal on any mesh and in any summation order.
 
-    Runs where the leaf lives (one small program for each shape, dtype and sharding); only the sums are fetched, one by
-    one: many small collectives in flight at once were seen to deadlock simulated devices on few cores.
+    The sums are computed on the leaf's devices (one small program per shape, dtype and sharding). They are fetched one
+    by one, because many small collectives in flight can deadlock simulated devices on few cores.
     """
     sums = {}
     for name, leaf in leaves.items():
@@ -93,13 +93,15 @@ def _describe(entry: dict[str, Any] | None) -> str:
     return f"{entry['dtype']}{entry['shape']}" if entry else "(absent)"
 
 
-def differences(saved: dict[str, Any], asked: dict[str, Any]) -> str:
-    """A table of the leaves that differ between a checkpoint and a template; empty when there are none."""
-    rows = [(name, _describe(saved.get(name)), _describe(asked.get(name))) for name in sorted(saved.keys() | asked)]
+def differences(saved: dict[str, Any], requested: dict[str, Any]) -> str:
+    """Return a table of the leaves that differ between a checkpoint and a template, or "" if none differ."""
+    rows = [
+        (name, _describe(saved.get(name)), _describe(requested.get(name))) for name in sorted(saved.keys() | requested)
+    ]
     rows = [row for row in rows if row[1] != row[2]]
     if not rows:
         return ""
-    shown = [("leaf", "in the checkpoint", "asked for"), *rows[:TABLE_ROWS]]
+    shown = [("leaf", "in the checkpoint", "requested"), *rows[:TABLE_ROWS]]
     widths = [max(len(row[column]) for row in shown) for column in range(3)]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
@@ -110,7 +112,7 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> str:
 
 
 def _placed(leaf: Any) -> bool:
-    """Whether a template leaf says where the array must live; if not, it is restored uncommitted."""
+    """Return whether a template leaf fixes the array's devices. If not, the array is restored uncommitted."""
     if isinstance(leaf, jax.Array):
         return leaf.committed
     return isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None
@@ -131,13 +133,13 @@ def restore_args(leaf: Any) -> ocp.RestoreArgs:
 
 
 def from_stored(value: Any, leaf: Any) -> Any:
-    """The restored array in the form of its template leaf."""
+    """Return the restored array in the form of its template leaf."""
     if isinstance(leaf, np.generic):
         return value[()]
     if isinstance(leaf, np.ndarray):
         return value
     if not _placed(leaf):
         value = jnp.asarray(value)
-    elif isinstance(value, np.ndarray):  # a leaf without elements
+    elif isinstance(value, np.ndarray):  # an empty array
         value = jax.device_put(value, leaf.sharding)
     return jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value

@@ -1,6 +1,6 @@
-"""The training loop: step t is dispatched before the metrics of t - 1 are read as NumPy.
+"""The training loop, which dispatches step t before it reads the metrics of step t - 1 as NumPy.
 
-`train` puts a run together from its parts; `Trainer` advances it and informs its hooks (train/hooks.py).
+`train` assembles a run from its parts. `Trainer` advances it and calls its hooks (train/hooks.py).
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Trained:
 
     state: TrainState
     step: int
-    finished: bool  # False: it was asked to stop
+    finished: bool  # False: stopped on request
     seconds: float  # of training, evaluation and saving, over all the run's starts
 
     @property
     def model(self) -> Transformer:
-        """The weights to evaluate and to sample from: the average where there is one."""
+        """The weights for evaluation and sampling: their average if the run keeps one."""
         return self.state.weights
 
 
 class Trainer:
-    """Advances a run from its start to `train.steps` or to the step at which `stop` is agreed.
+    """Advances a run from its start to `train.steps`, or to the step at which all processes agree to `stop`.
 
-    After every step it decides whether to evaluate and to save, and calls the hooks. `evaluators` return rows;
-    `rows` makes those of train steps; `saver` saves. Single use.
+    After every step, it decides whether to evaluate and to save, and calls the hooks. `evaluators` return rows of
+    metrics, `rows` makes the rows of train steps, and `saver` saves checkpoints. Use it for one run only.
     """
 
     def __init__(
@@ -68,16 +68,18 @@ class Trainer:
         self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None  # dispatched, not yet read
 
     def fit(self) -> Trained:
-        """Run to the end; `compile` comes before. Raises NonfiniteError, and CheckpointError if the last checkpoint is
-        not on disk."""
+        """Run to the end; call `compile` first.
+
+        Raises NonfiniteError, and CheckpointError if the last checkpoint is not on disk.
+        """
         steps = self.experiment.train.steps
         try:
             while self.step < steps and not self.stopped:
                 self._advance(self.program.executables["step"])
                 self._evaluate_and_save()
         except NonfiniteError:
-            # The refused step and the one dispatched after it changed only the counters: saved as of the refused one,
-            # so that a run that continues with 'skip' takes the very next batch.
+            # The refused step and the one dispatched after it changed only the counters. The state is saved under the
+            # refused step, so that a run that continues with 'skip' takes the next batch.
             if self.saved < self._read_step:
                 behind = self.step - self._read_step
                 self._saver.save(self.state._replace(step=self.state.step - behind), self._read_step, wait=True)
@@ -89,7 +91,7 @@ class Trainer:
         return Trained(self.state, self.step, finished, self._saver.seconds)
 
     def _advance(self, compiled: Callable) -> None:
-        """Dispatch the next step, and read the metrics of the one before."""
+        """Dispatch the next step, and read the metrics of the previous one."""
         batch = next(self._batches)
         rows = put_batch(batch, self.program.mesh, self.program.batch_spec)
         self.state, values = compiled(self.state, rows, self._hyper)
@@ -100,7 +102,7 @@ class Trainer:
         self.stopped = self._stop.agreed(self.step)
 
     def _read(self) -> None:
-        """Fetch the metrics of the step that was dispatched last, and hand them to the hooks."""
+        """Fetch the metrics of the last dispatched step, and pass them to the hooks."""
         if self._pending is None:
             return
         (self._read_step, values, batch), self._pending = self._pending, None
@@ -116,7 +118,7 @@ class Trainer:
         evaluating = not last and bool(config.eval_every) and step % config.eval_every == 0
         saving = last or self.stopped or step % config.checkpoint_every == 0
         if evaluating or saving:
-            self._read()  # a step that is not finite must not be saved as if it were
+            self._read()  # raises before a step that is not finite could be saved as a good one
         metric = None
         if (evaluating or last) and not self.stopped:
             metric = self._evaluate(last)
@@ -128,7 +130,7 @@ class Trainer:
                 hook.on_save(self, step, self._written)
 
     def _evaluate(self, last: bool) -> float | None:
-        """Ask the evaluators, and return the figure by which checkpoints are compared."""
+        """Run the evaluators, and return the metric by which checkpoints are compared."""
         rows: list[dict[str, Any]] = []
         for evaluator in self._evaluators:
             if evaluator.at_end or not last:
@@ -140,7 +142,7 @@ class Trainer:
         return rows[0]["bits_per_byte"] if rows else None
 
     def compile(self, log: Callable[[str], None]) -> None:
-        """Compile the step ahead of its first call unless the program has it. The state is donated."""
+        """Compile the step ahead of its first call unless the program already holds it. The step donates the state."""
         executables = self.program.executables
         if "step" in executables:
             return
@@ -160,7 +162,7 @@ class Trainer:
 
 
 class StopMessage(Hook):
-    """Says where a run was stopped."""
+    """Reports the step at which a run was stopped."""
 
     def __init__(self, recorder: Recorder, saver: Saver):
         self._recorder, self._saver = recorder, saver
@@ -190,9 +192,9 @@ def train(
 ) -> Trained:
     """Train from the newest checkpoint of the run, or from the start, to `train.steps` or the first SIGINT or SIGTERM.
 
-    Resumed, the losses are those of the uninterrupted run, bit for bit on the same devices. `stop` (entered by the
-    caller), `watchdog`, `checkpoints` and `batches` replace the run's own; `hooks` come after its own. Raises
-    NonfiniteError, CheckpointError, DataError; whatever is raised, the last checkpoint stays.
+    The losses of a resumed run equal those of an uninterrupted one, bit for bit on the same devices. `stop` (entered
+    by the caller), `watchdog`, `checkpoints` and `batches` replace the defaults; `hooks` run after the default ones.
+    Raises NonfiniteError, CheckpointError or DataError; the last checkpoint stays in every case.
     """
     experiment, config = program.experiment, program.experiment.train
     process, processes = jax.process_index(), jax.process_count()
@@ -234,7 +236,7 @@ def train(
 def own_evaluators(
     program: Program, prepared: Prepared, run: RunFolder, recorder: Recorder, watchdog: Watchdog
 ) -> list[Evaluator]:
-    """Return the evaluators of every run: held-out text, and what routers choose for it."""
+    """Return the default evaluators: held-out text and, for a mixture of experts, the choices of its routers."""
     if not prepared.heldout_names:
         recorder.log("no text is held out (data.holdout_fraction = 0): nothing is evaluated")
         return []

@@ -1,4 +1,4 @@
-"""Writing metrics.jsonl: on a local disk row by row, in a bucket as an object that is rewritten; and optional sinks."""
+"""Writer of metrics.jsonl, row by row on a local disk and by periodic uploads to a bucket, with optional sinks."""
 
 import contextlib
 import json
@@ -17,12 +17,12 @@ from etils import epath
 from data.paths import is_local, write_whole
 from train.run_folder import RunFolder, RunFolderError
 
-REWRITE_SECONDS = 30.0  # between two uploads of metrics.jsonl to a bucket
-REWRITE_BYTES_PER_SECOND = 1e6  # a long file is uploaded less often
+REWRITE_SECONDS = 30.0  # between uploads of metrics.jsonl to a bucket
+REWRITE_BYTES_PER_SECOND = 1e6  # limit of the average upload rate: a long file is uploaded less often
 
 
 def _plain(value: Any, key: str, nonfinite: dict[str, str]) -> Any:
-    """Return `value` as JSON; a NaN or infinity becomes null and its key is noted."""
+    """Return `value` as JSON. A NaN or infinity becomes null, and `nonfinite` receives its key."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -40,9 +40,9 @@ def _plain(value: Any, key: str, nonfinite: dict[str, str]) -> Any:
 
 
 class _AppendedFile:
-    """A local file of lines, appended through a descriptor: a line is in the kernel's hands when `write` returns.
+    """A local file of lines. `write` appends a line and returns when the kernel has it.
 
-    A line that does not fit on the disk is cut off again, and no other byte is.
+    If a line does not fit on the disk, only its partial bytes are removed again.
     """
 
     def __init__(self, path: epath.Path):
@@ -55,7 +55,7 @@ class _AppendedFile:
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
         except OSError:
-            if os.fstat(self._descriptor).st_size == start + written:  # nobody has appended since
+            if os.fstat(self._descriptor).st_size == start + written:  # no other writer has appended since
                 os.ftruncate(self._descriptor, start)
             raise
 
@@ -64,10 +64,11 @@ class _AppendedFile:
 
 
 class _RewrittenObject:
-    """A file of lines in a bucket, which has no append: lines wait in memory, a thread uploads all of them at times.
+    """A file of lines in a bucket. Objects cannot be appended to, so a thread regularly uploads all lines from memory.
 
-    A crash loses the lines since the last upload, REWRITE_SECONDS as a rule; urgent lines (events, final results) are
-    uploaded at once. A failed upload is raised by the next `write` or by `close`, and the lines go with the next one.
+    A crash loses the lines since the last upload, usually those of REWRITE_SECONDS. Urgent lines (events, final
+    results) are uploaded at once. The next `write` or `close` raises the error of a failed upload, and the next upload
+    contains its lines.
     """
 
     def __init__(self, path: epath.Path, seconds: float):
@@ -97,7 +98,7 @@ class _RewrittenObject:
             try:
                 write_whole(self._path, content)
                 self._uploaded, self._error = len(content), None
-            except Exception as error:  # clients of buckets raise classes of their own
+            except Exception as error:  # bucket clients raise their own exception classes
                 self._error = OSError(f"{self._path} was not uploaded: {error}")
 
     def _raise_error(self) -> None:
@@ -113,7 +114,7 @@ class _RewrittenObject:
 
 
 def _whole_lines(content: bytes) -> bytes:
-    """Return `content` without a line that a crash tore off; a line that lacks just its newline gets one."""
+    """Return `content` without a last line that a crash cut off. If that line only lacks its newline, add it."""
     start = content.rfind(b"\n") + 1
     tail = content[start:]
     if not tail:
@@ -126,7 +127,7 @@ def _whole_lines(content: bytes) -> bytes:
 
 
 def _heal(path: epath.Path) -> None:
-    """Make a local file end with a whole line (`_whole_lines`), touching its last line alone."""
+    """Make a local file end with a whole line (`_whole_lines`), changing only its last line."""
     if not path.exists() or os.stat(path).st_size == 0:
         return
     with open(path, "r+b") as file:
@@ -141,12 +142,12 @@ def _heal(path: epath.Path) -> None:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl. Any thread may write: a lock keeps rows and sinks in one order.
+    """Appends rows to metrics.jsonl. Any thread may write; a lock keeps the file and the sinks in the same order.
 
-    On a local disk a row is in the kernel's hands when `write` returns; in a bucket rows are uploaded every
+    On a local disk, `write` returns when the kernel has the row. In a bucket, rows are uploaded every
     `rewrite_seconds`, and events and final rows at once. `sinks` may name "tensorboard" (events under RUN/tensorboard,
-    needs tensorboardX) and "wandb"; asked for but not installed is a RunFolderError at once. Only process 0 writes, on
-    the others every method does nothing.
+    needs tensorboardX) and "wandb"; the constructor raises RunFolderError if a sink is not installed. Only process 0
+    writes; on other processes, every method does nothing.
     """
 
     def __init__(
@@ -167,9 +168,9 @@ class MetricsWriter:
         self._file = _AppendedFile(run.metrics) if local else _RewrittenObject(run.metrics, rewrite_seconds)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row. `time` is added; NaN and infinities become null and are named in the row's `nonfinite`.
+        """Append one row with `time` added. NaN and infinities become null, and the row's `nonfinite` names them.
 
-        Raises OSError when the disk is full, after removing the partial line.
+        Raises OSError if the disk is full, after removing the partial line.
         """
         nonfinite: dict[str, str] = {}
         row = _plain({"kind": row["kind"], "step": row.get("step"), "time": time.time(), **row}, "", nonfinite)
@@ -184,7 +185,7 @@ class MetricsWriter:
                 send(row)
 
     def close(self) -> None:
-        """Close the file and flush the sinks. Raises OSError when the last rows could not be uploaded."""
+        """Close the file and flush the sinks. Raises OSError if the last rows could not be uploaded."""
         with self._lock:
             (file, sinks), (self._file, self._sinks) = (self._file, self._sinks), (None, [])
         with contextlib.ExitStack() as stack:
@@ -210,13 +211,13 @@ def _scalars(row: dict[str, Any]) -> dict[str, float]:
 
 
 def read_wandb_id(run: RunFolder) -> str:
-    """Return the run's own id at Weights & Biases, drawn once and kept in its folder: two runs never share one."""
+    """Return the run's unique id at Weights & Biases, which is drawn once and kept in the run's folder."""
     if not run.wandb_id.exists():
         write_whole(run.wandb_id, f"{secrets.token_hex(8)}\n")
     found = run.wandb_id.read_bytes().strip()
     if not re.fullmatch(rb"[A-Za-z0-9_-]{4,64}", found):
         raise RunFolderError(
-            f"{run.wandb_id} = {found[:40]!r}: not an id of Weights & Biases. Delete the file to report as a new run"
+            f"{run.wandb_id} = {found[:40]!r}: not a Weights & Biases id. Delete the file to report as a new run"
         )
     return found.decode()
 
@@ -225,8 +226,8 @@ def _open_sink(name: str, run: RunFolder) -> tuple[Callable[[dict], None], Calla
     """Return (send a row, close) of an optional sink."""
     if not is_local(run.path) and name == "tensorboard":
         raise RunFolderError(
-            f"train.sinks = 'tensorboard': its events are appended to, which {run.path} does not allow. "
-            f"Try a local run folder, or wandb"
+            f"train.sinks = 'tensorboard': TensorBoard appends to its files, which {run.path} does not allow. "
+            f"Use a local run folder, or wandb"
         )
     try:
         if name == "tensorboard":
@@ -253,7 +254,6 @@ def _open_sink(name: str, run: RunFolder) -> tuple[Callable[[dict], None], Calla
     except ImportError as error:
         package = {"tensorboard": "tensorboardX"}.get(name, name)
         raise RunFolderError(
-            f"metrics sink '{name}' was asked for but {package} is not installed ({error}); "
-            f"pip install {package}, or leave the sink out"
+            f"train.sinks = '{name}': {package} is not installed ({error}); pip install {package}, or remove the sink"
         ) from error
-    raise RunFolderError(f"metrics sink '{name}' is unknown; use tensorboard or wandb")
+    raise RunFolderError(f"train.sinks = '{name}': unknown sink; use tensorboard or wandb")

@@ -1,7 +1,7 @@
-"""What is learned: frozen dataclasses, called as `objective(trainable, frozen, batch, key) -> Loss`.
+"""Training objectives: frozen dataclasses, called as `objective(trainable, frozen, batch, key) -> Loss`.
 
-A loss is a sum over tokens and their count, so that microbatches add up to the large batch exactly. Which targets
-count, `batch.loss_weights` says (data/batch.py); an objective may only lower them.
+A loss holds a sum over tokens and their count, so that the losses of microbatches add up exactly to that of the whole
+batch. `batch.loss_weights` (data/batch.py) defines which targets count; an objective may only lower these weights.
 
 Shapes: B batch, T time, W = T + 1, D width, V vocabulary, L MoE layers, E experts.
 """
@@ -30,22 +30,25 @@ from train.hyper import COEFFICIENTS, Hyper
 
 OWN = SpecialTokens()  # of the tokenizers that we train
 
-ROUTER_METRICS = {  # metric, field of RouterStats, of which it is the mean over the MoE layers
+ROUTER_METRICS = {  # metric -> field of RouterStats, whose mean over the MoE layers it is
     "load_balance_loss": "load_balance", "router_z_loss": "z", "router_entropy": "entropy",
     "router_confidence": "confidence", "dropped_fraction": "dropped",
 }  # fmt: skip
 
 
 class Loss(NamedTuple):
-    total: Float[Array, ""]  # what is differentiated: the sum over tokens, auxiliary losses included
-    count: Float[Array, ""]  # type: ignore[assignment]  # tokens (by weight) the sum is over; hides tuple.count
-    metrics: dict[str, Array]  # means over the batch, for people: nothing is computed from them
-    expert_load: Float[Array, "L E"] | None = None  # share of each expert in its layer's choices: moves router biases
+    total: Float[Array, ""]  # sum over tokens with auxiliary losses; the gradient is of this
+    count: Float[Array, ""]  # type: ignore[assignment]  # sum of the tokens' weights; hides tuple.count
+    metrics: dict[str, Array]  # means over the batch, for logging only
+    expert_load: Float[Array, "L E"] | None = None  # share of each expert in its layer's choices; updates router biases
 
 
 class Objective(Protocol):
-    """A frozen dataclass that computes a loss. `trainable` is what is differentiated; `frozen` holds the rest of the
-    network and, for some objectives, a second network."""
+    """A frozen dataclass that computes a loss.
+
+    The gradient is with respect to `trainable`. `frozen` holds the rest of the network and, for some objectives, a
+    second network.
+    """
 
     def __call__(
         self,
@@ -63,25 +66,25 @@ class Objective(Protocol):
 def token_losses(
     model: Transformer, hidden_BTD: Array, targets_BT: Array | np.ndarray, chunk: int | None = None
 ) -> tuple[Array, Array]:
-    """Return the negative log-likelihood of each target and the log of each softmax's denominator, float32 [B, T],
-    nats.
+    """Return the negative log-likelihood of each target and the log of each softmax's denominator.
 
-    `chunk`: as TrainConfig.loss_chunk."""
+    Both are float32 [B, T], in nats. `chunk`: as TrainConfig.loss_chunk.
+    """
     head_DV, cap = head_weight(model), model.config.final_softcap
-    if model.head is None:  # turned back into the embedding's own layout: a loop over chunks would else copy it
+    if model.head is None:  # transposed back to the embedding's layout, which a loop over chunks would otherwise copy
         return cross_entropy(hidden_BTD, head_DV.T, targets_BT, vocab_axis=0, softcap=cap, chunk=chunk)
     return cross_entropy(hidden_BTD, head_DV, targets_BT, softcap=cap, chunk=chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenObjective:
-    """What every objective over tokens has: the coefficients of the auxiliary losses, numbers or traced scalars."""
+    """Base class of the objectives over tokens, with the coefficients of the auxiliary losses (floats or traced)."""
 
     z_loss: float | Array = 0.0  # of the mean of logsumexp(logits)^2
-    load_balance: float | Array | None = None  # None: as model.moe says
-    router_z_loss: float | Array | None = None  # None: as model.moe says
+    load_balance: float | Array | None = None  # None: that of model.moe
+    router_z_loss: float | Array | None = None  # None: that of model.moe
     loss_chunk: int | None = None  # as TrainConfig.loss_chunk
-    dropout: bool = True  # False: for scoring
+    dropout: bool = True  # False for scoring
 
     def with_hyper(self, hyper: Hyper) -> Self:
         """Return the objective with the coefficients that `hyper` holds."""
@@ -110,10 +113,10 @@ class TokenObjective:
     ) -> Loss:
         """Return the loss of predicting `batch.targets`, weighted by `batch.loss_weights`.
 
-        The router's mean losses are multiplied by `share` of the routed tokens: it grows with them, not with the
-        targets, so that the losses of slices with unequal shares of targets add up to those of the whole batch.
-        `share`: the part of the tokens that the weights leave on average. `soft_BT`: a loss of each token that counts
-        by `mix`, and the targets by the rest.
+        `share`: the average fraction of the tokens that `loss_weights` keeps. The router's mean losses are multiplied
+        by `share` times the number of routed tokens rather than by the number of targets, so that the losses of slices
+        with unequal numbers of targets add up to that of the whole batch. `soft_BT`: a further loss per token, with
+        weight `mix`; the targets have weight 1 - `mix`.
         """
         nll_BT, log_total_BT = token_losses(model, out.hidden_BTD, batch.targets, self.loss_chunk)
         count = batch.loss_weights.sum()
@@ -129,7 +132,7 @@ class TokenObjective:
         return self.with_router(Loss(total, count, metrics), model, out, share * jnp.sum(batch.segment_ids > 0))
 
     def with_router(self, loss: Loss, model: Transformer, out: Output, routed: Array) -> Loss:
-        """Return `loss` with the router's losses and figures added."""
+        """Return `loss` with the router's losses and metrics added. `routed`: the factor of its mean losses."""
         if out.router is None:
             return loss
         moe = model.config.moe
@@ -145,7 +148,7 @@ class TokenObjective:
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(TokenObjective):
-    """Predict each token from those before it in its document."""
+    """Predict each token from the preceding tokens of its document."""
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray | None) -> Loss:
         model = network(trainable, frozen)
@@ -154,12 +157,14 @@ class NextToken(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class Masked(TokenObjective):
-    """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1): of the chosen, 80 % become <mask>, 10 % a
-    random one of the tokenizer's `ids`, 10 % stay."""
+    """Predict masked tokens from both sides (Devlin et al. 2019, sec. 3.1).
 
-    rate: float
+    80 % of the chosen tokens become <mask>, 10 % become a random token, and 10 % stay.
+    """
+
+    rate: float  # share of the tokens that are chosen
     special: SpecialTokens
-    ids: int
+    ids: int  # size of the tokenizer's vocabulary, from which random tokens are drawn
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
         model, tokens_BT, segments_BT = network(trainable, frozen), batch.tokens, batch.segment_ids
@@ -177,10 +182,10 @@ class Masked(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class FillInMiddle(TokenObjective):
-    """Next-token loss on rows of which a part is rearranged so that the middle comes last (Bavarian et al. 2022)."""
+    """Predict the next tokens of rows, some rearranged so that the middle comes last (Bavarian et al. 2022)."""
 
-    rate: float  # rows that are rearranged
-    spm_rate: float  # of those, suffix-prefix-middle
+    rate: float  # share of the rows that are rearranged
+    spm_rate: float  # share of these in suffix-prefix-middle order
     special: SpecialTokens
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
@@ -193,9 +198,11 @@ class FillInMiddle(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLM(TokenObjective):
-    """Next-token loss on what follows a prefix of uniformly drawn length, which is visible from both sides (Raffel et
-    al. 2020, sec. 3.2.1). In a packed row the prefix ends somewhere in one of the documents; those before it are all
-    prefix."""
+    """Predict the tokens after a prefix of uniformly drawn length, which attends in both directions (Raffel et al.
+    2020, sec. 3.2.1).
+
+    In a packed row, the prefix ends within one of the documents, and all documents before that are prefix.
+    """
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray) -> Loss:
         model = network(trainable, frozen)
@@ -211,14 +218,17 @@ class PrefixLM(TokenObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(TokenObjective):
-    """Match a teacher's predictions (Hinton et al. 2015, sec. 2): (1 - mix) times the next-token loss, plus mix times
-    temperature^2 times KL(teacher || student) of both softmaxes at `temperature`. The teacher is `frozen.teacher`."""
+    """Match the predictions of a teacher, `frozen.teacher` (Hinton et al. 2015, sec. 2).
+
+    The loss is (1 - mix) times the next-token loss, plus mix times temperature^2 times KL(teacher || student) of both
+    softmaxes at `temperature`.
+    """
 
     temperature: float | Array
     mix: float | Array
 
     def __call__(self, trainable: Transformer, frozen: Frozen | None, batch: Batch, key: PRNGKeyArray | None) -> Loss:
-        assert frozen is not None and frozen.teacher is not None, "distillation has a teacher"
+        assert frozen is not None and frozen.teacher is not None, "distillation needs a teacher"
         model = network(trainable, frozen)
         out = self.run(model, batch, key)
         taught = replace(self, dropout=False).run(frozen.teacher, batch, None)
@@ -233,9 +243,9 @@ class Distillation(TokenObjective):
 def divergence(
     teacher_BTV: Float[Array, "B T V"], student_BTV: Float[Array, "B T V"], temperature: float | Array
 ) -> Float[Array, "B T"]:
-    """Return temperature^2 * KL(teacher || student) of the softmaxes of logits / temperature, nats.
+    """Return temperature^2 * KL(teacher || student) of the softmaxes of logits / temperature, in nats.
 
-    The factor keeps the size of the gradient whatever the temperature.
+    The factor makes the size of the gradient independent of the temperature.
     """
     teacher, student = (jax.nn.log_softmax(x / temperature, axis=-1) for x in (teacher_BTV, student_BTV))
     return temperature**2 * (jnp.exp(teacher) * (teacher - student)).sum(-1)
@@ -249,13 +259,15 @@ def rearrange_middle(
     spm_rate: float | Array,
     special: SpecialTokens,
 ) -> Int[Array | np.ndarray, "B W"]:
-    """In a row chosen with probability `rate`, the longest segment is cut at two uniform places and rearranged:
-    PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle <end>, or, with probability `spm_rate`,
-    SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (sec. 3 there, the variant that shares
-    prefixes).
+    """Return the rows, some of them rearranged so that the middle comes last (Bavarian et al. 2022, sec. 3).
 
-    Its first token (<end>, which opens a document) stays first, and its last four tokens make room for the marks and
-    for the <end> that says where the middle ends. Segments shorter than 8 tokens are left alone.
+    In a row chosen with probability `rate`, the longest segment is cut at two uniformly drawn places and becomes
+
+        PSM: <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle <end>, or, with probability `spm_rate`,
+        SPM: <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle <end> (the variant that shares prefixes)
+
+    Its first token (<end>, which opens a document) stays first. Its last four tokens make room for the special tokens
+    and for the <end> after the middle. Segments shorter than 8 tokens stay as they are.
     """
     B = tokens_BW.shape[0]
     row_key, kind_key, cut_key = jax.random.split(key, 3)
@@ -271,18 +283,18 @@ def rearrange_middle(
 
 
 def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate, spm_rate, special: SpecialTokens):
-    """`rearrange_middle` with its draws, uniform in [0, 1)."""
+    """Return `rearrange_middle` for given draws, uniform in [0, 1)."""
     W = tokens_BW.shape[1]
     sizes_BW = (segments_BW[:, :, None] == jnp.arange(1, W + 1)).sum(1)
     segment_B, size_B = sizes_BW.argmax(1) + 1, sizes_BW.max(1)
     start_B = (segments_BW == segment_B[:, None]).argmax(1)
-    length_B = size_B - 1 - 4  # tokens that are moved: without the first one and the room for the marks and the end
+    length_B = size_B - 1 - 4  # tokens to move: without the first one and the last four
     cuts_B2 = jnp.sort((cut_B2 * (length_B[:, None] + 1)).astype(jnp.int32), axis=1)
     prefix_B, middle_B = cuts_B2[:, 0], cuts_B2[:, 1] - cuts_B2[:, 0]
     suffix_B = length_B - cuts_B2[:, 1]
     spm_B = kind_B < spm_rate
 
-    # Where each part starts, counted from the token after the first; a part's marks come before it.
+    # The start of each part, counted from the segment's second token. Its special tokens precede it.
     at = jnp.arange(W) - (start_B[:, None] + 1)
     pre, mid, suf, spm = (y[:, None] for y in (prefix_B, middle_B, suffix_B, spm_B))
     suffix_at = jnp.where(spm, 2, pre + 2)
@@ -304,12 +316,16 @@ def _rearrange(tokens_BW, segments_BW, row_B, kind_B, cut_B2, *, rate, spm_rate,
 
 
 def first_text_id(special: SpecialTokens) -> int:
-    """The least id that may come from text: above our own specials; a published tokenizer's may be anywhere."""
+    """Return the smallest id that text may have.
+
+    It is above the special tokens of our tokenizers, and 0 for a published tokenizer, whose special tokens may have
+    any ids.
+    """
     return len(SPECIAL_PIECES) if special == OWN else 0
 
 
 def make_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
-    """Return the configured objective for a tokenizer of `ids` ids and these special tokens."""
+    """Return the configured objective for a tokenizer with `ids` ids and these special tokens."""
     common: dict[str, Any] = {"z_loss": config.z_loss, "loss_chunk": config.loss_chunk}
     if config.objective == "masked":
         return Masked(rate=config.mask_rate, special=special, ids=ids, **common)
@@ -321,14 +337,14 @@ def make_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) 
 
 
 def scoring_objective(config: TrainConfig, ids: int, special: SpecialTokens = OWN) -> Objective:
-    """Return what held-out text is scored by, without dropout: the masked objective, or the next tokens in order."""
+    """Return the objective that scores held-out text, without dropout: the masked one, or next-token prediction."""
     if config.objective == "masked":
         return Masked(rate=config.mask_rate, special=special, ids=ids, dropout=False, loss_chunk=config.loss_chunk)
     return NextToken(dropout=False, loss_chunk=config.loss_chunk)
 
 
 def _as_rows(x: Array, rows: Array | np.ndarray) -> Array:
-    """Return `x` [B, ...] spread over the devices as the `rows` of the batch are."""
+    """Return `x` [B, ...] sharded over the devices like the `rows` of the batch."""
     if no_mesh():
         return x
     return jax.sharding.reshard(x, P(jax.typeof(rows).sharding.spec[0], *(None,) * (x.ndim - 1)))

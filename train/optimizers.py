@@ -1,6 +1,7 @@
-"""Optimizers and schedules: optax's, put together from `OptimizerConfig`.
+"""Optimizers and schedules, composed from optax according to `OptimizerConfig`.
 
-The pytree of parameters is the network itself, or its trained part; what a weight is, its role says (model/weights.py).
+The pytree of parameters is the network itself, or its trained part. The role of a weight (model/weights.py) decides how
+it is treated.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from train.hyper import Hyper
 
 
 def schedule(config: OptimizerConfig, steps: int, hyper: Hyper | None = None) -> optax.Schedule:
-    """Return the learning rate by update: linear warm-up to the peak, then the configured fall over the rest of
-    `steps`. The peak is that of `hyper`, which may be traced, or that of the config."""
+    """Return the learning rate as a function of the number of updates.
+
+    It rises linearly to the peak, and then follows the configured decay over the rest of `steps`. The peak is that of
+    `hyper`, which may be traced, or that of the config.
+    """
     peak = config.learning_rate if hyper is None else hyper.learning_rate
     final, warmup = peak * config.final_fraction, config.warmup_steps
     rest = max(steps - warmup, 1)
@@ -45,7 +49,7 @@ def schedule(config: OptimizerConfig, steps: int, hyper: Hyper | None = None) ->
 
 
 def applied_updates(state: optax.OptState) -> jax.Array:
-    """Return how many updates an optimizer of `make_optimizer` has applied, which its schedule counts."""
+    """Return the number of updates that an optimizer of `make_optimizer` has applied, from its schedule's counter."""
     schedules = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
     return next(x.count for x in schedules if isinstance(x, optax.ScaleByScheduleState))
 
@@ -53,13 +57,14 @@ def applied_updates(state: optax.OptState) -> jax.Array:
 def make_optimizer(
     config: OptimizerConfig, model: ModelConfig, steps: int, hyper: Hyper | None = None
 ) -> optax.GradientTransformation:
-    """Return clipping, then the optimizer with its schedule and decay mask, then muP's learning rates.
+    """Return the chain of clipping, the optimizer with its schedule and decay mask, and muP's learning rates.
 
-    `hyper`: peak and weight decay, which may be traced, in place of the config's; the state does not depend on them.
+    `hyper`: peak learning rate and weight decay, which may be traced, in place of the config's. The optimizer state
+    does not depend on them.
 
-    Under muP (Yang et al. 2022, table 8; Adam-like optimizers) matrices inside the network learn at
-    mup_base_dim / embed_dim times the rate; embeddings, norms, biases and the head at the rate itself.
-    Biases of routers are left as they are, by decay too: the train step moves them (model/balance.py).
+    Under muP (Yang et al. 2022, table 8, Adam-like optimizers), matrices inside the network learn at mup_base_dim /
+    embed_dim times the learning rate; embeddings, norms, biases and the head learn at the full rate. The optimizer does
+    not update or decay router biases, because the train step updates them (model/balance.py).
     """
 
     def decayed(params):
@@ -71,7 +76,7 @@ def make_optimizer(
         inner = optax.adamw(rate, *config.betas, config.epsilon, weight_decay=weight_decay, mask=decayed)
     elif config.name == "lion":  # Chen et al. 2023
         inner = optax.lion(rate, *config.betas, weight_decay=weight_decay, mask=decayed)
-    elif config.name == "adafactor":  # Shazeer & Stern 2018; decoupled decay, scaled by the rate as AdamW's is
+    elif config.name == "adafactor":  # Shazeer & Stern 2018; decoupled decay, scaled by the rate as in AdamW
         inner = optax.chain(
             optax.adafactor(1.0, multiply_by_parameter_scale=False, clipping_threshold=1.0),
             optax.add_decayed_weights(-weight_decay, decayed),
@@ -85,9 +90,9 @@ def make_optimizer(
             adam_b1=config.betas[0],
             adam_b2=config.betas[1],
             muon_weight_dimension_numbers=lambda params: map_weights(_muon_dimensions, params),
-            consistent_rms=0.2,  # updates as large as Adam's (Liu et al. 2025, sec. 2.2): one rate serves both
+            consistent_rms=0.2,  # updates as large as Adam's, so that one rate suits both (Liu et al. 2025, sec. 2.2)
         )
-        # Decay stands here because the mask of optax's Muon does not reach the weights that it leaves to Adam.
+        # Decay is applied here because the mask of optax's Muon does not cover the weights that Adam updates.
         inner = optax.chain(
             _partitioned_by_compiler(directions),
             optax.add_decayed_weights(-weight_decay, decayed),
@@ -116,16 +121,18 @@ def _scaled_by_weight(factor: Callable[[Weight], float]) -> optax.GradientTransf
 
 
 def _muon_dimensions(weight: Weight) -> Weight:
-    """Return the dimensions of the matrices in a weight that Muon treats, None otherwise, in the weight's tree."""
-    stored_here = hasattr(weight.value, "ndim")  # optax leaves a marker in the place of what Adam updates
+    """Return the matrix dimensions of a weight that Muon updates, and None for others, in the weight's tree."""
+    stored_here = hasattr(weight.value, "ndim")  # optax puts a marker in place of a value that Adam updates
     dims = weight.matrix_dims() if weight.role == "matrix" and stored_here else None
     numbers = None if dims is None else optax.contrib.MuonDimensionNumbers(*dims)
     return jax.tree.map(lambda x: numbers if x is weight.value else None, weight)
 
 
 def _partitioned_by_compiler(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` under a mesh with automatic axes, for optax's Newton-Schulz iterations do not say how products of sharded
-    matrices are laid out. What comes out keeps the shardings of what went in."""
+    """Return `inner` run with automatic mesh axes, with the shardings of its outputs equal to those of its inputs.
+
+    optax's Newton-Schulz iterations do not specify the sharding of their matrix products, as explicit axes require.
+    """
 
     def update(grads, state, params=None):
         if no_mesh():

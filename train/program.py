@@ -1,6 +1,6 @@
-"""What a run computes with, made from its config before any data is read, and weights read back from checkpoints.
+"""Programs of a run, built from its config before any data is read, and functions that restore its weights.
 
-`build_network` is enough to evaluate and to sample; `build` adds the optimizer and the train step.
+`build_network` suffices for evaluation and sampling; `build` adds the optimizer and the train step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.step import Step, TrainState, init_state, make_step
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What evaluation and sampling compute with."""
+    """The mesh, shapes and functions that evaluation and sampling need."""
 
     experiment: Experiment
     mesh: Mesh | None
@@ -44,31 +44,31 @@ class Network:
 
 @dataclass(frozen=True, kw_only=True)
 class Program(Network):
-    """What training computes with."""
+    """A network with the functions that training needs."""
 
     abstract_state: TrainState  # shapes, dtypes, shardings
-    make_state: Callable[..., TrainState]  # (hyper=None): the state before the first step, weights drawn by the seed
-    begin: Callable[..., TrainState]  # (model, hyper=None): the same, of a network that has its weights
+    make_state: Callable[..., TrainState]  # (hyper=None): the state before the first step, weights drawn from the seed
+    begin: Callable[..., TrainState]  # (model, hyper=None): the same, with the weights of a given network
     step: Step  # not jitted
-    hyper: Hyper  # the config's, as NumPy
-    teacher: Network | None = None  # of a distillation
-    executables: dict[str, Any] = field(default_factory=dict)  # programs compiled so far, shared by replaced copies
+    hyper: Hyper  # of the config, as NumPy
+    teacher: Network | None = None  # for distillation
+    executables: dict[str, Any] = field(default_factory=dict)  # compiled programs by name, shared by replaced copies
 
 
 class Weights(NamedTuple):
-    """A network's weights as read from a checkpoint."""
+    """Weights of a network, read from a checkpoint."""
 
     model: Transformer
     step: int
-    finished: bool  # whether the run was at its last step
+    finished: bool  # whether `step` is the run's last step
 
 
 def build_network(
     experiment: Experiment, mesh: Mesh | None = None, *, devices: Sequence[jax.Device] | None = None
 ) -> Network:
-    """Return the network of a resolved experiment (its vocabulary known) without weights and without an optimizer.
+    """Return the network of a resolved experiment (with a known vocabulary), without weights or an optimizer.
 
-    It lies on the experiment's mesh over `devices` (default: all), or on `mesh`, whose devices may be a topology's, for
+    Its mesh is the experiment's over `devices` (default: all), or `mesh`, whose devices may be those of a topology, for
     which programs can only be compiled. Raises ConfigError.
     """
     mesh = make_mesh(experiment.mesh, None if devices is None else list(devices)) if mesh is None else mesh
@@ -76,13 +76,13 @@ def build_network(
 
 
 def _network_on(mesh: Mesh | None, experiment: Experiment) -> Network:
-    """Return the network of an experiment on `mesh`; None: on one device."""
+    """Return the network of an experiment on `mesh`, or on one device if `mesh` is None."""
     config = experiment.train
     slices = experiment.sharding.batch_slices(mesh)
     if slices % jax.process_count():
         raise ConfigError(
-            f"mesh: the batch is cut into {slices} slices for {jax.process_count()} processes, and each needs whole "
-            "slices; raise mesh.data or mesh.fsdp, and lower mesh.tensor or mesh.sequence"
+            f"mesh: the batch is split into {slices} slices, which do not divide evenly over {jax.process_count()} "
+            "processes; raise mesh.data or mesh.fsdp, and lower mesh.tensor or mesh.sequence"
         )
     with use_mesh(mesh):
         abstract_model = concrete_shardings(
@@ -100,7 +100,7 @@ def build(
     devices: Sequence[jax.Device] | None = None,
     objective: Objective | None = None,
 ) -> Program:
-    """Return the program of a resolved experiment; as `build_network`, with the optimizer and the train step.
+    """Return the program of a resolved experiment: `build_network` with the optimizer and the train step.
 
     `objective` replaces the configured one. Raises ConfigError.
     """
@@ -139,18 +139,18 @@ def build(
 
 
 def _teacher(experiment: Experiment, mesh: Mesh | None) -> Network:
-    """Return the network of `train.teacher`, laid out as the student is. Raises ConfigError."""
+    """Return the network of `train.teacher`, sharded like the student. Raises ConfigError."""
     try:
         teacher = load_json(Experiment, RunFolder(experiment.train.teacher).config)
     except (OSError, ConfigError, RunFolderError) as error:
         raise ConfigError(
-            f"train.teacher = {experiment.train.teacher!r}: is not a run whose config can be read ({error}); give the "
-            "path of a run's folder"
+            f"train.teacher = {experiment.train.teacher!r}: not a run with a readable config ({error}); give the "
+            "path of a run folder"
         ) from error
     if teacher.model.vocab_size != experiment.model.vocab_size:
         raise ConfigError(
-            f"train.teacher = {experiment.train.teacher!r}: has model.vocab_size = {teacher.model.vocab_size}, this "
-            f"network {experiment.model.vocab_size}; both must be equal"
+            f"train.teacher = {experiment.train.teacher!r}: the teacher has model.vocab_size = "
+            f"{teacher.model.vocab_size}, the student {experiment.model.vocab_size}; they must be equal"
         )
     return _network_on(mesh, replace(teacher, mesh=experiment.mesh, sharding=experiment.sharding))
 
@@ -161,8 +161,10 @@ def with_teacher(state: TrainState, teacher: Transformer) -> TrainState:
 
 
 def _special(experiment: Experiment) -> SpecialTokens:
-    """Return the special tokens, which only objectives with marks read from a saved tokenizer: the others compile where
-    its folder is missing."""
+    """Return the special tokens that the objective uses.
+
+    Only objectives that need them read a saved tokenizer; the others also compile without its folder.
+    """
     marked = experiment.train.objective in OBJECTIVE_MARKS
     return special_tokens(experiment.data.tokenizer) if marked else SpecialTokens()
 
@@ -178,8 +180,9 @@ def restore(
 ) -> Restored | None:
     """Return the train state of the newest good checkpoint (or of `step`) on this program's mesh, or None.
 
-    `frozen`: the folder of the run's frozen weights. A checkpoint of weights alone (metadata 'weights': their dtype)
-    begins a training; its state has no teacher. Raises CheckpointError, also for the weights of another tokenizer.
+    `frozen`: the folder of the run's frozen weights. A checkpoint that holds only weights (metadata 'weights': their
+    dtype) gives a state before its first update, without a teacher. Raises CheckpointError, also if the checkpoint
+    belongs to another tokenizer.
     """
 
     def template(metadata: dict[str, Any]) -> Any:
@@ -210,7 +213,7 @@ def load_weights(
     frozen: epath.PathLike | None = None,
     warn: Callable[[str], None] = print,
 ) -> Weights | None:
-    """Return the weights (the average where the run keeps one) of the newest good checkpoint, or of `step`, or None.
+    """Return the weights (their average if the run keeps one) of the newest good checkpoint, or of `step`, or None.
 
     `frozen`: the folder of the run's frozen weights. No optimizer is built.
     """
@@ -240,7 +243,7 @@ def _shape(network: Network) -> tuple[Any, Any]:
 
 
 def _weights_alone(network: Network, metadata: dict[str, Any]) -> dict[str, Transformer]:
-    """Return the template of a checkpoint that holds weights of one dtype and no optimizer."""
+    """Return the template of a checkpoint that holds only weights, of one dtype."""
     dtype, model = metadata["weights"], network.abstract_model
     return {"model": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), model)}
 
@@ -248,7 +251,7 @@ def _weights_alone(network: Network, metadata: dict[str, Any]) -> dict[str, Tran
 def _check_tokenizer(restored: Restored, tokenizer: Tokenizer) -> None:
     if restored.metadata["tokenizer"] != tokenizer.identity:
         raise CheckpointError(
-            f"step {restored.step}: it was trained with the tokenizer {restored.metadata['tokenizer'][:12]}, this one "
-            f"is {tokenizer.identity[:12]}; they do not belong together: restore the data config (and the text the "
-            "tokenizer was trained on), or start a new run with --run NEWNAME"
+            f"step {restored.step} was trained with tokenizer {restored.metadata['tokenizer'][:12]}, but the current "
+            f"one is {tokenizer.identity[:12]}: restore the data config (and the text on which the tokenizer was "
+            "trained), or start a new run with --run NEWNAME"
         )

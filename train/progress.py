@@ -1,4 +1,4 @@
-"""What a person watching a run sees: a live panel on a terminal, plain lines anywhere else."""
+"""Progress display of a run: a live panel on a terminal, and plain lines elsewhere."""
 
 import collections
 import contextlib
@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 5.0  # between plain lines
-WINDOW_SECONDS = 30.0  # over which the step rate is measured
+WINDOW_SECONDS = 30.0  # over which the step rate is averaged
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 42s, 3m07s, 2h05m or 3d04h."""
+    """Return seconds as 42s, 3m07s, 2h05m or 3d04h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """A count in three digits with k, M, G or T."""
+    """Return a count in three digits with k, M, G or T."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size * 0.9995:
             return f"{number / size:.3g}{letter}"
@@ -39,9 +39,9 @@ def count(number: float) -> str:
 
 
 def load_bars(expert_load: list[list[float]]) -> str:
-    """One bar per expert of its load averaged over layers; a full bar is twice the fair share or more.
+    """Return one bar per expert for its load, averaged over layers. A full bar is at least twice the fair share.
 
-    `expert_load` is [L][E], fractions that sum to one in each layer.
+    `expert_load` is [L][E], with fractions that sum to one in each layer.
     """
     experts = len(expert_load[0])
     mean = [sum(layer[e] for layer in expert_load) / len(expert_load) for e in range(experts)]
@@ -49,11 +49,11 @@ def load_bars(expert_load: list[list[float]]) -> str:
 
 
 class Progress:
-    """Shows `update`s of a run from `start_step` to `total_steps`.
+    """Displays the `update`s of a run from `start_step` to `total_steps`.
 
-    On a terminal, a panel redrawn four times a second by a thread of its own, so that `update` only stores the row.
-    Elsewhere (a pipe, a log, CI), a plain line without escape codes for the first update, then every few seconds, and
-    the last. `mfu_convention` is named once, in the header. `enabled=False` (processes other than 0) shows nothing.
+    On a terminal, a thread redraws a panel four times a second, and `update` only stores the row. Elsewhere (a pipe, a
+    log, CI), it prints plain lines without escape codes: for the first update, then every few seconds, and for the last
+    one. The header states `mfu_convention` once. `enabled=False` (processes other than 0) shows nothing.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Steps per second over the last half minute; None until two updates have been seen.
+        """Steps per second over the last half minute, or None before the second update.
 
-        The time before the first update, which holds the compilation, is no part of it.
+        The time before the first update, which includes compilation, does not count.
         """
         if len(self._marks) < 2:
             return None
@@ -133,7 +133,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print `text` above the panel, or as a line."""
         if self._enabled and self._plain:
-            # A reader that went away (`| head`) must not end training.
+            # A reader that closed the pipe (`| head`) must not end training.
             with contextlib.suppress(BrokenPipeError):
                 encoding = self._stream.encoding or "utf-8"
                 print(text.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
@@ -146,7 +146,7 @@ class Progress:
         self.message("  ".join(cells))
 
     def _cells(self) -> list[tuple[str, str]]:
-        """(name, value) of what the last row tells."""
+        """Return the (name, value) pairs to show for the last row."""
         row, cells = self._row, []
         for key, name, form in (
             ("loss", "loss", "{:.4f}"),

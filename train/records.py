@@ -1,6 +1,6 @@
-"""Opening a run folder for writing, and what each start leaves in it: config, overrides, environment, samples.
+"""Functions that open a run folder for writing and record its config, overrides, environment and samples.
 
-The folder's paths are in train/run_folder.py, its lease in train/lease.py, its metrics in train/metrics.py.
+The paths of the folder are in train/run_folder.py, its lease in train/lease.py and its metrics in train/metrics.py.
 """
 
 import collections
@@ -52,13 +52,13 @@ def open_run(
     notice: Callable[[str], None] = lambda text: None,
     timing: LeaseTiming | None = None,
 ) -> Iterator[RunFolder]:
-    """Create `path`, or open it again, as the one job that writes there; call it on process 0 only.
+    """Create or reopen the run folder `path` as the only job that writes there. Call it on process 0 only.
 
-    `config` is saved as config.json, the `overrides` that led to it as overrides.json. Where the folder already holds
-    another config, only fields that `may_differ` (a predicate on dotted names) admits may have changed, unless
-    `override` accepts the new one. `notice` receives what was taken over or accepted, and a warning where metrics are
-    recorded but no checkpoint is left. Raises RunFolderError when the folder cannot be written, is in use by a live
-    job, or belongs to another config. A folder in which nothing was trained takes any config.
+    `config` is saved as config.json, and the `overrides` that led to it as overrides.json. If the folder already holds
+    another config, only the fields that `may_differ` (a predicate on dotted names) allows may have changed, unless
+    `override` is set. `notice` receives messages about a lock that was taken over, about accepted changes, and about
+    metrics without a checkpoint. Raises RunFolderError if the folder cannot be written, is in use by a live job, or
+    belongs to another config. A folder in which nothing was trained accepts any config.
     """
     run = RunFolder(path)
     with contextlib.ExitStack() as stack:
@@ -66,7 +66,7 @@ def open_run(
             require_backend(run.path, "run")
             run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lease(run, notice, timing=timing))
-            _warn_of_lost_checkpoints(run, notice)
+            _warn_about_missing_checkpoints(run, notice)
             run.checkpoints.mkdir(exist_ok=True)
             _accept_config(run, config, may_differ, override, notice)
             write_whole(run.overrides, json.dumps(list(overrides)) + "\n")
@@ -80,7 +80,7 @@ def open_run(
         yield run
 
 
-def _warn_of_lost_checkpoints(run: RunFolder, notice: Callable[[str], None]) -> None:
+def _warn_about_missing_checkpoints(run: RunFolder, notice: Callable[[str], None]) -> None:
     if (step := run.recorded_without_checkpoint()) is not None:
         notice(
             f"warning: {run.metrics} records steps up to {step}, but {run.checkpoints} holds no checkpoint; training "
@@ -102,15 +102,15 @@ def _accept_config(
             if not override:
                 raise RunFolderError(
                     f"run folder {run.path} holds a config that this code cannot read: {error}. Start a new run with "
-                    "--run NEWNAME, or continue this one under the present config with --override"
+                    "--run NEWNAME, or continue this one under the current config with --override"
                 ) from error
             notice(f"unreadable config replaced: {error}")
             changes = []
         changed = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes)
         if any(not may_differ(name) for name, _, _ in changes) and not override:
             raise RunFolderError(
-                f"run folder {run.path} belongs to another config ({changed}). Start a new run with --run NEWNAME, go "
-                "back to the folder's config, or continue it under the new one with --override"
+                f"run folder {run.path} belongs to another config ({changed}). Start a new run with --run NEWNAME, "
+                "use the folder's config, or continue under the new one with --override"
             )
         if changes:
             notice(f"config changed: {changed}")
@@ -130,7 +130,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, devices, commit and command line of this process, JSON-ready. Initializes jax's backend."""
+    """Return versions, devices, commit and command line of this process as JSON values. Initializes jax's backend."""
     import jax
 
     versions = {}
@@ -157,7 +157,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:
-    """Write environment.json, newest start first; earlier starts of the run stay under `earlier`."""
+    """Write environment.json with this start on top; earlier starts of the run stay under `earlier`."""
     earlier = []
     if run.environment.exists():
         try:

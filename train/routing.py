@@ -1,5 +1,6 @@
-"""What routers choose for the same held-out tokens as training proceeds: kept in the run folder at every evaluation,
-for the report (experiments/routing.py).
+"""The router probe, which records the experts chosen for a fixed set of held-out tokens at every evaluation.
+
+The report reads these choices (experiments/routing.py) to show how they change during training.
 
 Shapes: L MoE layers, B batch, T time, R rows kept, N tokens, C choices of a token.
 """
@@ -26,14 +27,14 @@ from train.hooks import Evaluator
 from train.program import Network
 from train.records import RunFolder
 
-PROBE_TOKENS = 2048
+PROBE_TOKENS = 2048  # tokens whose choices are recorded
 
 
 class RouterProbe(Evaluator):
-    """Writes the choices for the first windows of the first held-out set to RUN/routing/STEP.npz: `choices` int16
-    [L, N, C], the number of experts where a token has none (padding, or fewer than C).
+    """Writes the routers' choices for the first windows of the first held-out set to RUN/routing/STEP.npz.
 
-    Only the rows that are kept leave the devices. A full disk costs the file, not the run.
+    `choices` is int16 [L, N, C]; it equals the number of experts where a token has no choice (padding, or fewer than C
+    choices). Only the recorded rows are copied from the devices. A full disk loses the file but does not stop the run.
     """
 
     at_end = True
@@ -46,7 +47,7 @@ class RouterProbe(Evaluator):
         data, mesh = network.experiment.data, network.mesh
         self.rows = max(1, min(data.batch_size, tokens // data.sequence_length))
         slices = network.experiment.sharding.batch_slices(mesh)
-        size = min(data.batch_size, -(-self.rows // slices) * slices)  # the fewest rows that the mesh divides
+        size = min(data.batch_size, -(-self.rows // slices) * slices)  # fewest rows that divide over the mesh
         self.batch = next(
             heldout_windows(
                 prepared,
@@ -60,7 +61,7 @@ class RouterProbe(Evaluator):
         self.choices = jax.jit(self._choices)
 
     def _choices(self, model: Transformer, batch: Batch) -> Array:
-        """Return [L, R, T, C], whole on every device."""
+        """Return the choices [L, R, T, C], replicated on every device."""
         out = forward(model, batch.tokens, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
         assert out.router is not None
         return first_rows(out.router.choices_BTC, self.rows)
@@ -81,18 +82,21 @@ class RouterProbe(Evaluator):
 
 
 def first_rows(x_LBTC: Array, rows: int) -> Array:
-    """Return the first `rows` of the second dimension, whole on every device: no other row is sent."""
+    """Return the first `rows` of the second dimension, replicated on every device. No other row is sent."""
     if no_mesh():
         return x_LBTC[:, :rows]
-    # Each device contributes the rows it holds, and the sum over devices is of the size of the result.
+    # Each device contributes the rows that it holds, and the sum over devices has the size of the result.
     pick_RB = jnp.arange(rows)[:, None] == jnp.arange(x_LBTC.shape[1])
     picked = jnp.where(pick_RB[None, :, :, None, None], x_LBTC[:, None], 0).sum(2)
     return jax.sharding.reshard(picked, P(*(None,) * picked.ndim))
 
 
 def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None) -> dict[int, np.ndarray]:
-    """Return the choices [L, N, C] by step, in order; those of the last shape alone, should the run's network have
-    changed. A damaged file is left out, and `log` receives a line that names it."""
+    """Return the choices [L, N, C] by step, in order.
+
+    If the shape changed during the run, only choices of the last shape are returned. A damaged file is skipped, and
+    `log` receives a line that names it.
+    """
     found = {}
     for path in sorted(run.routing.glob("*.npz")) if run.routing.is_dir() else ():
         try:
@@ -100,7 +104,7 @@ def read_choices(run: RunFolder, log: Callable[[str], None] = lambda text: None)
             if choices.ndim != 3:
                 raise ValueError(f"choices of shape {choices.shape}")
             found[int(path.stem)] = choices
-        except Exception as error:  # numpy, zipfile and zlib each have errors of their own for a torn file
+        except Exception as error:  # numpy, zipfile and zlib raise different errors for a truncated file
             log(f"routing/{path.name} left out: {type(error).__name__}: {error}")
     shape = next(reversed(found.values())).shape if found else None
     return {step: choices for step, choices in found.items() if choices.shape == shape}

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl for train steps, from metrics that were read as NumPy: nothing here touches a device."""
+"""Rows of metrics.jsonl for train steps, made from NumPy metrics without using a device."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from train.config import Experiment
 from train.evaluate import max_violation
 from train.objectives import ROUTER_METRICS
 
-CLOCK_STEPS = 10
+CLOCK_STEPS = 10  # over which rates are averaged
 
 
 class Clock:
-    """Tokens per second and MFU over the last CLOCK_STEPS steps, pauses left out.
+    """Tokens per second and MFU over the last CLOCK_STEPS steps, without pauses.
 
-    Where a backend runs a step while it is dispatched, two steps may be read at once, and the time between two reads
-    says nothing.
+    Rates are averaged because the time between two reads means nothing on a backend that runs a step during its
+    dispatch: two steps may then be read at once.
     """
 
     def __init__(self, flops_per_token: float, peak: float | None):
@@ -33,11 +33,11 @@ class Clock:
         self._reads: deque[tuple[int, float]] = deque(maxlen=CLOCK_STEPS + 1)
 
     def pause(self) -> None:
-        """Leave out the time until the next step."""
+        """Do not count the time until the next step."""
         self._reads.clear()
 
     def rates(self, step: int, tokens: float) -> dict[str, float | None]:
-        """Return the rates after `step` of `tokens` tokens was read; nothing after the first step."""
+        """Return the rates after `step`, of `tokens` tokens, was read. They are empty after the first step."""
         self._reads.append((step, time.monotonic()))
         (first, began), (last, now) = self._reads[0], self._reads[-1]
         if last == first or now <= began:
@@ -47,14 +47,14 @@ class Clock:
 
 
 class Rows:
-    """Makes the row of each train step, with what a run costs."""
+    """Makes the row of each train step. Holds the parameter counts, FLOPs per token and MFU convention of a run."""
 
     def __init__(self, experiment: Experiment, prepared: Prepared):
         self.counts = count_parameters(experiment.model)
         self.flops_per_token = train_flops_per_token(experiment.model, experiment.data.sequence_length)
         peak, source = peak_flops(jax.local_devices()[0])
         devices = jax.device_count()
-        many = devices > 1 and jax.default_backend() != "cpu"  # a CPU's peak is of the whole machine already
+        many = devices > 1 and jax.default_backend() != "cpu"  # a CPU's peak already covers the whole machine
         self.convention = f"FLOPs {CONVENTION}; of the {source}" + (f" on {devices} devices" if many else "")
         if experiment.train.trainable_layers is not None:
             peak = None  # the convention counts a backward pass through every layer
@@ -65,7 +65,7 @@ class Rows:
         self._clip = experiment.optimizer.clip_norm
 
     def row(self, step: int, values: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Return the row of a step from its metrics, NumPy arrays and scalars."""
+        """Return the row of a step from its metrics as NumPy arrays and scalars."""
         row = train_row(step, values, self._bytes_per_token, self._clip)
         return row | self.clock.rates(step, float(values["tokens"]))
 
@@ -88,7 +88,7 @@ def train_row(step: int, values: dict[str, np.ndarray], bytes_per_token: float, 
         row |= {name: float(values[name]) for name in ROUTER_METRICS}
         row["max_violation"] = float(max_violation(load_LE).mean())
         row["expert_load"] = np.round(load_LE, 4).tolist()
-        layers_LM = np.asarray(values["router_layers"], np.float64)  # the same by layer
+        layers_LM = np.asarray(values["router_layers"], np.float64)  # the same metrics for each layer
         row["router_layers"] = {
             name: [float(f"{x:.4g}") for x in layers_LM[:, i]] for i, name in enumerate(ROUTER_METRICS)
         }

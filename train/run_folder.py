@@ -1,13 +1,13 @@
-"""The folder of a run: the paths in it, and its metrics read back as one timeline.
+"""Paths of a run folder, and a reader that returns its metrics as one timeline.
 
     runs/NAME/config.json       the resolved config
               overrides.json    what was set on the command line, as typed ("model.num_layers=4")
-              environment.json  versions, devices, commit, command line of the latest start, earlier ones below it
-              metrics.jsonl     one JSON row a line, only ever appended to: the source of truth of the report
+              environment.json  versions, devices, commit and command line of the latest start and, below, earlier ones
+              metrics.jsonl     one JSON row per line, only appended to; the report is made from it
               samples.jsonl     completions of held-out files
-              wandb_id          the run's own id at Weights & Biases, once it was reported there
+              wandb_id          the run's id at Weights & Biases, once it was reported there
               checkpoints/  tokenizer/  plots/  report.html
-              .lock             the lease of the job that writes here (train/lease.py); empty when none does
+              .lock             the lease of the job that writes here (train/lease.py); empty if there is none
 
 A row has `kind` ("train", "eval", "event", "final"), `step` and `time` (unix seconds); an eval row also has `set`.
 """
@@ -24,12 +24,12 @@ from train.commit import COMMIT_FILE, committed_steps
 
 
 class RunFolderError(ValueError):
-    """A run folder or its records cannot be used; the message is one paragraph for the user."""
+    """A run folder or its records are unusable; the message is one paragraph for the user."""
 
 
 @dataclass(frozen=True, init=False)
 class RunFolder:
-    """The paths of a run, local or gs://. Making one touches no disk: `open_run` creates and locks, readers just look.
+    """The paths of a run, local or gs://. The constructor touches no disk; `open_run` creates and locks the folder.
 
     Raises RunFolderError for a path that cannot name a run.
     """
@@ -49,16 +49,16 @@ class RunFolder:
     samples = property(lambda self: self.path / "samples.jsonl")
     report = property(lambda self: self.path / "report.html")
     checkpoints = property(lambda self: self.path / "checkpoints")
-    frozen = property(lambda self: self.path / "frozen")  # weights that no step changes
+    frozen = property(lambda self: self.path / "frozen")  # weights that are never updated
     tokenizer = property(lambda self: self.path / "tokenizer")
     plots = property(lambda self: self.path / "plots")
-    routing = property(lambda self: self.path / "routing")  # choices of the experts, by step
+    routing = property(lambda self: self.path / "routing")  # the routers' choices, by step
     wandb_id = property(lambda self: self.path / "wandb_id")
     lock = property(lambda self: self.path / ".lock")
 
     @property
     def begun(self) -> bool:
-        """Whether the run has metrics or a checkpoint: before that, nothing depends on its config."""
+        """Whether the run has metrics or a checkpoint. Before that, nothing depends on its config."""
         return self.metrics.exists() or bool(committed_steps(self.checkpoints))
 
     @property
@@ -68,29 +68,29 @@ class RunFolder:
 
     @property
     def finished_step(self) -> int | None:
-        """The step at which the run is `finished`, else None."""
+        """The step at which the run finished, or None if it has not."""
         if not self.metrics.exists():
             return None
         step = next((row.get("step") for row in read_metrics(self.metrics) if row["kind"] == "final"), None)
         return step if type(step) is int and (self.checkpoints / str(step) / COMMIT_FILE).exists() else None
 
     def recorded_without_checkpoint(self) -> int | None:
-        """Return the last train step in the metrics if there is no checkpoint at all; None where all is well."""
+        """Return the last train step in the metrics if no checkpoint exists, and None if there is nothing to report."""
         if not self.metrics.exists() or committed_steps(self.checkpoints):
             return None
         steps = [row["step"] for row in read_metrics(self.metrics) if row["kind"] == "train"]
         return max((step for step in steps if isinstance(step, int)), default=None)
 
 
-def _stands(row: dict[str, Any], resumed_step: int) -> bool:
+def _survives_resume(row: dict[str, Any], resumed_step: int) -> bool:
     return row["kind"] == "event" or (row["kind"] != "final" and (row.get("step") or 0) <= resumed_step)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl as one timeline.
 
-    A row of the same kind, step and set supersedes an earlier one, and an event "resumed" at step s supersedes the
-    earlier final row and all earlier rows above s; events stay. A last line torn by a crash is left out. Raises
+    A row replaces an earlier one of the same kind, step and set. An event "resumed" at step s removes the earlier final
+    row and all earlier rows of steps after s, except events. A last line cut off by a crash is skipped. Raises
     RunFolderError, with the line number, for any other line that is not a row.
     """
     content = parse_path(path).read_bytes()
@@ -105,7 +105,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             hash(key)
             if kind == "event":
                 if row.get("event") == "resumed":
-                    kept = {k: r for k, r in kept.items() if _stands(r, row["step"])}
+                    kept = {k: r for k, r in kept.items() if _survives_resume(r, row["step"])}
                 kept["event", number] = row
                 continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

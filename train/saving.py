@@ -1,4 +1,4 @@
-"""A run's checkpoints: what is saved with a train state, and what a run starts from."""
+"""Checkpoints of a run: the state and metadata that are saved, and the state from which a run starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.step import TrainState
 
 
 class Start(NamedTuple):
-    """Where a run begins or continues."""
+    """The state from which a run starts or resumes."""
 
     state: TrainState
     step: int
@@ -36,7 +36,7 @@ def start_or_resume(
     program: Program, run: RunFolder, checkpoints: Checkpointer, prepared: Prepared, batches: TrainBatches,
     recorder: Recorder, rows: Rows,
 ) -> Start:  # fmt: skip
-    """Return the newest good checkpoint's state, with the data stream at its position, or a new state."""
+    """Return the state of the newest good checkpoint, with the data stream at its position, or a new state."""
     tokenizer = prepared.tokenizer
     restored = restore(program, checkpoints, tokenizer, frozen=run.frozen, warn=recorder.warn)
     if restored is None:
@@ -48,14 +48,14 @@ def start_or_resume(
             parameters_active=counts.active, mfu_convention=rows.convention, flops_per_token=rows.flops_per_token,
         )  # fmt: skip
         return Start(state, 0, 0.0, kept)
-    # A refusal that ended the run before does not end this one before it begins.
+    # The count of refused updates restarts, so that the refusal that ended the last start does not end this one.
     state = restored.state._replace(nonfinite=jnp.zeros_like(restored.state.nonfinite))
     if "data" in restored.metadata:
         batches.set_state(restored.metadata["data"])
     recorder.log(f"resuming from step {restored.step}")
     recorder.event(restored.step, "resumed", f"from step {restored.step}")
     kept = restored.metadata.get("frozen", "")
-    if not kept:  # a start from weights alone
+    if not kept:  # the checkpoint held only weights
         state, kept = _with_frozen(program, state, run, tokenizer, recorder)
     return Start(state, restored.step, restored.metadata["seconds"], kept)
 
@@ -63,7 +63,7 @@ def start_or_resume(
 def _with_frozen(
     program: Program, state: TrainState, run: RunFolder, tokenizer: Tokenizer, recorder: Recorder
 ) -> tuple[TrainState, str]:
-    """Return (the state with its teacher, the digest of its frozen weights or ''); these are then on disk."""
+    """Write the frozen weights to disk. Return (the state with its teacher, the digest of its frozen weights or '')."""
     if program.teacher is not None:
         teacher = RunFolder(program.experiment.train.teacher)
         with Checkpointer(teacher.checkpoints, read_only=True, warn=recorder.warn) as checkpoints:
@@ -78,17 +78,19 @@ def _with_frozen(
 
 
 class Saver:
-    """Saves train states with the position of the data, the tokenizer's identity, the seconds spent and the digest of
-    the frozen weights, which are saved once for all steps."""
+    """Saves train states with the data position, the tokenizer's identity, the seconds spent and a digest.
+
+    The digest is that of the frozen weights, which are written once for all steps.
+    """
 
     def __init__(
         self, checkpoints: Checkpointer, batches: TrainBatches, prepared: Prepared, start: Start,
-        resting: Callable[[], None] = lambda: None,
+        pause_watchdog: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self._checkpoints, self._batches, self._tokenizer = checkpoints, batches, prepared.tokenizer
         self._seconds_before, self._began = start.seconds, time.monotonic()
         self._frozen = {"frozen": start.frozen} if start.frozen else {}
-        self._resting = resting
+        self._pause_watchdog = pause_watchdog
 
     @property
     def seconds(self) -> float:
@@ -96,25 +98,27 @@ class Saver:
         return self._seconds_before + time.monotonic() - self._began
 
     def save(self, state: TrainState, step: int, metric: float | None = None, wait: bool = False) -> bool:
-        """Start to save `state` as `step`; return whether that succeeded (with `wait`: whether it was written)."""
+        """Start to save `state` as `step`. Return whether the save started or, with `wait`, whether it succeeded."""
         metadata = {
             "data": {**self._batches.get_state(), "step": step},
             "tokenizer": self._tokenizer.identity,
             "seconds": self.seconds,
             **self._frozen,
         }
-        self._resting()
+        self._pause_watchdog()
         return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)
 
     def require(self, state: TrainState, step: int, written: bool) -> None:
-        """Raise CheckpointError unless `state` is on disk as `step` and reads back whole: a run whose last weights are
-        lost is not finished. `written`: what `save` returned, the same on every process."""
-        self._resting()
+        """Raise CheckpointError unless `state` is on disk as `step` and reads back intact.
+
+        A run whose last weights are lost is not finished. `written`: the result of `save`, equal on every process.
+        """
+        self._pause_watchdog()
         if written:
             return self._checkpoints.verify(step, state._replace(frozen=None))
         last = ""
-        if process_zero():  # which alone lists the folder
-            with contextlib.suppress(Exception):  # the reason that the save failed may be that the folder is gone
+        if process_zero():  # only process 0 lists the folder
+            with contextlib.suppress(Exception):  # the save may have failed because the folder is gone
                 steps = self._checkpoints.steps()
                 last = f"; step {steps[-1]} is the last good one" if steps else "; no step was saved"
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Leaving a run: stop requests that all processes obey at the same step, hangs, and exceptions of one peer.
+"""Ways to end a run: stop requests that all processes obey at the same step, a watchdog for hangs, and exceptions.
 
-Exit codes: 128 + signal at the second request (130 for Ctrl-C, 143 for SIGTERM), `EXIT_HUNG` from the watchdog, 1 after
-an exception under `exit_hard_on_exception`.
+Exit codes: 128 + signal at the second request (130 for Ctrl-C, 143 for SIGTERM), `EXIT_HUNG` from the watchdog, and 1
+after an exception under `exit_hard_on_exception`.
 """
 
 import faulthandler
@@ -21,11 +21,11 @@ from jax._src import distributed  # the coordination service has no public clien
 
 from train.peer_watch import leave_lost, report_failure
 
-EXIT_HUNG = 75  # sysexits.h EX_TEMPFAIL: a launcher may start the run again
+EXIT_HUNG = 75  # sysexits.h EX_TEMPFAIL: a launcher may restart the run
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5  # between reads of the key-value store
 
-# One number a `StopSignal` in each process, the same everywhere because every process makes them in the same order.
+# Numbers the `StopSignal`s of a process. All processes agree because they create them in the same order.
 _generation = itertools.count()
 
 
@@ -35,12 +35,11 @@ def _exit_now(code: int, message: str) -> None:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request; the second ends the process at once.
+    """Turns the first SIGINT or SIGTERM into a stop request; the second ends the process at once.
 
-    A context manager for the main thread (signals reach no other); the handlers before it return on leaving.
-    `requested` is this process's own flag; a loop that runs under several processes asks `agreed(step)`.
-    `number` is the signal that asked, and `last_number` that of the newest object, for an exit code: None where none
-    arrived here.
+    A context manager for the main thread, the only one that handles signals. It restores the previous handlers on exit.
+    `requested` is the flag of this process; a loop that runs in several processes calls `agreed(step)`. `number` is the
+    signal that arrived, or None; `last_number` is that of the newest object, for the exit code.
     """
 
     last_number: ClassVar[int | None] = None
@@ -62,34 +61,34 @@ class StopSignal:
         if self._agreement is not None:
             self._agreement.leave()
         for number, handler in self._previous.items():
-            # None is a handler that was not set from Python (jax.distributed's), which Python cannot set back.
+            # None is a handler that was not set from Python (that of jax.distributed) and that Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested:
-            _exit_now(128 + number, f"{name} again: leaving at once, without saving")
+            _exit_now(128 + number, f"{name} again: exiting at once, without saving")
         self.requested = True
         self.number = StopSignal.last_number = number
-        os.write(2, f"{name}: will stop after this step, save and exit; once more to leave at once\n".encode())
+        os.write(2, f"{name}: will stop after this step, save and exit; send it again to exit at once\n".encode())
 
     def agreed(self, step: int) -> bool:
-        """Whether to stop after `step`: the same answer for the same step on every process.
+        """Return whether to stop after `step`, with the same answer for the same step on every process.
 
-        Every process asks once for each step, in ascending order. With one process the answer is `requested`. With
-        several it costs a lock; a request takes effect within about a second, at the step after the furthest
-        one that any process had asked for by then.
+        Every process asks once per step, in ascending order. With one process, the answer is `requested`. With several,
+        a call costs a lock, and a request takes effect within about a second: at the step after the latest one for
+        which any process has asked by then.
         """
         return self.requested if self._agreement is None else self._agreement.reached(step)
 
 
 class _Agreement:
-    """The step at which several processes stop, found over jax.distributed's key-value store.
+    """Agreement of several processes on the step at which they stop, through jax.distributed's key-value store.
 
-    A thread in each process watches for a request, its own or a peer's. On seeing one it holds the main thread at its
-    next question, tells the last step that was answered with "go on", and waits for the peers' threads to tell theirs.
-    The step after the highest is one that no process has passed. Only the main threads may wait for each other through
-    collectives of the steps, never these threads, so that the wait always ends.
+    A thread in each process watches for a request from this process or a peer. When it finds one, it blocks the main
+    thread at its next call of `reached`, publishes the last step that was answered with "continue", and waits until the
+    threads of all peers have published theirs. No process has passed the step after the highest of these. Only the main
+    threads may wait for each other, in the collectives of a step, and these threads never do, so the wait always ends.
     """
 
     def __init__(self, stop: StopSignal):
@@ -98,7 +97,7 @@ class _Agreement:
         self._prefix = f"meshwork/stop/{next(_generation)}"
         self._lock = threading.Lock()
         self._answered = -1
-        self._told = False
+        self._published = False
         self._stop_step: int | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stop-agreement", daemon=True)
@@ -112,15 +111,15 @@ class _Agreement:
             return step >= self._stop_step
 
     def leave(self) -> None:
-        """Ends the thread; peers that still ask learn this process's last step."""
+        """End the thread, and publish the last step of this process for peers that have yet to agree."""
         self._left.set()
         self._thread.join()
-        self._tell()
+        self._publish()
 
-    def _tell(self) -> None:
-        if not self._told:
+    def _publish(self) -> None:
+        if not self._published:
             self._client.key_value_set(f"{self._prefix}/at/{jax.process_index()}", str(self._answered))
-            self._told = True
+            self._published = True
 
     def _values(self, folder: str) -> list[str]:
         return [value for _, value in self._client.key_value_dir_get(f"{self._prefix}/{folder}/")]
@@ -137,22 +136,22 @@ class _Agreement:
 
     def _settle(self) -> None:
         with self._lock:
-            self._tell()
+            self._publish()
             while len(steps := self._values("at")) < jax.process_count():
                 time.sleep(POLL_SECONDS / 20)
             self._stop_step = max(map(int, steps)) + 1
 
 
 class Watchdog:
-    """Ends a process whose loop stands still: no `beat()` for `seconds` dumps every thread's stack and exits hard.
+    """Ends a process whose loop hangs: after `seconds` without `beat()`, it dumps all stacks and exits (`EXIT_HUNG`).
 
-    A context manager. The clock starts at the first `beat()`, so that compilation does not count; evaluation and
-    saving must beat too. seconds = 0 watches nothing. It exits with `EXIT_HUNG`.
+    A context manager. The clock starts at the first `beat()`, so that compilation does not count. Evaluation and saving
+    must call `beat` too. seconds = 0 disables it.
     """
 
     def __init__(self, seconds: float):
         if seconds < 0:
-            raise ValueError(f"watchdog seconds = {seconds}: set the longest time a step may take, or 0 for no watch")
+            raise ValueError(f"watchdog seconds = {seconds}: set the longest time a step may take, or 0 to disable it")
         self._seconds = seconds
         self._beaten: float | None = None
         self._left = threading.Event()
@@ -169,11 +168,11 @@ class Watchdog:
             self._thread.join()
 
     def beat(self) -> None:
-        """Says that the loop goes on."""
+        """Report that the loop is alive."""
         self._beaten = time.monotonic()
 
     def rest(self) -> None:
-        """Stops the clock until the next beat: for work whose length is its own, such as a save that is waited for."""
+        """Stop the clock until the next beat, for work of unpredictable length such as a blocking save."""
         self._beaten = None
 
     def _watch(self) -> None:
@@ -181,14 +180,14 @@ class Watchdog:
             if self._beaten is not None and time.monotonic() - self._beaten > self._seconds:
                 os.write(2, f"no step for {self._seconds:g} s; the stacks of all threads:\n".encode())
                 faulthandler.dump_traceback(2, all_threads=True)
-                _exit_now(EXIT_HUNG, f"leaving with exit code {EXIT_HUNG}")
+                _exit_now(EXIT_HUNG, f"exiting with code {EXIT_HUNG}")
 
 
 def exit_hard_on_exception() -> None:
-    """Make an uncaught exception print, flush and exit 1 without waiting for peers (130 for Ctrl-C).
+    """Make an uncaught exception print, flush and exit with code 1 (130 for Ctrl-C) without waiting for peers.
 
-    For processes under jax.distributed: an orderly exit waits at a barrier for peers that wait for this process. A
-    failure of a collective is reported as the loss of a peer, in one sentence (train/peer_watch.py).
+    This is for processes under jax.distributed, where an orderly exit waits at a barrier for peers that wait for this
+    process. A failed collective is reported in one sentence as the loss of a peer (train/peer_watch.py).
     """
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""The train step: one pure function of the state, a batch and the scalar hyperparameters."""
+"""The train step, a pure function of the state, a batch and the scalar hyperparameters."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from train.hyper import Hyper
 from train.objectives import Loss, Objective
 from train.optimizers import applied_updates
 
-SMALLEST_LOSS_SCALE = 2.0**-24  # below 1, since gradients are of a sum over tokens
+SMALLEST_LOSS_SCALE = 2.0**-24  # may be below 1, because the gradient is of a sum over tokens
 LOSS_SCALE_GROWTH_STEPS = 2000  # finite steps after which a float16 loss scale doubles (Micikevicius et al. 2018)
 
 Step = Callable[..., tuple["TrainState", dict[str, Array]]]  # (state, batch, hyper=None) -> (state, metrics)
 
 
 class TrainState(NamedTuple):
-    """All that the next step depends on, but for the batch and the scalar hyperparameters."""
+    """Everything that the next step depends on, except the batch and the scalar hyperparameters."""
 
-    step: Int[Array, ""]  # updates tried so far
+    step: Int[Array, ""]  # updates attempted so far
     key: PRNGKeyArray  # folded with the step for dropout and objectives
-    model: Transformer  # what is trained: the network, or its trained part with None for the rest
+    model: Transformer  # the trained network, or its trained part with None for the rest
     optimizer: optax.OptState
-    ema: Transformer | None  # average of `model`
-    loss_scale: Float[Array, ""]  # 1 but for float16
+    ema: Transformer | None  # moving average of `model`
+    loss_scale: Float[Array, ""]  # 1 except for float16
     finite_steps: Int[Array, ""]  # since the loss scale last changed
-    nonfinite: Int[Array, ""]  # updates refused, a float16 overflow left out
-    frozen: Frozen | None = None  # what is never updated; not part of a step's checkpoint
+    nonfinite: Int[Array, ""]  # updates refused so far, without float16 overflows
+    frozen: Frozen | None = None  # weights that are never updated; not part of a step's checkpoint
 
     @property
     def weights(self) -> Transformer:
-        """The network to evaluate and to sample from: the average where there is one, and the frozen layers."""
+        """The network for evaluation and sampling: the average if there is one, with the frozen layers."""
         return network(self.model if self.ema is None else self.ema, self.frozen)
 
 
@@ -51,7 +51,7 @@ def init_state(
     config: TrainConfig,
     frozen: Frozen | None = None,
 ) -> TrainState:
-    """Return the state before the first step. Under an explicit mesh everything takes its parameter's sharding."""
+    """Return the state before the first step. Under an explicit mesh, every array takes its parameter's sharding."""
     scale = 2.0**15 if compute_dtype(model.config) == jnp.float16 else 1.0
     ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, model)
     zero = jnp.zeros((), jnp.int32)
@@ -66,9 +66,9 @@ def make_step(
 ) -> Step:
     """Return `step(state, batch, hyper=None) -> (state, metrics)`, to be jitted with the state donated.
 
-    `optimizer` and `rate` give the optimizer and its schedule for traced hyperparameters; None: those of the config.
-    A gradient that is not finite changes nothing but the counters: the last good weights are never overwritten. With
-    config.nonfinite == 'stop' neither does any later step, so that the state can still be saved as it was.
+    `optimizer` and `rate` return the optimizer and its schedule for traced hyperparameters, or those of the config for
+    None. A gradient that is not finite changes only the counters, so the last good weights are never overwritten. With
+    config.nonfinite == 'stop', all later steps also change only the counters, so that the state can still be saved.
     """
 
     def step(state: TrainState, batch: Batch, hyper: Hyper | None = None) -> tuple[TrainState, dict[str, Array]]:
@@ -104,7 +104,7 @@ def make_step(
         nonfinite = state.nonfinite + (~finite & ~overflow).astype(jnp.int32)
         metrics = loss.metrics | {
             "grad_norm": norm,
-            # Of the update itself: after refused updates the schedule is behind the steps.
+            # The rate of this update. After refused updates, the schedule lags behind the step count.
             "learning_rate": jnp.asarray(rate(hyper)(applied_updates(state.optimizer)), jnp.float32),
             "tokens": (batch.segment_ids > 0).sum().astype(jnp.float32),
             "loss_scale": state.loss_scale,
@@ -119,7 +119,7 @@ def make_step(
 
 
 def balanced(model: Transformer, frozen: Frozen | None, loss: Loss) -> Transformer:
-    """Return the trained part with the biases of its routers moved by the load of their experts."""
+    """Return the trained part with its router biases updated by the load of their experts."""
     moe = model.config.moe
     if moe is None or moe.bias_rate is None:
         return model
@@ -137,11 +137,11 @@ def summed_gradients(
     microbatches: int,
     scale: Array,
 ) -> tuple[Loss, Transformer]:
-    """Return the loss of the batch and the gradient, by the trained part `model` alone, of its sum times `scale`.
+    """Return the loss of the batch, and the gradient of `scale` times its sum with respect to the trained part `model`.
 
-    The rows are taken in `microbatches` interleaved slices. Sums and counts add up to those of the whole batch; metrics
-    are averaged by count. A load-balance loss over 'batch' sees one slice at a time (balance_scope='sequence' does not
-    depend on the slicing).
+    The rows are processed in `microbatches` interleaved slices. Sums and counts add up to those of the whole batch, and
+    metrics are averages weighted by count. With balance_scope='batch', the load-balance loss is computed per slice;
+    with 'sequence', it does not depend on the slicing.
     """
 
     def scaled(model, batch, key):
@@ -170,14 +170,17 @@ def summed_gradients(
 
 
 def _map_figures(f: Callable[[Array], Array], loss: Loss) -> Loss:
-    """Return `loss` with `f` of each of its means over the batch."""
+    """Return `loss` with `f` applied to each of its means over the batch."""
     metrics, load = jax.tree.map(f, (loss.metrics, loss.expert_load))
     return loss._replace(metrics=metrics, expert_load=load)
 
 
 def next_loss_scale(state: TrainState, finite: Array) -> tuple[Array, Array, Array]:
-    """Dynamic loss scaling (Micikevicius et al. 2018, sec. 3.2): the next scale, the steps since its last change, and
-    whether a gradient that is not finite is an overflow of float16 that a smaller scale may cure."""
+    """Return the next loss scale, the steps since its last change, and whether this step overflowed float16.
+
+    Only a gradient that a smaller scale may still make finite counts as an overflow. Dynamic loss scaling follows
+    Micikevicius et al. 2018, sec. 3.2.
+    """
     if compute_dtype(state.model.config) != jnp.float16:
         return state.loss_scale, state.finite_steps, jnp.zeros_like(finite)
     grow = finite & (state.finite_steps + 1 >= LOSS_SCALE_GROWTH_STEPS)

@@ -1,4 +1,4 @@
-"""The command line called in this process, and a corpus small enough to train on at once."""
+"""Helpers that call the command line in this process, and a corpus small enough to train on in seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from experiments.__main__ import main
 
 
 def write_folder(folder: Path, files: int = 40) -> Path:
-    """`files` distinct small programs."""
+    """Write `files` distinct small programs to a new folder, and return it."""
     folder.mkdir(parents=True)
     for i in range(files):
         lines = [f"def function_{i}_{j}(x, y={j}):\n    return x * {i} + y - {i * j}\n\n" for j in range(12)]
@@ -19,7 +19,7 @@ def write_folder(folder: Path, files: int = 40) -> Path:
 
 
 def tiny_overrides(root: Path, corpus: Path | None = None) -> list[str]:
-    """What makes of `smoke` a run of seconds on `corpus` (default: written under `root`)."""
+    """Return arguments that turn `smoke` into a run of seconds on `corpus` (default: the folder below `root`)."""
     settings = {
         "data.sources.0.name": "folder",
         "data.sources.0.path": corpus or root / "corpus",
@@ -33,7 +33,7 @@ def tiny_overrides(root: Path, corpus: Path | None = None) -> list[str]:
         "model.max_length": 96,
         "model.moe.hidden_dim": 16,
         "model.moe.num_experts": 4,
-        "optimizer.schedule": "inverse_sqrt",  # knows no last step: more steps are the same program
+        "optimizer.schedule": "inverse_sqrt",  # independent of the last step, so more steps use the same program
         "train.steps": 12,
         "train.eval_every": 6,
         "train.eval_windows": 8,
@@ -46,7 +46,7 @@ def tiny_overrides(root: Path, corpus: Path | None = None) -> list[str]:
 
 
 def call(capsys, *arguments: object) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `python -m experiments ARGUMENTS`."""
+    """Return (exit code, stdout, stderr) of `python -m experiments ARGUMENTS`."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
@@ -54,7 +54,7 @@ def call(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def refusal(capsys, *arguments: object) -> str:
-    """The one paragraph of a command that refuses its input."""
+    """Return the error paragraph of a command that refuses its input."""
     code, _, err = call(capsys, *arguments)
     assert code == 1 and "Traceback" not in err, err
     lines = [line for line in err.splitlines() if line]
@@ -68,5 +68,5 @@ def final_row(run: Path) -> dict:
 
 
 def printed_bits(out: str) -> float:
-    """This model's bits per byte in the table that `train` and `eval` print."""
+    """Return this model's bits per byte from the table that `train` and `eval` print."""
     return float(re.findall(r"this model\s+([0-9.]+)", out)[-1])

@@ -1,4 +1,4 @@
-"""A run folder as training would leave it, made up in milliseconds."""
+"""A synthetic run folder in the form that training leaves, made in milliseconds."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def make_run(
     name: str = "quickstart",
     question: str = "Does a small mixture of experts learn Python in ten minutes?",
 ) -> RunFolder:
-    """A run of `steps` with plausible curves; `experts=0` is a dense model."""
+    """Write a run of `steps` with plausible curves; `experts=0` gives a dense model."""
     random = np.random.default_rng(0)
     run = RunFolder(Path(path))
     config = {

@@ -1,4 +1,4 @@
-"""Bad input: one paragraph that names field, value and fix, exit 1, before anything is compiled."""
+"""Bad input gives one paragraph with field, value and fix, and exit code 1, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def no_compilation(monkeypatch, tmp_path):
-    """The whole command runs with a compiler that refuses, in an empty folder."""
+    """Run in an empty folder, with a compiler that fails."""
     monkeypatch.chdir(tmp_path)
 
     def refuse(self, *args, **kwargs):
@@ -91,16 +91,16 @@ def settings(*pairs: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("command", ["train", "show"])
-def test_a_config_that_cannot_work(capsys, command, overrides, expected):
+def test_an_impossible_config_is_refused(capsys, command, overrides, expected):
     message = refusal(capsys, command, "smoke", *settings(*overrides))
     assert all(part in message for part in expected), message
     assert not Path("runs").exists(), "nothing is left behind"
 
 
-def test_an_unknown_experiment(capsys):
+def test_an_unknown_experiment_is_refused(capsys):
     message = refusal(capsys, "train", "quikstart")
     assert "'quikstart'" in message and "did you mean 'quickstart'" in message and "quickstart_dense" in message
-    assert "there are" in refusal(capsys, "show", "zzz")
+    assert "the experiments are" in refusal(capsys, "show", "zzz")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_unknown_experiment(capsys):
     ],
     ids=["no file", "an empty file", "no text"],
 )
-def test_an_empty_corpus(capsys, tmp_path, files, expected):
+def test_an_empty_corpus_is_refused(capsys, tmp_path, files, expected):
     (tmp_path / "corpus").mkdir()
     for name, content in files.items():
         (tmp_path / "corpus" / name).write_bytes(content)
@@ -120,29 +120,29 @@ def test_an_empty_corpus(capsys, tmp_path, files, expected):
     assert all(part in message for part in expected), message
 
 
-def test_a_corpus_that_is_not_there(capsys, tmp_path):
+def test_a_missing_corpus_is_refused(capsys, tmp_path):
     assert "corpus" in refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path))
 
 
-def test_a_corpus_too_small_for_the_vocabulary(capsys, tmp_path):
+def test_a_corpus_too_small_for_the_vocabulary_is_refused(capsys, tmp_path):
     write_folder(tmp_path / "corpus", files=10)
     message = refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path), *settings("data.tokenizer.vocab_size=4096"))
     assert "data.tokenizer.vocab_size = 4096" in message and "byte" in message
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "report"])
-def test_a_run_that_is_not_there(capsys, command):
+def test_a_missing_run_is_refused(capsys, command):
     prompt = ["--prompt", "x"] if command == "generate" else []
     message = refusal(capsys, command, "nowhere", *prompt)
     assert "'nowhere'" in message and "config.json" in message and "train quickstart" in message
     assert "'nowhere'" in refusal(capsys, "train", "smoke", "--resume", "nowhere")
 
 
-def test_resume_and_run_together(capsys):
+def test_resume_and_run_together_are_refused(capsys):
     assert "give one of them" in refusal(capsys, "train", "smoke", "--resume", "a", "--run", "b")
 
 
-def test_a_run_folder_of_another_config(capsys, tmp_path):
+def test_a_run_folder_of_another_config_is_refused(capsys, tmp_path):
     """Left unfinished by a process that died."""
     from experiments.resolve import resolve
     from train.records import MetricsWriter, open_run
@@ -154,7 +154,7 @@ def test_a_run_folder_of_another_config(capsys, tmp_path):
     assert "train.seed: 0 -> 3" in message and "--run NEWNAME" in message and "--override" in message
 
 
-def test_a_run_folder_in_use(capsys, tmp_path):
+def test_a_run_folder_in_use_is_refused(capsys, tmp_path):
     from experiments.resolve import resolve
     from train.records import open_run
 
@@ -164,7 +164,7 @@ def test_a_run_folder_in_use(capsys, tmp_path):
     assert "in use by process" in message
 
 
-def test_a_run_without_a_checkpoint(capsys, tmp_path):
+def test_a_run_without_a_checkpoint_is_refused(capsys, tmp_path):
     from data.tokenizer import ByteTokenizer
     from experiments.resolve import resolve
     from train.records import open_run
@@ -178,13 +178,13 @@ def test_a_run_without_a_checkpoint(capsys, tmp_path):
         assert "no checkpoint" in message and "train smoke" in message
 
 
-def test_a_damaged_config(capsys, tmp_path):
+def test_a_damaged_config_is_refused(capsys, tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "config.json").write_text("{")
     assert "config.json" in refusal(capsys, "eval", "mine")
 
 
-def test_a_cache_that_cannot_be_written(capsys, tmp_path):
+def test_a_cache_that_cannot_be_written_is_refused(capsys, tmp_path):
     write_folder(tmp_path / "corpus", files=10)
     (tmp_path / "cache").write_text("a file where a folder should be")
     assert str(tmp_path / "cache") in refusal(capsys, "train", "smoke", *tiny_overrides(tmp_path))
@@ -206,7 +206,7 @@ def test_list_names_every_experiment_with_its_question(capsys):
 
 
 def test_show_prints_config_parameters_and_costs(capsys):
-    """As if for 4 devices, none of which needs to be there; the bytes per device add up."""
+    """The config for 4 devices, which need not exist; the bytes per device add up."""
     code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4"))
     assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "fsdp=4" in out
     rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+([\d,]+)\s*$", out, re.MULTILINE)
@@ -215,8 +215,8 @@ def test_show_prints_config_parameters_and_costs(capsys):
     assert f"weights per device: {total:,} bytes" in out and "FLOPs per token" in out
 
 
-def test_a_program_that_exits(tmp_path):
-    """The same from a shell: exit code 1, stderr of one paragraph, no traceback, stdout empty."""
+def test_a_refusal_from_a_shell_exits_1(tmp_path):
+    """From a shell: exit code 1, one paragraph on stderr without a traceback, and an empty stdout."""
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "train", "smoke", "--set", "model.moe.topk=1"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,

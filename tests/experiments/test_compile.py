@@ -1,5 +1,4 @@
-"""Train steps for pods that are not here: the named ones are what they say, the figures are read right, misuse is
-refused."""
+"""Ahead-of-time compilation for pods: named experiments match their papers, reports are parsed, misuse is refused."""
 
 import io
 import json
@@ -45,17 +44,17 @@ def test_the_largest_buffers_are_those_of_the_devices_memory():
     assert _largest("") == ()
 
 
-def test_memory_is_told_once():
-    # What is updated in place is an argument and a result, and takes one place.
+def test_memory_updated_in_place_counts_once():
+    # An array that is updated in place is an argument and a result, but counts once.
     assert Memory(arguments=100, in_place=90, results=95, temporaries=40, code=1).total == 146
 
 
-def test_the_compilers_refusal_becomes_one_paragraph():
-    told = (
+def test_a_compiler_error_becomes_one_paragraph():
+    message = (
         "E1000: CompileTimeHbmOom: Ran out of memory on HBM, 512.00G exceeds available HBM (15.75G). "
         "HLO module: x\n\nLargest:\n"
     )
-    text = _refusal(told, "v5e:2x2")
+    text = _refusal(message, "v5e:2x2")
     assert (
         "exceeds available HBM (15.75G)." in text
         and "HLO module" not in text
@@ -90,12 +89,13 @@ def test_figures_are_printed_and_saved(tmp_path):
     print_compiled(compiled, Console(file=out, width=160))
     shown = " ".join(out.getvalue().split())
     assert "all-gather 32 0.32 GB 0.28 GB" in shown and "reduce-scatter 32 0.03 GB 0.22 GB" in shown
-    assert "all 20.00 GB" in shown and "others: 0.40 GB" in shown and "a round of each puts out 7.00 MB" in shown
+    assert "total 20.00 GB" in shown and "output is 0.40 GB" in shown
+    assert "one iteration of each outputs 7.00 MB" in shown
     experiment = resolve("smoke", [], 4)
     save(compiled, experiment, ["a=1"], tmp_path / "deep" / "figures.json")
-    told = json.loads((tmp_path / "deep" / "figures.json").read_text())
-    assert told["experiment"] == "smoke" and told["memory"]["total"] == 20_000_000_000
-    assert told["collectives"]["all-gather"] == {"count": 32, "bytes_put_out": 320_000_000, "bytes_sent": 280_000_000}
+    saved = json.loads((tmp_path / "deep" / "figures.json").read_text())
+    assert saved["experiment"] == "smoke" and saved["memory"]["total"] == 20_000_000_000
+    assert saved["collectives"]["all-gather"] == {"count": 32, "bytes_put_out": 320_000_000, "bytes_sent": 280_000_000}
 
 
 def test_misuse_is_refused_before_anything_is_compiled(capsys):
@@ -106,7 +106,7 @@ def test_misuse_is_refused_before_anything_is_compiled(capsys):
     assert "quickstart" in refusal(capsys, "compile", "quickstat", "--topology", "v5e:2x2")
 
 
-def test_no_compiler_is_told_with_its_package(capsys, monkeypatch):
+def test_a_missing_compiler_is_named_with_its_package(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     assert "pip install libtpu" in refusal(capsys, "compile", "smoke", "--topology", "v5e:2x2")
 
@@ -117,15 +117,15 @@ def test_every_generation_has_its_memory_in_the_table():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
-def test_the_step_compiles_for_tpus_that_are_not_here(capsys, tmp_path):
+def test_a_step_compiles_without_a_tpu(capsys, tmp_path):
     saved = tmp_path / "smoke.json"
     code, out, _ = call(
         capsys, "compile", "smoke", "--topology", "v5e:2x2", "--set", "model.remat=full", "--save", saved
     )
-    told = json.loads(saved.read_text())
-    assert code == 0 and "fits" in out and told["devices"] == 4 and told["mesh"] == {"fsdp": 4}
-    memory = told["memory"]
-    # Three float32 copies of the weights, nearly all of them spread over four devices, and updated where they are.
-    assert told["parameters"] * 3 < memory["arguments"] < told["parameters"] * 12
+    figures = json.loads(saved.read_text())
+    assert code == 0 and "fits" in out and figures["devices"] == 4 and figures["mesh"] == {"fsdp": 4}
+    memory = figures["memory"]
+    # Three float32 copies of the weights, nearly all sharded over four devices and updated in place.
+    assert figures["parameters"] * 3 < memory["arguments"] < figures["parameters"] * 12
     assert memory["in_place"] > 0.9 * memory["results"]
-    assert set(told["collectives"]) >= {"all-gather", "all-reduce"} and told["bytes_sent"] > 0
+    assert set(figures["collectives"]) >= {"all-gather", "all-reduce"} and figures["bytes_sent"] > 0

@@ -1,5 +1,4 @@
-"""`import` and `export`: a published folder becomes a run that generate, eval and train take, and a run such a
-folder."""
+"""`import` turns a published folder into a run that generate, eval and train accept, and `export` does the reverse."""
 
 from __future__ import annotations
 
@@ -55,7 +54,7 @@ SETTINGS = [word for name, value in TINY.items() for word in ("--set", f"{name}=
 
 
 def write_published(folder: Path) -> None:
-    """A tiny Llama with random weights and a byte-level BPE, as the libraries of their formats write them."""
+    """Write a tiny Llama with random weights and a byte-level BPE tokenizer, with the libraries of their formats."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder.mkdir()
@@ -102,7 +101,7 @@ def working_directory(place, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def test_exported_again_it_is_the_folder_it_came_from(place, capsys):
+def test_an_exported_import_equals_the_published_folder(place, capsys):
     code, out, err = call(capsys, "export", "tiny", "--to", "again")
     assert code == 0 and "verified bit by bit" in out, err
     before, after = (load_file(place / folder / "model.safetensors") for folder in ("published", "again"))
@@ -115,7 +114,7 @@ def test_exported_again_it_is_the_folder_it_came_from(place, capsys):
     assert (one.special, one.stops) == (other.special, other.stops) and values["eos_token_id"] == one.special.end
 
 
-def test_an_export_of_another_dtype_is_the_rounded_weights(place, capsys):
+def test_an_export_to_another_dtype_rounds_the_weights(place, capsys):
     code, _, err = call(capsys, "export", "tiny", "--to", "half", "--dtype", "bfloat16")
     assert code == 0, err
     before, after = (load_file(place / folder / "model.safetensors") for folder in ("published", "half"))
@@ -124,7 +123,7 @@ def test_an_export_of_another_dtype_is_the_rounded_weights(place, capsys):
     assert {str(x.dtype) for x in after.values()} == {"bfloat16"}
 
 
-def test_stored_as_bfloat16_it_is_kept_and_exported_so(place, capsys):
+def test_an_import_as_bfloat16_is_stored_and_exported_as_bfloat16(place, capsys):
     assert call(capsys, "import", "published", "--name", "narrow", "--dtype", "bfloat16", *SETTINGS)[0] == 0
     commit = json.loads((place / "runs" / "narrow" / "checkpoints" / "0" / "commit.json").read_text())
     assert {leaf["dtype"] for leaf in commit["body"]["leaves"].values()} == {"bfloat16"}
@@ -134,7 +133,7 @@ def test_stored_as_bfloat16_it_is_kept_and_exported_so(place, capsys):
         np.testing.assert_array_equal(tensor.astype(after[name].dtype), after[name], err_msg=name)
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(place, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     before = sorted(p for p in place.rglob("*") if "cache" not in p.parts)
     code, out, _ = call(capsys, "import", "published", "--name", "dry", "--dry-run", *SETTINGS)
     assert (
@@ -149,7 +148,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(place, capsys):
     assert sorted(p for p in place.rglob("*") if "cache" not in p.parts) == before
 
 
-def test_it_is_evaluated_and_continues_prompts_like_any_run(capsys):
+def test_an_imported_run_can_be_evaluated_and_sampled(capsys):
     code, out, err = call(capsys, "generate", "tiny", "--prompt", "def f", "--max-new-tokens", 5, "--temperature", 0)
     assert code == 0 and out.startswith("def f"), err
     code, out, err = call(capsys, "eval", "tiny")
@@ -158,7 +157,7 @@ def test_it_is_evaluated_and_continues_prompts_like_any_run(capsys):
     assert 2 < printed_bits(out) < 40
 
 
-def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
+def test_an_imported_run_is_trained_in_a_copy_with_another_config(place, capsys):
     code, out, err = call(capsys, "train", "tiny", "--run", "tuned", "--set", "optimizer.learning_rate=0.01")
     assert code == 0 and "resuming from step 0" in out, err
     rows = read_metrics(place / "runs" / "tuned" / "metrics.jsonl")
@@ -167,25 +166,25 @@ def test_it_is_trained_further_in_a_copy_under_another_config(place, capsys):
     ] == 2
     assert load_experiment(find_run("tuned")).optimizer.learning_rate == 0.01
     assert [p.name for p in (place / "runs" / "tiny" / "checkpoints").iterdir()] == ["0"]
-    # The tokenizer of the copy is its own: it goes where the folder goes.
+    # The copy has a copy of the tokenizer, which moves with its folder.
     assert Path(load_experiment(find_run("tuned")).data.tokenizer.path) == Path("runs/tuned/tokenizer")
     refused = refusal(capsys, "train", "tuned", "--set", "optimizer.learning_rate=0.02", "--set", "train.steps=4")
     assert "belongs to another config" in refused
     assert "was trained further" in refusal(capsys, "train", "tuned", "--run", "third")
     code, out, _ = call(capsys, "train", "tiny", "--run", "tuned", "--set", "optimizer.learning_rate=0.01")
-    assert code == 0 and "is finished" in out, "the same command again goes on"
+    assert code == 0 and "is finished" in out, "the same command again finds the copy"
     assert "model.position.theta" in refusal(capsys, "train", "tiny", "--set", "model.position.theta=5000.0")
 
 
-def test_a_longer_context_is_imported_generated_with_and_noticed(place, capsys):
+def test_a_longer_context_is_accepted_with_a_note(place, capsys):
     code, out, err = call(
         capsys, "import", "published", "--name", "long", "--dry-run", *SETTINGS, "--set", "model.max_length=256"
     )
-    told = " ".join(out.split())
-    assert code == 0 and "model.max_length = 256" in told and "past position 128" in told, err
+    shown = " ".join(out.split())
+    assert code == 0 and "model.max_length = 256" in shown and "past position 128" in shown, err
     generate = ("generate", "tiny", "--prompt", "def f", "--max-new-tokens", 250)
     assert "more than model.max_length = 128" in refusal(capsys, *generate)
-    _, _, err = call(capsys, *generate, "--set", "model.max_length=200")  # it is noticed, and refused as too short
+    _, _, err = call(capsys, *generate, "--set", "model.max_length=200")  # gives the note, and is refused as too short
     assert "past position 128" in err and "more than model.max_length = 200" in err
     values = json.loads((place / "published" / "config.json").read_text())
     values["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
@@ -194,11 +193,11 @@ def test_a_longer_context_is_imported_generated_with_and_noticed(place, capsys):
     assert call(capsys, "import", "dynamic", "--name", "far", *SETTINGS, "--set", "model.max_length=256")[0] == 0
     assert load_experiment(find_run("far")).model.max_length == 256
     code, out, _ = call(capsys, "export", "far", "--to", "far_again")
-    assert code == 0 and "max_position_embeddings = 128, not model.max_length = 256" in " ".join(out.split())
+    assert code == 0 and "max_position_embeddings = 128 instead of model.max_length = 256" in " ".join(out.split())
     assert json.loads((place / "far_again" / "config.json").read_text())["max_position_embeddings"] == 128
 
 
-def test_it_answers_through_its_chat_template(capsys):
+def test_an_imported_run_answers_through_its_chat_template(capsys):
     code, out, err = call(
         capsys,
         "generate",
@@ -217,7 +216,7 @@ def test_it_answers_through_its_chat_template(capsys):
     assert "--chat" in refusal(capsys, "generate", "tiny", "--system", "x", "--prompt", "Hi")
 
 
-def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
+def test_another_tokenizer_never_replaces_that_of_a_run(place, capsys):
     before = {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()}
     shutil.copytree(place / "runs" / "tiny" / "tokenizer", place / "other")
     text = json.loads((place / "other" / "huggingface.json").read_text())
@@ -228,11 +227,11 @@ def test_another_tokenizer_never_takes_the_place_of_a_runs_own(place, capsys):
     (place / "published_other" / "tokenizer.json").write_text(json.dumps(text))
     shutil.copy(place / "published" / "tokenizer_config.json", place / "published_other")
     read_tokenizer(place / "published_other").save(place / "other")
-    assert "has another tokenizer" in refusal(capsys, "train", "tiny", "--set", "data.tokenizer.path=other")
+    assert "trained with another tokenizer" in refusal(capsys, "train", "tiny", "--set", "data.tokenizer.path=other")
     assert {p.name: p.read_bytes() for p in (place / "runs" / "tiny" / "tokenizer").iterdir()} == before
 
 
-def test_a_published_folder_is_no_run_and_what_its_weights_are_of_cannot_be_set(place, capsys):
+def test_a_published_folder_is_not_a_run_and_its_network_is_fixed(place, capsys):
     assert "is a published model, not a run" in refusal(capsys, "generate", "published", "--prompt", "x")
     for change in (
         "model.num_layers=1",
@@ -240,18 +239,18 @@ def test_a_published_folder_is_no_run_and_what_its_weights_are_of_cannot_be_set(
         "model.position.theta=5.0",
         "data.tokenizer.kind=byte",
     ):
-        told = refusal(capsys, "import", "published", "--name", "new", *SETTINGS, "--set", change)
-        assert change.split("=")[0].removesuffix(".kind") in told and not (place / "runs" / "new").exists()
+        message = refusal(capsys, "import", "published", "--name", "new", *SETTINGS, "--set", change)
+        assert change.split("=")[0].removesuffix(".kind") in message and not (place / "runs" / "new").exists()
 
 
 def test_bad_input_is_refused_in_one_paragraph_and_leaves_nothing(place, capsys):
     def broken(name: str, change) -> str:
         shutil.copytree(place / "published", place / name)
         change(place / name)
-        code, _, told = call(capsys, "import", name, "--name", "bad", *SETTINGS)  # a table may follow the paragraph
-        assert code == 1 and told.startswith("error: ") and "Traceback" not in told
+        code, _, err = call(capsys, "import", name, "--name", "bad", *SETTINGS)  # a table may follow the paragraph
+        assert code == 1 and err.startswith("error: ") and "Traceback" not in err
         assert not (place / "runs" / "bad").exists() and not [*(place / "runs").glob("*bad*")]
-        return told
+        return err
 
     def values(**changes):
         def change(folder: Path) -> None:
@@ -269,8 +268,8 @@ def test_bad_input_is_refused_in_one_paragraph_and_leaves_nothing(place, capsys)
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1000])
 
-    told = broken("unknown", values(architectures=["BertForMaskedLM"]))
-    assert "BertForMaskedLM" in told and "LlamaForCausalLM" in told and "MixtralForCausalLM" in told
+    message = broken("unknown", values(architectures=["BertForMaskedLM"]))
+    assert "BertForMaskedLM" in message and "LlamaForCausalLM" in message and "MixtralForCausalLM" in message
     assert "hidden_act = 'gelu'" in broken("activation", values(hidden_act="gelu"))
     assert "tie_word_embeddings" in broken("untied", values(tie_word_embeddings=False))
     assert "vocab_size" in broken("vocabulary", values(vocab_size=290))

@@ -1,4 +1,4 @@
-"""The end of a run: stopped in its last evaluation, without held-out text, on other devices than it was trained on."""
+"""The end of a run: a stop in its last evaluation, no held-out text, full disks, and sampling on other devices."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tiny(place, *settings: str):
     return resolve("smoke", [*(word for word in tiny_overrides(place) if word != "--set"), *TINY, *settings], None)
 
 
-def test_a_signal_in_the_last_evaluation_leaves_the_run_unfinished_and_the_same_command_ends_it(place):
+def test_a_run_stopped_in_its_last_evaluation_can_be_finished(place):
     experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
 
     def say(text: str) -> None:
@@ -51,7 +51,7 @@ def test_a_signal_in_the_last_evaluation_leaves_the_run_unfinished_and_the_same_
     assert final_row(place / "run")["step"] == 2 and StopSignal.last_number is None
 
 
-def test_a_run_with_experts_and_no_held_out_text_ends(place):
+def test_a_run_with_experts_finishes_without_held_out_text(place):
     lines: list[str] = []
     experiment = tiny(place, "data.holdout_fraction=0")
     assert experiment.model.moe is not None
@@ -77,8 +77,8 @@ def test_a_run_of_eight_devices_is_sampled_and_evaluated_on_one(place):
         assert "does not fit 1 devices; using one device" in done.stdout
 
 
-def test_a_file_of_the_run_that_cannot_be_written_ends_it_with_a_sentence(place):
-    """At its start and at its end; a directory in the file's place stands for a full disk."""
+def test_an_unwritable_file_of_the_run_ends_it_with_a_sentence(place):
+    """At its start and at its end; a directory in place of the file simulates a full disk."""
     experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
     folder = place / "run"
 

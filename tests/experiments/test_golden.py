@@ -1,4 +1,4 @@
-"""Twenty steps whose losses are written down: any change of what is computed shows here."""
+"""Twenty steps with recorded losses, so that any change of the computation shows here."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ GOLDEN = Experiment(
     samples=SampleConfig(count=0),
 )  # fmt: skip
 
-# From jax 0.10.2 on x86. Another version, machine or optimization level adds and fuses in another order: rounding
-# errors of 1e-7 a step, which 20 steps of Adam and a router's discrete choices amplify; 2e-4 holds them and nothing
-# else.
+# From jax 0.10.2 on x86. Other versions, machines and optimization levels add and fuse in another order. Their rounding
+# errors are 1e-7 per step, which 20 steps of Adam and a router's discrete choices amplify; 2e-4 allows these and no
+# more.
 LOSSES = (
     4.181562, 4.178659, 4.152780, 4.128741, 4.092783, 4.041168, 4.036764, 3.990531, 3.961578, 3.919849,
     3.803643, 3.803241, 3.724024, 3.684953, 3.697957, 3.633887, 3.538239, 3.540801, 3.575416, 3.606256,
@@ -39,8 +39,10 @@ LOSSES = (
 
 
 def batch(step: int) -> Batch:
-    """Two documents a row, of tokens that mostly follow from the one before; from NumPy's PCG64, whose stream is
-    fixed."""
+    """Return rows of two documents, whose tokens mostly follow from the previous token.
+
+    They come from NumPy's PCG64, whose stream never changes.
+    """
     draw = np.random.default_rng([20, step])
     tokens = np.empty((ROWS, WIDTH), np.int32)
     tokens[:, 0] = draw.integers(0, VOCAB, ROWS)
@@ -63,13 +65,13 @@ def losses(experiment: Experiment) -> list[float]:
     return found
 
 
-def test_twenty_golden_losses():
+def test_twenty_losses_match_recorded_values():
     np.testing.assert_allclose(losses(GOLDEN), LOSSES, rtol=2e-4)
 
 
 @pytest.mark.slow
-def test_the_tolerance_would_show_a_small_change():
-    """A z-loss coefficient of 3e-4 instead of 1e-4 is seen."""
+def test_the_tolerance_detects_a_small_change():
+    """A z-loss coefficient of 3e-4 instead of 1e-4 fails the comparison."""
     changed = dataclasses.replace(GOLDEN, train=dataclasses.replace(GOLDEN.train, z_loss=3e-4))
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(losses(changed), LOSSES, rtol=2e-4)

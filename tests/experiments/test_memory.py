@@ -1,4 +1,4 @@
-"""What cannot fit is refused from the config alone, at once, with the field; what runs is not."""
+"""A config that cannot fit into memory is refused at once, with the field; one that can run is not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAPTOP = Memory(24 * 10**9, "this machine has")
         (["train.steps=5"], ["optimizer.warmup_steps = 10", "train.steps = 5", "set it to 5 or less"]),
     ],
 )
-def test_what_cannot_fit_is_refused_at_once(overrides, expected):
+def test_a_config_that_cannot_fit_is_refused_at_once(overrides, expected):
     began = time.process_time()
     with pytest.raises(ValueError) as refused:
         resolve("smoke", overrides, 1, memory=lambda: LAPTOP)
@@ -47,14 +47,14 @@ def test_what_cannot_fit_is_refused_at_once(overrides, expected):
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in PODS])
-def test_nothing_that_runs_on_a_small_machine_is_refused(name):
+def test_experiments_that_run_on_a_small_machine_are_accepted(name):
     resolve(name, [], 1, memory=lambda: Memory(2 * 10**9, "this machine has"))
     resolve(name, [], 8, memory=lambda: Memory(2 * 10**9 // 8, "this machine has"))
 
 
 @pytest.mark.parametrize(("name", "devices"), [("mixtral_8x7b", 64), ("deepseek_v3_like", 64)])
-def test_the_estimate_lies_below_what_the_compiler_says_of_the_pods(name, devices):
-    """experiments/pods.py has the compiler's figures: 8.76 and 34.0 GB of arguments a chip, 11.95 and 45.0 GB of
+def test_the_estimate_is_a_lower_bound_of_the_compilers_figures(name, devices):
+    """experiments/pods.py has the compiler's figures: 8.76 and 34.0 GB of arguments per chip, 11.95 and 45.0 GB of
     temporaries."""
     arguments, temporaries = {"mixtral_8x7b": (8.76e9, 11.95e9), "deepseek_v3_like": (34.0e9, 45.0e9)}[name]
     parts = {part.name: part.size for part in estimate(resolve(name, [], devices, "tpu"), devices)}
@@ -66,7 +66,7 @@ def test_the_estimate_lies_below_what_the_compiler_says_of_the_pods(name, device
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_least_number_of_parameters_is_close_and_below(name):
+def test_the_least_number_of_parameters_is_a_close_lower_bound(name):
     config = EXPERIMENTS[name]().model
     if config.vocab_size == 0:
         config = resolve(name, [], 1).model
@@ -82,7 +82,7 @@ def test_sampling_needs_no_optimizer_and_no_schedule():
     resolve_from(experiment, ["train.steps=5"], 1, training=False)
 
 
-def test_the_memory_of_the_host_is_that_of_its_group(tmp_path):
+def test_host_memory_respects_the_limit_of_the_control_group(tmp_path):
     assert host_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemFree: 10 kB\nHugePages_Total: 0\nSwapTotal: 24 kB\n")
@@ -94,7 +94,7 @@ def test_the_memory_of_the_host_is_that_of_its_group(tmp_path):
     assert host_memory(tmp_path) == 25 * 1024
 
 
-def test_layers_are_planned_quickly_whatever_their_number():
+def test_thousands_of_layers_are_planned_quickly():
     began = time.process_time()
     plan = segments(ModelConfig(num_layers=2000))
     assert plan == (Segment((LayerSpec(),), 2000),) and time.process_time() - began < 2

@@ -1,4 +1,4 @@
-"""The mesh of a trained run on other devices."""
+"""The mesh of a trained run adapts to other devices."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SMOKE = fill_vocabulary(EXPERIMENTS["smoke"]())
         (MeshConfig(data=2, fsdp=4), 2, MeshConfig(fsdp=2)),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_replaced_and_said(mesh, devices, expected):
+def test_a_mesh_that_does_not_fit_is_replaced_with_a_message(mesh, devices, expected):
     lines: list[str] = []
     found = fit_mesh(replace(SMOKE, mesh=mesh), (), devices, log=lines.append)
     assert found.mesh == (expected or mesh) and len(lines) == (expected is not None)
     found.validate(devices)
 
 
-def test_a_mesh_that_the_user_chose_stays():
+def test_a_mesh_chosen_by_the_user_stays():
     chosen = replace(SMOKE, mesh=MeshConfig(fsdp=8))
     assert fit_mesh(chosen, ["mesh.fsdp=8"], 1) is chosen

@@ -1,4 +1,4 @@
-"""Processes under jax.distributed prepare data once, through the key-value store that they share."""
+"""Processes under jax.distributed prepare data once, through their shared key-value store."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def free_address() -> str:
 
 
 @pytest.mark.slow
-def test_processes_of_different_configs_are_refused_with_a_sentence_each(tmp_path):
+def test_processes_with_different_configs_are_refused(tmp_path):
     """Through the command line, before any data is read."""
     address = free_address()
     peers = [
@@ -80,7 +80,7 @@ def test_processes_of_different_configs_are_refused_with_a_sentence_each(tmp_pat
     assert not any("Traceback" in error for error in errors), errors
 
 
-def test_one_process_prepares_and_its_error_is_the_others(tmp_path):
+def test_one_process_prepares_data_and_shares_its_error(tmp_path):
     (tmp_path / "empty").mkdir()
     configs = {
         "good": byte_config(tmp_path, write_corpus(tmp_path / "s", 6)),

@@ -1,4 +1,4 @@
-"""Every experiment resolves; overrides, vocabulary and what may change on resume."""
+"""Resolution of experiments: overrides, vocabulary, and the fields that may change on resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_experiment_resolves(name, devices):
     assert experiment.model.vocab_size % 128 == 0
 
 
-def test_an_override_changes_that_field_alone():
+def test_an_override_changes_only_its_field():
     base, changed = resolve("smoke", [], 1), resolve("smoke", ["model.moe.top_k=3", "train.steps=17"], 1)
     a, b = flatten(base), flatten(changed)
     assert {name for name in a if a[name] != b[name]} == {"model.moe.top_k", "train.steps"}
@@ -33,7 +33,7 @@ def test_an_override_changes_that_field_alone():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.tokenizer.kind=byte"], 384),  # 256 bytes and 11 specials, to a multiple of 128
+        (["data.tokenizer.kind=byte"], 384),  # 256 bytes and 11 special tokens, rounded up to a multiple of 128
         (["data.tokenizer.vocab_size=1000"], 1024),
         (["data.tokenizer.vocab_size=1024"], 1024),
         (["data.tokenizer.vocab_size=1000", "model.vocab_size=1000"], 1000),
@@ -50,13 +50,13 @@ def test_a_vocabulary_below_the_tokenizers_is_refused():
     assert fill_vocabulary(fill_vocabulary(experiment)) == fill_vocabulary(experiment)
 
 
-def test_the_dense_ablation_has_equal_flops_but_for_the_router():
+def test_the_dense_ablation_has_equal_flops_except_for_the_router():
     moe, dense = resolve("quickstart", [], 1), resolve("quickstart_dense", [], 1)
     router = 3 * 2 * moe.model.num_layers * moe.model.embed_dim * moe.model.moe.num_experts
     assert train_flops_per_token(moe.model, 512) == train_flops_per_token(dense.model, 512) + router
 
 
-def test_resuming_may_change_how_long_but_not_what():
+def test_resuming_may_change_the_length_but_not_the_computation():
     names = flatten(resolve("quickstart", [], 1))
     may = {name for name in names if may_differ_on_resume(name)}
     assert {"train.steps", "train.nonfinite", "mesh.fsdp", "sharding.weights.embed", "samples.count"} <= may
@@ -70,7 +70,7 @@ def test_resuming_may_change_how_long_but_not_what():
     }
 
 
-def test_a_run_folder_gives_its_experiment_back(tmp_path):
+def test_a_run_folder_restores_its_experiment(tmp_path):
     experiment = dataclasses.replace(resolve("quickstart_fim", ["train.z_loss=1e-4"], 1))
     run = RunFolder(tmp_path)
     save_json(experiment, run.config)
@@ -80,7 +80,8 @@ def test_a_run_folder_gives_its_experiment_back(tmp_path):
 @pytest.mark.parametrize("name, device", [("tpu", "tpu"), ("hopper", "gpu"), ("triton", "gpu")])
 def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, device):
     with pytest.raises(
-        ConfigError, match=rf"model.attention.implementation = '{name}': runs on a {device}, and here is a cpu; use"
+        ConfigError,
+        match=rf"model.attention.implementation = '{name}': runs on a {device}, but the device is a cpu; use",
     ):
         resolve("smoke", [f"model.attention.implementation={name}"], 1)
 
@@ -95,6 +96,8 @@ def test_a_kernel_of_another_device_is_refused_before_anything_is_made(name, dev
 )
 def test_a_kernel_of_another_platform_is_refused(override):
     field, value = override.split("=")
-    with pytest.raises(ConfigError, match=rf"{field} = '{value}': runs on a [tg]pu, and here is a cpu; use 'auto'"):
+    with pytest.raises(
+        ConfigError, match=rf"{field} = '{value}': runs on a [tg]pu, but the device is a cpu; use 'auto'"
+    ):
         resolve("smoke", [override], 1)
     resolve("smoke", [f"{field}=reference"], 1)

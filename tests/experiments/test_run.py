@@ -1,4 +1,4 @@
-"""A run through the command line, from text to report, on eight devices."""
+"""A complete run through the command line, from text to report, on eight devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working directory with a corpus, one file of which is no text."""
+    """A working directory with a corpus, one file of which is not text."""
     root = tmp_path_factory.mktemp("place")
     write_folder(root / "corpus")
     (root / "corpus" / "broken.py").write_bytes(b"\xff\xfe\x00broken")
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(place):
-    """What `train` printed; the run is runs/mine."""
+    """The output of `train`; the run is runs/mine."""
     from contextlib import redirect_stdout
     from io import StringIO
 
@@ -51,7 +51,7 @@ def working_directory(place, finished, monkeypatch):
     monkeypatch.chdir(place)
 
 
-def test_training_ends_with_figures_completions_and_a_report(place, finished):
+def test_training_ends_with_results_completions_and_a_report(place, finished):
     run = place / "runs" / "mine"
     final = final_row(run)
     figures = final["sets"]["folder"]
@@ -81,7 +81,7 @@ def test_rows_cover_the_run(place):
     assert {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "expert_load"} <= last.keys()
 
 
-def test_eval_prints_the_figure_of_the_final_row(place, capsys):
+def test_eval_prints_the_bits_per_byte_of_the_final_row(place, capsys):
     code, out, _ = call(capsys, "eval", "mine")
     assert code == 0 and "weights of step 12" in out
     assert printed_bits(out) == pytest.approx(
@@ -89,7 +89,7 @@ def test_eval_prints_the_figure_of_the_final_row(place, capsys):
     )
 
 
-def test_eval_on_another_mesh_finds_the_same(place, capsys):
+def test_eval_on_another_mesh_gives_the_same_result(place, capsys):
     code, out, _ = call(capsys, "eval", "mine", "--set", "mesh.fsdp=2", "--set", "mesh.data=4")
     assert code == 0
     assert printed_bits(out) == pytest.approx(
@@ -105,13 +105,13 @@ def test_without_a_long_held_out_file_there_is_nothing_to_complete():
     assert complete_heldout(program, None, prepared) == []
 
 
-def test_eval_refuses_what_it_cannot_do(capsys):
+def test_eval_refuses_invalid_arguments(capsys):
     assert "stride = 1000" in refusal(capsys, "eval", "mine", "--stride", "1000")
     message = refusal(capsys, "eval", "mine", "--step", "7")
     assert "step 7" in message and "6, 12" in message
 
 
-def test_generate_gives_the_same_text_streamed(capsys):
+def test_streamed_text_equals_the_whole_text(capsys):
     arguments = [
         "generate",
         "mine",
@@ -132,7 +132,7 @@ def test_generate_gives_the_same_text_streamed(capsys):
     assert call(capsys, *arguments)[1] == whole
 
 
-def test_generate_refuses_what_it_cannot_continue(capsys):
+def test_generate_refuses_invalid_prompts_and_settings(capsys):
     message = refusal(capsys, "generate", "mine", "--prompt", "x = 1\n" * 200, "--max-new-tokens", "16")
     assert "model.max_length = 96" in message and "shorten" in message
     message = refusal(capsys, "generate", "mine", "--prompt", "x", "--max-new-tokens", "200")
@@ -152,10 +152,10 @@ def test_a_tokenizer_of_another_run_is_refused(place, capsys):
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
-    assert "do not belong together" in message and "--run NEWNAME" in message
+    assert "was trained with tokenizer" in message and "--run NEWNAME" in message
 
 
-def test_the_same_command_again_says_finished(place, capsys):
+def test_a_finished_run_is_not_trained_again(place, capsys):
     before = (place / "runs" / "mine" / "metrics.jsonl").read_bytes()
     code, out, _ = call(capsys, "train", "smoke", "--run", "mine", *tiny_overrides(place))
     assert code == 0 and "is finished" in out and "--set train.steps=N" in out
@@ -167,7 +167,7 @@ def test_a_finished_run_of_another_config_is_refused(place, capsys):
     assert "train.seed: 0 -> 1" in message
 
 
-def test_report_is_written_anew(place, capsys):
+def test_a_deleted_report_can_be_rewritten(place, capsys):
     report = place / "runs" / "mine" / "report.html"
     report.unlink()
     code, out, _ = call(capsys, "report", "mine")
@@ -175,7 +175,7 @@ def test_report_is_written_anew(place, capsys):
 
 
 def test_more_steps_resume(place, capsys):
-    """Last: it changes the run. Resumed by its name, a run keeps what it was started with."""
+    """A run resumed by its name keeps its config. This test is last because it changes the run."""
     assert "is a run of 'smoke'" in refusal(capsys, "train", "quickstart", "--resume", "mine")
     code, out, _ = call(capsys, "train", "smoke", "--resume", "mine", "--set", "train.steps=16")
     assert code == 0 and "resuming from step 12" in out and "train.steps: 12 -> 16" in out
@@ -186,8 +186,7 @@ def test_more_steps_resume(place, capsys):
 
 @pytest.mark.slow
 def test_sigterm_from_a_shell_saves_exits_cleanly_and_resumes(place, tmp_path):
-    """The program itself: SIGTERM in mid-run, exit 143; the same command ends with the weights' figures of the
-    undisturbed run."""
+    """SIGTERM in mid-run gives exit code 143, and the same command then ends with the results of an undisturbed run."""
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
     def command(run: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""`upcycle`: from the folder of a dense run to one with experts that scores as it did and trains on."""
+"""`upcycle` turns a dense run into one with experts that has the same loss and can be trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINE = ("--set", "model.moe.num_experts=8", "--set", "model.moe.hidden_dim=16", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working directory with a dense run of which step 7 is all there is; nothing was trained."""
+    """A working directory with an untrained dense run, whose only checkpoint is step 7."""
     root = tmp_path_factory.mktemp("place")
     write_folder(root / "corpus")
     settings = [word for word in tiny_overrides(root) if word != "--set"]
@@ -47,8 +47,8 @@ def working_directory(place, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def told(place):
-    """What the command printed; the run is runs/fine."""
+def output(place):
+    """The output of the command; the run is runs/fine."""
     from contextlib import redirect_stdout
     from io import StringIO
 
@@ -61,8 +61,8 @@ def told(place):
     return out.getvalue()
 
 
-def test_the_new_run_scores_as_the_dense_one_and_says_where_it_came_from(place, told):
-    assert float(re.findall(r"largest difference of the logits .*: ([0-9.e+-]+) ", told)[0]) < 1e-5
+def test_the_new_run_matches_the_dense_one_and_records_its_origin(place, output):
+    assert float(re.findall(r"largest difference of the logits .*: ([0-9.e+-]+) ", output)[0]) < 1e-5
     run = place / "runs" / "fine"
     moe = load_experiment(find_run("fine")).model.moe
     assert (moe.num_experts, moe.top_k, moe.hidden_dim) == (8, 4, 16)
@@ -79,16 +79,16 @@ def test_the_new_run_scores_as_the_dense_one_and_says_where_it_came_from(place, 
     assert sorted(p.name for p in (place / "runs").iterdir()) == ["dense", "fine"]
 
 
-def test_what_cannot_be_upcycled_is_refused_in_one_paragraph(capsys, told):
+def test_runs_that_cannot_be_upcycled_are_refused_in_one_paragraph(capsys, output):
     assert "runs/fine exists already" in refusal(capsys, "upcycle", "dense", "--run", "fine", *FINE)
     assert "top_k = 3" in refusal(capsys, "upcycle", "dense", "--run", "new", *FINE, "--set", "model.moe.top_k=3")
-    assert "has experts already" in refusal(capsys, "upcycle", "fine", "--run", "new")
+    assert "already has experts" in refusal(capsys, "upcycle", "fine", "--run", "new")
     assert "model.num_layers = 3" in refusal(capsys, "upcycle", "dense", "--run", "new", "--set", "model.num_layers=3")
     assert "'dance' is not a run" in refusal(capsys, "upcycle", "dance", "--run", "new")
 
 
 @pytest.mark.slow
-def test_logits_that_differ_leave_no_run_behind(place, monkeypatch):
+def test_differing_logits_leave_no_run(place, monkeypatch):
     monkeypatch.setattr("experiments.upcycle.TOLERANCE", -1.0)
     run, dense = find_run("dense"), load_experiment(find_run("dense"))
     experiment = with_experts(dense, FINE[1::2])
@@ -98,7 +98,7 @@ def test_logits_that_differ_leave_no_run_behind(place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_trains_from_step_0_like_any_other_run(place, told, capsys):
+def test_the_new_run_trains_from_step_0_like_any_other(place, output, capsys):
     code, out, _ = call(capsys, "train", "smoke", "--resume", "fine")
     assert code == 0 and "resuming from step 0" in out
     assert final_row(place / "runs" / "fine")["step"] == 2

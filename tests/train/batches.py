@@ -1,4 +1,4 @@
-"""Random packed batches, and the network's predictions on them."""
+"""Random batches of packed and unpacked rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from data.batch import Batch
 
-FIRST_TEXT_ID = 11  # ids below are specials
+FIRST_TEXT_ID = 11  # smaller ids are special tokens
 
 
 def packed_windows(
     seed: int, rows: int, width: int, vocab: int, longest: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, segment_ids), int32 [rows, width]: segments of random sizes up to `longest`, padding at some ends."""
+    """Return (tokens, segment_ids), int32 [rows, width], of random segments up to `longest`, some rows with padding."""
     draw = np.random.default_rng(seed)
     segment_ids = np.zeros((rows, width), np.int32)
     for row in segment_ids:
@@ -29,21 +29,21 @@ def packed_windows(
 
 
 def whole_windows(seed: int, rows: int, width: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `packed_windows`, each row one segment."""
+    """Return `packed_windows` in which each row is one segment."""
     tokens = np.random.default_rng(seed).integers(FIRST_TEXT_ID, vocab, (rows, width)).astype(np.int32)
     return tokens, np.ones((rows, width), np.int32)
 
 
 def packed_batch(seed: int, rows: int, width: int, vocab: int, longest: int | None = None) -> Batch:
-    """The batch of `packed_windows`."""
+    """Return the batch of `packed_windows`."""
     return Batch.of_windows(*packed_windows(seed, rows, width, vocab, longest))
 
 
 def whole_rows(seed: int, rows: int, width: int, vocab: int) -> Batch:
-    """The batch of `whole_windows`."""
+    """Return the batch of `whole_windows`."""
     return Batch.of_windows(*whole_windows(seed, rows, width, vocab))
 
 
 def weighted(batch: Batch, weights_BT: np.ndarray | float = 1.0) -> Batch:
-    """`batch` with its loss weights multiplied."""
+    """Return `batch` with its loss weights multiplied by `weights_BT`."""
     return replace(batch, loss_weights=batch.loss_weights * np.float32(weights_BT))

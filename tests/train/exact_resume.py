@@ -1,8 +1,8 @@
-"""A run, the same run stopped and resumed, and the same run again, compared bit by bit; started by test_loop.
+"""A program, started by test_loop, that compares a run bit by bit with a resumed and with a repeated one.
 
     python -m tests.train.exact_resume FOLDER
 
-Its own process, so that the compiler works as it does for users: the tests' flags switch its optimizations off.
+It is a separate process so that the compiler optimizes as it does for users; the tests' flags turn that off.
 """
 
 import sys
@@ -23,12 +23,12 @@ def main(root: Path) -> None:
         folder = root / f"stopped_{when}"
         with StopAt(when) as stop:
             assert not run(program, prepared, folder, stop=stop).finished
-        # A new program, as a new process would compile it.
+        # Build a new program, as a new process would.
         resumed = run(build(experiment(data)), prepared, folder)
-        assert bits(resumed.state) == bits(whole.state), f"stopped at {when}: other weights"
-        assert train_rows(folder) == train_rows(root / "whole"), f"stopped at {when}: other losses"
+        assert bits(resumed.state) == bits(whole.state), f"stopped at {when}: the weights differ"
+        assert train_rows(folder) == train_rows(root / "whole"), f"stopped at {when}: the losses differ"
     again = run(program, prepared, root / "again")
-    assert bits(again.state) == bits(whole.state), "a second start: other weights"
+    assert bits(again.state) == bits(whole.state), "second run: the weights differ"
     print("exact")
 
 

@@ -1,4 +1,4 @@
-"""One of two processes under jax.distributed; started by the tests as a program.
+"""A program, started by the tests, that is one of two processes under jax.distributed.
 
 python -m tests.train.peers SCENARIO ADDRESS RANK FOLDER
 """
@@ -45,7 +45,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def checkpoints(folder: Path) -> None:
-    """Save on one mesh, restore on another; damage seen by one process makes both fall back; a full disk is shared."""
+    """Save on one mesh and restore on another. Damage or a full disk that one process finds affects both."""
     axis_types = (AxisType.Explicit,) * 2
     tall = jax.make_mesh((8, 1), ("data", "tensor"), axis_types=axis_types)
     wide = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
@@ -82,14 +82,14 @@ def checkpoints(folder: Path) -> None:
         jax.experimental.multihost_utils.sync_global_devices("unreadable")
         try:
             checkpointer.restore(make_state(wide, 0))
-            raise AssertionError("an older step was taken for one that cannot be read")
+            raise AssertionError("an older step was restored instead of an unreadable one")
         except CheckpointError as error:
             assert "step 2" in str(error) and "not be read in 2 tries" in str(error), error
     print("checkpoints held", flush=True)
 
 
 def stop(folder: Path) -> None:
-    """Runs until the peers agree to stop; one of them is sent SIGTERM by the test."""
+    """Run until the peers agree to stop; the test sends SIGTERM to one of them."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, P("data")), lambda index: np.ones(8)[index])
     total = jax.jit(lambda x: x.sum())
@@ -101,11 +101,11 @@ def stop(folder: Path) -> None:
             if stop_signal.agreed(step):
                 break
             time.sleep(0.002)
-    print(f"stopped at {step}, asked here: {stop_signal.requested}", flush=True)
+    print(f"stopped at {step}, requested here: {stop_signal.requested}", flush=True)
 
 
 def crash(folder: Path) -> None:
-    """Rank 1 raises; without the hook it would wait at exit for rank 0, which is busy."""
+    """Raise on rank 1, which without the hook would wait at exit for rank 0, which is busy."""
     exit_hard_on_exception()
     if jax.process_index() == 1:
         raise RuntimeError("injected\nin two lines")
@@ -113,7 +113,7 @@ def crash(folder: Path) -> None:
 
 
 def train_forever(folder: Path) -> None:
-    """Sum over both processes again and again, as a run does, until one of them is killed."""
+    """Sum over both processes repeatedly, as a run does, until one of them is killed."""
     exit_hard_on_exception()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = jax.make_array_from_callback((8,), NamedSharding(mesh, P("data")), lambda index: np.ones(8)[index])
@@ -126,9 +126,9 @@ def train_forever(folder: Path) -> None:
 
 
 def sums(folder: Path) -> None:
-    """The gradient of a gathered weight of 32 MB is the exact sum over the processes, every time.
+    """Check repeatedly that the gradient of a gathered weight of 32 MB is the exact sum over the processes.
 
-    The weight and the factors are whole numbers, which float32 adds exactly in any order.
+    The weight and the factors are integers, which float32 adds exactly in any order.
     """
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Explicit,))
     rng = np.random.default_rng(0)

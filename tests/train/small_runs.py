@@ -1,4 +1,4 @@
-"""Runs small enough for properties: a tiny network on a folder of a few files, one device, compiled once."""
+"""Runs small enough for property tests: a tiny network on a few files and one device, compiled once."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TINY = ModelConfig(
 
 
 def experiment(data: DataConfig, **train: object) -> Experiment:
-    """Everything that draws at random or carries state: dropout, an average, accumulation, fill-in-the-middle, experts.
+    """Return an experiment with every random draw and state: dropout, average, microbatches, fill-in-middle, experts.
 
-    The learning rate does not depend on the number of steps, so that a run of fewer is the beginning of one of more.
+    The learning rate does not depend on the number of steps, so that a shorter run is the beginning of a longer one.
     """
     fields = dict(
         steps=12, objective="fill_in_middle", microbatches=2, ema_decay=0.9, eval_every=4, eval_windows=8,
@@ -50,7 +50,7 @@ def experiment(data: DataConfig, **train: object) -> Experiment:
 
 
 def with_train(program: Program, **changes: object) -> Program:
-    """The same compiled program with other settings of the loop (not of the step)."""
+    """Return the same compiled program with other settings of the loop (not of the step)."""
     e = program.experiment
     return dataclasses.replace(
         program, experiment=dataclasses.replace(e, train=dataclasses.replace(e.train, **changes))
@@ -60,14 +60,14 @@ def with_train(program: Program, **changes: object) -> Program:
 def run(
     program: Program, prepared: Prepared, folder: Path, messages: list[str] | None = None, **parts: object
 ) -> loop.Trained:
-    """Starts or resumes the run in `folder`; `parts` as `loop.train` takes them."""
+    """Start or resume the run in `folder`. `parts` are further arguments of `loop.train`."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     log = (lambda text: None) if messages is None else messages.append
     return loop.train(program, prepared, RunFolder(folder), log=log, show_progress=False, **parts)
 
 
 class StopAt(StopSignal):
-    """Sends this process SIGTERM while step `when` is under way."""
+    """Sends this process SIGTERM during step `when`."""
 
     def __init__(self, when: int):
         super().__init__()
@@ -80,14 +80,14 @@ class StopAt(StopSignal):
 
 
 def train_rows(folder: Path) -> list[tuple]:
-    """What must not depend on interruptions, step by step."""
+    """Return, for each step, the metrics that must not depend on interruptions."""
     rows = read_metrics(folder / "metrics.jsonl")
     names = ("step", "loss", "grad_norm", "learning_rate", "load_balance_loss", "max_violation")
     return [tuple(row[name] for name in names) for row in rows if row["kind"] == "train"]
 
 
 def bits(tree) -> list[bytes]:
-    """The exact content of a tree's leaves."""
+    """Return the exact bytes of a tree's leaves."""
     data = (
         jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         for x in jax.tree.leaves(tree)

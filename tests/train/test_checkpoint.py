@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit on any mesh, and what is damaged is named and passed over."""
+"""Checkpoints restore bit for bit on any mesh, and damaged steps are reported and skipped."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def mesh_of(*shape: int) -> jax.sharding.Mesh:
 
 
 def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
-    """A tree with every kind of leaf: sharded, replicated, scalar, low precision, key, numpy, empty."""
+    """Return a tree with every kind of leaf: sharded, replicated, scalar, low precision, key, numpy, empty."""
     keys = iter(jax.random.split(jax.random.key(seed), 8))
 
     def place(x, *spec):
@@ -68,7 +68,7 @@ def random_state(seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
 
 
 def as_template(state, mesh):
-    """The state's shapes on another mesh, with the axes of the specs reversed."""
+    """Return the state's shapes on another mesh, without the axes that this mesh lacks."""
 
     def leaf(x):
         if not isinstance(x, jax.Array) or not isinstance(x.sharding, NamedSharding):
@@ -97,7 +97,7 @@ def same_bits(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def good_folder(tmp_path_factory) -> Path:
-    """Steps 1 and 2 on disk, never touched: tests damage copies."""
+    """A folder with steps 1 and 2 that stays intact; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("good")
     with Checkpointer(folder) as checkpointer:
         for step in (1, 2):
@@ -106,7 +106,7 @@ def good_folder(tmp_path_factory) -> Path:
 
 
 def restore_copy(good_folder: Path, tmp_path: Path, damage) -> tuple:
-    """`(restored, warnings)` after `damage(step 2's directory)` on a fresh copy."""
+    """Return `(restored, warnings)` after `damage(directory of step 2)` on a new copy."""
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     shutil.copytree(good_folder, tmp_path / "copy")
     damage(tmp_path / "copy" / "2")
@@ -144,7 +144,7 @@ def test_a_flip_of_one_bit_changes_the_checksum(dtype, shape, data):
     assert sums["x"] == sums["numpy"] != sums["flipped"]
 
 
-def test_checksum_sees_cancelling_changes_and_order():
+def test_checksum_detects_cancelling_changes_and_order():
     x = jax.random.normal(jax.random.key(0), (64, 64))
     variants = {
         "x": x,
@@ -188,7 +188,7 @@ def test_restores_bit_for_bit_on_another_mesh(tmp_path, saved_on, restored_on):
             assert found.sharding == leaf.sharding, name
         else:
             assert isinstance(found, type(leaf)), name
-    # An uncommitted leaf must not come back pinned to a device that the mesh does not share.
+    # An uncommitted leaf must not be restored to a committed array on a device outside the mesh.
     assert np.isfinite(
         jax.jit(lambda s: s["w"].sum() + jax.random.key_data(s["streams"]).sum())(
             restored.state["params"] | restored.state
@@ -280,7 +280,7 @@ def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
     assert warnings == ["step 2, params/w: checksum mismatch; falling back to step 1"]
 
 
-def test_garbage_commit_file_is_named(good_folder, tmp_path):
+def test_a_garbled_commit_file_is_reported(good_folder, tmp_path):
     for garbage in (b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000, b"1" * 9999, b'{"body": {}, "crc32": 1}'):
         restored, (warning,) = restore_copy(
             good_folder, tmp_path, lambda s, g=garbage: (s / COMMIT_FILE).write_bytes(g)
@@ -298,7 +298,7 @@ def test_edited_metadata_is_refused(good_folder, tmp_path):
     assert restored.step == 1 and "checksum mismatch" in warning
 
 
-def test_when_every_step_is_bad_each_is_listed(good_folder, tmp_path):
+def test_when_every_step_is_damaged_each_is_listed(good_folder, tmp_path):
     def damage(step):
         (step / COMMIT_FILE).unlink()
         (step.parent / "1" / "manifest.ocdbt").unlink()
@@ -332,7 +332,7 @@ def test_an_explicit_step_does_not_fall_back(good_folder, tmp_path):
         (lambda s: s.update(rng=jax.random.key_data(s["rng"])), r"rng +key<fry>\[\] +uint32\[2\]"),
     ],
 )
-def test_another_state_is_refused_with_a_table(good_folder, change, row):
+def test_a_mismatched_state_is_refused_with_a_table(good_folder, change, row):
     template = random_state(0)
     change(template)
     warnings: list[str] = []
@@ -379,7 +379,7 @@ def test_only_plain_numbers_are_steps(good_folder, tmp_path):
         lambda body: {key: value for key, value in body.items() if key != "format"},
     ],
 )
-def test_a_commit_file_of_another_shape_is_damage(good_folder, tmp_path, change):
+def test_a_malformed_commit_file_is_damage(good_folder, tmp_path, change):
     def edit(step):
         body = change(json.loads((step / COMMIT_FILE).read_text())["body"])
         crc32 = zlib.crc32(json.dumps(body, sort_keys=True).encode())
@@ -393,7 +393,7 @@ def test_a_commit_file_of_another_shape_is_damage(good_folder, tmp_path, change)
 
 
 def make_unreadable(file: Path) -> None:
-    """The kernel fails to open it (ELOOP), for root, too; what it held is kept beside it."""
+    """Make the kernel fail to open a file (ELOOP), even for root. Its content is kept next to it."""
     file.rename(file.with_name(f"{file.name}.kept"))
     file.symlink_to(file)
 
@@ -404,7 +404,7 @@ def make_readable(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [COMMIT_FILE, "manifest.ocdbt", "the largest"])
-def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_path, name):
+def test_an_unreadable_step_stops_the_run_and_is_not_damaged(good_folder, tmp_path, name):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     files = [file for file in (tmp_path / "2").rglob("*") if file.is_file()]
     file = tmp_path / "2" / name if name != "the largest" else max(files, key=lambda file: file.stat().st_size)
@@ -413,7 +413,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_pa
     with Checkpointer(tmp_path, warn=warnings.append, retry_waits=(0, 0)) as checkpointer:
         with pytest.raises(CheckpointError, match=rf"(?s)step 2 .*not be read in 3 tries: .*{file.name}.*nothing was"):
             checkpointer.restore(random_state(0))
-        with pytest.raises(CheckpointError, match="already holds step 2"):  # no way around it
+        with pytest.raises(CheckpointError, match="already holds step 2"):  # nor can a save get past it
             checkpointer.save(1, random_state(1), metadata={})
     make_readable(file)
     with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
@@ -421,7 +421,7 @@ def test_what_cannot_be_read_stops_the_run_and_is_not_damage(good_folder, tmp_pa
     assert warnings == []
 
 
-def test_a_passing_read_error_is_tried_again(good_folder, tmp_path):
+def test_a_transient_read_error_is_retried(good_folder, tmp_path):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "2" / COMMIT_FILE
     make_unreadable(file)
@@ -433,7 +433,7 @@ def test_a_passing_read_error_is_tried_again(good_folder, tmp_path):
 
 
 class FailingHandler:
-    """Orbax, as TensorStore fails it: with each of `messages` in turn, then not at all."""
+    """A stand-in for Orbax that fails as TensorStore does, with each of `messages` in turn, and then succeeds."""
 
     def __init__(self, *messages: str):
         self.messages = list(messages)
@@ -482,7 +482,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     with Checkpointer(tmp_path, retry_waits=(0,)) as checkpointer:
         checkpointer.verify(2, as_template(random_state(0), None))
-        with pytest.raises(CheckpointError, match=r"step 3 of .* is not whole: commit\.json is missing"):
+        with pytest.raises(CheckpointError, match=r"step 3 of .* is damaged: commit\.json is missing"):
             checkpointer.verify(3, random_state(0))
         make_unreadable(tmp_path / "1" / COMMIT_FILE)
         with pytest.raises(CheckpointError, match=r"step 1 .*not be read in 2 tries"):
@@ -497,15 +497,15 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
         content = bytearray(file.read_bytes())
         content[content.index(row)] ^= 1
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"step 1 of .* is not whole: b: checksum mismatch"):
+        with pytest.raises(CheckpointError, match=r"step 1 of .* is damaged: b: checksum mismatch"):
             checkpointer.verify(1, big)
 
 
 # ---------------------------------------------------------------------------------------------------- object stores
 
 
-def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path):
-    """A folder that cannot be renamed, as a bucket's: `local=False` on a disk."""
+def test_in_a_bucket_a_step_is_valid_once_its_commit_file_exists(good_folder, tmp_path):
+    """`local=False` on a disk simulates a bucket, whose folders cannot be renamed."""
     warnings: list[str] = []
     with Checkpointer(tmp_path, local=False, keep_last=2, warn=warnings.append) as checkpointer:
         for step in (1, 2):
@@ -524,8 +524,8 @@ def test_in_a_bucket_a_step_counts_from_its_commit_file_on(good_folder, tmp_path
     assert warnings == []
 
 
-def test_in_a_bucket_a_save_that_fails_stops_counting_before_its_files_change(tmp_path):
-    """The same step again, cut short: neither its old commit.json nor its new arrays may pass for a checkpoint."""
+def test_in_a_bucket_a_failed_save_invalidates_its_step_first(tmp_path):
+    """If a second save of a step is cut short, neither its old commit.json nor its new arrays count as a checkpoint."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -548,7 +548,7 @@ def test_a_path_of_another_scheme_is_refused():
 # ---------------------------------------------------------------------------------------------------- failed saves
 
 
-def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
+def test_a_full_disk_is_reported_and_the_next_save_tries_again(tmp_path):
     warnings: list[str] = []
     free = [math.inf, 1000.0, math.inf]
     with Checkpointer(tmp_path, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
@@ -561,8 +561,8 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path):
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(6))
 
 
-def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
-    """The kernel refuses files beyond a limit, in the middle of the asynchronous write."""
+def test_a_failed_write_is_reported_and_cleaned_up(tmp_path):
+    """A file size limit makes the kernel fail the asynchronous write midway."""
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -578,7 +578,7 @@ def test_a_write_that_fails_is_told_and_cleaned_up(tmp_path):
         assert checkpointer.save(6, big, metadata={}, wait=True) and checkpointer.steps() == [2, 6]
 
 
-def test_mistakes_of_the_caller(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/cannot/be/made"):
         with pytest.raises(CheckpointError, match="cannot be written to"):
@@ -609,7 +609,7 @@ def test_mistakes_of_the_caller(tmp_path):
     st.integers(0, 2),
     st.sampled_from(["min", "max"]),
 )
-def test_keeps_the_last_and_the_best(tmp_path_factory, metrics, keep_last, keep_best, mode):
+def test_the_last_and_the_best_steps_are_kept(tmp_path_factory, metrics, keep_last, keep_best, mode):
     folder = tmp_path_factory.mktemp("retention")
     kept: set[int] = set()
     with Checkpointer(folder, keep_last=keep_last, keep_best=keep_best, best_mode=mode) as checkpointer:
@@ -631,7 +631,7 @@ def test_a_run_that_did_not_restore_does_not_overwrite(good_folder, tmp_path):
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, local):
+def test_after_a_fallback_the_damaged_step_is_set_aside(good_folder, tmp_path, local):
     for next_step, left in ((2, [1, 2]), (3, [1, 3])):
         folder = tmp_path / str(next_step)
         shutil.copytree(good_folder, folder)
@@ -648,28 +648,28 @@ def test_after_a_fallback_the_damaged_step_is_kept_aside(good_folder, tmp_path, 
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_rewinding_sets_the_steps_ahead_aside_once_the_new_one_is_safe(good_folder, tmp_path, local):
+def test_rewinding_sets_later_steps_aside_once_the_new_one_is_saved(good_folder, tmp_path, local):
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "2.abandoned").mkdir()  # from another time
+    (tmp_path / "2.abandoned").mkdir()  # from an earlier rewind
     warnings: list[str] = []
     with Checkpointer(tmp_path, warn=warnings.append, keep_last=5, local=local) as checkpointer:
         checkpointer.restore(random_state(0), step=1)
         assert checkpointer.save(1, random_state(8), metadata={}, wait=True) and checkpointer.steps() == [1]
         assert len(warnings) == 1 and "set aside steps 2" in warnings[0]
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(8))
-        if local:  # a person may take it back
+        if local:  # a user may undo it
             (tmp_path / "2.abandoned-1").rename(tmp_path / "2")
         else:
             (tmp_path / "2" / "set_aside").unlink()
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
 
 
-def test_a_clean_up_that_fails_is_not_a_failed_save(tmp_path):
+def test_a_failed_clean_up_is_not_a_failed_save(tmp_path):
     warnings: list[str] = []
     with Checkpointer(tmp_path / "run", warn=warnings.append, keep_last=1) as checkpointer:
         assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, wait=True)
         (tmp_path / "run" / "1").rename(tmp_path / "elsewhere")
-        (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that cannot be removed as one
+        (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that rmtree cannot remove
         assert checkpointer.save(2, {"x": np.int32(2)}, metadata={}, wait=True)
     (warning,) = warnings
     assert "step 2 is saved, but" in warning and "1 could not be removed" in warning and "failed:" not in warning
@@ -689,14 +689,14 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_kill_in_the_middle_of_a_save(tmp_path):
+def test_a_save_that_is_killed_leaves_the_older_step(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(STAGING_SUFFIX in path.name for path in tmp_path.iterdir())
     template = {"w": jax.ShapeDtypeStruct((8_000_000,), jnp.float32)}
-    with Checkpointer(tmp_path, read_only=True) as checkpointer:  # a reader leaves the leftovers alone
+    with Checkpointer(tmp_path, read_only=True) as checkpointer:  # a reader does not remove the leftovers
         assert checkpointer.restore(template).step == 1
         assert len(list(tmp_path.iterdir())) > 1
     with Checkpointer(tmp_path) as checkpointer:

@@ -1,4 +1,4 @@
-"""Overrides, JSON and differences of configs, as properties over a config that has every kind of field."""
+"""Overrides, JSON and differences of configs, as properties of a config with every kind of field."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ roots = st.builds(Root, names, numbers, models, st.lists(sources, max_size=3).ma
 
 
 def written(value) -> str:
-    """A leaf as a user would write it on the command line."""
+    """Return a leaf as a user would write it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -122,13 +122,13 @@ def test_hash_and_diff_agree_with_equality(a, b):
 
 
 @given(roots, roots)
-def test_the_leaves_of_one_config_as_overrides_turn_another_into_it(start, goal):
+def test_the_leaves_of_a_config_as_overrides_reproduce_it(start, goal):
     assume(goal.model.needy is None or start.model.needy is not None)
     leaves = {k: v for k, v in flatten(goal).items() if not (isinstance(v, str) and (v != v.strip() or v == "none"))}
     for text in [s for v in leaves.values() if isinstance(v, tuple) for s in v if isinstance(s, str)]:
         assume(text and text == text.strip() and not text.startswith("(") and not text.endswith(")"))
     assume(not (isinstance(goal.axes, str) and goal.axes == "()"))
-    # Sources are emptied first, then grow one by one, each with at least one field set.
+    # Sources are emptied first, and then added one by one, each with at least one field set.
     overrides = ["sources=()", *(f"{k}={written(v)}" for k, v in leaves.items() if v != () or "include" in k)]
     changed = apply_overrides(start, [*overrides, *(f"{k}=()" for k, v in leaves.items() if v == ())])
     skipped = flatten(goal).keys() - leaves.keys()
@@ -207,7 +207,7 @@ def test_wrong_overrides_name_field_value_and_fix(override, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_letter_left_out_is_answered_with_the_right_name():
+def test_a_missing_letter_is_answered_with_the_right_name():
     for name in flatten(Root(model=Model(moe=Moe(), needy=Needy(1)))):
         for position, letter in enumerate(name):
             wrong = name[:position] + name[position + 1 :]
@@ -257,7 +257,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, change, words):
         ("\xff", []),
     ],
 )
-def test_a_file_of_odd_content_is_named_in_a_paragraph(tmp_path, content, words):
+def test_an_invalid_file_is_named_in_one_paragraph(tmp_path, content, words):
     path = tmp_path / "config.json"
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
@@ -267,7 +267,7 @@ def test_a_file_of_odd_content_is_named_in_a_paragraph(tmp_path, content, words)
     assert len(str(caught.value)) < 1000
 
 
-def test_a_configs_path_is_local_or_in_a_bucket(tmp_path, monkeypatch):
+def test_a_config_can_be_saved_to_a_bucket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     use_fake_bucket()
     save_json(Root(rate=0.5), "gs://bucket/test_config_io/config.json")

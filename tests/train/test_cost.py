@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against counts by hand, keys seen against the masks themselves."""
+"""Parameters and FLOPs match counts by hand, and visible keys match the masks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_gpt2_small():
     assert counts.embedding == (50257 + 1024) * 768
 
 
-def test_a_dense_network_by_hand():
+def test_parameters_of_a_dense_network_match_a_count_by_hand():
     D, N, K, H, F, V, L = 24, 6, 2, 4, 40, 100, 3
     config = ModelConfig(
         vocab_size=V, num_layers=L, embed_dim=D, mlp=MLPConfig(kind="relu", hidden_dim=F),
@@ -58,37 +58,35 @@ def test_experts_that_are_not_chosen_are_not_active(top_k, kinds, layers):
     counts = count_parameters(config)
     moe_layers = sum(kinds[i % len(kinds)] == "moe" for i in range(layers))
     assert counts.total - counts.active == moe_layers * (4 - top_k) * 3 * 16 * 20
-    # One expert of the size of the MLP, without its router, is the dense network.
+    # With one expert of the MLP's size and without the router, the network is the dense one.
     dense = count_parameters(dataclasses.replace(config, moe=None))
     assert counts.active - dense.total == moe_layers * (top_k * 3 * 16 * 20 + 16 * 4 - 3 * 16 * 12)
 
 
-def test_flops_are_six_a_parameter_and_attention():
-    """Kaplan et al. 2020, sec. 2.1, with the causal half: 6 N of the matrices + 3 * 2 * 2 * T / 2 * width of each
-    layer."""
+def test_flops_are_six_per_parameter_plus_attention():
+    """Kaplan et al. 2020, sec. 2.1, with half of the attention: 6 N for the matrices, and 3 * 2 * 2 * T / 2 * width for
+    each layer."""
     config = ModelConfig(
         vocab_size=512, num_layers=3, embed_dim=64, mlp=MLPConfig(hidden_dim=96),
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     )  # fmt: skip
     counts = count_parameters(config)
-    matrices = (
-        counts.total - counts.embedding - (2 * 3 + 1) * 64 + 512 * 64
-    )  # no norms; of the embeddings the head alone
+    matrices = counts.total - counts.embedding - (2 * 3 + 1) * 64 + 512 * 64  # no norms; the head, but no embedding
     T = 128
     assert train_flops_per_token(config, T) == 6 * matrices + 3 * 3 * 4 * (T / 2) * (4 * 16)
     tied = dataclasses.replace(config, tied_embeddings=True)
     assert train_flops_per_token(tied, T) == train_flops_per_token(config, T)
 
 
-def test_flops_of_experts_are_those_of_the_chosen():
+def test_only_chosen_experts_count_as_flops():
     moe = dataclasses.replace(MIXTRAL, num_layers=2)
     dense = dataclasses.replace(moe, moe=None, mlp=MLPConfig(kind="swiglu", hidden_dim=2 * 14336))
     router = 2 * 2 * 4096 * 8
     assert forward_flops_per_token(moe, 512) == forward_flops_per_token(dense, 512) + router
 
 
-def seen_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
-    """Mean keys a query; of a causal mask its own key counts half."""
+def visible_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
+    """Return the mean number of visible keys per query. In a causal mask, a query's own key counts half."""
     a, total = config.attention, 0.0
     for q in range(length):
         for k in range(length):
@@ -120,18 +118,20 @@ def seen_by_brute_force(config: ModelConfig, layer: str, length: int) -> float:
     ),
 )
 @settings(max_examples=200, deadline=None)
-def test_keys_seen_are_those_of_the_mask(length, window, block, local, stride, kind):
+def test_visible_keys_match_the_mask(length, window, block, local, stride, kind):
     mask, layer = kind
     if layer == "block_sparse":
         length = block * -(-length // block)  # whole blocks
     attention = AttentionConfig(mask=mask, window=window, blocks=(block, local, stride))
     config = ModelConfig(attention=attention)
-    # The formulas are areas under the mask's edge: off by less than a key where the edge's steps count.
-    assert abs(keys_seen(config, layer, length) - seen_by_brute_force(config, layer, length)) < 0.5 + 1e-9
+    # The formulas are areas under the mask's edge, so the steps of the edge cause an error of less than one key.
+    assert abs(keys_seen(config, layer, length) - visible_by_brute_force(config, layer, length)) < 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("length", [1, 2, 77])
-def test_of_a_causal_mask_half_is_counted(length):
+def test_a_causal_mask_counts_half_of_the_keys(length):
     assert (
-        keys_seen(ModelConfig(), "global", length) == length / 2 == seen_by_brute_force(ModelConfig(), "global", length)
+        keys_seen(ModelConfig(), "global", length)
+        == length / 2
+        == visible_by_brute_force(ModelConfig(), "global", length)
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: against float64, whole vocabularies, one device and the plain one's memory."""
+"""Chunked cross-entropy matches float64, whole vocabularies and one device, and uses less memory than plain code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.objectives import make_objective, token_losses
 
 
 def problem(seed: int, rows: tuple[int, ...], D: int, V: int, vocab_axis: int = 1):
-    """(hidden, head, targets, cotangents of nll and log total), float32; logits of standard deviation 2."""
+    """Return (hidden, head, targets, cotangents of nll and log total), float32; logits have standard deviation 2."""
     draw = np.random.default_rng(seed)
     hidden = draw.standard_normal((*rows, D)).astype(np.float32)
     head = (2 * D**-0.5 * draw.standard_normal((D, V))).astype(np.float32)
@@ -33,7 +33,7 @@ def problem(seed: int, rows: tuple[int, ...], D: int, V: int, vocab_axis: int = 
 
 
 def in_float64(hidden, head, targets, dnll, dlog_total, vocab_axis: int = 1, softcap: float | None = None):
-    """(nll, log total, gradient of hidden, gradient of head) by the formulas, logits whole."""
+    """Return (nll, log total, gradient of hidden, gradient of head) by the formulas, with all logits at once."""
     x, w = hidden.astype(np.float64).reshape(-1, hidden.shape[-1]), head.astype(np.float64)
     w = w if vocab_axis else w.T
     t, a, b = (
@@ -59,7 +59,7 @@ def in_float64(hidden, head, targets, dnll, dlog_total, vocab_axis: int = 1, sof
 
 
 def run(hidden, head, targets, dnll, dlog_total, **options):
-    """The same four of `cross_entropy`, jitted."""
+    """Return the same four values from a jitted `cross_entropy`."""
 
     @jax.jit
     def both(hidden, head, targets, dnll, dlog_total):
@@ -70,7 +70,7 @@ def run(hidden, head, targets, dnll, dlog_total, **options):
 
 
 def near(found, expected, tolerance: float):
-    """Within `tolerance` of the largest entry, or of 1, the size of the cotangents, where all are small."""
+    """Compare within `tolerance` of the largest entry, or of 1 (the size of the cotangents) if all are small."""
     for name, a, b in zip(("nll", "log_total", "dhidden", "dhead"), found, expected, strict=True):
         np.testing.assert_allclose(
             np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1), err_msg=name
@@ -89,7 +89,7 @@ def near(found, expected, tolerance: float):
     st.integers(1, 25),
     st.sampled_from([None, 1.5]),
     st.sampled_from([0, 1]),
-)  # no shrinking: each smaller shape would compile anew
+)  # no shrinking: each smaller shape would need a compilation
 def test_chunks_of_any_size_give_the_losses_and_gradients_of_float64(seed, rows, D, V, chunk, softcap, vocab_axis):
     values = problem(seed, rows, D, V, vocab_axis)
     expected = in_float64(*values, vocab_axis=vocab_axis, softcap=softcap)
@@ -100,7 +100,7 @@ def test_chunks_of_any_size_give_the_losses_and_gradients_of_float64(seed, rows,
 
 @pytest.mark.parametrize("chunk", [None, 64, 1000])
 def test_large_logits_neither_overflow_nor_vanish(chunk):
-    """Logits of some hundreds, the largest in the last chunk of the first row and in the first chunk of the others."""
+    """Logits of several hundred: the largest is in the last chunk of the first row and the first chunk of others."""
     hidden, head, *rest = problem(0, (6,), 16, 1000)
     head[:, 999], head[:, 3] = 100 * hidden[0] / 16, 100 * hidden[1] / 16
     near(run(hidden, head, *rest, chunk=chunk), in_float64(hidden, head, *rest), 3e-6)
@@ -127,15 +127,15 @@ def test_a_nan_reaches_the_loss():
 
 
 @pytest.mark.unchecked
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_are_refused():
     hidden, head, targets, *_ = problem(0, (3,), 8, 50)
-    with pytest.raises(ValueError, match=r"chunk = 0: at least one"):
+    with pytest.raises(ValueError, match=r"chunk = 0: must be at least one"):
         cross_entropy(hidden, head, targets, chunk=0)
     with pytest.raises(ValueError, match="vocab_axis = 0"):
         cross_entropy(hidden, head, targets, vocab_axis=0)
     with pytest.raises(ValueError, match="targets"):
         cross_entropy(hidden, head, targets[:2])
-    with pytest.raises(ValueError, match=r"train.loss_chunk = 0: at least 1"):
+    with pytest.raises(ValueError, match=r"train.loss_chunk = 0: must be at least 1"):
         TrainConfig(loss_chunk=0).validate()
 
 
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def temporaries(vocabulary: int, vocab_axis: int, plain: bool = False) -> float:
-    """Megabytes of temporaries of a compiled loss with z-loss and its gradients: 2048 tokens of width 512, float32."""
+    """Return the megabytes of temporaries of a compiled loss with z-loss and gradients, for 2048 x 512 in float32."""
 
     def loss(hidden_ND, head, targets_N):
         if plain:
@@ -161,9 +161,12 @@ def temporaries(vocabulary: int, vocab_axis: int, plain: bool = False) -> float:
 
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
-def test_the_logits_of_a_large_vocabulary_are_never_stored_whole(vocab_axis):
-    """Plain: twice the logits, 2,148 MB at 131,072 ids and 4,295 at 262,144. Here 88 MB for both: a chunk's logits, and
-    the hidden states' gradient with room to add to it; no copy of the head (268 MB), however it lies."""
+def test_all_logits_of_a_large_vocabulary_are_never_stored_at_once(vocab_axis):
+    """Plain code stores the logits twice: 2,148 MB at 131,072 ids and 4,295 MB at 262,144.
+
+    Chunks take 88 MB for both: the logits of a chunk, and the gradient of the hidden states with a buffer for its sum.
+    The head (268 MB) is not copied in either layout.
+    """
     small, large = (temporaries(vocabulary, vocab_axis) for vocabulary in (131072, 262144))
     assert large < temporaries(262144, vocab_axis, plain=True) / 30
     assert small == large < 1.4 * 2048 * CHUNK_IDS * 4 / 1e6
@@ -178,8 +181,8 @@ def test_the_logits_of_a_large_vocabulary_are_never_stored_whole(vocab_axis):
     [{"data": 2, "tensor": 4, "fsdp": 1}, {"fsdp": 2, "sequence": 2, "tensor": 2}, {"data": 2, "fsdp": 4}],
     ids=lambda axes: "".join(f"{k}{v}" for k, v in axes.items()),
 )
-def test_a_mesh_gives_what_one_device_gives(axes, chunk, vocab_axis):
-    """The vocabulary over `tensor`, tokens over the rest; gradients come back in the layouts of what was stored."""
+def test_a_mesh_matches_one_device(axes, chunk, vocab_axis):
+    """The vocabulary is sharded over `tensor`, tokens over the rest; gradients are sharded like the stored arrays."""
     values = problem(2, (8, 4), 16, 48, vocab_axis)
     expected = in_float64(*values, vocab_axis=vocab_axis, softcap=3.0)
     rows, stored, used = P(("data", "fsdp", "expert"), "sequence"), P("fsdp", "tensor"), P(None, "tensor")
@@ -211,7 +214,7 @@ def test_tokens_and_vocabulary_over_one_mesh_axis_are_refused():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     with use_mesh(mesh):
         lay = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, P(*spec)))
-        with pytest.raises(ValueError, match="mesh axis 'data' spreads both"):
+        with pytest.raises(ValueError, match="mesh axis 'data' shards both"):
             cross_entropy(lay(hidden, "data", None, None), lay(head, None, "data"), lay(targets, "data", None))
 
 
@@ -219,7 +222,7 @@ def test_tokens_and_vocabulary_over_one_mesh_axis_are_refused():
 
 
 def gradients(config, chunk: int | None, z_loss: float = 0.01):
-    """Jitted (model, batch) -> (loss, gradients) of the configured objective."""
+    """Return a jitted (model, batch) -> (loss, gradients) of the configured objective."""
     objective = make_objective(TrainConfig(z_loss=z_loss, loss_chunk=chunk), config.vocab_size)
     return jax.jit(jax.value_and_grad(lambda model, batch: objective(model, None, batch, None).total))
 
@@ -248,7 +251,7 @@ def test_training_is_the_same_in_chunks_on_one_device_and_on_a_mesh(tied):
 
 @pytest.mark.parametrize("chunk", [None, 24])
 @pytest.mark.parametrize("tied", [True, False])
-def test_token_losses_are_those_of_the_networks_own_predictions(tied, chunk):
+def test_token_losses_match_the_networks_logits(tied, chunk):
     model = random_model(tiny_config(num_layers=1, tied_embeddings=tied, final_softcap=4.0, mup_base_dim=16))
     draw = np.random.default_rng(0)
     hidden, targets = 3 * draw.standard_normal((2, 5, 32)).astype(np.float32), draw.integers(0, 64, (2, 5))
@@ -259,8 +262,8 @@ def test_token_losses_are_those_of_the_networks_own_predictions(tied, chunk):
     np.testing.assert_allclose(nll, expected - np.take_along_axis(scores, targets[..., None], -1)[..., 0], rtol=1e-5)
 
 
-def test_only_chunks_multiply_with_the_head_anew():
-    """Three matmuls for a whole vocabulary, its logits kept; four for each chunk: the loop's and the last one's."""
+def test_only_chunks_multiply_with_the_head_again():
+    """Three matmuls for a whole vocabulary with stored logits; four each for the loop's chunk and for the last one."""
     hidden, head, targets = map(jnp.asarray, problem(0, (3,), 8, 50)[:3])
     for chunk, matmuls in ((None, 3), (16, 8)):
         loss = lambda hidden, head, chunk=chunk: cross_entropy(hidden, head, targets, chunk=chunk)[0].sum()
@@ -268,7 +271,7 @@ def test_only_chunks_multiply_with_the_head_anew():
 
 
 def test_the_config_reaches_every_objective():
-    """The chunk's logits are in the program, the whole vocabulary's are not."""
+    """The program computes the logits of a chunk, but not those of the whole vocabulary."""
     config = tiny_config(vocab_size=104)
     model, batch = random_model(config), packed_batch(0, 2, 16, 104)
     for objective in ("next_token", "fill_in_middle", "prefix", "masked"):

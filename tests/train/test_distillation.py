@@ -1,4 +1,4 @@
-"""Distillation: against a closed form in NumPy; the teacher is an argument; a run of it keeps its teacher."""
+"""Distillation matches a closed form in NumPy, and a run saves its teacher and resumes with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("temperature", "mix"), [(1.0, 1.0), (2.0, 0.3), (5.0, 0.0)])
-def test_the_loss_is_the_closed_form(networks, temperature, mix):
+def test_the_loss_matches_the_closed_form(networks, temperature, mix):
     student, teacher = networks
     batch = weighted(BATCH, np.random.default_rng(0).choice([0.5, 1.0], BATCH.tokens.shape))
     objective = Distillation(temperature=temperature, mix=mix)
@@ -56,7 +56,7 @@ def test_the_loss_is_the_closed_form(networks, temperature, mix):
     np.testing.assert_allclose(found.metrics["distillation_loss"], (w * soft).sum() / w.sum(), rtol=1e-5)
 
 
-def test_a_teacher_equal_to_the_student_teaches_nothing(networks):
+def test_a_teacher_equal_to_the_student_gives_no_gradient(networks):
     model, _ = networks
     objective = Distillation(temperature=2.0, mix=1.0)
 
@@ -70,7 +70,7 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(networks):
     assert norm(taught) < 1e-5 * norm(plain)
 
 
-def test_the_gradient_by_the_logits_is_the_published_one():
+def test_the_gradient_of_the_logits_matches_the_paper():
     """Hinton et al. 2015, eq. 2: temperature^2 times (q - p) / temperature."""
     draw = np.random.default_rng(0)
     student, teacher = (jnp.asarray(draw.standard_normal((1, 2, 7)), jnp.float32) for _ in range(2))
@@ -83,7 +83,7 @@ def test_the_gradient_by_the_logits_is_the_published_one():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """(data config, prepared data, folder of a trained teacher) of a network twice as wide as the student's."""
+    """(data config, prepared data, folder of a trained teacher that is twice as wide as the student)."""
     root = tmp_path_factory.mktemp("distillation")
     data = byte_config(root, write_corpus(root / "large", 12))
     prepared = prepare(data)
@@ -111,10 +111,10 @@ def test_a_run_learns_from_a_teacher_and_resumes_bit_for_bit(place, tmp_path):
 def test_a_teacher_that_does_not_fit_is_refused(place, tmp_path):
     data, _, teacher = place
     config = experiment(data, objective="distillation", teacher=str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"train.teacher = .*is not a run"):
+    with pytest.raises(ConfigError, match=r"train.teacher = .*not a run with a readable config"):
         build(replace(config, model=TINY))
     config = replace(config, train=replace(config.train, teacher=str(teacher)))
-    with pytest.raises(ConfigError, match=r"model.vocab_size = 272, this network 300"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size = 272, the student 300"):
         build(replace(config, model=replace(TINY, vocab_size=300)), devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="set both, or neither"):
         replace(config.train, teacher="").validate()

@@ -1,4 +1,4 @@
-"""Held-out bits per byte against a sum by hand, document by document."""
+"""Held-out bits per byte match a sum by hand, document by document."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def score():
 
 
 def bits_by_hand(model, prepared, name: str) -> tuple[float, int, int]:
-    """(bits per byte, tokens, bytes): windows of T targets over the held-out stream, each document's part of a window
-    given to the network alone."""
+    """Return (bits per byte, tokens, bytes) over windows of T targets of the held-out stream.
+
+    The network sees each document's part of a window separately.
+    """
 
     @jax.jit
     def predict(tokens_T):
@@ -68,7 +70,7 @@ def bits_by_hand(model, prepared, name: str) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize("name", ["code", "prose"])
-def test_bits_per_byte_by_hand_and_whatever_the_batch(model, prepared, score, name):
+def test_bits_per_byte_match_a_sum_by_hand_for_every_batch_size(model, prepared, score, name):
     expected, tokens, size = bits_by_hand(model, prepared, name)
     for batch_size in (4, 8):
         found = evaluate(score, model, prepared, name, batch_size=batch_size)
@@ -104,15 +106,15 @@ def test_held_out_text_is_scored_without_dropout(prepared, objective):
     assert found[0] == found[1]
 
 
-def test_a_network_that_knows_nothing_pays_the_logarithm_of_its_vocabulary(model, prepared, score):
+def test_uniform_predictions_cost_the_logarithm_of_the_vocabulary(model, prepared, score):
     blind = jax.tree.map(np.zeros_like, model)
     found = evaluate(score, blind, prepared, "code", batch_size=8)
     assert found.loss == pytest.approx(math.log(272), rel=1e-6)
     assert found.bits_per_byte == pytest.approx(math.log2(272) * found.tokens / found.bytes, rel=1e-6)
 
 
-def test_masked_prediction_is_scored_per_byte_of_what_it_predicts(prepared):
-    """Not per byte of all the text, of which it predicts a part: a network that knows nothing pays as above."""
+def test_masked_prediction_is_scored_per_predicted_byte(prepared):
+    """Bytes of tokens that are not predicted do not count, so a network of zeros scores as above."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="bidirectional")
     blind = jax.tree.map(np.zeros_like, random_model(tiny_config(vocab_size=272, num_layers=1, attention=attention)))
     score = jax.jit(make_score(scoring_objective(TrainConfig(objective="masked", mask_rate=0.15), 272)))
@@ -120,9 +122,8 @@ def test_masked_prediction_is_scored_per_byte_of_what_it_predicts(prepared):
     assert found.bits_per_byte == pytest.approx(math.log2(272), rel=0.1)
 
 
-def test_the_load_of_experts_is_told_over_the_whole_set(prepared):
-    """Router weights of zero tie all experts: the first two take everything. A capacity of half of it drops the
-    rest."""
+def test_the_load_of_experts_is_computed_over_the_whole_set(prepared):
+    """Router weights of zero tie all experts, so the first two take every token. Half the capacity drops the rest."""
     moe = MoEConfig(num_experts=6, top_k=2, hidden_dim=8)
     found = []
     for capacity in (None, 1.5):

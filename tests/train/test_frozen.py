@@ -1,4 +1,4 @@
-"""A part of the network is trained: the rest stays bit for bit, costs no memory and no backward pass, and is kept."""
+"""Frozen layers stay bit-identical, need no moments and no backward pass, and are saved and restored with the run."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def test_twenty_steps_leave_the_frozen_weights_bit_identical(model):
         state, metrics = step(state, packed_batch(i % 2, ROWS, WIDTH, VOCAB), program.hyper)
         losses.append(float(metrics["loss"]))
     assert bits(state.frozen) == frozen
-    assert all(a != b for a, b in zip(bits(state.model), before, strict=True)), "every trained weight moved"
+    assert all(a != b for a, b in zip(bits(state.model), before, strict=True)), "every trained weight changes"
     assert losses[-1] < losses[0]
 
 
-def test_moments_average_and_gradient_exist_for_the_trained_part_alone():
+def test_only_the_trained_part_has_moments_and_an_average():
     whole, part = (start(program_of(DENSE, layers)) for layers in (None, LAYERS // 4))
     trained = {name for name, w in named_weights(part.model) if w.value is not None}
     assert {name.split(".")[0] for name in trained} == {"stacks", "final_norm", "head"}
     assert size(part.model) + size(part.frozen) == size(whole.model)
-    counts = 8  # of updates, two int32
+    counts = 8  # bytes of the two int32 counters of updates
     for state in (whole, part):
         assert size(state.optimizer) == 2 * size(state.model) + counts and size(state.ema) == size(state.model)
     print(f"optimizer state: {size(part.optimizer):,} bytes of {size(whole.optimizer):,}")
@@ -82,7 +82,7 @@ def test_moments_average_and_gradient_exist_for_the_trained_part_alone():
 
 
 def test_the_backward_pass_stops_below_the_trained_layers():
-    """Of 8 layers the last 2: forward 1, backward 2 of each layer that is trained: 24 units of a layer become 12."""
+    """Training 2 of 8 layers: with 1 unit per forward and 2 per backward pass of a layer, 24 units become 12."""
     flops = []
     for layers in (None, LAYERS // 4):
         program = program_of(DENSE, layers)
@@ -94,7 +94,7 @@ def test_the_backward_pass_stops_below_the_trained_layers():
 
 
 @pytest.mark.parametrize("layers", range(1, 5))
-def test_a_cut_network_computes_the_same_and_is_joined_again(layers):
+def test_a_split_network_computes_the_same_and_can_be_rejoined(layers):
     model = random_model(EXPERTS)
     trainable, frozen = train_last(model, layers)
     assert frozen is not None
@@ -140,7 +140,7 @@ def test_frozen_weights_are_saved_once_and_a_resumed_run_is_the_same(program, pr
         leaves = json.loads((step / "commit.json").read_text())["body"]["leaves"]
         stored = [leaf for name, leaf in leaves.items() if name != "key"]
         bytes_ = sum(math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in stored)
-        assert bytes_ == saved, "a step holds the trained part alone"
+        assert bytes_ == saved, "a step holds only the trained part"
     with StopAt(4) as stop:
         run(program, prepared[1], tmp_path, stop=stop)
     resumed = run(program, prepared[1], tmp_path)
@@ -170,7 +170,7 @@ def test_changed_frozen_weights_are_refused(program, prepared, undisturbed, tmp_
 
 
 def test_frozen_weights_of_a_start_that_died_before_its_first_checkpoint_are_set_aside(program, tmp_path):
-    """The folder is free for another seed then, and its weights are this start's."""
+    """The folder then holds the weights of the new start, which may have another seed."""
     state = jax.jit(program.make_state)()
     other = jax.tree.map(lambda w: w + 1e-3, state.frozen)
     messages: list[str] = []
@@ -185,5 +185,5 @@ def test_frozen_weights_of_a_start_that_died_before_its_first_checkpoint_are_set
 
 
 def test_an_impossible_number_of_layers_is_refused():
-    with pytest.raises(ValueError, match=r"train.trainable_layers = 9: between 1 and model.num_layers = 8"):
+    with pytest.raises(ValueError, match=r"train.trainable_layers = 9: must be between 1 and model.num_layers = 8"):
         program_of(DENSE, 9)

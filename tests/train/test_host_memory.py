@@ -1,4 +1,4 @@
-"""Large blocks that are freed and allocated again are not paged in again."""
+"""After `keep_freed_memory`, large blocks that are freed and allocated again cause no page faults."""
 
 import os
 import platform
@@ -29,6 +29,6 @@ def _faults(mode: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_second_allocation_of_a_large_block_faults_only_without_it():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs mallopt of glibc")
+def test_kept_memory_avoids_page_faults_of_a_second_allocation():
     assert _faults("keep") < 100 < _faults("plain")

@@ -1,4 +1,4 @@
-"""Scalar hyperparameters are arguments of the step: seeds and rates share a program and run under one vmap."""
+"""Runs that differ only in scalar hyperparameters share a program, and can run under one vmap."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def program() -> Program:
 
 
 def trained(make, step, hyper) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(losses [steps, ...], weights) after a few steps."""
+    """Return (losses [steps, ...], weights) after a few steps."""
     state, losses = make(hyper), []
     for i in range(STEPS):
         state, metrics = step(state, packed_batch(i, ROWS, WIDTH, VOCAB), hyper)
@@ -52,7 +52,7 @@ def trained(make, step, hyper) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.stack(losses), [np.asarray(x) for x in jax.tree.leaves(state.model)]
 
 
-def test_eight_seeds_under_one_vmap_are_eight_runs(program):
+def test_eight_seeds_under_one_vmap_match_separate_runs(program):
     hypers = [hyper_of(arm(seed)) for seed in range(8)]
     make, step = jax.jit(program.make_state), jax.jit(program.step)
     serial = [trained(make, step, hyper) for hyper in hypers]
@@ -68,8 +68,8 @@ def test_eight_seeds_under_one_vmap_are_eight_runs(program):
             np.testing.assert_allclose(all_of_them[i], one, rtol=0, atol=1e-4 * scale)
 
 
-def test_arms_share_a_program_and_are_the_runs_of_their_configs(program):
-    """Of rate, decay and coefficients that differ, the traced step is the step whose config has them."""
+def test_arms_share_a_program_and_match_their_configs(program):
+    """With traced rates, decays and coefficients, the step equals one whose config holds them."""
     make, step = jax.jit(program.make_state), jax.jit(program.step)
     arms = [arm(1, 0.003, 0.0), arm(2, 0.03, 1.0)]
     for experiment in arms:
@@ -80,7 +80,7 @@ def test_arms_share_a_program_and_are_the_runs_of_their_configs(program):
     assert step._cache_size() == 1
 
 
-def test_a_coefficient_of_zero_is_no_loss_unless_arms_differ_in_it():
+def test_a_zero_coefficient_removes_the_loss_unless_arms_differ():
     hypers = [hyper_of(arm(z_loss=value)) for value in (0.0, 0.5)]
     assert hypers[0].z_loss is None and hypers[1].z_loss == np.float32(0.5)
     assert stack(hypers[:1]).z_loss is None
@@ -89,6 +89,6 @@ def test_a_coefficient_of_zero_is_no_loss_unless_arms_differ_in_it():
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 5, 2**32 - 1])
-def test_a_traced_seed_draws_what_a_fixed_one_does(seed):
+def test_a_traced_seed_draws_the_same_as_a_constant_one(seed):
     traced = jax.jit(lambda s: jax.random.key_data(jax.random.key(s)))(hyper_of(arm(seed)).seed)
     assert bits(traced) == bits(jax.random.key_data(jax.random.key(seed)))

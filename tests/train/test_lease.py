@@ -1,4 +1,4 @@
-"""The lease on a run folder: a live holder is never robbed, a dead one never locks anybody out."""
+"""The lease on a run folder: no job takes over from a live holder, and a dead holder locks nobody out."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def run(request, tmp_path):
 
 
 def take(run, timing=QUICK):
-    """Take the lease and free it again; return the notices."""
+    """Take the lease and release it. Return the notices."""
     notices: list[str] = []
     with hold_lease(run, notices.append, timing=timing):
         record = json.loads(run.lock.read_bytes())
@@ -36,7 +36,7 @@ def take(run, timing=QUICK):
 
 
 def replace_record(run, record) -> None:
-    """Write a record over another as a job does, whole: a heartbeat in between must not find half of each."""
+    """Overwrite a record in one write, as a job does, so that no heartbeat finds half of each."""
     content = json.dumps(record).encode().ljust(511) + b"\n"
     if is_local(run.lock):
         descriptor = os.open(run.lock, os.O_RDWR)
@@ -59,11 +59,11 @@ def test_a_holder_is_named_while_it_holds_and_frees_the_folder(run):
 
 
 @pytest.mark.parametrize("change", [{"start": "1"}, {"pid": 2**22 + 1}])
-def test_a_dead_process_of_this_machine_is_taken_over_at_once(run, change):
-    """A pid that was used again, and one that nobody has."""
+def test_a_dead_holder_on_this_machine_is_replaced_at_once(run, change):
+    """A pid that was reused, and one that does not exist."""
     run.lock.write_text(json.dumps(record_of(run) | change))
     (notice,) = take(run, PATIENT)
-    assert "dead on this host, taken over" in notice
+    assert "took over the lock" in notice and "dead on this host" in notice
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(run, change):
         "\0\0",
     ],
 )
-def test_a_silent_holder_elsewhere_or_one_that_cannot_be_read_is_taken_over_after_the_lease(run, change):
+def test_a_silent_or_unreadable_holder_is_taken_over_after_the_lease(run, change):
     run.lock.write_text(json.dumps(record_of(run) | change) if isinstance(change, dict) else change)
     before = time.monotonic()
     watching, taken = take(run)
@@ -88,7 +88,7 @@ def test_a_silent_holder_elsewhere_or_one_that_cannot_be_read_is_taken_over_afte
     assert time.monotonic() - before >= QUICK.lease
 
 
-def test_a_live_holder_elsewhere_is_refused_as_soon_as_its_heart_beats(run):
+def test_a_job_is_refused_once_a_holder_elsewhere_sends_a_heartbeat(run):
     record = record_of(run) | {"host": "elsewhere"}
     run.lock.write_text(json.dumps(record))
     refused = threading.Event()
@@ -110,8 +110,8 @@ def test_a_live_holder_elsewhere_is_refused_as_soon_as_its_heart_beats(run):
     assert json.loads(run.lock.read_bytes())["host"] == "elsewhere"
 
 
-def test_a_heart_that_fails_in_any_way_beats_again(tmp_path):
-    """A client of a bucket raises classes of its own, which are no OSError."""
+def test_heartbeats_continue_after_any_failure(tmp_path):
+    """Bucket clients raise their own exception classes, which are not OSErrors."""
 
     class HttpError(Exception):
         pass
@@ -123,7 +123,7 @@ def test_a_heart_that_fails_in_any_way_beats_again(tmp_path):
         deadline = time.monotonic() + 10
         while FakeBucket.failures and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not FakeBucket.failures, "the thread went on after the first failure"
+        assert not FakeBucket.failures, "the thread stopped after the first failure"
     FakeBucket.failures[:] = [HttpError("503")]
     with pytest.raises(OSError, match="503"):
         hold_lease(run, print, timing=QUICK).__enter__()
@@ -137,7 +137,7 @@ def test_a_holder_of_older_code_sends_no_heartbeat_and_is_not_taken_over(run):
         take(run)
 
 
-def test_the_heart_beats_and_survives_the_deletion_of_the_file(run):
+def test_heartbeats_survive_the_deletion_of_the_file(run):
     beats = set()
     with hold_lease(run, print, timing=QUICK):
         deadline = time.monotonic() + 10
@@ -150,7 +150,7 @@ def test_the_heart_beats_and_survives_the_deletion_of_the_file(run):
         assert len(beats) >= 3 and json.loads(run.lock.read_bytes())["pid"] == os.getpid()
 
 
-def test_a_holder_that_slept_through_its_lease_learns_it_and_leaves_the_new_one_alone(run):
+def test_a_holder_that_lost_its_lease_notices_and_writes_nothing(run):
     lost: list[str] = []
     with hold_lease(run, print, timing=QUICK, on_lost=lost.append):
         other = json.loads(run.lock.read_bytes()) | {"id": "another", "host": "elsewhere"}

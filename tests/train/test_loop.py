@@ -1,4 +1,4 @@
-"""The loop: interrupted, damaged, refused or starved, a run ends where the undisturbed one ends, bit for bit."""
+"""A run that is interrupted, damaged or out of disk space ends like the undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from train.signals import Watchdog
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
-POISON = 266  # the token of byte 255, which UTF-8 never holds: a batch with it has a loss that is NaN
+POISON = 266  # the token of byte 255, which UTF-8 never contains; a batch with it has a NaN loss
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def data(prepared):
 
 @dataclasses.dataclass(frozen=True)
 class Poisoned:
-    """An objective whose loss is NaN where a batch has the poison token."""
+    """An objective whose loss is NaN if a batch holds the poison token."""
 
     objective: Objective
 
@@ -63,7 +63,7 @@ class Poisoned:
 
 @pytest.fixture(scope="module")
 def programs(data):
-    """Programs by policy, on one device; each compiles its step once for all tests."""
+    """The program of each policy, on one device. Each compiles its step once for all tests."""
     made = {}
     for policy in ("stop", "skip"):
         config = experiment(data, nonfinite=policy)
@@ -74,19 +74,19 @@ def programs(data):
 
 @pytest.fixture(scope="module")
 def undisturbed(programs, prepared, tmp_path_factory):
-    """(folder, trained) of the run from start to end."""
+    """(folder, trained) of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return folder, run(programs["stop"], prepared, folder)
 
 
 def stopped_at(when: int, program, prepared, folder):
-    """The run in `folder`, stopped by SIGTERM at step `when`."""
+    """Run in `folder` until SIGTERM stops it at step `when`."""
     with StopAt(when) as stop:
         return run(program, prepared, folder, stop=stop)
 
 
 def poisoned_batches(prepared, data, *steps: int):
-    """(batches with the poison token at these steps, where those are collected)."""
+    """Return (batches with the poison token at these steps, the list in which these are collected)."""
     collected = []
 
     class PoisonedBatches(TrainBatches):
@@ -135,8 +135,8 @@ def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undist
     assert evals(tmp_path).items() <= evals(folder).items()
 
 
-def test_more_steps_go_on_as_if_asked_for_at_first(programs, prepared, undisturbed, tmp_path):
-    """And evaluations and checkpoints at other steps do not disturb the stream."""
+def test_a_run_with_more_steps_continues_as_if_planned_from_the_start(programs, prepared, undisturbed, tmp_path):
+    """Evaluations and checkpoints at other steps do not change the data stream either."""
     program = with_train(programs["stop"], eval_every=0, checkpoint_every=3)
     for steps in (2, 7, STEPS):
         trained = run(with_train(program, steps=steps), prepared, tmp_path)
@@ -146,7 +146,7 @@ def test_more_steps_go_on_as_if_asked_for_at_first(programs, prepared, undisturb
     assert again.finished and bits(again.state) == bits(trained.state)
 
 
-def test_a_second_start_of_the_same_run_is_the_same(programs, prepared, undisturbed, tmp_path):
+def test_a_repeated_run_is_identical(programs, prepared, undisturbed, tmp_path):
     assert bits(run(programs["stop"], prepared, tmp_path).state) == bits(undisturbed[1].state)
 
 
@@ -161,7 +161,7 @@ def test_a_second_start_of_the_same_run_is_the_same(programs, prepared, undistur
 def test_weights_restored_onto_another_mesh_are_the_same_bits(data, prepared, undisturbed, mesh):
     e = experiment(data)
     rules = e.sharding
-    if mesh.tensor > 1:  # one head of keys cannot be spread
+    if mesh.tensor > 1:  # a single key head cannot be sharded
         rules = dataclasses.replace(
             rules, **{s: dataclasses.replace(getattr(rules, s), kv_heads=()) for s in ("weights", "activations")}
         )
@@ -180,14 +180,14 @@ def test_weights_of_another_tokenizer_are_refused(programs, undisturbed):
         identity = "0" * 64
 
     with Checkpointer(str(undisturbed[0] / "checkpoints"), read_only=True) as checkpoints:
-        with pytest.raises(CheckpointError, match="do not belong together"):
+        with pytest.raises(CheckpointError, match="was trained with tokenizer"):
             restore(programs["stop"], checkpoints, Other())
 
 
 # ---------------------------------------------------------------------------------------------------- faults
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(programs, prepared, undisturbed, tmp_path):
+def test_a_damaged_newest_checkpoint_is_skipped(programs, prepared, undisturbed, tmp_path):
     run(with_train(programs["stop"], steps=8), prepared, tmp_path)
     files = sorted((tmp_path / "checkpoints" / "8").rglob("d/*"), key=lambda f: f.stat().st_size)
     content = bytearray(files[-1].read_bytes())
@@ -201,11 +201,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(programs, prepared, undistur
 
 
 def checkpointer(folder: Path, warnings: list[str], free: list[float]) -> Checkpointer:
-    """One that finds this much free space at each save."""
+    """Return a Checkpointer that finds the given free space at each save."""
     return Checkpointer(str(folder / "checkpoints"), keep_last=3, warn=warnings.append, free_bytes=lambda: free.pop(0))
 
 
-def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undisturbed, tmp_path):
+def test_a_full_disk_loses_checkpoints_but_does_not_stop_training(programs, prepared, undisturbed, tmp_path):
     notices: list[str] = []
     checkpoints = checkpointer(tmp_path, notices, [1e12, 0.0, 1e12])  # saves of steps 5, 10 and 12
     trained = run(programs["stop"], prepared, tmp_path, checkpoints=checkpoints)
@@ -216,7 +216,7 @@ def test_a_full_disk_costs_checkpoints_not_training(programs, prepared, undistur
 
 @pytest.mark.parametrize("when", [None, 4])
 def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(programs, prepared, undisturbed, tmp_path, when):
-    """Neither at its end nor where it is asked to stop; with space again the same command ends as the undisturbed."""
+    """Neither at its end nor on a stop request. With free space, the same command ends like the undisturbed run."""
     warnings: list[str] = []
     free = [0.0] if when else [1e12, 1e12, 0.0]
     with StopAt(when or 0) as stop, pytest.raises(CheckpointError) as error:
@@ -228,7 +228,7 @@ def test_a_run_whose_last_checkpoint_is_lost_is_not_finished(programs, prepared,
 
 
 def test_a_run_whose_last_checkpoint_does_not_read_back_is_not_finished(programs, prepared, undisturbed, tmp_path):
-    """A save may report success and the disk hold something else; the same command ends as the undisturbed."""
+    """A save may succeed although the disk corrupts it. The same command then ends like the undisturbed run."""
 
     class Damage(Hook):
         def on_save(self, trainer, step, written):
@@ -238,23 +238,23 @@ def test_a_run_whose_last_checkpoint_does_not_read_back_is_not_finished(programs
                 content[len(content) // 2] ^= 1
                 file.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"step 12 of .* is not whole"):
+    with pytest.raises(CheckpointError, match=r"step 12 of .* is damaged"):
         run(programs["stop"], prepared, tmp_path, hooks=[Damage()])
     resumed = run(programs["stop"], prepared, tmp_path)
     assert resumed.finished and bits(resumed.state) == bits(undisturbed[1].state)
 
 
-def test_a_disk_too_full_for_metrics_costs_rows_not_training(programs, prepared, tmp_path, monkeypatch):
+def test_a_full_disk_loses_metrics_but_does_not_stop_training(programs, prepared, tmp_path, monkeypatch):
     def full(self, row):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(MetricsWriter, "write", full)
-    told: list[str] = []
-    trained = run(with_train(programs["stop"], steps=3), prepared, tmp_path, told)
-    assert trained.finished and any("metrics of step" in text and "No space left" in text for text in told)
+    messages: list[str] = []
+    trained = run(with_train(programs["stop"], steps=3), prepared, tmp_path, messages)
+    assert trained.finished and any("metrics of step" in text and "No space left" in text for text in messages)
 
 
-def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, prepared, data, tmp_path):
+def test_nonfinite_stop_keeps_the_last_good_state_and_names_a_fix(programs, prepared, data, tmp_path):
     stream, batches = poisoned_batches(prepared, data, 7)
     with pytest.raises(NonfiniteError) as error:
         run(programs["stop"], prepared, tmp_path, batches=stream)
@@ -270,14 +270,14 @@ def test_nonfinite_stop_keeps_the_last_good_state_and_says_what_to_do(programs, 
     until = run(with_train(programs["stop"], steps=6), prepared, good)
     with Checkpointer(str(tmp_path / "checkpoints"), read_only=True) as checkpoints:
         last = checkpoints.restore(programs["stop"].abstract_state)
-        assert last.step == 7, "the refused step is behind: going on takes the next batch"
+        assert last.step == 7, "the refused step counts, so that a resumed run takes the next batch"
         assert bits((last.state.model, last.state.optimizer, last.state.ema)) == bits(
             (until.state.model, until.state.optimizer, until.state.ema)
         )
         assert checkpoints.restore(programs["stop"].abstract_state, step=5).step == 5
 
 
-def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, prepared, data, tmp_path):
+def test_nonfinite_skip_continues_also_after_nonfinite_stop(programs, prepared, data, tmp_path):
     poisoned = lambda: poisoned_batches(prepared, data, 7, 12)[0]
     skipped = run(programs["skip"], prepared, tmp_path / "skip", batches=poisoned())
     assert skipped.finished and int(skipped.state.nonfinite) == 2
@@ -287,12 +287,12 @@ def test_nonfinite_skip_goes_on_and_so_does_a_run_that_had_stopped(programs, pre
     with pytest.raises(NonfiniteError):
         run(programs["stop"], prepared, tmp_path / "stop", batches=poisoned())
     resumed = run(programs["skip"], prepared, tmp_path / "stop", batches=poisoned())
-    # The two policies are two programs, whose sums may be rounded differently.
+    # The two policies compile to two programs, which may round sums differently.
     losses = [[row[:3] for row in train_rows(tmp_path / name) if row[0] not in (7, 12)] for name in ("skip", "stop")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert len(losses[0]) == 10 and int(resumed.state.step) == STEPS
     np.testing.assert_allclose(weights_of(skipped.state.model), weights_of(resumed.state.model), rtol=1e-3, atol=1e-5)
-    # The rate that is told is the one of the update: a refused one is not counted.
+    # The recorded rate is that of the update, and refused updates do not count.
     rates = dict(row[0::3] for row in train_rows(tmp_path / "skip"))
     rate = schedule(programs["skip"].experiment.optimizer, STEPS)
     assert [rates[step] for step in (6, 7, 8, 11)] == pytest.approx([float(rate(n)) for n in (5, 6, 6, 9)], rel=1e-6)
@@ -302,14 +302,14 @@ def weights_of(tree) -> np.ndarray:
     return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
 
 
-def test_a_refusal_at_the_last_step_is_not_saved_as_if_it_were_good(programs, prepared, data, tmp_path):
+def test_a_refused_last_step_saves_only_good_weights(programs, prepared, data, tmp_path):
     with pytest.raises(NonfiniteError, match=f"step {STEPS}"):
         run(programs["stop"], prepared, tmp_path, batches=poisoned_batches(prepared, data, STEPS)[0])
     with Checkpointer(str(tmp_path / "checkpoints"), read_only=True) as checkpoints:
         assert np.isfinite(weights_of(checkpoints.restore(programs["stop"].abstract_state).state.model)).all()
 
 
-def test_the_watchdog_hears_of_every_step_and_evaluation(programs, prepared, tmp_path):
+def test_every_step_and_evaluation_feeds_the_watchdog(programs, prepared, tmp_path):
     beats = []
 
     class Watch(Watchdog):
@@ -317,10 +317,10 @@ def test_the_watchdog_hears_of_every_step_and_evaluation(programs, prepared, tmp
             beats.append(1)
 
     run(with_train(programs["stop"], steps=9, eval_windows=8), prepared, tmp_path, watchdog=Watch(60.0))
-    assert len(beats) >= 9 + 2 * 2  # two evaluations of two sets of at least a batch
+    assert len(beats) >= 9 + 2 * 2  # two evaluations of two sets, each of at least one batch
 
 
-def test_rows_are_read_a_step_late_but_none_is_lost(programs, prepared, tmp_path):
+def test_delayed_reads_lose_no_rows(programs, prepared, tmp_path):
     run(with_train(programs["stop"], log_every=5, eval_every=0, steps=11), prepared, tmp_path)
     assert [row[0] for row in train_rows(tmp_path)] == [1, 5, 10, 11]
 
@@ -348,7 +348,7 @@ def start_peers(folder: Path, term_at: int) -> list[subprocess.Popen]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
-    """SIGTERM to one of two: both save the same step; the pair resumed ends as one process does on the same mesh."""
+    """After SIGTERM to one of them, both save the same step. Resumed, they end like one process on the same mesh."""
     save_json(data, tmp_path / "two.data.json")
     e = dataclasses.replace(experiment(data, microbatches=1), mesh=MeshConfig(fsdp=8))
     one = run(build(e), prepared, tmp_path / "one")
@@ -367,8 +367,8 @@ def test_two_processes_train_as_one_and_stop_together(prepared, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_repeat_themselves(data, tmp_path):
-    """Equal runs of two processes are equal to the last bit, each of them started again in the middle or not."""
+def test_runs_of_two_processes_are_reproducible(data, tmp_path):
+    """Equal runs of two processes are equal to the last bit, whether they are interrupted or not."""
     for name, term_at in (("first", 0), ("second", 5)):
         save_json(data, tmp_path / f"{name}.data.json")
         finish(start_peers(tmp_path / name, term_at))
@@ -388,7 +388,7 @@ def finish(peers: list[subprocess.Popen]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
-def test_resuming_is_exact_with_the_compiler_as_users_run_it(tmp_path, devices):
+def test_resuming_is_exact_with_compiler_optimizations(tmp_path, devices):
     write_corpus(tmp_path / "large", 30)
     write_corpus(tmp_path / "small", 8)
     flags = f"--xla_force_host_platform_device_count={devices}"

@@ -1,4 +1,4 @@
-"""Objectives: against cross-entropy in float64, document by document, and an inverse of the rearrangement."""
+"""Objectives match float64 cross-entropy, document by document, and rearranged rows parse back to their text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def network():
 
 @few
 @given(seeds)
-def test_the_sum_is_cross_entropy_over_targets_within_segments(network, seed):
+def test_the_loss_is_cross_entropy_over_targets_within_segments(network, seed):
     tokens, segment_ids = packed_windows(seed, ROWS, WIDTH, VOCAB, longest=6)
     batch = Batch.of_windows(tokens, segment_ids)
     weights = np.random.default_rng(seed).choice([0.0, 0.5, 1.0], (ROWS, WIDTH - 1))
@@ -74,11 +74,11 @@ def test_the_sum_is_cross_entropy_over_targets_within_segments(network, seed):
 
 @few
 @given(seeds, st.integers(2, 4))
-def test_a_packed_row_costs_what_its_documents_cost_alone(network, seed, documents):
+def test_packed_rows_match_separate_rows(network, seed, documents):
     _, loss, _ = network
     draw = np.random.default_rng(seed)
     sizes = np.diff([0, *sorted(draw.choice(np.arange(1, WIDTH), documents - 1, replace=False)), WIDTH])
-    rows = np.zeros((2, ROWS, WIDTH), np.int32)  # packed: all in row 0; alone: each at the start of its own row
+    rows = np.zeros((2, ROWS, WIDTH), np.int32)  # packed: all in row 0; separate: each at the start of a row
     ids = np.zeros((2, ROWS, WIDTH), np.int32)
     at = 0
     for d, size in enumerate(sizes):
@@ -92,7 +92,7 @@ def test_a_packed_row_costs_what_its_documents_cost_alone(network, seed, documen
 
 @few
 @given(seeds)
-def test_padding_and_borders_never_count(network, seed):
+def test_padding_and_segment_borders_never_count(network, seed):
     _, loss, _ = network
     tokens, segment_ids = packed_windows(seed, ROWS, WIDTH, VOCAB, longest=6)
     noise = np.random.default_rng(seed).integers(0, VOCAB, (ROWS, WIDTH)).astype(np.int32)
@@ -100,14 +100,14 @@ def test_padding_and_borders_never_count(network, seed):
     assert loss(batch).total == loss(other).total
 
 
-def test_nothing_to_predict_is_zero_not_nan(network):
+def test_the_loss_without_targets_is_zero(network):
     found = network[1](Batch.of_windows(*np.zeros((2, ROWS, WIDTH), np.int32)))
     assert found.total == found.count == found.metrics["loss"] == 0
 
 
 @few
 @given(seeds)
-def test_halves_add_up_to_the_whole(network, seed):
+def test_losses_of_halves_add_up(network, seed):
     _, loss, _ = network
     batch = packed_batch(seed, ROWS, WIDTH, VOCAB)
     halves = [loss(weighted(batch, keep[:, None])) for keep in np.eye(2, dtype=np.float32)[:, np.arange(ROWS) % 2]]
@@ -116,7 +116,7 @@ def test_halves_add_up_to_the_whole(network, seed):
     assert sum(h.count for h in halves) == whole.count
 
 
-def test_auxiliary_losses_enter_by_their_coefficients():
+def test_auxiliary_losses_have_their_coefficients():
     moe = MoEConfig(num_experts=4, top_k=2, hidden_dim=16, load_balance=0.3, z_loss=0.2)
     model = random_model(tiny_config(moe=moe))
     found = jax.jit(lambda batch: NextToken()(model, None, batch, None))(whole_rows(0, ROWS, WIDTH, VOCAB))
@@ -133,7 +133,10 @@ def test_auxiliary_losses_enter_by_their_coefficients():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Runs `masked` with a network that records its input; a target costs 1 if its input differs from it, else 1000."""
+    """A function that runs `Masked` with a network that records its input.
+
+    The loss of a target is 1 if its input differs from it, and 1000 otherwise.
+    """
 
     def run(batch: Batch, rate: float, seed: int = 0):
         inputs = []
@@ -154,16 +157,16 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.4])
-def test_masked_chooses_at_the_rates_of_the_paper(seen, rate):
+def test_masked_draws_at_the_rates_of_the_paper(seen, rate):
     batch = packed_batch(1, 128, 513, 4096)
     (inputs,), loss = seen(batch, rate)
     tokens, valid = batch.tokens, batch.segment_ids > 0
     changed = inputs != tokens
     to_mask = changed & (inputs == SPECIAL.mask)
-    kept = (float(loss.total) - changed.sum()) / 1000  # chosen and left as they were
+    kept = (float(loss.total) - changed.sum()) / 1000  # chosen, but unchanged
     assert not changed[~valid].any()
-    assert (inputs[changed & ~to_mask] >= FIRST_TEXT_ID).all(), "a random token is never a special"
-    assert float(loss.count) == changed.sum() + kept, "all that is changed is predicted"
+    assert (inputs[changed & ~to_mask] >= FIRST_TEXT_ID).all(), "a random token is never a special token"
+    assert float(loss.count) == changed.sum() + kept, "every changed token is predicted"
 
     def near(found, expected, trials):
         assert abs(found / trials - expected) < 5 * np.sqrt(expected * (1 - expected) / trials)
@@ -174,7 +177,7 @@ def test_masked_chooses_at_the_rates_of_the_paper(seen, rate):
     near(kept, 0.1, float(loss.count))
 
 
-def test_masked_draws_by_its_key(seen):
+def test_masked_draws_depend_on_the_key(seen):
     batch = packed_batch(1, 4, 65, 4096)
     (first,), _ = seen(batch, 0.5, seed=1)
     (again,), _ = seen(batch, 0.5, seed=1)
@@ -183,7 +186,7 @@ def test_masked_draws_by_its_key(seen):
 
 
 def test_masked_tokens_are_predicted_from_both_sides():
-    """A last token that is not itself predicted changes the loss of those before it."""
+    """The last token changes the loss of the tokens before it, even if it is not predicted."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="bidirectional")
     model = random_model(tiny_config(attention=attention))
     objective = make_objective(TrainConfig(objective="masked", mask_rate=0.3), VOCAB)
@@ -199,8 +202,8 @@ def test_masked_tokens_are_predicted_from_both_sides():
 # ---------------------------------------------------------------------------------------------------- prefix
 
 
-def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
-    """A changed token that is a target leaves the predictions before it as they were; in the prefix it changes them."""
+def test_a_prefix_attends_both_ways_and_is_never_predicted():
+    """The loss of the first target depends on the whole prefix and on no later token, and the prefix has no targets."""
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, mask="prefix")
     model = random_model(tiny_config(attention=attention))
     objective = make_objective(TrainConfig(objective="prefix"), VOCAB)
@@ -212,7 +215,7 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
             weights = np.zeros((ROWS, WIDTH - 1), np.float32)
             weights[row, t] = 1
             counted[row, t] = loss(weights, jax.random.key(3)).count
-    cuts = WIDTH - 1 - counted.sum(1)  # every target from the cut on counts, none before it
+    cuts = WIDTH - 1 - counted.sum(1)  # every target after the cut counts, and none before it
     assert (
         all((counted[row] == (np.arange(WIDTH - 1) >= cut)).all() for row, cut in enumerate(cuts))
         and len(set(cuts)) > 1
@@ -238,22 +241,22 @@ def test_a_prefix_is_seen_from_both_sides_and_never_predicted():
     assert reached[: cut + 1].all() and not reached[cut + 1 :].any()
 
 
-# ---------------------------------------------------------------------------------------------------- fill in the
-# middle
+# ------------------------------------------------------------------------------------------- fill in the middle
 
 
 def longest_segment(ids_W: np.ndarray) -> tuple[int, int]:
-    """(start, size) of the longest segment, the first of several."""
+    """Return (start, size) of the longest segment, or of the first of several."""
     sizes = [((ids_W == s).sum(), -s) for s in range(1, ids_W.max(initial=0) + 1)]
     size, segment = max(sizes, default=(0, 0))
     return int((ids_W == -segment).argmax()), int(size)
 
 
 def parse(body: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """(prefix, middle, suffix) of a rearranged segment without its first token. In the shared SPM form prefix and
-    middle
-    stand together: all of it is returned as the middle."""
-    assert body[-1] == SPECIAL.end, "the middle says where it ends"
+    """Return (prefix, middle, suffix) of a rearranged segment without its first token.
+
+    In the shared SPM form, prefix and middle are adjacent, and both are returned as the middle.
+    """
+    assert body[-1] == SPECIAL.end, "<end> follows the middle"
     body = body[:-1]
     marks = [body.index(mark) for mark in (SPECIAL.fim_prefix, SPECIAL.fim_suffix, SPECIAL.fim_middle)]
     assert sum(token < FIRST_TEXT_ID for token in body) == 3 and marks == sorted(marks) and marks[0] == 0
@@ -272,18 +275,18 @@ def test_a_rearranged_segment_parses_back_to_its_document(seed, shape, longest, 
             continue
         inside = np.arange(start, start + size)
         outside = np.delete(np.arange(len(before)), inside)
-        assert (before[outside] == after[outside]).all(), "other segments and padding stay"
+        assert (before[outside] == after[outside]).all(), "other segments and padding do not change"
         assert before[start] == after[start], "the token that opens the document stays first"
         prefix, middle, suffix = parse(after[inside[1:]].tolist())
         assert prefix + middle + suffix == before[inside[1:-4]].tolist()
         if spm_rate == 1.0:
-            assert not prefix, "SPM: nothing between the first two marks"
+            assert not prefix, "SPM: the first two special tokens are adjacent"
 
 
 jitted_rearrange = jax.jit(lambda *args: rearrange_middle(*args, SPECIAL))
 
 
-def test_rates_and_cuts_of_the_rearrangement():
+def test_rearrangement_follows_its_rates_and_cuts_uniformly():
     rows, width = 2000, 34
     tokens, ids = whole_windows(0, rows, width, VOCAB)
     moved = np.asarray(jitted_rearrange(tokens, ids, jax.random.key(0), 0.3, 0.25))
@@ -291,7 +294,8 @@ def test_rates_and_cuts_of_the_rearrangement():
     assert abs(chosen.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / rows)
     parts = [parse(row[1:].tolist()) for row in moved[chosen]]
     length = width - 5
-    # Two uniform cuts: each part has a third of the tokens in the mean, a prefix is empty in 1 - (1 - 1/(length+1))^2.
+    # With two uniform cuts, each part has a third of the tokens on average, and a prefix is empty with probability
+    # 1 - (1 - 1/(length+1))^2.
     suffixes = [len(suffix) / length for _, _, suffix in parts]
     assert abs(np.mean(suffixes) - 1 / 3) < 0.05
     no_prefix = 0.25 + 0.75 * (1 - (1 - 1 / (length + 1)) ** 2)
@@ -300,7 +304,7 @@ def test_rates_and_cuts_of_the_rearrangement():
 
 
 def test_shared_spm_keeps_prefix_before_middle():
-    """In SPM what follows <fim_middle> is prefix then middle: the text itself up to the suffix."""
+    """In SPM, prefix and middle follow <fim_middle> in this order, which is the text up to the suffix."""
     tokens, ids = whole_windows(3, 50, 34, VOCAB)
     moved = np.asarray(jitted_rearrange(tokens, ids, jax.random.key(1), 1.0, 1.0))
     for before, after in zip(tokens, moved, strict=True):
@@ -310,7 +314,7 @@ def test_shared_spm_keeps_prefix_before_middle():
 
 @few
 @given(seeds, seeds)
-def test_rate_zero_is_the_identity_and_a_key_decides_all(seed, other):
+def test_rate_zero_is_the_identity_and_draws_depend_on_the_key(seed, other):
     tokens, ids = packed_windows(seed, 4, 24, VOCAB)
     rearrange = partial(jitted_rearrange, tokens, ids)
     assert (rearrange(jax.random.key(other), 0.0, 0.5) == tokens).all()

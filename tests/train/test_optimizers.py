@@ -1,4 +1,4 @@
-"""Optimizers and schedules: AdamW against float64 NumPy, schedules by hand, what Muon and muP promise."""
+"""AdamW matches float64 NumPy, schedules match values by hand, and Muon and muP have their defining properties."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from train.objectives import NextToken
 from train.optimizers import make_optimizer, schedule
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon")
-# Everything a decay mask must tell apart: norms with biases, q/k norms, attention biases, sinks, experts, learned
-# positions.
+# All kinds of weights that a decay mask must distinguish: norms with biases, q/k norms, attention biases, sinks,
+# experts, learned positions.
 FULL = tiny_config(
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, bias="all", sinks=True, qk_norm="head"),
     norm=NormConfig(kind="layernorm", bias=True),
     position=PositionConfig(kind="learned"),
     moe=MoEConfig(num_experts=4, top_k=2, hidden_dim=24),
 )
-VECTORS = ("scale", "bias", "sinks")  # last part of a weight's name, or its ending: what is no matrix
+VECTORS = ("scale", "bias", "sinks")  # endings of the names of weights that are not matrices
 
 
 def is_vector(name: str) -> bool:
@@ -76,7 +76,7 @@ def full():
         ("constant", {0: 0, 5: 0.5, 10: 1, 60: 1, 110: 1}),
     ],
 )
-def test_each_schedule_by_hand(kind, expected):
+def test_each_schedule_matches_values_by_hand(kind, expected):
     config = OptimizerConfig(learning_rate=0.2, schedule=kind, warmup_steps=10, final_fraction=0.1, decay_fraction=0.2)
     rate = schedule(config, steps=110)
     found = {step: float(rate(step)) for step in expected}
@@ -95,7 +95,7 @@ def test_without_warm_up_a_schedule_starts_at_its_peak_and_never_rises(kind):
 
 
 def test_adamw_equals_float64_numpy(full):
-    """Five steps with a clipping that bites on some of them, warm-up and cosine, and the decay mask."""
+    """Five steps with warm-up, cosine, the decay mask, and clipping that is active on some of them."""
     config = OptimizerConfig(
         learning_rate=0.03, warmup_steps=2, betas=(0.8, 0.9), epsilon=1e-6, weight_decay=0.2, clip_norm=200.0
     )
@@ -111,7 +111,7 @@ def test_adamw_equals_float64_numpy(full):
 
         g = {name: x.astype(np.float64) for name, x in values(grads).items()}
         norm = np.sqrt(sum(np.square(x).sum() for x in g.values()))
-        assert (norm > 200) == (t >= 2), "the clipping must bite on some steps and not on others"
+        assert (norm > 200) == (t >= 2), "clipping must be active on some steps only"
         lr = 0.03 * t / 2 if t < 2 else 0.03 * (0.1 + 0.9 * (1 + np.cos(np.pi * (t - 2) / 3)) / 2)
         for name in w:
             clipped = g[name] * min(1, 200 / norm)
@@ -129,7 +129,7 @@ def test_adamw_equals_float64_numpy(full):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_decay_shrinks_matrices_and_leaves_norms_biases_and_sinks(full, name, decay):
-    """A gradient of zero leaves the decay alone: rate * weight_decay of the weight."""
+    """With a zero gradient, the update is the decay, rate * weight_decay of the weight."""
     zeros = jax.tree.map(jnp.zeros_like, full)
     updates = one_update(constant_rate(name, weight_decay=0.5, decay=decay), FULL, full, zeros)
     assert sum(map(is_vector, updates)) >= 8
@@ -161,7 +161,7 @@ def test_each_optimizer_lowers_a_loss(full, name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_clipping_bounds_what_an_optimizer_sees(full, name):
+def test_gradients_above_the_clipping_norm_give_the_same_update(full, name):
     """Gradients that differ only in length, both above the bound, give the same update."""
     grads = random_like(full, 0)
     config = constant_rate(name, clip_norm=0.5)
@@ -174,7 +174,7 @@ def test_clipping_bounds_what_an_optimizer_sees(full, name):
 
 
 def matrices(path: str, update: np.ndarray) -> np.ndarray | None:
-    """The update of a hidden weight as stacked matrices [N, inputs, outputs]; None for what Muon does not treat."""
+    """Return the update of a hidden weight as matrices [N, inputs, outputs]; None if Muon does not update it."""
     last = path.rsplit(".", 1)[-1]
     if not path.startswith("stacks") or is_vector(path) or last == "router" or last.endswith("_bias"):
         return None
@@ -188,7 +188,7 @@ def matrices(path: str, update: np.ndarray) -> np.ndarray | None:
 
 
 @pytest.mark.parametrize("config", [FULL, tiny_config()], ids=["experts", "dense"])
-def test_muon_orthogonalizes_each_matrix_by_itself(config):
+def test_muon_orthogonalizes_each_matrix_separately(config):
     model = random_model(config)
     draw = np.random.default_rng(0)
 
@@ -201,17 +201,17 @@ def test_muon_orthogonalizes_each_matrix_by_itself(config):
         stacked = matrices(path, update)
         if stacked is None:
             continue
-        # The smallest singular values of a square random matrix are near zero, beyond what a few iterations lift.
+        # The smallest singular values of a square random matrix are too close to zero for a few iterations to lift.
         low, high = np.quantile(np.linalg.svd(stacked, compute_uv=False), [0.1, 1], axis=1)
         assert (high / low < 2).all(), path
-        # As large as Adam's updates: root mean square 0.2 * rate, for every matrix whatever its shape.
+        # Updates are as large as Adam's: their root mean square is 0.2 * rate for matrices of every shape.
         rms = np.sqrt(np.square(stacked).mean((1, 2)))
         assert ((0.6 < rms / (0.2 * 0.01)) & (rms / (0.2 * 0.01) < 1.4)).all(), (path, rms)
         checked += 1
     assert checked == 6
 
 
-def test_muon_treats_layers_and_experts_apart(full):
+def test_muon_updates_layers_and_experts_independently(full):
     grads = random_like(full, 0)
     other = jax.tree.map(lambda g, h: np.concatenate([g[:1], h[1:]]), grads, random_like(full, 1))
     a, b = (one_update(constant_rate("muon"), FULL, full, g) for g in (grads, other))
@@ -231,7 +231,7 @@ def test_muon_treats_layers_and_experts_apart(full):
 # ---------------------------------------------------------------------------------------------------- muP
 
 
-def test_mup_slows_hidden_matrices_alone(full):
+def test_mup_slows_only_hidden_matrices(full):
     grads = random_like(full, 0)
     plain = one_update(constant_rate("adamw"), FULL, full, grads)
     mup = one_update(constant_rate("adamw"), dataclasses.replace(FULL, mup_base_dim=8), full, grads)
@@ -246,9 +246,9 @@ def test_every_weight_is_a_matrix_or_a_vector_by_its_role(full):
 
 
 @pytest.mark.slow
-def test_coordinate_check():
-    """Yang et al. 2022, sec. D.1: after a few Adam steps the change of the activations does not grow with the width
-    under muP; without it, it does."""
+def test_activations_change_equally_at_all_widths_under_mup():
+    """Yang et al. 2022, sec. D.1: the change of the activations after a few Adam steps does not grow with the width
+    under muP, and does without."""
     batch = whole_rows(0, 8, 17, 64)
 
     def change(width: int, mup: bool) -> float:

@@ -1,4 +1,4 @@
-"""The progress display: plain lines without escape codes off a terminal, a panel on one, cheap on both."""
+"""The progress display shows a panel on a terminal and plain lines elsewhere, at little cost."""
 
 import io
 import time
@@ -34,7 +34,7 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_come_first_every_few_seconds_and_last():
+def test_plain_lines_appear_first_periodically_and_last():
     stream, clock = io.StringIO(), Clock()
     with Progress(100, title="name", mfu_convention="half causal", stream=stream, clock=clock) as progress:
         for step in range(1, 101):
@@ -50,7 +50,7 @@ def test_plain_lines_come_first_every_few_seconds_and_last():
     assert "\x1b" not in stream.getvalue()
 
 
-def test_a_terminal_shows_a_panel_with_everything_in_it(monkeypatch):
+def test_a_terminal_shows_a_complete_panel(monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
@@ -64,7 +64,7 @@ def test_a_terminal_shows_a_panel_with_everything_in_it(monkeypatch):
     assert "\x1b" in text
 
 
-def test_a_dumb_terminal_and_a_disabled_display():
+def test_a_disabled_display_is_silent_and_ascii_streams_work():
     stream = io.StringIO()
     with Progress(10, stream=stream, enabled=False) as progress:
         progress.update(1, ROW)
@@ -76,7 +76,7 @@ def test_a_dumb_terminal_and_a_disabled_display():
     assert b"loss 2.5000" in ascii_only.buffer.getvalue()
 
 
-def test_the_rate_leaves_out_the_compilation_and_slides():
+def test_the_rate_excludes_compilation_and_is_a_moving_average():
     clock = Clock()
     with Progress(1000, start_step=50, stream=io.StringIO(), clock=clock) as progress:
         clock.now = 25.0  # the first step compiles
@@ -115,12 +115,12 @@ def test_bars_have_one_mark_per_expert_and_grow_with_load(layers, experts, rando
     assert all(heights[a] <= heights[b] for a in range(experts) for b in range(experts) if mean[a] < mean[b])
 
 
-def test_balanced_experts_stand_at_half_height():
+def test_balanced_experts_have_bars_of_half_height():
     assert load_bars([[0.25] * 4]) == BARS[4] * 4
     assert load_bars([[1.0, 0.0]]) == BARS[-1] + BARS[0]
 
 
-def test_numbers_for_people():
+def test_durations_and_counts_are_short():
     assert [duration(s) for s in (0, 59.4, 59.6, 187, 7500, 273600)] == [
         "0s",
         "59s",

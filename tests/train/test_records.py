@@ -1,4 +1,4 @@
-"""Run folders survive crashes, refuse to be shared, and their metrics read back as one timeline."""
+"""Run folders survive crashes and refuse a second writer, and their metrics read back as one timeline."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Config:
     rate: float = 0.1
 
 
-def test_a_new_folder_holds_its_config_and_is_free_again(tmp_path):
+def test_a_new_folder_holds_its_config_and_is_released(tmp_path):
     with open_run(tmp_path / "runs" / "a", Config(rate=0.3), overrides=["rate=0.3"]) as run:
         assert json.loads(run.overrides.read_text()) == ["rate=0.3"]
         assert load_json(Config, run.config) == Config(rate=0.3)
@@ -49,7 +49,7 @@ def test_a_new_folder_holds_its_config_and_is_free_again(tmp_path):
     assert run.lock.read_text() == ""
 
 
-def test_an_exception_inside_is_passed_on_and_frees_the_folder(tmp_path):
+def test_an_exception_propagates_and_releases_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError), open_run(tmp_path / "a", Config()) as run:
         (run.path / "missing").read_text()
     assert run.lock.read_text() == ""
@@ -66,14 +66,14 @@ with open_run(Path(sys.argv[1]), Config()):
 """
 
 
-def test_a_live_job_keeps_its_folder_and_a_killed_one_gives_it_up(tmp_path):
+def test_a_live_job_keeps_its_folder_and_a_killed_one_loses_it(tmp_path):
     folder = tmp_path / "a"
     with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout.readline() == "held\n"
         with pytest.raises(RunFolderError, match=f"in use by process {job.pid}"):
             open_run(folder, Config()).__enter__()
         job.send_signal(signal.SIGKILL)
-        # Not waited for: a zombie still has its pid, but it is dead.
+        # The job is not reaped: a zombie still has its pid, but it is dead.
         while Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
         notices = []
@@ -83,8 +83,8 @@ def test_a_live_job_keeps_its_folder_and_a_killed_one_gives_it_up(tmp_path):
     assert len(notices) == 1 and f"process {job.pid} on " in notices[0] and "dead on this host" in notices[0]
 
 
-def test_a_folder_in_which_nothing_was_trained_takes_another_config(tmp_path):
-    """A start that was refused later, for a wrong path say, does not claim the name."""
+def test_an_untrained_folder_accepts_another_config(tmp_path):
+    """A start that failed later, for example on a wrong path, does not claim the name."""
     with open_run(tmp_path, Config()):
         pass
     with open_run(tmp_path, Config(rate=0.2)) as run:
@@ -99,7 +99,7 @@ def begin(run):
         metrics.write({"kind": "event", "step": 0, "event": "started"})
 
 
-def test_another_config_is_refused_with_its_difference_unless_accepted(tmp_path):
+def test_a_changed_config_is_refused_unless_overridden(tmp_path):
     with open_run(tmp_path, Config()) as run:
         begin(run)
     with pytest.raises(RunFolderError, match=r"rate: 0\.1 -> 0\.2.*--run NEWNAME.*--override"):
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         open_run(tmp_path / "file", Config()).__enter__()
 
 
-def test_environment_says_what_ran_and_keeps_earlier_starts(tmp_path):
+def test_environment_records_this_start_and_keeps_earlier_ones(tmp_path):
     run = RunFolder(tmp_path)
     first = describe_environment()
     assert first["packages"]["jax"] and first["devices"] and first["process_count"] == 1
@@ -161,7 +161,7 @@ def test_arrays_become_numbers_and_lists(tmp_path):
         rows_of(tmp_path, {"kind": "train", "step": 0, "thing": object()})
 
 
-def test_nonfinite_numbers_leave_valid_json_and_a_name(tmp_path):
+def test_nonfinite_numbers_become_null_and_are_named(tmp_path):
     row = {"kind": "train", "step": 1, "loss": np.float32("nan"), "norm": float("-inf"), "x": [1.0, float("inf")]}
     (back,) = rows_of(tmp_path, row)
     assert back["loss"] is None and back["norm"] is None and back["x"] == [1.0, None]
@@ -170,7 +170,7 @@ def test_nonfinite_numbers_leave_valid_json_and_a_name(tmp_path):
 
 
 @given(cut=st.integers(0, 200), more=st.integers(0, 3))
-def test_any_prefix_of_the_file_reads_as_its_whole_lines_and_can_be_continued(tmp_path_factory, cut, more):
+def test_a_truncated_file_keeps_its_whole_lines_and_can_be_continued(tmp_path_factory, cut, more):
     run = RunFolder(tmp_path_factory.mktemp("run"))
     with MetricsWriter(run) as writer:
         for step in range(3):
@@ -214,8 +214,8 @@ def test_a_full_disk_leaves_no_partial_line(tmp_path, monkeypatch):
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=5))
-def test_a_resumed_run_reads_as_if_it_had_never_stopped(tmp_path_factory, sessions):
-    """Each session resumes at a step not beyond the last, overwrites, runs on; the reader sees one timeline."""
+def test_metrics_of_a_resumed_run_read_as_one_timeline(tmp_path_factory, sessions):
+    """Each session resumes at or before the last step and overwrites later rows; the reader returns one timeline."""
     run, now, truth, events = RunFolder(tmp_path_factory.mktemp("run")), 0, {}, 0
     run.checkpoints.mkdir()
     with MetricsWriter(run) as writer:
@@ -238,28 +238,28 @@ def test_a_resumed_run_reads_as_if_it_had_never_stopped(tmp_path_factory, sessio
     assert sum(r["kind"] == "event" for r in rows) == events
     steps = [r["step"] for r in rows if r["kind"] == "train"]
     assert steps == sorted(set(steps))
-    assert not run.finished  # its last checkpoint is not there
+    assert not run.finished  # its last checkpoint is missing
     commit(run, now - 1)
     assert not run.finished
     commit(run, now)
     assert run.finished == bool(sessions)
 
 
-def test_rows_written_twice_keep_the_last_and_two_events_of_one_step_stay(tmp_path):
+def test_repeated_rows_keep_the_last_and_all_events_stay(tmp_path):
     event = {"kind": "event", "step": 1, "event": "stopped"}
     rows = rows_of(tmp_path, {"kind": "train", "step": 1, "x": 1}, event, event, {"kind": "train", "step": 1, "x": 2})
     assert [(r["kind"], r.get("x")) for r in rows] == [("event", None), ("event", None), ("train", 2)]
 
 
-def test_threads_write_whole_rows_and_a_full_disk_takes_no_row_of_another(tmp_path, monkeypatch):
-    """The thread of a checkpoint warns while the loop writes; one of them meets a full disk again and again."""
+def test_threads_write_whole_rows_even_on_a_full_disk(tmp_path, monkeypatch):
+    """The thread of a checkpoint warns while the loop writes, and each write of the thread finds a full disk."""
     run, write = RunFolder(tmp_path), os.write
     failing = threading.local()
 
     def full_for_one(file, data):
         if not getattr(failing, "full", False) or len(data) > 40:
             return write(file, data[:40])
-        time.sleep(0.001)  # the other thread's turn
+        time.sleep(0.001)  # lets the other thread run
         raise OSError(28, "No space left on device")
 
     def fail(writer):
@@ -279,7 +279,7 @@ def test_threads_write_whole_rows_and_a_full_disk_takes_no_row_of_another(tmp_pa
     assert [row["step"] for row in read_metrics(run.metrics)] == list(range(300))
 
 
-def test_a_bucket_gets_events_at_once_and_the_rest_in_time(tmp_path):
+def test_a_bucket_receives_events_at_once_and_rows_periodically(tmp_path):
     use_fake_bucket()
     run = RunFolder(f"gs://bucket/{tmp_path.name}")
     with MetricsWriter(run, rewrite_seconds=3600) as writer:
@@ -289,7 +289,7 @@ def test_a_bucket_gets_events_at_once_and_the_rest_in_time(tmp_path):
         assert [row["kind"] for row in read_metrics(run.metrics)] == ["train", "event"]
         writer.write({"kind": "train", "step": 2})
     assert len(read_metrics(run.metrics)) == 3
-    run.metrics.write_bytes(run.metrics.read_bytes()[:-5])  # a torn line, as another tool may leave
+    run.metrics.write_bytes(run.metrics.read_bytes()[:-5])  # a truncated line, as another tool may leave
     with MetricsWriter(run, rewrite_seconds=0.02) as writer:
         writer.write({"kind": "train", "step": 3})
         deadline = time.monotonic() + 10
@@ -298,11 +298,11 @@ def test_a_bucket_gets_events_at_once_and_the_rest_in_time(tmp_path):
         assert [row["step"] for row in read_metrics(run.metrics)] == [1, 1, 3]
 
 
-def test_a_bucket_that_fails_is_reported_and_its_rows_come_with_the_next_upload(tmp_path):
+def test_a_failed_upload_is_reported_and_repeated(tmp_path):
     use_fake_bucket()
     run = RunFolder(f"gs://bucket/{tmp_path.name}")
     with MetricsWriter(run, rewrite_seconds=3600) as writer:
-        run.metrics.mkdir()  # no object can have this name now
+        run.metrics.mkdir()  # blocks the object's name
         with pytest.raises(OSError, match="was not uploaded"):
             writer.write({"kind": "event", "step": 1})
         run.metrics.rmdir()
@@ -314,7 +314,7 @@ def test_a_bucket_that_fails_is_reported_and_its_rows_come_with_the_next_upload(
         run.metrics.mkdir()
 
 
-def test_a_run_in_a_bucket_opens_and_opens_again(tmp_path):
+def test_a_run_in_a_bucket_can_be_reopened(tmp_path):
     use_fake_bucket()
     path = f"gs://bucket/{tmp_path.name}/runs/a"
     for _ in range(2):
@@ -343,7 +343,7 @@ def test_a_path_that_cannot_name_a_run_is_refused(tmp_path, monkeypatch, path, w
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recorded_steps_without_a_checkpoint_are_a_warning(tmp_path):
+def test_recorded_steps_without_a_checkpoint_give_a_warning(tmp_path):
     with open_run(tmp_path, Config()) as run, MetricsWriter(run) as writer:
         writer.write({"kind": "train", "step": 40})
     commit(run, 40)
@@ -358,7 +358,7 @@ def test_recorded_steps_without_a_checkpoint_are_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"earlier": 3}', '"text"', "{", "[" * 100_000, b"\xff"])
-def test_an_environment_of_another_shape_is_named(tmp_path, content):
+def test_a_malformed_environment_is_named(tmp_path, content):
     run = RunFolder(tmp_path)
     run.environment.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RunFolderError, match=r"environment\.json: not an environment .* delete it"):
@@ -369,7 +369,7 @@ def test_an_environment_of_another_shape_is_named(tmp_path, content):
     "line",
     ["[1]", "3", '{"kind": []}', '{"kind": "train", "step": {}}', '{"kind": "event", "event": "resumed"}', "[" * 9999],
 )
-def test_a_line_of_another_shape_is_named(tmp_path, line):
+def test_a_malformed_line_is_named(tmp_path, line):
     rows_of(tmp_path, {"kind": "train", "step": 0})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + line + "\n" + path.read_text())
@@ -377,8 +377,8 @@ def test_a_line_of_another_shape_is_named(tmp_path, line):
         read_metrics(path)
 
 
-def test_two_runs_of_one_name_have_ids_of_their_own_which_stay(tmp_path, monkeypatch):
-    """Weights & Biases merges runs of one id; folders of one name in two places are two runs."""
+def test_runs_of_the_same_name_have_different_lasting_ids(tmp_path, monkeypatch):
+    """Weights & Biases merges runs with the same id, and folders of the same name in two places are two runs."""
     seen = []
 
     class Module:
@@ -401,7 +401,7 @@ def test_two_runs_of_one_name_have_ids_of_their_own_which_stay(tmp_path, monkeyp
     first, second, again = (fields["id"] for fields in seen)
     assert first == again != second and {fields["name"] for fields in seen} == {"smoke"}
     run.wandb_id.write_text("../x\n")
-    with pytest.raises(RunFolderError, match="not an id of Weights & Biases"):
+    with pytest.raises(RunFolderError, match="not a Weights & Biases id"):
         MetricsWriter(run, sinks=["wandb"])
 
 
@@ -411,7 +411,7 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sinks_get_the_scalars_and_a_missing_one_is_named(tmp_path, monkeypatch):
+def test_sinks_receive_scalars_and_a_missing_one_is_named(tmp_path, monkeypatch):
     seen = []
 
     class Module:
@@ -431,13 +431,13 @@ def test_sinks_get_the_scalars_and_a_missing_one_is_named(tmp_path, monkeypatch)
     assert seen == [str(tmp_path / "tensorboard"), ("eval/s/loss", 2.0, 4, 5.0), "closed"]
 
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RunFolderError, match=r"'wandb' was asked for .* pip install wandb"):
+    with pytest.raises(RunFolderError, match=r"train.sinks = 'wandb': .* pip install wandb"):
         MetricsWriter(RunFolder(tmp_path), sinks=["wandb"])
-    with pytest.raises(RunFolderError, match="'tensorbord' is unknown"):
+    with pytest.raises(RunFolderError, match="'tensorbord': unknown sink"):
         MetricsWriter(RunFolder(tmp_path), sinks=["tensorbord"])
 
 
-def test_samples_are_replaced_whole(tmp_path):
+def test_samples_are_replaced(tmp_path):
     run = RunFolder(tmp_path)
     for text in ("a\nb", "ü"):
         write_samples(run, [{"prompt": text, "completion": "", "reference": "", "file": "f.py"}] * 3)

@@ -1,4 +1,4 @@
-"""Choices of the experts, kept at each evaluation."""
+"""The router probe records the choices of experts at each evaluation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def probe_of(prepared, folder, mesh: MeshConfig, devices: int, warnings: list[st
     return RouterProbe(network, text, RunFolder(folder), warnings.append, tokens)
 
 
-def test_choices_are_those_of_the_network_on_the_same_tokens_every_time(prepared, tmp_path):
+def test_choices_are_recorded_for_the_same_tokens_every_time(prepared, tmp_path):
     probe, model = probe_of(prepared, tmp_path, MeshConfig(), 1, []), random_model(CONFIG)
     probe(model, 5)
     probe(jax.tree.map(lambda w: w * 1.5, model), 10)
@@ -52,8 +52,8 @@ def test_choices_are_those_of_the_network_on_the_same_tokens_every_time(prepared
     assert found[5].min() >= 0 and found[5].max() <= 4  # 4: padding
 
 
-def test_only_the_rows_that_are_kept_leave_the_devices(prepared, tmp_path):
-    """On a mesh: the same choices as on one device, and the probe sends what it keeps, not the batch."""
+def test_only_the_recorded_rows_leave_the_devices(prepared, tmp_path):
+    """On a mesh, the choices equal those on one device, and the probe sends only the recorded rows, not the batch."""
     model = random_model(CONFIG)
     alone = probe_of(prepared, tmp_path / "one", MeshConfig(), 1, [], 64)  # two rows of 32
     spread = probe_of(prepared, tmp_path / "eight", MeshConfig(fsdp=8), 8, [], 64)
@@ -72,9 +72,9 @@ def test_only_the_rows_that_are_kept_leave_the_devices(prepared, tmp_path):
     assert 0 < read_collectives(text).put_out <= 4 * one.size < 4 * choices.size
 
 
-def test_a_full_disk_costs_the_choices_not_the_run(prepared, tmp_path):
+def test_a_full_disk_loses_choices_but_does_not_stop_the_run(prepared, tmp_path):
     warnings: list[str] = []
     probe = probe_of(prepared, tmp_path, MeshConfig(), 1, warnings)
-    (tmp_path / "routing").write_text("in the way")  # as a disk that refuses: OSError
+    (tmp_path / "routing").write_text("in the way")  # raises OSError, as a full disk does
     assert probe(random_model(CONFIG), 5) == []
     assert len(warnings) == 1 and "choices at step 5 were not written" in warnings[0]

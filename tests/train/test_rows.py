@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl are made on the host alone."""
+"""Rows of metrics.jsonl are made on the host, without a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An objective asks for the specials that it needs of a saved tokenizer."""
+"""An objective requires its special tokens from a saved tokenizer."""
 
 import json
 from dataclasses import replace
@@ -27,14 +27,14 @@ def experiment(folder: Path, objective: str, ids: int = 267) -> Experiment:
 
 @pytest.fixture
 def marked(tmp_path):
-    """The folder of a tokenizer that has all marks."""
+    """The folder of a tokenizer that has all special tokens."""
     ByteTokenizer().save(tmp_path / "marked")
     return tmp_path / "marked"
 
 
 @pytest.fixture
 def plain(tmp_path):
-    """The folder of a published tokenizer without marks."""
+    """The folder of a published tokenizer that lacks some special tokens."""
     folder = tmp_path / "plain"
     write_published(ByteTokenizer(), folder)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -44,23 +44,23 @@ def plain(tmp_path):
     return folder
 
 
-def test_marks_that_are_lacking_are_named(marked, plain):
+def test_missing_special_tokens_are_named(marked, plain):
     for objective in ("masked", "fill_in_middle"):
         experiment(marked, objective).validate(1)
-    with pytest.raises(ValueError, match=r"train.objective = 'masked': the tokenizer in .* lacks its marks \(mask\)"):
+    with pytest.raises(ValueError, match=r"train.objective = 'masked': the tokenizer in .* lacks the .* \(mask\)"):
         experiment(plain, "masked").validate(1)
-    with pytest.raises(ValueError, match=r"lacks its marks \(fim_suffix\)"):
+    with pytest.raises(ValueError, match=r"lacks the special tokens that it needs \(fim_suffix\)"):
         experiment(plain, "fill_in_middle").validate(1)
     experiment(plain, "next_token").validate(1)
 
 
-def test_the_folder_is_read_for_objectives_with_marks_alone(tmp_path):
+def test_the_folder_is_read_only_for_objectives_with_special_tokens(tmp_path):
     experiment(tmp_path / "elsewhere", "next_token").validate(1)
     with pytest.raises(DataError, match="no tokenizer at"):
         experiment(tmp_path / "elsewhere", "masked").validate(1)
 
 
-def test_random_tokens_are_drawn_from_text_of_ours_alone(marked, plain):
+def test_the_first_text_id_follows_only_our_special_tokens(marked, plain):
     special = special_tokens(experiment(plain, "next_token").data.tokenizer)
     assert special.fim_prefix == 3 and special.fim_suffix == -1 and first_text_id(special) == 0
     assert first_text_id(special_tokens(experiment(marked, "next_token").data.tokenizer)) == 11

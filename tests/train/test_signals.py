@@ -1,4 +1,4 @@
-"""Leaving a run: the first signal asks, the second ends; processes stop at one step; hangs and exceptions end hard."""
+"""A first signal stops all processes at the same step; a second signal, hangs and exceptions end a process at once."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def finish(peers: list[subprocess.Popen], timeout: float = 200) -> list[tuple[st
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_the_first_signal_asks_and_handlers_return(number, capfd):
+def test_the_first_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
     before = [signal.getsignal(each) for each in signals.SIGNALS]
     with StopSignal() as stop:
         assert not stop.requested and not stop.agreed(0)
@@ -73,7 +73,7 @@ def test_the_first_signal_asks_and_handlers_return(number, capfd):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_second_signal_leaves_at_once(number, code):
+def test_the_second_signal_exits_at_once(number, code):
     done = run_code(f"""
 import signal
 from train.signals import StopSignal
@@ -84,7 +84,7 @@ with StopSignal():
     print("not here")
 """)
     assert (done.returncode, done.stdout) == (code, "still here\n")
-    assert "save and exit" in done.stderr and "leaving at once" in done.stderr
+    assert "save and exit" in done.stderr and "exiting at once" in done.stderr
 
 
 def test_the_watchdog_shows_where_the_loop_hangs():
@@ -105,7 +105,7 @@ with Watchdog(0.5) as dog:
     assert "no step for 0.5 s" in done.stderr and "in stuck_here" in done.stderr
 
 
-def test_the_watchdog_is_off_at_zero_and_gone_after_leaving():
+def test_the_watchdog_is_off_at_zero_and_ends_on_exit():
     threads = threading.active_count()
     with Watchdog(0) as dog:
         dog.beat()
@@ -136,7 +136,7 @@ raise {error}
 
 
 class Store:
-    """The coordination service's key-value store, within one process."""
+    """A stand-in for the coordination service's key-value store, within one process."""
 
     def __init__(self):
         self.values: dict[str, str] = {}
@@ -157,13 +157,13 @@ class Store:
     st.integers(1, 60),
 )
 def test_all_loops_stop_after_the_same_step(paces, asked, delay, last_step):
-    """Threads stand for processes that run at their own pace, at most two steps apart as collectives keep them."""
+    """Threads simulate processes of different speeds, at most two steps apart, as collectives keep them."""
     with pytest.MonkeyPatch.context() as patch:
         store = Store()
         patch.setattr(signals, "POLL_SECONDS", 0.005)
         patch.setattr(signals.distributed.global_state, "client", store)
         patch.setattr(signals.jax, "process_count", lambda: len(paces))
-        # Each stand-in and the watcher that it starts answer to one rank.
+        # Each simulated process and its watcher have the same rank.
         patch.setattr(signals.jax, "process_index", lambda: ranks[threading.current_thread().name])
         ranks: dict[str, int] = {}
         stops = [StopSignal() for _ in paces]
@@ -203,7 +203,7 @@ def test_all_loops_stop_after_the_same_step(paces, asked, delay, last_step):
 
 
 class Peers(Store):
-    """The store as `PeerWatch` uses it; without a coordinator every call fails."""
+    """The store with the calls of `PeerWatch`. Without a coordinator, every call fails."""
 
     coordinator = True
 
@@ -222,7 +222,7 @@ class Peers(Store):
 
 @pytest.fixture
 def watches():
-    """Three processes that watch each other in one store, and the last words of each."""
+    """Three simulated processes that watch each other in one store, and the last words of each."""
     store, words = Peers(), {0: [], 1: [], 2: []}
     made = [PeerWatch(store, index, 3, words[index].append, 0.5, 0.02) for index in range(3)]
     for watch in made:
@@ -241,21 +241,21 @@ def last_words(words, *indices, seconds=5.0):
     return {words[index][0] if words[index] else None for index in indices}
 
 
-def test_a_process_that_left_in_order_is_not_missed_and_a_killed_one_is(watches):
+def test_a_killed_process_is_reported_and_one_that_left_is_not(watches):
     _, (_, first, second), words = watches
     first.stop()
     time.sleep(1.0)
     assert not any(words.values())
-    second._stopped.set()  # as kill -9 does: no more beats, and no word
+    second._stopped.set()  # as after kill -9: no more beats and no message
     second._thread.join()
-    assert last_words(words, 0) == {describe([2], 3, "no sign of life for 0.5 s")}
+    assert last_words(words, 0) == {describe([2], 3, "no heartbeat for 0.5 s")}
 
 
-def test_a_process_that_never_starts_to_beat_is_missed():
+def test_a_process_that_never_sends_a_beat_is_reported():
     words: list[str] = []
     watch = PeerWatch(Peers(), 0, 2, words.append, 0.5, 0.02)
     watch.start()
-    assert last_words({0: words}, 0) == {describe([1], 2, "no sign of life for 0.5 s")}
+    assert last_words({0: words}, 0) == {describe([1], 2, "no heartbeat for 0.5 s")}
     watch.stop()
 
 
@@ -265,7 +265,7 @@ def test_a_process_that_raised_is_named_with_its_error(watches):
     assert last_words(words, 0, 2) == {describe([1], 3, "it ended with ValueError: no")} and not words[1]
 
 
-def test_a_coordinator_that_does_not_answer_is_process_0(watches):
+def test_a_silent_coordinator_is_reported_as_process_0(watches):
     store, _, words = watches
     store.coordinator = False
     (sentence,) = last_words(words, 1, 2)
@@ -303,7 +303,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, rank):
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     peers[rank].send_signal(signal.SIGTERM)
-    outputs = [re.findall(r"stopped at (\d+), asked here: (\w+)", out) for out, _ in finish(peers)]
+    outputs = [re.findall(r"stopped at (\d+), requested here: (\w+)", out) for out, _ in finish(peers)]
     assert [peer.returncode for peer in peers] == [0, 0]
     (step, asked), (other_step, other_asked) = outputs[rank][0], outputs[1 - rank][0]
     assert step == other_step and (asked, other_asked) == ("True", "False")
@@ -319,8 +319,9 @@ def test_gradients_of_gathered_weights_are_exact_between_processes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_the_loss_of_a_peer_is_one_sentence(tmp_path, killed):
-    """Process 0 runs the coordinator: without it JAX aborts the other one. Without process 1 a collective fails."""
+def test_the_loss_of_a_peer_is_reported_in_one_sentence(tmp_path, killed):
+    """Process 0 runs the coordinator, and without it JAX aborts the other process. Without process 1, a collective
+    fails."""
     peers = start_peers("train_forever", tmp_path)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
@@ -334,7 +335,7 @@ def test_the_loss_of_a_peer_is_one_sentence(tmp_path, killed):
 
 
 @pytest.mark.slow
-def test_the_error_of_a_peer_is_named_by_the_other(tmp_path):
+def test_the_error_of_a_peer_is_reported_by_the_other(tmp_path):
     busy, raising = start_peers("crash", tmp_path)
     (_, err), (_, other_err) = finish([busy, raising])
     assert (busy.returncode, raising.returncode) == (EXIT_PEER_LOST, 1)
@@ -345,11 +346,11 @@ def test_the_error_of_a_peer_is_named_by_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("count", "indices"), [(2, [1]), (3, [0]), (2, [0, 2])], ids=["no_coordinator", "too_few", "index_too_large"]
 )
-def test_processes_that_do_not_find_each_other_end_with_a_sentence(count, indices):
+def test_processes_that_fail_to_join_end_with_a_sentence(count, indices):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    # jax checks an index against the number that its own process was given
+    # Each process gets a count above its index, because jax checks that.
     code = "import sys; from train.peer_watch import join; join(*map(int, sys.argv[1:]), 4)"
     peers = [
         subprocess.Popen(

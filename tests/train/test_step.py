@@ -1,4 +1,4 @@
-"""The train step: accumulation, donation, loss scaling, refusals, averages; the same on every mesh."""
+"""The train step: microbatches, donation, loss scaling, refused updates and averages, equal on every mesh."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bits(tree) -> list[bytes]:
 
 
 def distances(a, b) -> dict[str, float]:
-    """Relative distance |a - b| / |b| of each weight."""
+    """Return the relative distance |a - b| / |b| of each weight."""
     pairs = zip(weight_names(a), jax.tree.leaves(b), strict=True)
     return {name: float(np.linalg.norm(x - y) / np.linalg.norm(y)) for (name, x), y in pairs}
 
@@ -63,8 +63,8 @@ def distances(a, b) -> dict[str, float]:
     ],
     ids=["dense", "moe"],
 )
-def test_microbatches_equal_the_large_batch(moe, counts):
-    """Though their slices hold unequal numbers of targets."""
+def test_microbatches_match_the_large_batch(moe, counts):
+    """Even if the slices hold unequal numbers of targets."""
     model = random_model(tiny_config(moe=moe))
     batch = packed_batch(3, ROWS, WIDTH, VOCAB, longest=12)
     objective = NextToken(z_loss=0.01)
@@ -89,7 +89,7 @@ def test_microbatches_equal_the_large_batch(moe, counts):
 
 @pytest.fixture(scope="module", params=["skip", "stop"])
 def noisy(request):
-    """(policy, compiled step, fresh state): dropout, an average of the weights, a donated state."""
+    """(policy, compiled step, function that returns a new state), with dropout, an average and a donated state."""
     config = tiny_config(dropout=0.2)
     train = TrainConfig(ema_decay=0.9, nonfinite=request.param)
     state = start(config, train)
@@ -107,7 +107,7 @@ def test_the_state_is_updated_in_place(noisy):
     assert all(x.is_deleted() for x in jax.tree.leaves((state.model, state.optimizer, state.ema)) if x.size > 1)
 
 
-def test_the_average_is_the_average(noisy):
+def test_the_average_follows_its_formula(noisy):
     _, compiled, fresh = noisy
     state = fresh()
     expected = [np.asarray(x, np.float64) for x in jax.tree.leaves(state.model)]
@@ -141,11 +141,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(noisy, b
     state, metrics = compiled(state, BATCH)
     assert np.isfinite(metrics["loss"]) and int(state.nonfinite) == 1
     changed = bits((state.model, state.optimizer, state.ema, state.loss_scale)) != before
-    assert changed == (policy == "skip"), "after a refusal 'stop' freezes the state, 'skip' goes on"
+    assert changed == (policy == "skip"), "after a refused update, 'stop' freezes the state and 'skip' continues"
 
 
-def test_skipping_is_as_if_the_batch_had_not_been(noisy):
-    """Under 'skip' the step after a refusal is that from the state before it, but for its number."""
+def test_a_skipped_batch_leaves_no_trace(noisy):
+    """With 'skip', the step after a refused update equals a step from the state before it, except for its number."""
     policy, compiled, fresh = noisy
     if policy == "stop":
         pytest.skip("its later steps change nothing")
@@ -160,7 +160,7 @@ def test_skipping_is_as_if_the_batch_had_not_been(noisy):
 
 @pytest.fixture(scope="module")
 def float16():
-    """(compiled step with a growth period of 2, fresh state) in float16."""
+    """(compiled step with a growth period of 2, new state) in float16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "LOSS_SCALE_GROWTH_STEPS", 2)
         state = start(tiny_config(dtype="float16"), TrainConfig(nonfinite="stop"))
@@ -168,7 +168,7 @@ def float16():
     return compiled, state
 
 
-def test_an_overflow_of_float16_halves_the_scale_and_is_no_event(float16):
+def test_a_float16_overflow_halves_the_scale_and_is_not_counted(float16):
     compiled, state = float16
     assert float(state.loss_scale) == 2.0**15
     state = state._replace(loss_scale=jnp.float32(2.0**60), finite_steps=jnp.int32(1))
@@ -180,10 +180,10 @@ def test_an_overflow_of_float16_halves_the_scale_and_is_no_event(float16):
         assert float(state.loss_scale) == 2.0 ** (60 - halvings)
         assert int(state.nonfinite) == int(state.finite_steps) == 0
     moved, _ = compiled(state._replace(loss_scale=jnp.float32(2.0**10)), BATCH)
-    assert bits(moved.model) != before and int(moved.nonfinite) == 0, "even under 'stop' the run goes on"
+    assert bits(moved.model) != before and int(moved.nonfinite) == 0, "the run continues even with 'stop'"
 
 
-def test_a_scale_grows_after_so_many_finite_steps(float16):
+def test_the_scale_grows_after_enough_finite_steps(float16):
     compiled, state = float16
     state = state._replace(loss_scale=jnp.float32(2.0**8))
     scales = []
@@ -193,7 +193,7 @@ def test_a_scale_grows_after_so_many_finite_steps(float16):
     assert scales == [1, 2, 2, 4, 4]
 
 
-def test_float16_trains_like_float32_whatever_the_scale(float16):
+def test_float16_trains_like_float32_at_every_scale(float16):
     compiled, state = float16
     after = [compiled(state._replace(loss_scale=jnp.float32(2.0**s)), BATCH) for s in (6, 12)]
     for name in ("loss", "grad_norm"):
@@ -203,13 +203,13 @@ def test_float16_trains_like_float32_whatever_the_scale(float16):
         np.testing.assert_allclose(after[0][1][name], exact[name], rtol=1e-2)
 
 
-def test_a_nan_in_float16_at_scale_one_is_an_event(float16):
+def test_a_nan_in_float16_at_the_smallest_scale_is_counted(float16):
     compiled, state = float16
     state, _ = compiled(state._replace(loss_scale=jnp.float32(2.0**-24)), weighted(BATCH, np.nan))
     assert (int(state.nonfinite), float(state.loss_scale)) == (1, 2.0**-24)
 
 
-def test_bfloat16_computes_and_float32_remembers():
+def test_matmuls_use_bfloat16_and_the_state_is_float32():
     train = TrainConfig()
     state = start(tiny_config(dtype="bfloat16"), train)
     function = jax.jit(adam_step(train))
@@ -247,8 +247,10 @@ def built(config: Experiment, devices: int) -> Program:
 
 
 def laid_out(state: TrainState, program: Program) -> TrainState:
-    """A copy of `state` as the program lays its own out: what it would make itself (the last test), without its
-    compilation."""
+    """Return a copy of `state` sharded as the program requires.
+
+    It equals the state that the program would make (see the last test), without the compilation.
+    """
     return jax.tree.map(lambda x, there: jax.device_put(jnp.copy(x), there.sharding), state, program.abstract_state)
 
 
@@ -282,7 +284,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("mesh", "optimizer", "moe", "expected"), CASES)
-def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimizer, moe, expected):
+def test_a_mesh_trains_like_one_device_and_keeps_its_shardings(mesh, optimizer, moe, expected):
     lone_program = built(experiment(MeshConfig(), optimizer, moe), 1)
     program = built(experiment(mesh, optimizer, moe), 8)
     first = jax.jit(lone_program.make_state)()
@@ -297,7 +299,7 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
     for name, weight in weight_names(state.model):
         if name.rsplit(".", 1)[-1] in ("q", "k", "v", "out", "up", "down", "embedding", "head"):
             assert axes(weight) >= expected, name
-    # Whatever in the optimizer's state (moments, average) has a weight's shape is laid out as that weight.
+    # Arrays of the optimizer state and the average that have the shape of a weight are sharded like that weight.
     layouts: dict[tuple, set] = {}
     for weight in jax.tree.leaves(state.model):
         layouts.setdefault(weight.shape, set()).add(str(weight.sharding.spec))
@@ -317,8 +319,7 @@ def test_a_mesh_trains_as_one_device_does_and_keeps_its_shardings(mesh, optimize
     ],
 )
 def test_objectives_draw_the_same_on_a_mesh(objective, mask):
-    """Also over microbatches, and as an evaluation scores, which draws too where tokens are masked or a prefix is
-    seen."""
+    """This includes microbatches, and the scores of an evaluation, which also draws if the objective is random."""
     found, first = [], None
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):
         base = experiment(mesh)
@@ -340,7 +341,7 @@ def test_objectives_draw_the_same_on_a_mesh(objective, mask):
 
 
 def test_weights_are_the_same_on_every_mesh():
-    """The initial values depend on the seed, not on the layout; and the layout is the one that was asked for."""
+    """The initial values depend on the seed and not on the sharding, and the sharding is the requested one."""
     config = dataclasses.replace(experiment(MeshConfig()), train=TrainConfig())
     states = []
     for devices, mesh in ((1, MeshConfig()), (8, MeshConfig(fsdp=4, tensor=2))):

@@ -1,4 +1,4 @@
-"""Balancing without a loss, in the train step: the biases move by the rate and by nothing else, and they balance."""
+"""Balancing without a loss: in the train step, router biases change only by their rate, and they balance the load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAIN = TrainConfig(nonfinite="skip")
 
 @pytest.fixture(scope="module", params=["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def run(request):
-    """(step, state): decay on everything, and a rate that leaves the rest of the network almost as it is."""
+    """(step, state), with decay on all weights and a learning rate that hardly changes the rest of the network."""
     config = tiny_config(num_layers=4, moe=MOE)
     optimizer = OptimizerConfig(
         name=request.param, learning_rate=1e-4, schedule="constant", warmup_steps=0, decay="all", weight_decay=10.0
@@ -40,7 +40,7 @@ def run(request):
 
 
 def biases(state) -> np.ndarray:
-    """[L, E] of the MoE layers in order."""
+    """Return the biases [L, E] of the MoE layers in order."""
     return np.concatenate(
         [
             np.asarray(block.mlp.router_bias.value)
@@ -51,7 +51,7 @@ def biases(state) -> np.ndarray:
     )
 
 
-def test_a_bias_moves_by_its_rate_against_its_load_and_the_load_evens_out(run):
+def test_biases_change_by_their_rate_and_balance_the_load(run):
     step, state = run
     batch = whole_rows(0, 8, 33, 64)
     violations = []
@@ -66,7 +66,7 @@ def test_a_bias_moves_by_its_rate_against_its_load_and_the_load_evens_out(run):
     assert np.mean(violations[-5:]) < 0.5 * violations[0], violations
 
 
-def test_a_refused_update_moves_no_bias(run):
+def test_a_refused_update_changes_no_bias(run):
     step, state = run
     state, _ = step(state, whole_rows(0, 8, 33, 64))
     before = biases(state)

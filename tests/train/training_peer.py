@@ -1,8 +1,9 @@
-"""One of two processes that train the run of `small_runs` together; started by test_loop.
+"""A program, started by test_loop, that is one of two processes which train the run of `small_runs` together.
 
     python -m tests.train.training_peer ADDRESS RANK FOLDER TERM_AT
 
-Rank 1 sends itself SIGTERM at step TERM_AT (0: never). FOLDER.data.json is the config of data that the test prepared.
+Rank 1 sends itself SIGTERM at step TERM_AT (0: never). FOLDER.data.json is the config of the data that the test
+prepared.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ def main(address: str, rank: int, folder: Path, term_at: int) -> None:
     class Stop(StopSignal):
         def agreed(self, step):
             if term_at:
-                time.sleep(0.2)  # time for the peers to agree before the run is over
+                time.sleep(0.2)  # gives the peers time to agree before the run ends
             if rank == 1 and step == term_at:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().agreed(step)
