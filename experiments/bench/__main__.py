@@ -106,7 +106,12 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.processor()}, {_usable_cores()} of {os.cpu_count()} cores"
+
+
+def _usable_cores() -> int:
+    """Return the number of cores that this process may use; all of them where the system has no affinity (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def line(row: Row) -> str:
