@@ -51,8 +51,8 @@ def test_a_refused_memory_limit_is_an_error_except_on_macos(monkeypatch):
 
 
 def test_usable_cores_are_all_cores_without_affinity(monkeypatch):
-    from experiments.bench.__main__ import _usable_cores
+    from experiments.cpu_devices import cores
 
-    assert 1 <= _usable_cores() <= (os.cpu_count() or 1)
+    assert 1 <= cores() <= (os.cpu_count() or 1)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert _usable_cores() == os.cpu_count()
+    assert cores() == os.cpu_count()
