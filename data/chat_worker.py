@@ -103,9 +103,19 @@ def line_of(error: BaseException) -> int | None:
     return line
 
 
+def limit_memory(size: int, platform: str = sys.platform) -> None:
+    """Limit the address space of this process to `size` bytes. macOS may refuse the limit: there only the time and the
+    length of the output bound a template."""
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except (ValueError, OSError):
+        if platform != "darwin":
+            raise
+
+
 def main() -> None:
     start = json.loads(sys.stdin.readline())
-    resource.setrlimit(resource.RLIMIT_AS, (start["bytes"], start["bytes"]))
+    limit_memory(start["bytes"])
     print("{}", flush=True)
     template = None
     for line in sys.stdin:

@@ -136,6 +136,8 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[
 
 
 def _reserve(file: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):  # macOS: the writes report a full disk
+        return
     try:
         os.posix_fallocate(file, 0, size)
     except OSError as error:

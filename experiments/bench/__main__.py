@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from experiments.bench.contest import Contest, Contestant, compete
 from experiments.bench.models import BATCH, LENGTH, NEW_TOKENS
+from experiments.cpu_devices import cores
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "torch", "transformers", "numpy")
@@ -106,7 +107,7 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.processor()}, {cores()} of {os.cpu_count()} cores"
 
 
 def line(row: Row) -> str:
