@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding.rules import MESH_AXES
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis. At most one axis is -1: all devices the others leave."""
-
-    data: int = 1  # replicas that hold whole weights (slowest links)
-    fsdp: int = -1  # replicas that hold a slice of each weight and gather it at use
-    expert: int = 1  # experts spread over devices
-    tensor: int = 1  # heads, MLP columns and vocabulary spread over devices (fastest links)
-    sequence: int = 1  # positions of a sequence spread over devices
-    stage: int = 1  # pipeline stages; no rule spreads layers over it by default
-
-    def sizes(self, device_count: int) -> tuple[int, ...]:
-        """Axis sizes for `device_count` devices, in MESH_AXES order. Raises ValueError if they do not match."""
-        if device_count < 1:
-            raise ValueError(f"{device_count} devices: a mesh needs at least one")
-        sizes = dataclasses.asdict(self)
-        wild = [name for name, size in sizes.items() if size == -1]
-        bad = [name for name, size in sizes.items() if size < 1 and size != -1]
-        if bad:
-            raise ValueError(f"mesh.{bad[0]} = {sizes[bad[0]]}: an axis has 1 or more devices, or -1 for what is left")
-        if len(wild) > 1:
-            raise ValueError(f"mesh.{wild[0]} and mesh.{wild[1]} are both -1: at most one axis can take what is left")
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        if wild and device_count % fixed == 0:
-            sizes[wild[0]] = device_count // fixed
-        total = math.prod(sizes.values())
-        if total != device_count or -1 in sizes.values():
-            shape = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size != 1) or "1"
-            raise ValueError(
-                f"mesh = ({shape}): needs {'a multiple of ' if wild else ''}{fixed} devices, but there are "
-                f"{device_count}; set mesh.* so that the product is {device_count}"
-            )
-        return tuple(sizes[name] for name in MESH_AXES)
+from sharding.config import MESH_AXES, MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh | None:
