@@ -59,7 +59,9 @@ def bits_per_byte(rows: Rows, theme: Theme, compressors: Mapping[str, float]) ->
         return None
     figure, axes = single(theme, "Held-out bits per byte", "bits per byte")
     for i, (name, evals) in enumerate(sets.items()):
-        axes.plot(*series(evals, "bits_per_byte"), "o-", color=theme.lines[i % 4], markersize=4, label=name)
+        axes.plot(
+            *series(evals, "bits_per_byte"), "o-", color=theme.lines[i % len(theme.lines)], markersize=4, label=name
+        )
     if compressors:
         axes.margins(x=0.12)
         low, high = min(compressors.values()), max(compressors.values())
@@ -72,7 +74,7 @@ def bits_per_byte(rows: Rows, theme: Theme, compressors: Mapping[str, float]) ->
 
 
 def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
-    """The schedule as it was applied."""
+    """Learning rate of each step."""
     steps, values = series(rows, "learning_rate")
     if not len(steps):
         return None
@@ -84,7 +86,7 @@ def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
 
 
 def gradient_norm(rows: Rows, theme: Theme) -> Figure | None:
-    """Global gradient norm before clipping; steps whose row says `clipped` are marked below."""
+    """Global gradient norm before clipping; clipped steps are marked below."""
     steps, values = series(rows, "grad_norm")
     if not len(steps):
         return None
@@ -116,8 +118,8 @@ def speed(rows: Rows, theme: Theme) -> Figure | None:
 def drawings(
     rows: Rows, compressors: Mapping[str, float], study: Study | None = None
 ) -> dict[str, Callable[[Theme], Figure | None]]:
-    """Return by name, in the order of the report, what draws each figure for a theme: None where it has no data.
-    `study`: what the routers chose."""
+    """Return by name, in the order of the report, a function that draws each figure for a theme; it returns None
+    without data. `study` is the study of the routers' choices."""
     return {
         "bits_per_byte": lambda theme: bits_per_byte(rows, theme, compressors),
         "loss": lambda theme: loss(rows, theme),
@@ -134,7 +136,7 @@ def drawings(
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
+    """Return the figure as PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()
