@@ -4,8 +4,8 @@ Matplotlib is imported here, so this module is imported only where a report is w
 """
 
 import io
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,10 @@ from matplotlib.ticker import EngFormatter
 from experiments import router_plots
 from experiments.plot_style import Rows, Theme, legend, series, single, smooth, thin
 from experiments.routing import Study
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+FEW_POINTS = 40  # of a line whose points are marked
+MAX_LEGEND = 12  # lines of a legend
 
 
 def _raw_and_smooth(axes: Axes, theme: Theme, steps: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -133,6 +137,45 @@ def drawings(
         "expert_load": lambda theme: router_plots.expert_load(rows, theme),
         "co_activation": lambda theme: None if study is None else router_plots.co_activation(study, theme),
     }
+
+
+class Curve(NamedTuple):
+    """A line of an overlay."""
+
+    label: str
+    colour: int  # of the run
+    dash: int  # of the held-out set
+    x: np.ndarray
+    values: np.ndarray
+
+
+def overlay(
+    theme: Theme, title: str, y: str, x: str, curves: Sequence[Curve], *, from_zero: bool = False
+) -> Figure | None:
+    """Curves of several runs in one plot, over steps or tokens."""
+    curves = [curve for curve in curves if np.isfinite(curve.values).any()]
+    if not curves:
+        return None
+    figure, axes = single(theme, title, y)
+    axes.set_xlabel(x)
+    if x != "step":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for curve in curves:
+        colour = theme.lines[curve.colour % len(theme.lines)]
+        # Runs beyond the number of colours take the colours again, with other dashes.
+        dash = DASHES[(curve.dash + curve.colour // len(theme.lines)) % len(DASHES)]
+        few = len(curve.x) <= FEW_POINTS
+        axes.plot(
+            *thin(curve.x, curve.values), color=colour, linestyle=dash, linewidth=1.5, label=curve.label,
+            marker="o" if few else None, markersize=3.5,
+        )  # fmt: skip
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if max(np.nanmax(curve.values) for curve in curves) >= 1e3:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(curves) <= MAX_LEGEND:
+        legend(axes, theme)
+    return figure
 
 
 def png(figure: Figure) -> bytes:

@@ -4,9 +4,9 @@
 
 It works at any time. A run that has just begun, is unfinished, or lacks experts, evaluations or the records of newer
 code gets a page of the parts that it has. A damaged file costs its part of the page, and a note at the top names it.
-The summary shows the `final` row and, before there is one, the event "started": `parameters_total`, `parameters_active`, `tokens`,
-`wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The verdict compares `sets` of the final row, {name:
-{"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
+The summary shows the `final` row and, before there is one, the event "started": `parameters_total`,
+`parameters_active`, `tokens`, `wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The verdict compares `sets`
+of the final row, {name: {"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
 """
 
 import os

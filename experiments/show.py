@@ -23,10 +23,10 @@ from train.progress import count
 PARAMETER_COLUMNS = (
     Column("parameter", style="cyan"),
     Column("shape"),
-    Column("dtype"),
-    Column("sharding", fold=True),
+    Column("dtype", drop=1),
+    Column("sharding", fold=True, drop=2),
     Column("parameters", number=True),
-    Column("bytes per device", number=True),
+    Column("bytes/device", number=True),
 )
 
 

@@ -13,14 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+FOLDED_WIDTH = 16
+GAP = 2  # characters between columns
+
 
 @dataclass(frozen=True)
 class Column:
-    """A column's title, whether its cells are numbers (right-aligned), and whether a narrow terminal may fold them."""
+    """A column of a table, and how it adapts to a narrow terminal."""
 
     title: str
-    number: bool = False
-    fold: bool = False
+    number: bool = False  # aligned to the right
+    fold: bool = False  # into lines of FOLDED_WIDTH or more characters
+    drop: int = 0  # above 0: left out on a narrow terminal, the lowest first
     style: str = ""
 
 
@@ -46,16 +50,35 @@ def print_table(console: Console, columns: Sequence[Column], lines: Sequence[Lin
         for text in _plain(columns, rows):
             console.print(Text(text), soft_wrap=True)
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
+    shown = _shown(columns, lines, console.width)
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+    for column in (columns[i] for i in shown):
         table.add_column(
             column.title, justify="right" if column.number else "left", no_wrap=not column.fold, overflow="fold",
             style=column.style,
         )  # fmt: skip
     for line in lines:
-        first, *others = line.cells
-        table.add_row(*(Text(cell) for cell in (line.short or first, *others)), style=line.style)
+        cells = (line.short or line.cells[0], *line.cells[1:])
+        table.add_row(*(Text(cells[i]) for i in shown), style=line.style)
     console.print(table)
+    dropped = " and ".join(column.title for i, column in enumerate(columns) if i not in shown)
+    if dropped:
+        console.print(Text(f"(a wider terminal, or a pipe, also shows {dropped})", style="dim"))
+
+
+def _shown(columns: Sequence[Column], lines: Sequence[Line], width: int) -> list[int]:
+    """Return the indices of the columns that fit."""
+
+    def needed(i: int) -> int:
+        cells = (line.short if i == 0 and line.short else line.cells[i] for line in lines)
+        natural = max([len(columns[i].title), *map(len, cells)])
+        return min(natural, FOLDED_WIDTH) if columns[i].fold else natural
+
+    shown = list(range(len(columns)))
+    for i in sorted((i for i in shown if columns[i].drop), key=lambda i: columns[i].drop):
+        if sum(map(needed, shown)) + GAP * (len(shown) - 1) > width:
+            shown.remove(i)
+    return shown
 
 
 def _plain(columns: Sequence[Column], rows: Sequence[tuple[str, ...]]) -> list[str]:
