@@ -1,5 +1,4 @@
-"""The command line: python -m experiments list | show | train | compile | eval | generate | import | export | upcycle |
-report.
+"""The command line: python -m experiments COMMAND. `--help` lists the commands.
 
 Exit codes: 0 done, or a run that is finished; 1 the user must change something, which one paragraph on stderr names; 2
 the arguments cannot be parsed; 75 a step hangs or another process is lost; 130 and 143 stopped by Ctrl-C or SIGTERM,
@@ -13,17 +12,31 @@ import os
 import sys
 from collections.abc import Callable
 
+from experiments.command_help import Command, make_parser
 from experiments.stopping import Stopped
 from train.config_io import ConfigError
 from train.host_memory import keep_freed_memory
 
 STOPPED = "stopped by {name}: what was saved is kept, and the same command continues from there"
 LARGEST = 2**31 - 1  # of a count on the command line
+DESCRIPTION = "Train, measure and use language models in JAX."
+EPILOGUE = """\
+EXPERIMENT is a name that 'list' prints. RUN is a name under runs/, or the path
+of a run's folder, local or gs://. 'python -m experiments COMMAND --help' prints
+the options of a command and an example.
+
+Exit codes:
+  0         done
+  1         something to change, named on stderr
+  2         arguments that cannot be parsed
+  75        a step hangs, or another process is lost
+  130, 143  stopped by Ctrl-C or SIGTERM; the same command continues
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(arguments)
+    args = make_parser(COMMANDS, DESCRIPTION, EPILOGUE).parse_args(arguments)
     if args.command in ("train", "eval"):
         keep_freed_memory()
     from data.config import DataError
@@ -65,19 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (subject, help, add_arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        if subject is not None:
-            command.add_argument("subject", metavar=subject)
-        add_arguments(command)
-    return parser
-
-
 def _integer(low: int, high: int = LARGEST) -> Callable[[str], int]:
     """Return a parser of whole numbers between `low` and `high`, written in ASCII digits."""
 
@@ -106,130 +106,205 @@ def _number(text: str) -> float:
     return number
 
 
+def _experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="EXPERIMENT", help="name of an experiment")
+
+
+def _run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="RUN", help="name of a run under runs/, or path of its folder")
+
+
 def _settable(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides",
-        help="change a field of the config, e.g. --set model.moe.top_k=3; may be repeated",
+        help="change a field of the config, such as model.moe.top_k=3; may be repeated",
     )  # fmt: skip
 
 
 def _step(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--step", type=_integer(0), help="step of the checkpoint (default: the newest good one)")
+    command.add_argument(
+        "--step", type=_integer(0), metavar="N", help="step of the checkpoint [default: the newest good one]"
+    )
 
 
-def _nothing(command: argparse.ArgumentParser) -> None:
-    """`list` and `report` take no option."""
+def _list(command: argparse.ArgumentParser) -> None:
+    """`list` takes no argument."""
 
 
 def _show(command: argparse.ArgumentParser) -> None:
+    _experiment(command)
     _settable(command)
-    command.add_argument("--all", action="store_true", help="print every field, not only those that differ")
-    command.add_argument("--devices", type=_integer(1), help="number of devices to lay out for (default: those here)")
+    command.add_argument("--all", action="store_true", help="print every field [default: those that differ]")
+    command.add_argument(
+        "--devices", type=_integer(1), metavar="N", help="devices to shard for, present or not [default: those here]"
+    )
 
 
 def _compile(command: argparse.ArgumentParser) -> None:
+    _experiment(command)
     _settable(command)
     command.add_argument(
-        "--topology", required=True, help="generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16"
-    )
-    command.add_argument("--save", metavar="FILE", help="write the figures as JSON, too")
+        "--topology", required=True, metavar="CHIPS",
+        help="TPU generation and chips along each axis, such as v5p:4x4x4 or v5e:16x16; required",
+    )  # fmt: skip
+    command.add_argument("--save", metavar="FILE", help="write the figures as JSON, too [default: print them only]")
 
 
 def _train(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="EXPERIMENT|RUN", help="name of an experiment, or an imported run")
     _settable(command)
     command.add_argument(
-        "--run",
-        metavar="NAME",
-        help="name of the run under runs/, or a path to a folder that is new, empty or a run's (default: the "
-        "experiment's name)",
-    )
-    command.add_argument("--resume", metavar="RUN", help="continue this run")
+        "--run", metavar="NAME",
+        help="name of the run under runs/, or a path to a folder that is new, empty or a run's [default: the name of "
+        "the experiment]",
+    )  # fmt: skip
+    command.add_argument("--resume", metavar="RUN", help="continue this run, whose config is then the base of --set")
     command.add_argument(
-        "--override", action="store_true", help="continue although the run folder belongs to another config"
-    )
+        "--override", action="store_true",
+        help="continue although the run's folder has another config [default: refuse]",
+    )  # fmt: skip
     command.add_argument(
-        "--distributed",
-        action="store_true",
-        help="be one of several processes: JAX finds the others on a TPU pod or under SLURM; elsewhere set "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The run folder must be on a file system that "
-        "they share",
-    )
+        "--distributed", action="store_true",
+        help="be one of several processes, which share the run's folder. JAX finds the others on a TPU pod or under "
+        "SLURM; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID [default: one process]",
+    )  # fmt: skip
 
 
 def _eval(command: argparse.ArgumentParser) -> None:
+    _run(command)
     _settable(command)
     _step(command)
     command.add_argument(
-        "--stride", type=_integer(1), help="tokens scored in a window; the rest is context (default: the run's)"
-    )
+        "--stride", type=_integer(1), metavar="TOKENS",
+        help="tokens scored in each window; those before them are context [default: as the run was trained]",
+    )  # fmt: skip
 
 
 def _generate(command: argparse.ArgumentParser) -> None:
+    _run(command)
+    command.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="text to continue; required, may be repeated"
+    )
+    command.add_argument("--chat", action="store_true", help="apply the chat template to the prompt, a user's message")
+    command.add_argument("--system", metavar="TEXT", help="system message; requires --chat")
+    command.add_argument("--stream", action="store_true", help="print the text as it is generated")
+    command.add_argument("--logprobs", action="store_true", help="print each token with its log-probability (nats)")
+    command.add_argument("--max-new-tokens", type=_integer(1), default=128, metavar="N", help="tokens to generate")
     _settable(command)
     _step(command)
-    command.add_argument("--prompt", action="append", required=True, help="text to continue; may be repeated")
-    command.add_argument(
-        "--chat", action="store_true", help="apply the chat template; the prompt is the user's message"
+    sampling = command.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature", type=_number, default=0.8, metavar="T", help="0 always takes the most likely token"
     )
-    command.add_argument("--system", help="system message; requires --chat")
-    command.add_argument("--max-new-tokens", type=_integer(1), default=128)
-    command.add_argument("--temperature", type=_number, default=0.8, help="0 takes the likeliest token")
-    command.add_argument("--top-k", type=_integer(0), default=0, help="keep the k likeliest tokens; 0 keeps all")
-    command.add_argument("--top-p", type=_number, default=1.0, help="keep the likeliest tokens up to this probability")
-    command.add_argument(
-        "--min-p", type=_number, default=0.0, help="keep tokens at least this fraction as likely as the best"
+    sampling.add_argument(
+        "--top-k", type=_integer(0), default=0, metavar="K", help="keep the K most likely tokens; 0 keeps all"
     )
-    command.add_argument("--repetition-penalty", type=_number, default=1.0)
-    command.add_argument("--frequency-penalty", type=_number, default=0.0)
-    command.add_argument("--presence-penalty", type=_number, default=0.0)
-    command.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0)
-    command.add_argument("--stream", action="store_true", help="print the text as it is made")
-    command.add_argument("--logprobs", action="store_true", help="print each token with its log-probability (nats)")
+    sampling.add_argument(
+        "--top-p", type=_number, default=1.0, metavar="P", help="keep the likeliest tokens up to this probability"
+    )
+    sampling.add_argument(
+        "--min-p", type=_number, default=0.0, metavar="P",
+        help="keep tokens whose probability is at least this fraction of the largest",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--repetition-penalty", type=_number, default=1.0, metavar="X", help="above 1 makes repeated tokens less likely"
+    )
+    sampling.add_argument(
+        "--frequency-penalty", type=_number, default=0.0, metavar="X", help="taken from a logit for each occurrence"
+    )
+    sampling.add_argument(
+        "--presence-penalty", type=_number, default=0.0, metavar="X", help="taken once from the logit of a used token"
+    )
+    sampling.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="seed of the sampling")
 
 
 def _import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="PATH", help="a Hugging Face folder, or a GGUF file")
     _settable(command)
-    command.add_argument("--name", required=True, help="name of the run under runs/")
+    command.add_argument("--name", required=True, help="name of the new run under runs/; required")
     command.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="type that the weights are stored in"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the stored weights"
     )
-    command.add_argument("--tokenizer", metavar="PATH", help="tokenizer, if it is not beside the weights")
-    command.add_argument("--dry-run", action="store_true", help="read headers alone, and print what would be done")
+    command.add_argument("--tokenizer", metavar="PATH", help="tokenizer [default: the one beside the weights]")
+    command.add_argument("--dry-run", action="store_true", help="read the headers only, and print the plan")
 
 
 def _export(command: argparse.ArgumentParser) -> None:
+    _run(command)
     _settable(command)
     _step(command)
-    command.add_argument("--to", required=True, metavar="FOLDER", help="folder to make")
+    command.add_argument("--to", required=True, metavar="FOLDER", help="new folder to write; required")
     command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type that the weights are stored in",
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the stored weights"
     )
-    command.add_argument("--family", help="architecture to write (default: the first that can say all of the config)")
+    command.add_argument("--family", help="architecture to write [default: the first that can express the config]")
     command.add_argument("--dry-run", action="store_true", help="print what would be written")
 
 
 def _upcycle(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="DENSE_RUN", help="name or path of a run without experts")
     _settable(command)
     _step(command)
-    command.add_argument("--run", metavar="NEW", required=True, help="name of the new run under runs/, or a path")
+    command.add_argument(
+        "--run", metavar="NEW", required=True, help="name of the new run under runs/, or a path; required"
+    )
 
 
-# Of each command: what its argument is, what it does, and its options.
-COMMANDS: dict[str, tuple[str | None, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "list": (None, "every experiment with its question, source and cost", _nothing),
-    "show": ("EXPERIMENT", "resolved config, parameters with shapes and shardings, FLOPs", _show),
-    "compile": ("EXPERIMENT", "check the memory and the traffic of a step on TPUs you don't have", _compile),
-    "train": ("EXPERIMENT|RUN", "train, evaluate, sample and report; the same command again resumes", _train),
-    "eval": ("RUN", "bits per byte on all held-out files", _eval),
-    "generate": ("RUN", "continue a prompt", _generate),
-    "import": ("PATH", "make a run of a published model: a Hugging Face folder or a GGUF file", _import),
-    "export": ("RUN", "write a run as a Hugging Face folder that transformers loads", _export),
-    "upcycle": ("DENSE_RUN", "write a run whose experts start as the MLPs of a dense run", _upcycle),
-    "report": ("RUN", "write the run's report.html again", _nothing),
-}
+def _compare(command: argparse.ArgumentParser) -> None:
+    _run(command)
+    command.add_argument("others", metavar="RUN", nargs="+", help="the runs to compare it with")
+    command.add_argument("--to", metavar="FILE", default="runs/comparison.html", help="page to write, or overwrite")
+
+
+COMMANDS: dict[str, Command] = {
+    "list": Command(
+        "Look around", "", "List every experiment with its question, source and cost", ("list",), _list
+    ),
+    "show": Command(
+        "Look around", "EXPERIMENT", "Print an experiment's config, parameters, shardings and FLOPs",
+        ("show quickstart", "show quickstart --devices 8 --set mesh.tensor=2"), _show,
+        "Nothing is compiled, and the devices need not exist. Into a pipe, each row is one line of plain text.",
+    ),
+    "compile": Command(
+        "Look around", "EXPERIMENT --topology CHIPS", "Check memory and traffic for a TPU pod you don't have",
+        ("compile mixtral_8x7b --topology v5p:4x4x4",), _compile,
+        "Compiles the train step with the TPU's compiler, on this machine.",
+    ),
+    "train": Command(
+        "Train", "EXPERIMENT|RUN", "Train, evaluate, sample and report; the same command again resumes",
+        ("train quickstart", "train quickstart --run small --set model.num_layers=2 --set train.steps=200"), _train,
+        "Given an imported run, trains its weights further; --run NAME trains a copy of it.",
+    ),
+    "upcycle": Command(
+        "Train", "DENSE_RUN --run NEW", "Make a mixture of experts out of a dense run's weights",
+        ("upcycle quickstart_dense --run experts --set model.moe.num_experts=4",), _upcycle,
+    ),
+    "eval": Command(
+        "Measure and use", "RUN", "Measure bits per byte on all held-out files, beside compressors",
+        ("eval quickstart --stride 64",), _eval,
+    ),
+    "generate": Command(
+        "Measure and use", "RUN --prompt TEXT", "Continue a prompt, or answer it with --chat",
+        ('generate quickstart --prompt "def fib(n):" --temperature 0.8 --top-p 0.95 --stream',), _generate,
+    ),
+    "report": Command(
+        "Measure and use", "RUN", "Write the run's report.html again", ("report quickstart",), _run,
+        "'train' writes it at the end. It also works on a run that is unfinished or still training.",
+    ),
+    "compare": Command(
+        "Measure and use", "RUN RUN [RUN...]", "Write a page that overlays the curves of several runs",
+        ("compare quickstart quickstart_dense",), _compare,
+        "The page also has a table of the final figures, and one of the config fields in which the runs differ.",
+    ),
+    "import": Command(
+        "Exchange models", "PATH --name NAME", "Make a run from a Hugging Face folder or a GGUF file",
+        ("import ./SmolLM2-135M --name smollm2",), _import,
+    ),
+    "export": Command(
+        "Exchange models", "RUN --to FOLDER", "Write a run as a folder that transformers loads",
+        ("export quickstart --to quickstart-hf --dtype bfloat16",), _export,
+    ),
+}  # fmt: skip
 
 
 if __name__ == "__main__":

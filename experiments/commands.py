@@ -1,5 +1,5 @@
-"""What each command of the command line does. Heavy imports wait until the command needs them, so that errors come
-fast."""
+"""The commands of the command line. Each imports what it needs, so that `list` and errors come fast: nothing here
+imports jax or matplotlib at the top."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from etils import epath
-from rich.console import Console
-from rich.table import Table
 
 from experiments.memory import memory_here
 from experiments.meshes import fit_mesh
@@ -35,7 +33,7 @@ from train.records import RunFolder
 
 
 class UsageError(ValueError):
-    """The arguments of a command do not go together."""
+    """Arguments that do not fit each other, or that name something that cannot be used."""
 
 
 def refuse_other_encodings(args: argparse.Namespace) -> None:
@@ -46,7 +44,9 @@ def refuse_other_encodings(args: argparse.Namespace) -> None:
             try:
                 _ = text.encode() if isinstance(text, str) else None
             except UnicodeEncodeError as error:
-                option = {"overrides": "--set", "subject": args.command}.get(name, f"--{name.replace('_', '-')}")
+                option = {"overrides": "--set", "subject": args.command, "others": args.command}.get(
+                    name, f"--{name.replace('_', '-')}"
+                )
                 raise UsageError(
                     f"{option}: the text is not UTF-8 (byte 0x{ord(text[error.start]) & 0xFF:02x} after "
                     f"{text[: error.start][-40:]!r}); give it in UTF-8"
@@ -55,25 +55,30 @@ def refuse_other_encodings(args: argparse.Namespace) -> None:
 
 def list_command(args: argparse.Namespace) -> int:
     """Print every experiment with its question, source and cost."""
-    table = Table("experiment", "question", "source", "cost", box=None, pad_edge=False)
-    for name, make in EXPERIMENTS.items():
-        experiment = make()
-        table.add_row(name, experiment.question, experiment.source, experiment.cost)
-    _console().print(table)
+    from experiments.terminal import Column, Line, open_console, print_table
+
+    columns = (
+        Column("experiment", style="cyan"), Column("question", fold=True), Column("source", fold=True),
+        Column("cost", fold=True),
+    )  # fmt: skip
+    experiments = {name: make() for name, make in EXPERIMENTS.items()}
+    lines = [Line((name, each.question, each.source, each.cost)) for name, each in experiments.items()]
+    print_table(open_console(), columns, lines)
     return 0
 
 
 def show_command(args: argparse.Namespace) -> int:
-    """Print the resolved config, and what the network is and costs."""
+    """Print the config of an experiment, its parameters and what it costs."""
     from experiments.show import print_experiment
+    from experiments.terminal import open_console
 
     experiment = _checked(lambda: resolve(args.subject, args.overrides, args.devices))
-    print_experiment(experiment, args.devices, _console(), every_field=args.all)
+    print_experiment(experiment, args.devices, open_console(), every_field=args.all)
     return 0
 
 
 def compile_command(args: argparse.Namespace) -> int:
-    """Print what a train step takes on a topology of TPUs, which need not be here."""
+    """Print the memory and the traffic of a train step on a topology of TPUs, which need not be here."""
     from experiments.compile import compile_step, memory_of, print_compiled, save, topology_devices
 
     devices = topology_devices(args.topology)
@@ -107,6 +112,11 @@ def train_command(args: argparse.Namespace) -> int:
         for line in backend_lines():
             say(line)
         finished = run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
+        if finished:
+            from experiments.next_steps import next_steps
+
+            for line in next_steps(experiment, RunFolder(path)):
+                say(line)
         return 0 if finished else 128 + (StopSignal.last_number or signal.SIGTERM)
 
 
@@ -141,7 +151,7 @@ def _devices(args: argparse.Namespace, run: RunFolder | None) -> Callable[[Exper
 
 
 def _copied(run: RunFolder, path: Path) -> Path:
-    """`path`, a copy of an imported run, made by process 0 unless it is there."""
+    """Return `path`, a copy of an imported run, which process 0 makes unless it exists."""
     import jax
 
     from experiments.convert import copy_import
@@ -155,7 +165,7 @@ def _copied(run: RunFolder, path: Path) -> Path:
 
 
 def eval_command(args: argparse.Namespace) -> int:
-    """Bits per byte of a run's weights on all held-out files, beside compressors."""
+    """Print the bits per byte of a run's weights on all held-out files, beside compressors."""
     from data.compressors import compressed_sizes
     from data.prepare import heldout_files
     from experiments.cpu_devices import start_devices
@@ -182,7 +192,7 @@ def eval_command(args: argparse.Namespace) -> int:
 
 
 def generate_command(args: argparse.Namespace) -> int:
-    """Continues prompts, or answers them, with a run's weights and the tokenizer in its folder."""
+    """Continue prompts, or answer them, with a run's weights and the tokenizer in its folder."""
     use_compilation_cache()
     from data.tokenizer import load_tokenizer, prompt_ids
     from decode.generate import for_decoding, stream
@@ -196,7 +206,7 @@ def generate_command(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise UsageError("--system requires --chat; add it, or leave --system out")
     if args.stream and len(args.prompt) > 1:
-        raise UsageError("--stream: prints one text as it is made; give one --prompt, or leave --stream out")
+        raise UsageError("--stream: prints one text as it is generated; give one --prompt, or leave --stream out")
     run = find_run(args.subject)
     tokenizer = load_tokenizer(run.tokenizer)
     params = SamplingParams(
@@ -209,7 +219,7 @@ def generate_command(args: argparse.Namespace) -> int:
         prompts = chat_prompts(tokenizer, args.prompt, args.system)
     else:
         prompts = [prompt_ids(tokenizer, text) for text in args.prompt]
-    shown = [""] * len(prompts) if args.chat else args.prompt  # an answer is printed by itself
+    shown = [""] * len(prompts) if args.chat else args.prompt  # an answer is printed without its prompt
     experiment = _load(args.subject, args.overrides)
     if notice := _checked(lambda: check_length(experiment.model, load_experiment(run).model.max_length)):
         print(f"note: {notice}", file=sys.stderr)
@@ -234,7 +244,7 @@ def generate_command(args: argparse.Namespace) -> int:
 
 
 def import_command(args: argparse.Namespace) -> int:
-    """Makes a run of a published model."""
+    """Make a run from a published model."""
     from experiments.convert import import_run
 
     use_compilation_cache()
@@ -258,7 +268,7 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """Writes a run as a published model."""
+    """Write a run as a published model."""
     from experiments.convert import export_run
 
     run, folder = find_run(args.subject), Path(args.to)
@@ -288,7 +298,7 @@ def _written(folder: Path) -> Iterator[None]:
 
 
 def upcycle_command(args: argparse.Namespace) -> int:
-    """Writes a run with experts that starts from a dense run's weights."""
+    """Write a run with experts that starts from a dense run's weights."""
     from experiments.upcycle import upcycle_run, with_experts
 
     use_compilation_cache()
@@ -309,8 +319,21 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare_command(args: argparse.Namespace) -> int:
+    """Write a page that overlays the curves of several runs."""
+    from experiments.compare import write_comparison
+
+    names = [args.subject, *args.others]
+    print(
+        write_comparison(
+            [find_run(name) for name in names], Path(args.to), log=lambda text: print(text, file=sys.stderr)
+        )
+    )
+    return 0
+
+
 def join_processes() -> None:
-    """Make this process one of several. What the environment does not say, jax finds on TPU pods, SLURM and the like.
+    """Make this process one of several. jax finds what the environment does not say on TPU pods, SLURM and the like.
     Raises UsageError."""
     from train.peer_watch import join
     from train.signals import exit_hard_on_exception
@@ -324,7 +347,7 @@ def join_processes() -> None:
             f"--distributed: {reason.rstrip('.')}. On a TPU pod or under SLURM nothing needs to be set; elsewhere give "
             f"every process JAX_COORDINATOR_ADDRESS (host:port of process 0; it is "
             f"{os.environ.get('JAX_COORDINATOR_ADDRESS', 'unset')}), JAX_NUM_PROCESSES (it is "
-            f"{'unset' if number is None else number}) and a JAX_PROCESS_ID of its own (it is "
+            f"{'unset' if number is None else number}) and its JAX_PROCESS_ID (it is "
             f"{'unset' if index is None else index}), or leave --distributed out"
         ) from error
     exit_hard_on_exception()
@@ -341,7 +364,7 @@ def _count_of(name: str) -> int | None:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in .cache/jax (or JAX_COMPILATION_CACHE_DIR), so that a second start is fast."""
+    """Keep compiled programs in .cache/jax (or JAX_COMPILATION_CACHE_DIR), so that a second start is fast."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -366,13 +389,15 @@ def _load_to_train(name: str, args: argparse.Namespace) -> Experiment:
     return _checked(lambda: resolve_from(experiment, args.overrides, devices, memory=memory_here))
 
 
-def _console() -> Console:
-    """As wide as the terminal; wide enough for a table elsewhere."""
+def _console():
+    """Return a console as wide as the terminal; elsewhere wide enough for a table."""
+    from rich.console import Console
+
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _checked(make):
-    """The result of `make`, a ValueError of which is the user's to mend: configs and prompts are checked there."""
+    """Return `make()`. A ValueError becomes a UsageError: `make` checks configs and prompts, which the user can fix."""
     try:
         return make()
     except ValueError as error:

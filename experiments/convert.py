@@ -216,6 +216,11 @@ def copy_import(run: RunFolder, path: Path) -> None:
         shutil.copytree(
             run.path, partial, ignore=shutil.ignore_patterns(run.lock.name, run.wandb_id.name), dirs_exist_ok=True
         )
+        with MetricsWriter(RunFolder(partial)) as metrics:
+            metrics.write({
+                "kind": "event", "step": 0, "event": "copied", "message": f"from {run.path}",
+                "copied_from": {"run": str(run.path)},
+            })  # fmt: skip
 
 
 def probe(model: Transformer, tokenizer: Tokenizer) -> tuple[float, int]:

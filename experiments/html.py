@@ -1,4 +1,4 @@
-"""HTML written by one function that escapes: text from files becomes text on the page, never markup.
+"""HTML from one function that escapes: text from files becomes text on the page, never markup.
 
 element("td", row["step"], class_="value")
 """
@@ -9,14 +9,19 @@ from collections.abc import Iterable
 from html import escape
 
 VOID = ("img", "source")  # elements without content
+# Colours of runs, held-out sets and phases, in figures and on pages: by appearance.
+LINES = {
+    "light": ("#2563ab", "#c2571a", "#2e7d4f", "#8a4fa3", "#a87b00", "#0f8285", "#b03060", "#6b7280"),
+    "dark": ("#6aa5e8", "#e8925c", "#6cc191", "#c08ad6", "#d9b44a", "#5cc4c6", "#e57fa4", "#a3abb5"),
+}
 
 
 class Html(str):
-    """Markup, which enters a page as it is. Only this module makes it from text."""
+    """Markup, which enters a page unchanged. Only this module makes it from text."""
 
 
 def element(name: str, *children: object, class_: str = "", **attributes: object) -> Html:
-    """Return the element; what is not Html among its children, and every attribute, is escaped."""
+    """Return the element. Every attribute is escaped, and every child that is not Html."""
     given = {**({"class": class_} if class_ else {}), **attributes}
     written = "".join(f' {key}="{escape(str(value))}"' for key, value in given.items())
     if name in VOID:
@@ -25,7 +30,7 @@ def element(name: str, *children: object, class_: str = "", **attributes: object
 
 
 def joined(parts: Iterable[object]) -> Html:
-    """Return the parts one after the other, escaped unless they are Html."""
+    """Return the parts in a row, escaped unless they are Html."""
     return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
 
 
@@ -35,14 +40,22 @@ def table_row(*cells: object, class_: str = "", head: bool = False) -> Html:
 
 
 def page(title: str, body: Html) -> bytes:
-    """Return a whole page in UTF-8; a lone surrogate, which JSON can hold, becomes a question mark."""
+    """Return a page in UTF-8. A lone surrogate, which JSON can hold, becomes a question mark."""
     name = element("title", title)
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{name}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"{name}<style>{_variables()}{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
     return text.encode("utf-8", "replace")
+
+
+def _variables() -> str:
+    """Return the style of `LINES`: var(--line0), var(--line1), ..."""
+    light, dark = (
+        "".join(f" --line{i}: {colour};" for i, colour in enumerate(LINES[appearance])) for appearance in LINES
+    )
+    return f"\n:root {{{light} }}\n@media (prefers-color-scheme: dark) {{ :root {{{dark} }} }}"
 
 
 STYLE = """
@@ -81,6 +94,11 @@ mark { background: var(--mark); color: inherit; border-radius: 2px; }
 table { border-collapse: collapse; font-size: 14px; }
 td, th { padding: 4px 18px 4px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule);
   font-weight: 400; overflow-wrap: anywhere; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.stack { display: flex; height: 22px; max-width: 760px; border-radius: 3px; overflow: hidden; margin: 14px 0 12px; }
+.swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 9px; }
+.scroll { overflow-x: auto; }
+a { color: var(--model); }
 td.value { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
 tr.set td { background: var(--mark); }
 .alarm { color: var(--alarm); }

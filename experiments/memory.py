@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.memory import least_parameters
-from sharding.rules import MESH_AXES
+from sharding.config import MESH_AXES
 from train.config import Experiment
 from train.config_io import ConfigError
-from train.cross_entropy import CHUNK_IDS, WHOLE_IDS
 
 # Least bytes of optimizer state per parameter: two float32 moments, one, factored moments, and Muon's one.
 OPTIMIZER_BYTES = {"adamw": 8, "lion": 4, "adafactor": 0, "muon": 4}
@@ -69,6 +68,8 @@ def estimate(experiment: Experiment, device_count: int, *, training: bool = True
     where = "data.batch_size, data.sequence_length"
     parts.append(Part("one layer's activations", positions * width * number, f"{where}, model.embed_dim"))
     vocabulary = model.vocab_size // devices("activations", "vocab")
+    from train.cross_entropy import CHUNK_IDS, WHOLE_IDS
+
     chunk = train.loss_chunk or (vocabulary if vocabulary <= WHOLE_IDS else CHUNK_IDS)
     parts.append(Part("logits", positions * min(vocabulary, chunk) * 2, f"{where}, train.loss_chunk"))
     batch = data.batch_size * (data.sequence_length + 1) * 3 * 4  # tokens, positions and segments, int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 
-from sharding.mesh import MeshConfig
+from sharding.config import MeshConfig
 from train.config import Experiment
 
 

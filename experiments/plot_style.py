@@ -1,6 +1,6 @@
-"""What the figures of a report have in common: colours, axes, series of the metrics.
+"""The style of the figures of a report: colours, axes, and series of the metrics.
 
-Figures are made without pyplot: no global state, nothing to close, no display.
+Figures are made without pyplot: there is no global state, nothing to close, and no display.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from experiments.html import LINES
+
 Rows = Sequence[Mapping[str, Any]]
 
-MAX_POINTS = 1500  # a line of more is averaged down
+MAX_POINTS = 1500  # of a line; a longer one is averaged
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,20 @@ class Theme:
     alarm: str
 
 
-LIGHT = Theme("#ffffff", "#24292f", "#6e7781", "#e6e8eb", ("#2563ab", "#c2571a", "#2e7d4f", "#8a4fa3"), "#c62828")
-DARK = Theme("#16191d", "#dfe3e8", "#8b949e", "#2b3036", ("#6aa5e8", "#e8925c", "#6cc191", "#c08ad6"), "#ff6b6b")
+LIGHT = Theme("#ffffff", "#24292f", "#6e7781", "#e6e8eb", LINES["light"], "#c62828")
+DARK = Theme("#16191d", "#dfe3e8", "#8b949e", "#2b3036", LINES["dark"], "#ff6b6b")
 
 
 def series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) float64 [N] of the rows that have `key`; a null value (not finite when written) is NaN."""
+    """Return (steps, values), float64 [N], of the rows that have `key`. A null value was not finite and is NaN."""
     pairs = [(row["step"], np.nan if row[key] is None else row[key]) for row in rows if key in row]
     array = np.array(pairs, np.float64).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
 def smooth(values: np.ndarray, span: float) -> np.ndarray:
-    """Exponential moving average of [N] over about `span` points, without bias to the start; NaNs are passed over."""
+    """Return the exponential moving average of [N] over about `span` points, without bias to the start; NaNs are
+    skipped."""
     keep = 1 - 1 / max(span, 1.0)
     total = weight = 0.0
     out = np.full(len(values), np.nan)
@@ -53,7 +56,7 @@ def smooth(values: np.ndarray, span: float) -> np.ndarray:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `points` of them: means over runs of equal length, along the first axis."""
+    """Return at most `points` points: means over groups of equal length, along the first axis."""
     if len(steps) <= points:
         return steps, values
     groups = np.array_split(np.arange(len(steps)), points)
@@ -61,6 +64,7 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int = MAX_POINTS) -> tup
 
 
 def style(figure: Figure, axes: Axes, theme: Theme, title: str, y: str, x: str = "step") -> None:
+    """Give axes their title, labels and colours."""
     figure.set_facecolor(theme.paper)
     axes.set_facecolor(theme.paper)
     axes.set_title(title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=9)
@@ -75,7 +79,8 @@ def style(figure: Figure, axes: Axes, theme: Theme, title: str, y: str, x: str =
 
 
 def single(theme: Theme, title: str, y: str) -> tuple[Figure, Axes]:
-    # Fixed margins: constrained layout draws each figure several times, and would not line them up.
+    """Return a figure of one plot over steps."""
+    # Fixed margins: constrained layout draws each figure several times, and would not align them.
     figure = Figure(figsize=(5.7, 3.3), dpi=140)
     axes = figure.add_axes((0.13, 0.135, 0.85, 0.765))
     style(figure, axes, theme, title, y)
@@ -85,4 +90,5 @@ def single(theme: Theme, title: str, y: str) -> tuple[Figure, Axes]:
 
 
 def legend(axes: Axes, theme: Theme) -> None:
+    """Add a legend without a frame."""
     axes.legend(frameon=False, fontsize=8.5, labelcolor=theme.ink)

@@ -4,8 +4,8 @@ Matplotlib is imported here, so this module is imported only where a report is w
 """
 
 import io
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,10 @@ from matplotlib.ticker import EngFormatter
 from experiments import router_plots
 from experiments.plot_style import Rows, Theme, legend, series, single, smooth, thin
 from experiments.routing import Study
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+FEW_POINTS = 40  # of a line whose points are marked
+MAX_LEGEND = 12  # lines of a legend
 
 
 def _raw_and_smooth(axes: Axes, theme: Theme, steps: np.ndarray, values: np.ndarray, label: str) -> None:
@@ -59,7 +63,9 @@ def bits_per_byte(rows: Rows, theme: Theme, compressors: Mapping[str, float]) ->
         return None
     figure, axes = single(theme, "Held-out bits per byte", "bits per byte")
     for i, (name, evals) in enumerate(sets.items()):
-        axes.plot(*series(evals, "bits_per_byte"), "o-", color=theme.lines[i % 4], markersize=4, label=name)
+        axes.plot(
+            *series(evals, "bits_per_byte"), "o-", color=theme.lines[i % len(theme.lines)], markersize=4, label=name
+        )
     if compressors:
         axes.margins(x=0.12)
         low, high = min(compressors.values()), max(compressors.values())
@@ -72,7 +78,7 @@ def bits_per_byte(rows: Rows, theme: Theme, compressors: Mapping[str, float]) ->
 
 
 def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
-    """The schedule as it was applied."""
+    """Learning rate of each step."""
     steps, values = series(rows, "learning_rate")
     if not len(steps):
         return None
@@ -84,7 +90,7 @@ def learning_rate(rows: Rows, theme: Theme) -> Figure | None:
 
 
 def gradient_norm(rows: Rows, theme: Theme) -> Figure | None:
-    """Global gradient norm before clipping; steps whose row says `clipped` are marked below."""
+    """Global gradient norm before clipping; clipped steps are marked below."""
     steps, values = series(rows, "grad_norm")
     if not len(steps):
         return None
@@ -116,8 +122,8 @@ def speed(rows: Rows, theme: Theme) -> Figure | None:
 def drawings(
     rows: Rows, compressors: Mapping[str, float], study: Study | None = None
 ) -> dict[str, Callable[[Theme], Figure | None]]:
-    """Return by name, in the order of the report, what draws each figure for a theme: None where it has no data.
-    `study`: what the routers chose."""
+    """Return by name, in the order of the report, a function that draws each figure for a theme; it returns None
+    without data. `study` is the study of the routers' choices."""
     return {
         "bits_per_byte": lambda theme: bits_per_byte(rows, theme, compressors),
         "loss": lambda theme: loss(rows, theme),
@@ -133,8 +139,47 @@ def drawings(
     }
 
 
+class Curve(NamedTuple):
+    """A line of an overlay."""
+
+    label: str
+    colour: int  # of the run
+    dash: int  # of the held-out set
+    x: np.ndarray
+    values: np.ndarray
+
+
+def overlay(
+    theme: Theme, title: str, y: str, x: str, curves: Sequence[Curve], *, from_zero: bool = False
+) -> Figure | None:
+    """Curves of several runs in one plot, over steps or tokens."""
+    curves = [curve for curve in curves if np.isfinite(curve.values).any()]
+    if not curves:
+        return None
+    figure, axes = single(theme, title, y)
+    axes.set_xlabel(x)
+    if x != "step":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for curve in curves:
+        colour = theme.lines[curve.colour % len(theme.lines)]
+        # Runs beyond the number of colours take the colours again, with other dashes.
+        dash = DASHES[(curve.dash + curve.colour // len(theme.lines)) % len(DASHES)]
+        few = len(curve.x) <= FEW_POINTS
+        axes.plot(
+            *thin(curve.x, curve.values), color=colour, linestyle=dash, linewidth=1.5, label=curve.label,
+            marker="o" if few else None, markersize=3.5,
+        )  # fmt: skip
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    if max(np.nanmax(curve.values) for curve in curves) >= 1e3:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(curves) <= MAX_LEGEND:
+        legend(axes, theme)
+    return figure
+
+
 def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
+    """Return the figure as PNG."""
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig, PositionConfig
-from sharding.mesh import MeshConfig
-from sharding.rules import AxisRules, ShardingRules
+from sharding.config import AxisRules, MeshConfig, ShardingRules
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 
 STORED_OVER_ALL = ShardingRules(

@@ -1,12 +1,12 @@
-"""The report of a run: one HTML file that needs nothing else, made from what the run folder holds.
+"""The report of a run: one self-contained HTML file, made from the files of the run's folder.
 
     path = write_report("runs/NAME")
 
-It works at any time: on a run that has just begun, is unfinished, has no experts or no evaluations, it shows what there
-is. A damaged file costs its part of the page, which a note at the top names. The facts of the summary come from the
-`final` row and, before there is one, from the event "started": `parameters_total`, `parameters_active`, `tokens`,
-`wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The verdict compares `sets` of the final row, {name:
-{"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
+It works at any time. A run that has just begun, is unfinished, or lacks experts, evaluations or the records of newer
+code gets a page of the parts that it has. A damaged file costs its part of the page, and a note at the top names it.
+The summary shows the `final` row and, before there is one, the event "started": `parameters_total`,
+`parameters_active`, `tokens`, `wall_seconds`, `tokens_per_second`, `mfu`, `mfu_convention`. The verdict compares `sets`
+of the final row, {name: {"bits_per_byte": b, "bytes": n, "compressors": {"gzip -9": b, ...}}}.
 """
 
 import os
@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from etils import epath
 
 from data.paths import is_local, write_whole
+from experiments import report_account as account
 from experiments import report_parts as parts
 from experiments.html import Html, element, joined, page
 from experiments.report_parts import Notes, Row
 from experiments.routing import study
 from train.records import RunFolder, RunFolderError, read_metrics
 
-MOST_EXPERTS = 4096  # whose co-activation is counted; more take too much memory
+MOST_EXPERTS = 4096  # for which co-activation is counted; more take too much memory
 
 
 def write_report(
@@ -32,29 +33,35 @@ def write_report(
 ) -> epath.Path:
     """Write RUN/report.html and the PNGs in RUN/plots/, and return the path of the report.
 
-    `log` receives a line for each part that a damaged file costs; the report has them, too. `themes` are the
-    appearances that figures are drawn for: with one of them the page has it alone, with none it has no figures. Raises
-    RunFolderError when `run_dir` holds no config.json, its metrics cannot be read, or the report cannot be written.
+    `log` receives a line for each part that a damaged file costs; the report has these lines, too. `themes` are the
+    appearances for which figures are drawn: with one of them the page has only that one, with none it has no figures.
+    Raises RunFolderError if `run_dir` holds no config.json, its metrics cannot be read, or the report cannot be
+    written.
     """
     run, notes = RunFolder(run_dir), Notes(log)
     if not run.config.exists():
         raise RunFolderError(f"{run.path} is not a run folder: it has no config.json; name a folder under runs/")
-    config, rows = notes.read_json(run.config, dict), _rows(run, notes)
+    config, rows = notes.read_json(run.config, dict), usable_rows(run, notes)
     facts = parts.facts_of(rows)
     sets = facts.get("sets")
     sets = sets if isinstance(sets, dict) else {}
     images = _figures(run, config, rows, sets, themes, notes)
-    name = str(config.get("name") or (run.path.resolve() if is_local(run.path) else run.path).name)
+    starts = notes.shown("goodput", account.accounts, rows) or []
+    name = str(config.get("name") or folder_name(run))
     made = [
         notes.shown("the verdict", parts.verdict, rows, sets),
         notes.shown("the summary", parts.summary, facts),
         parts.curves(images),
+        notes.shown("goodput", account.goodput, starts),
+        notes.shown("memory", account.memory, starts),
         notes.shown("completions", parts.completions, run, notes),
         notes.shown("events", parts.events, rows),
         notes.shown("environment.json", parts.environment, notes.read_json(run.environment, dict)),
+        notes.shown("changed fields", account.changed_fields, config),
         notes.shown("the config", parts.config_table, config, notes.read_json(run.overrides, list)),
     ]
-    head = [element("h1", name), element("p", config.get("question", "")), _noted(notes.texts)]
+    origins = notes.shown("the origin", account.origins, run, config, rows)
+    head = [element("h1", name), element("p", config.get("question", "")), origins, noted(notes.texts)]
     content = page(name, joined(part for part in head + made if part is not None))
     try:
         if images:
@@ -70,7 +77,12 @@ def write_report(
     return run.report
 
 
-def _rows(run: RunFolder, notes: Notes) -> Sequence[Row]:
+def folder_name(run: RunFolder) -> str:
+    """Return the name of a run's folder."""
+    return (run.path.resolve() if is_local(run.path) else run.path).name
+
+
+def usable_rows(run: RunFolder, notes: Notes) -> Sequence[Row]:
     """Return the rows of metrics.jsonl that have a step, and all events. Raises RunFolderError."""
     if not run.metrics.exists():
         return []
@@ -130,5 +142,5 @@ def _figures(
     return images
 
 
-def _noted(texts: Sequence[str]) -> Html:
+def noted(texts: Sequence[str]) -> Html:
     return joined(element("p", f"Note: {text}", class_="alarm") for text in texts)

@@ -1,4 +1,4 @@
-"""The parts of a report's page, each made from what one file of the run folder holds."""
+"""The parts of a report's page, each made from one file of the run's folder."""
 
 import base64
 import json
@@ -19,18 +19,19 @@ BAD_EVENTS = {"nonfinite", "warning"}
 
 
 class Notes:
-    """What a report could not show, and why."""
+    """The parts that a report could not show, and why."""
 
     def __init__(self, log: Callable[[str], None]):
         self.texts: list[str] = []
         self._log = log
 
     def add(self, text: str) -> None:
+        """Add a note, and log it."""
         self.texts.append(text)
         self._log(f"report: {text}")
 
     def shown(self, what: str, make: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `make(*arguments)`; where what a file holds defeats it, add a note and return None."""
+        """Return `make(*arguments)`. If the content of a file makes it fail, add a note and return None."""
         try:
             return make(*arguments)
         except Exception as error:  # a damaged or foreign file can hold anything
@@ -39,7 +40,7 @@ class Notes:
             return None
 
     def read_json(self, path: epath.Path, kind: type) -> Any:
-        """Return what a JSON file holds if it is a `kind`, else an empty one, with a note unless it is missing."""
+        """Return the value in a JSON file if it is a `kind`, else an empty one, with a note unless it is missing."""
 
         def read() -> Any:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +53,8 @@ class Notes:
 
 
 def facts_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what is known of the run as a whole: the event "started", then the last train row, then the final row."""
+    """Return the facts about the whole run, from the event "started", the last train row and the final row; later ones
+    win."""
     facts: dict[str, Any] = {}
     for row in rows:
         if row.get("event") == "started":
@@ -68,21 +70,22 @@ def facts_of(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def verdict(rows: Sequence[Row], sets: Mapping[str, Row]) -> Html:
+    """Return the held-out figures beside those of compressors; before the end, the figures so far."""
     if not sets:
         last = {row["set"]: row for row in rows if row["kind"] == "eval"}
         if not last:
             return element("p", "No held-out figure yet.", class_="verdict")
-        told = "; ".join(
+        figures = "; ".join(
             f"{name} {'not finite' if r['bits_per_byte'] is None else format(r['bits_per_byte'], '.3f')} at step "
             f"{r['step']}"
             for name, r in last.items()
         )
         return element(
-            "p", "Not finished. Held-out bits per byte so far: ", element("strong", told), ".", class_="verdict"
+            "p", "Not finished. Held-out bits per byte so far: ", element("strong", figures), ".", class_="verdict"
         )
     note = element(
         "p",
-        "Bits per byte, less is better; the compressors take the same bytes, each held-out file by itself.",
+        "Bits per byte; less is better. The compressors compress the same bytes, each held-out file separately.",
         class_="faint",
     )
     parts = [_verdict_on(name, figures) for name, figures in sets.items()]
@@ -97,11 +100,11 @@ def _verdict_on(name: str, figures: Row) -> Html:
     size = f" ({count(figures['bytes'])}B)" if "bytes" in figures else ""
     beaten = [n for n, bits in others.items() if ours < bits]
     missed = [n for n, bits in others.items() if ours >= bits]
-    told = f" on held-out {name}{size}"
+    words = f" on held-out {name}{size}"
     if beaten:
-        told += f": better than {_and(beaten)}"
+        words += f": better than {_and(beaten)}"
     if missed:
-        told += f"{', ' if beaten else ': '}not as good as {_and(missed)}"
+        words += f"{', ' if beaten else ': '}not as good as {_and(missed)}"
     scale = 70 / max([ours, *others.values()])
     bars = (
         joined((
@@ -115,7 +118,7 @@ def _verdict_on(name: str, figures: Row) -> Html:
         ))
         for n, bits in sorted({"model": ours, **others}.items(), key=lambda item: item[1])
     )  # fmt: skip
-    sentence = element("p", element("strong", f"{ours:.3f} bits per byte"), told, ".", class_="verdict")
+    sentence = element("p", element("strong", f"{ours:.3f} bits per byte"), words, ".", class_="verdict")
     return joined((sentence, element("div", *bars, class_="bars")))
 
 
@@ -124,6 +127,7 @@ def _and(names: Sequence[str]) -> str:
 
 
 def summary(facts: Row) -> Html:
+    """Return the size, length and speed of the run."""
     cells = []
 
     def cell(key: str, label: str, form: Callable[[Any], str]) -> None:
@@ -147,6 +151,7 @@ def summary(facts: Row) -> Html:
 
 
 def curves(images: Mapping[tuple[str, str], bytes]) -> Html:
+    """Return the figures, PNGs by name and theme, inlined; the browser chooses the theme."""
     parts = []
     for name in dict.fromkeys(name for name, _ in images):
         data = {
@@ -162,6 +167,7 @@ def curves(images: Mapping[tuple[str, str], bytes]) -> Html:
 
 
 def completions(run: RunFolder, notes: Notes) -> Html:
+    """Return the completions in samples.jsonl, beside the texts that the files continue with."""
     if not run.samples.exists():
         return Html()
     parts = []
@@ -169,7 +175,7 @@ def completions(run: RunFolder, notes: Notes) -> Html:
         if line.strip():
             parts.append(notes.shown(f"samples.jsonl, line {number}", _sample, line))
     found = [part for part in parts if part is not None]
-    note = element("p", "From held-out files. Marked: as far as the two agree from the start.", class_="faint")
+    note = element("p", "From held-out files. Marked: the part that agrees from the start.", class_="faint")
     return joined((element("h2", "Completions"), note, *found)) if found else Html()
 
 
@@ -194,7 +200,7 @@ def _sample(line: bytes) -> Html:
 
 
 def _when(seconds: object) -> str:
-    """Return a time of the metrics in words; what is no time, as it is."""
+    """Return a time of the metrics in words, and any other value as text."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, OSError):
@@ -202,6 +208,7 @@ def _when(seconds: object) -> str:
 
 
 def events(rows: Sequence[Row]) -> Html:
+    """Return the events of the metrics as a table."""
     lines = [
         table_row(
             _when(event.get("time", "")),
@@ -218,6 +225,7 @@ def events(rows: Sequence[Row]) -> Html:
 
 
 def environment(environment: Row) -> Html:
+    """Return the machine, versions, commit and command of the latest start."""
     if not environment:
         return Html()
     commit = str(environment.get("git_commit") or "none")
@@ -241,6 +249,7 @@ def environment(environment: Row) -> Html:
 
 
 def config_table(config: Row, overrides: Sequence[object]) -> Html:
+    """Return every field of the config, folded; those of `overrides` are marked."""
     named = [str(override).partition("=")[0].strip() for override in overrides]
     lines = []
     for dotted, value in flatten(config).items():

@@ -1,4 +1,5 @@
-"""The figures of a report that show what the routers do. As in experiments/plots.py: a Figure, or None without data."""
+"""The figures of a report on the routers. As in experiments/plots.py, each function returns a Figure, or None without
+data."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from experiments.plot_style import Rows, Theme, legend, series, single, style, t
 from experiments.routing import Study
 
 MAX_COLUMNS = 300  # of the heat map
-MAX_HEAT_ROWS = 400  # above, the heat map shows each layer's most loaded expert instead of every expert
-MAX_LAYERS = 4  # whose co-activation is drawn
+MAX_HEAT_ROWS = 400  # beyond this, the heat map shows each layer's most loaded expert instead of every expert
+MAX_LAYERS = 4  # for which co-activation is drawn
 
 
 def losses(rows: Rows, theme: Theme) -> Figure | None:
@@ -29,7 +30,7 @@ def losses(rows: Rows, theme: Theme) -> Figure | None:
 
 
 def certainty(rows: Rows, theme: Theme) -> Figure | None:
-    """How sure the routers are: the largest probability, and the entropy of all as a part of its greatest value."""
+    """Certainty of the routers: the largest probability, and the entropy as a part of its maximum."""
     confidence, entropy = series(rows, "router_confidence"), series(rows, "router_entropy")
     experts = next((len(row["expert_load"][0]) for row in rows if row.get("expert_load")), 0)
     if not len(confidence[0]) or experts < 2:
@@ -44,7 +45,7 @@ def certainty(rows: Rows, theme: Theme) -> Figure | None:
 
 
 def dropped(rows: Rows, theme: Theme) -> Figure | None:
-    """Choices that found no place, by layer, where experts have a capacity."""
+    """Choices beyond the capacity of their expert, by layer."""
     found = [row for row in rows if row.get("router_layers")]
     share_NL = np.array([row["router_layers"]["dropped_fraction"] for row in found], np.float64)
     if not share_NL.any():
@@ -57,7 +58,7 @@ def dropped(rows: Rows, theme: Theme) -> Figure | None:
 
 
 def saturation(study: Study, theme: Theme) -> Figure | None:
-    """How much of the last routing each earlier one agrees with, by layer (Muennighoff et al. 2024, sec. 5.1)."""
+    """Part of the choices that the last step makes too, by layer (Muennighoff et al. 2024, sec. 5.1)."""
     if len(study.steps) < 3:
         return None
     figure, axes = single(theme, "Router saturation, by layer", "choices shared with the last step")
@@ -69,7 +70,8 @@ def saturation(study: Study, theme: Theme) -> Figure | None:
 
 
 def co_activation(study: Study, theme: Theme) -> Figure | None:
-    """How often expert j is chosen where i is (Muennighoff et al. 2024, sec. 5.2), for up to MAX_LAYERS layers."""
+    """How often a token that chose expert i also chose j (Muennighoff et al. 2024, sec. 5.2), for up to MAX_LAYERS
+    layers."""
     if study.chance >= 1 or not np.isfinite(study.co_activation_LEE).any() or study.choices_a_token < 2:
         return None
     layers = np.unique(np.linspace(0, len(study.co_activation_LEE) - 1, MAX_LAYERS).astype(int))
@@ -89,17 +91,17 @@ def co_activation(study: Study, theme: Theme) -> Figure | None:
 
 
 def _lines_of_layers(axes, theme: Theme, steps: np.ndarray, values_NL: np.ndarray) -> None:
-    """A line a layer, from the first colour to the second."""
+    """Draw one line for each layer, in colours from the first to the second."""
     ramp = LinearSegmentedColormap.from_list("layers", theme.lines[:2])
     layers = values_NL.shape[1]
     for layer in range(layers):
-        told = layer in (0, layers - 1) or layers <= 6
+        labelled = layer in (0, layers - 1) or layers <= 6
         axes.plot(
             steps,
             values_NL[:, layer],
             color=ramp(layer / max(layers - 1, 1)),
             linewidth=1.3,
-            label=f"MoE layer {layer}" if told else None,
+            label=f"MoE layer {layer}" if labelled else None,
         )
     legend(axes, theme)
 
@@ -107,7 +109,7 @@ def _lines_of_layers(axes, theme: Theme, steps: np.ndarray, values_NL: np.ndarra
 def expert_load(rows: Rows, theme: Theme) -> Figure | None:
     """Expert load over layers and steps as a multiple of the fair share, and the worst violation above it.
 
-    `expert_load` of a row is [L][E], each layer summing to one; the colour is its value times E.
+    `expert_load` of a row is [L][E], and each layer sums to one; the colour is its value times E.
     """
     loaded = [row for row in rows if row.get("expert_load")]
     if not loaded:

@@ -31,6 +31,7 @@ from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
 from train.config_io import ConfigError, config_hash
 from train.evaluate import evaluate_all
+from train.goodput import Goodput
 from train.loop import Trained, train
 from train.program import Network, Program, Weights, build, build_network, load_weights
 from train.progress import duration
@@ -59,20 +60,24 @@ def run_experiment(
 
     Raises ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
     """
-    started = time.monotonic()
+    started, goodput = time.monotonic(), Goodput()
     with _shared_run(path, experiment, overrides, override, say) as run:
         if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
             say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
-        prepared = prepare_data(experiment, say)
+        with goodput.phase("data"):
+            prepared = prepare_data(experiment, say)
         if jax.process_index() == 0:
             with _written(run):
                 write_environment(run, describe_environment())
                 _keep_tokenizer(run, prepared.tokenizer)
         program = build(experiment)
         with StopSignal() as stop:
-            trained = train(program, prepared, run, log=say, stop=stop)
-            finished = trained.finished and finish(program, prepared, run, trained, say, stop)
+            trained = train(program, prepared, run, log=say, stop=stop, goodput=goodput)
+            with goodput.phase("evaluation"):
+                finished = trained.finished and finish(program, prepared, run, trained, say, stop)
+        with _written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
+            metrics.write(goodput.row(trained.step))
         if jax.process_index() == 0:
             report = write_report(run.path)
             say(f"report: {report}  (after {duration(time.monotonic() - started)})")

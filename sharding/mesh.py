@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sharding.rules import MESH_AXES
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Number of devices along each axis. At most one axis may be -1, which takes all remaining devices."""
-
-    data: int = 1  # replicas with complete weights (slowest links)
-    fsdp: int = -1  # replicas that store a slice of each weight and gather it for use
-    expert: int = 1  # shards of the experts
-    tensor: int = 1  # shards of heads, MLP columns and vocabulary (fastest links)
-    sequence: int = 1  # shards of a sequence's positions
-    stage: int = 1  # pipeline stages; no rule shards layers over it by default
-
-    def sizes(self, device_count: int) -> tuple[int, ...]:
-        """Return the axis sizes for `device_count` devices, in MESH_AXES order. Raises ValueError if they do not
-        fit."""
-        if device_count < 1:
-            raise ValueError(f"{device_count} devices: a mesh needs at least one")
-        sizes = dataclasses.asdict(self)
-        wild = [name for name, size in sizes.items() if size == -1]
-        bad = [name for name, size in sizes.items() if size < 1 and size != -1]
-        if bad:
-            raise ValueError(f"mesh.{bad[0]} = {sizes[bad[0]]}: must be 1 or more, or -1 for the remaining devices")
-        if len(wild) > 1:
-            raise ValueError(
-                f"mesh.{wild[0]} and mesh.{wild[1]} are both -1: at most one axis can take the remaining devices. Set "
-                "one to a number"
-            )
-        fixed = math.prod(size for size in sizes.values() if size != -1)
-        if wild and device_count % fixed == 0:
-            sizes[wild[0]] = device_count // fixed
-        total = math.prod(sizes.values())
-        if total != device_count or -1 in sizes.values():
-            shape = " x ".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items() if size != 1) or "1"
-            raise ValueError(
-                f"mesh = ({shape}): needs {'a multiple of ' if wild else ''}{fixed} devices, but there are "
-                f"{device_count}; set mesh.* so that their product is {device_count}"
-            )
-        return tuple(sizes[name] for name in MESH_AXES)
+from sharding.config import MESH_AXES, MeshConfig
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh | None:

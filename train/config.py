@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.config import DataConfig
-from data.tokenizer import special_tokens
-from model.attention import attention_variant
 from model.config import ModelConfig, MoEConfig
-from sharding.mesh import MeshConfig
-from sharding.rules import LOGICAL_AXES, MESH_AXES, ShardingRules
+from sharding.config import LOGICAL_AXES, MESH_AXES, MeshConfig, ShardingRules
 
 # The special tokens that an objective needs.
 OBJECTIVE_MARKS = {"masked": ("mask",), "fill_in_middle": ("fim_prefix", "fim_suffix", "fim_middle")}
@@ -199,6 +196,8 @@ class Experiment:
         objective, mask = self.train.objective, self.model.attention.mask
         marks = OBJECTIVE_MARKS.get(objective, ())
         if marks and self.data.tokenizer.kind == "saved":
+            from data.tokenizer import special_tokens
+
             special = special_tokens(self.data.tokenizer)
             lacking = [name for name in marks if getattr(special, name) < 0]
             if lacking:
@@ -224,6 +223,8 @@ class Experiment:
             )
 
     def _validate_mesh(self, mesh: dict[str, int]) -> None:
+        from model.attention import attention_variant
+
         def devices(side: str, axis: str) -> int:
             product = 1
             for name in getattr(getattr(self.sharding, side), axis):

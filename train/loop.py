@@ -20,6 +20,7 @@ from data.prepare import Prepared
 from model.transformer import Transformer
 from sharding.mesh import put_batch, put_replicated, use_mesh
 from train.checkpoint import Checkpointer
+from train.goodput import Goodput, RecordGoodput
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteError, NonfiniteGuard, Recorder, ShowProgress, StepResult
 from train.peer_watch import wait_for_peers
 from train.program import Program
@@ -57,12 +58,14 @@ class Trainer:
     def __init__(
         self, program: Program, start: Start, batches: TrainBatches, rows: Rows, saver: Saver, stop: StopSignal, *,
         watchdog: Watchdog, hooks: Sequence[Hook] = (), evaluators: Sequence[Evaluator] = (),
+        goodput: Goodput | None = None,
     ):  # fmt: skip
         self.program, self.experiment = program, program.experiment
         self.state, self.first, self.step = start.state, start.step, start.step
         self.saved, self.stopped, self._written = start.step, False, True
         self._batches, self._rows, self._saver, self._stop, self._watchdog = batches, rows, saver, stop, watchdog
         self._hooks, self._evaluators = hooks, evaluators
+        self._goodput = Goodput() if goodput is None else goodput
         self._hyper = put_replicated(program.hyper, program.mesh)
         self._read_step = start.step
         self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None  # dispatched, not yet read
@@ -75,7 +78,8 @@ class Trainer:
         steps = self.experiment.train.steps
         try:
             while self.step < steps and not self.stopped:
-                self._advance(self.program.executables["step"])
+                with self._goodput.phase("steps"):
+                    self._advance(self.program.executables["step"])
                 self._evaluate_and_save()
         except NonfiniteError:
             # The refused step and the one dispatched after it changed only the counters. The state is saved under the
@@ -84,7 +88,8 @@ class Trainer:
                 behind = self.step - self._read_step
                 self._saver.save(self.state._replace(step=self.state.step - behind), self._read_step, wait=True)
             raise
-        self._saver.require(self.state, self.step, self._written)
+        with self._goodput.phase("checkpoints"):
+            self._saver.require(self.state, self.step, self._written)
         finished = self.step >= steps
         for hook in self._hooks:
             hook.on_stop(self, finished)
@@ -118,13 +123,16 @@ class Trainer:
         evaluating = not last and bool(config.eval_every) and step % config.eval_every == 0
         saving = last or self.stopped or step % config.checkpoint_every == 0
         if evaluating or saving:
-            self._read()  # raises before a step that is not finite could be saved as a good one
+            with self._goodput.phase("steps"):
+                self._read()  # raises before a step that is not finite could be saved as a good one
         metric = None
         if (evaluating or last) and not self.stopped:
-            metric = self._evaluate(last)
+            with self._goodput.phase("evaluation"):
+                metric = self._evaluate(last)
         if saving:
             self.saved = step
-            self._written = self._saver.save(self.state, step, metric, wait=last or self.stopped)
+            with self._goodput.phase("checkpoints"):
+                self._written = self._saver.save(self.state, step, metric, wait=last or self.stopped)
             self._rows.clock.pause()
             for hook in self._hooks:
                 hook.on_save(self, step, self._written)
@@ -151,6 +159,11 @@ class Trainer:
         compiled = jax.jit(self.program.step, donate_argnums=0).lower(self.state, batch, self._hyper).compile()
         memory, text = compiled.memory_analysis(), ""
         if memory is not None:
+            self._goodput.memory = {
+                "arguments": memory.argument_size_in_bytes,
+                "updated in place": memory.alias_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+            }
             text = (
                 f"; per device: state and batch {memory.argument_size_in_bytes / 1e6:,.0f} MB "
                 f"({memory.alias_size_in_bytes / 1e6:,.0f} MB updated in place), temporaries "
@@ -189,12 +202,14 @@ def train(
     checkpoints: Checkpointer | None = None,
     batches: TrainBatches | None = None,
     hooks: Sequence[Hook] = (),
+    goodput: Goodput | None = None,
 ) -> Trained:
     """Train from the newest checkpoint of the run, or from the start, to `train.steps` or the first SIGINT or SIGTERM.
 
     The losses of a resumed run equal those of an uninterrupted one, bit for bit on the same devices. `stop` (entered
-    by the caller), `watchdog`, `checkpoints` and `batches` replace the defaults; `hooks` run after the default ones.
-    Raises NonfiniteError, CheckpointError or DataError; the last checkpoint stays in every case.
+    by the caller), `watchdog`, `checkpoints` and `batches` replace the defaults; `hooks` run after the default ones;
+    `goodput` measures the time of this start. Raises NonfiniteError, CheckpointError or DataError; the last checkpoint
+    stays in every case.
     """
     experiment, config = program.experiment, program.experiment.train
     process, processes = jax.process_index(), jax.process_count()
@@ -213,7 +228,10 @@ def train(
         enter(batches)
         enter(use_mesh(program.mesh))
         rows = Rows(experiment, prepared)
-        start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
+        goodput = Goodput() if goodput is None else goodput
+        with goodput.phase("initialization"):
+            start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
+        goodput.start_step = start.step
         if start.step >= config.steps:
             return Trained(start.state, start.step, True, start.seconds)
         saver = Saver(checkpoints, batches, prepared, start, watchdog.rest)
@@ -224,11 +242,13 @@ def train(
         guard = NonfiniteGuard(run, recorder, config.nonfinite == "stop")
         trainer = Trainer(
             program, start, batches, rows, saver, stop, watchdog=watchdog,
-            hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver), *hooks],
-            evaluators=own_evaluators(program, prepared, run, recorder, watchdog),
+            hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver),
+                   RecordGoodput(goodput, recorder), *hooks],
+            evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
         )  # fmt: skip
         del start  # its state is donated to the first step
-        trainer.compile(log)
+        with goodput.phase("compilation"):
+            trainer.compile(log)
         enter(progress)
         return trainer.fit()
 

@@ -9,7 +9,8 @@
               checkpoints/  tokenizer/  plots/  report.html
               .lock             the lease of the job that writes here (train/lease.py); empty if there is none
 
-A row has `kind` ("train", "eval", "event", "final"), `step` and `time` (unix seconds); an eval row also has `set`.
+A row has `kind` ("train", "eval", "event", "goodput", "final"), `step` and `time` (unix seconds); an eval row also has
+`set`.
 """
 
 import json
@@ -82,16 +83,19 @@ class RunFolder:
         return max((step for step in steps if isinstance(step, int)), default=None)
 
 
+LASTING = ("event", "goodput")  # kinds of rows that a later row never replaces
+
+
 def _survives_resume(row: dict[str, Any], resumed_step: int) -> bool:
-    return row["kind"] == "event" or (row["kind"] != "final" and (row.get("step") or 0) <= resumed_step)
+    return row["kind"] in LASTING or (row["kind"] != "final" and (row.get("step") or 0) <= resumed_step)
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl as one timeline.
 
     A row replaces an earlier one of the same kind, step and set. An event "resumed" at step s removes the earlier final
-    row and all earlier rows of steps after s, except events. A last line cut off by a crash is skipped. Raises
-    RunFolderError, with the line number, for any other line that is not a row.
+    row and all earlier rows of steps after s, except events and goodput rows. A last line cut off by a crash is
+    skipped. Raises RunFolderError, with the line number, for any other line that is not a row.
     """
     content = parse_path(path).read_bytes()
     kept: dict[tuple, dict[str, Any]] = {}
@@ -103,10 +107,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             row = json.loads(line)
             kind, key = row["kind"], (row["kind"], row.get("step"), row.get("set"))
             hash(key)
-            if kind == "event":
+            if kind in LASTING:
                 if row.get("event") == "resumed":
                     kept = {k: r for k, r in kept.items() if _survives_resume(r, row["step"])}
-                kept["event", number] = row
+                kept[kind, number] = row
                 continue
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if number == len(lines):

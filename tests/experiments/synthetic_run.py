@@ -29,6 +29,22 @@ SAMPLE = {
 }
 
 
+MEMORY = {"arguments": 47_000_000, "updated in place": 46_000_000, "temporaries": 283_000_000}
+
+
+def goodput_rows(steps: int) -> list[dict]:
+    """Return the account of a run that crashed after `steps` - 10 and was resumed 10 steps before that."""
+    crash = max(steps - 10, 1)
+    resumed = max(crash - 10, 0)
+    other = {"data": 3.0, "initialization": 1.0, "compilation": 9.7, "checkpoints": 4.0, "evaluation": 20.0}
+    return [
+        {"kind": "goodput", "step": step, "start": {"time": time, "step": first},
+         "seconds": {"wall": 0.17 * (step - first) + sum(other.values()), "steps": 0.17 * (step - first), **other},
+         "memory": MEMORY}
+        for time, first, step in ((1.8e9, 0, crash // 2), (1.8e9, 0, crash), (1.8e9 + 900, resumed, steps))
+    ]  # fmt: skip
+
+
 def make_run(
     path: Path,
     *,
@@ -39,8 +55,15 @@ def make_run(
     finished: bool = True,
     name: str = "quickstart",
     question: str = "Does a small mixture of experts learn Python in ten minutes?",
+    goodput: bool = True,
+    changes: dict | None = None,
+    slower: float = 1.0,
 ) -> RunFolder:
-    """Write a run of `steps` with plausible curves; `experts=0` gives a dense model."""
+    """Write a run of `steps` with plausible curves; `experts=0` gives a dense model.
+
+    Without `goodput`, write the rows of older code, which did not record it. `changes` are merged into the config, and
+    `slower` multiplies the distance of the loss from its final value.
+    """
     random = np.random.default_rng(0)
     run = RunFolder(Path(path))
     config = {
@@ -48,6 +71,7 @@ def make_run(
         "question": question,
         "model": {"num_layers": layers, "moe": {"top_k": 2, "num_experts": experts}},
         "train": {"steps": steps},
+        **(changes or {}),
     }
     run.config.write_text(json.dumps(config))
     run.overrides.write_text(json.dumps([f"model.num_layers={layers}"]))
@@ -57,7 +81,7 @@ def make_run(
     with MetricsWriter(run) as writer:
         skew = random.normal(size=(layers, experts)) * 0.6
         for step in range(1, steps + 1):
-            loss = 2.9 + 5.5 * np.exp(-step / (0.15 * steps)) + random.normal() * 0.08
+            loss = 2.9 + slower * 5.5 * np.exp(-step / (0.15 * steps)) + random.normal() * 0.08
             norm = 0.4 + 4 * np.exp(-step / 20) + abs(random.normal()) * 0.2
             row = {
                 "kind": "train",
@@ -90,8 +114,11 @@ def make_run(
             if step == 50:
                 writer.write({"kind": "event", "step": 50, "event": "resumed", "message": "from step 50"})
             if evaluations and step % max(1, steps // 8) == 0:
-                bits = 1.5 + 1.5 * np.exp(-step / (0.2 * steps))
+                bits = 1.5 + slower * 1.5 * np.exp(-step / (0.2 * steps))
                 writer.write({"kind": "eval", "step": step, "set": "stdlib", "loss": bits * 2.1, "bits_per_byte": bits})
+        if goodput and steps:
+            for row in goodput_rows(steps):
+                writer.write(row)
         if experts:
             run.routing.mkdir()
             for step in range(max(1, steps // 4), steps + 1, max(1, steps // 4)):
