@@ -1,4 +1,4 @@
-"""Decode attention as its formula stands, in float32: one masked product with the whole cache. Memory O(B N T S).
+"""Decode attention by its formula, in float32: one masked product with the whole cache. Memory O(B N T S).
 
 Shapes: as in spec.py.
 """
@@ -12,8 +12,8 @@ from pallas_kernels.decode_attention.spec import MASKED, Cache, Shaped, Spec, fi
 
 
 def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
-    """The reference runs everything, on one part."""
-    return None if spec.splits == 1 else f"splits = {spec.splits}: the reference has no parts; leave it out"
+    """Return the reason why the reference cannot run a call: it does not split rows."""
+    return None if spec.splits == 1 else f"splits = {spec.splits}: the reference does not split rows; use None"
 
 
 def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
@@ -40,7 +40,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     top = logits.max(-1, keepdims=True)
     weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
     total = weights.sum(-1, keepdims=True)
-    # Slots that no query sees may hold anything, NaN included, which a weight of zero would let through.
+    # Slots that no query sees may hold anything, even NaN, which a weight of zero would not remove.
     held_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
     if cache.v_scales is not None:
         weights = weights * jnp.where(held_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
@@ -54,7 +54,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
 
 
 def contiguous(cache: Cache, lengths_B: Array) -> Cache:
-    """The cache with each row's pages gathered; table entries beyond a row's length are not followed."""
+    """Return the cache with each row's pages gathered. Table entries beyond a row's length are not followed."""
     table_BP = cache.page_table_BP
     if table_BP is None:
         return cache
