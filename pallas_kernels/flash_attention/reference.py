@@ -1,6 +1,7 @@
-"""Attention as its formula says, exact and plain: the whole matrix of logits at once, gradients by JAX. O(T S) memory.
+"""Attention by its formula: the whole matrix of logits at once, differentiated by JAX. O(T S) memory.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V that of the values.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V head dimension of
+the values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """The reference runs everything."""
+    """Return None: the reference runs every call."""
     return None
 
 
@@ -50,8 +51,8 @@ def _keep(spec: Spec, extra: Extra, B: int, N: int, T: int, S: int) -> Array:
 
 
 def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> tuple[Array, Array]:
-    """Logits before the mask, [B, N, T, S], and which of them count, broadcastable to that; float32, or the inputs' own
-    dtype where it is wider."""
+    """Return the logits before the mask, [B, N, T, S], and the mask of visible pairs, which broadcasts to them. Logits
+    are float32, or the inputs' dtype if it is wider."""
     T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     k = jnp.repeat(k_BSKH, N // k_BSKH.shape[2], axis=2)
@@ -79,7 +80,7 @@ def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> t
 
 
 def backward(spec: Spec, q, k, v, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
-    """See spec.py. The formula of the gradient rather than JAX's, since the row may span more keys than k holds."""
+    """See spec.py. Uses the gradient's formula instead of jax.grad, since the row may span more keys than k holds."""
     N, K = q.shape[2], k.shape[2]
     bias = extra.bias_BNTS
 

@@ -1,11 +1,11 @@
-"""Flash attention on TPUs (Mosaic): what spec.py asks for. See tpu_forward.py and tpu_backward.py for the kernels,
-tpu_pairs.py for the tiles that they visit and tpu_tiles.py for the sizes of tiles and the memory they take.
+"""Flash attention on TPUs (Mosaic): the interface of spec.py. The kernels are in tpu_forward.py and tpu_backward.py,
+the list of tiles they visit in tpu_pairs.py, tile sizes and memory in tpu_tiles.py.
 
-Queries, keys and values are laid out by head outside of the kernels, which XLA fuses with what made them, and padded to
-whole tiles. float16, which the matrix units lack, is computed in float32.
+Outside the kernels, queries, keys and values are transposed to heads first, which XLA fuses with the operations that
+produce them, and padded to whole tiles. float16, which the matrix units lack, is computed in float32.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; R, C, P:
-see tpu_pairs.py.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values;
+for R, C and P see tpu_pairs.py.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pallas_kernels.target import target
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """Why the kernels cannot run a call; None if they can."""
+    """Return the reason why the kernels cannot run a call, or None."""
     if target()[0] != "tpu" and not spec.interpret:
         return f"needs a TPU, not a {target()[0]}; interpret=True runs it there, slowly"
     if q.dtype == jnp.float64:
-        return "float64 does not exist on TPUs; use float32"
+        return "TPUs have no float64; use float32"
     if extra.bias_BNTS is not None:
         return (
-            "a bias array of T x S would be read from memory tile by tile, and has a gradient of that size; alibi_N is "
-            "computed in the kernel, implementation='xla' takes a bias"
+            "bias_BNTS is not supported: the bias and its gradient take O(T S) memory. Use implementation='xla', or "
+            "alibi_N, which the kernel computes"
         )
     try:
         for backward in (False, True):
@@ -111,22 +111,22 @@ def _cut(spec: Spec, q, k, v, extra: Extra, backward: bool) -> Cut:
 
 
 def _check_list(spec: Spec, q, k, v, extra: Extra, backward: bool) -> None:
-    """Raises ValueError where tiles do not fit or their list does not."""
+    """Raise ValueError if the tiles do not fit in VMEM or their list does not fit in scalar memory."""
     cut = _cut(spec, q, k, v, extra, backward)
     T, S, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     tiles = max(-(-T // cut.q), -(-S // cut.k))
     if tiles > MOST_TILES:
-        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MOST_TILES}; give larger tiles")
+        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MOST_TILES}; use larger tiles")
     per_head = extra.data.blocks_BNIJ is not None and extra.data.blocks_BNIJ.shape[1] > 1
     if per_head and G > MOST_HEADS:
-        raise ValueError(f"blocks_BNIJ by head, {G} query heads a key/value head: at most {MOST_HEADS}")
+        raise ValueError(f"blocks_BNIJ by head, {G} query heads per key/value head: at most {MOST_HEADS}")
     heads = G if per_head and backward else 1
     words = tpu_pairs.length(spec.mask, extra.data, T, S, cut.q, cut.k, backward, heads)
     words *= 1 if not per_head else k.shape[2] if backward else q.shape[2]
     if words > MOST_WORDS:
         raise ValueError(
-            f"a list of {words} tiles of {cut.q} x {cut.k} for a row of the batch: at most {MOST_WORDS} fit in the "
-            "scalar memory; give larger tiles, or blocks that are shared by the heads"
+            f"a list of {words} tiles of {cut.q} x {cut.k} per row of the batch: at most {MOST_WORDS} fit in scalar "
+            "memory; use larger tiles, or blocks that all heads share"
         )
 
 
@@ -145,13 +145,13 @@ def _pad(x: Array, axis: int, tile: int, fill=0) -> Array:
 
 
 def _by_head(x_BTNH: Array, tile: int, dtype) -> Array:
-    """[B, N, T, H], T padded to whole tiles."""
+    """Return x as [B, N, T, H], with T padded to whole tiles."""
     return _pad(x_BTNH.astype(dtype).transpose(0, 2, 1, 3), 2, tile)
 
 
 def _ints(extra: Extra, cut: Cut, lanes_of_queries: bool) -> dict[str, Array]:
-    """Integers of queries and keys: along the lanes in 8 equal sublanes [B, 8, T], or along the sublanes in 128 equal
-    lanes [B, T, 128]."""
+    """Return the integers of queries and keys by name: along the lanes, repeated in 8 sublanes [B, 8, T], or along the
+    sublanes, repeated in 128 lanes [B, T, 128]."""
     data = extra.data
     found = {}
     for name, x, tile in (
@@ -171,7 +171,7 @@ def _floats(extra: Extra) -> dict[str, Array]:
 
 
 def _call(kernel, job: Job, pairs: Pairs, arrays: dict[str, Array], extra: Extra, B: int, N: int, K: int, interpret):
-    """The kernel on the whole batch, or row after row where the lists of all rows together are too long."""
+    """Run the kernel on the whole batch, or row by row if the lists of all rows together are too long."""
     words = jnp.asarray(pairs.words_RCP)
     offsets = jnp.broadcast_to(jnp.asarray(extra.data.offset, jnp.int32), (B,))
     seed = jnp.zeros((), jnp.int32) if extra.seed is None else extra.seed

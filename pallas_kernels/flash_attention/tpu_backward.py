@@ -1,15 +1,15 @@
-"""The backward kernel of the TPU: gradients of queries, keys and values in one pass, five matrix multiplications a
-tile.
+"""The TPU's backward kernel: gradients of queries, keys and values in one pass, five matrix multiplications per tile.
 
-The list of tiles goes by keys, so dk and dv stay in VMEM until they are whole, summed over the query heads of a group.
-A tile of dq is visited once for each tile of keys: it lives in HBM in float32, and each visit fetches it, adds to it
-and sends it back while the next tile is worked on (two buffers; a visit to the tile of the visit before takes it from
-the buffer). So memory stays O(T), where a copy of dq for each tile of keys would be O(T S / tile).
+The list of tiles is ordered by keys, so dk and dv stay in VMEM until they are complete, summed over the query heads of
+a group. A tile of dq is visited once for each tile of keys. It is stored in HBM in float32; each visit fetches it, adds
+to it and writes it back while the kernel computes the next tile (two buffers; if two visits in a row have the same tile
+of dq, the second takes it from the buffer). So memory stays O(T), whereas a copy of dq for each tile of keys would take
+O(T S / tile).
 
-Keys are in the sublanes and queries in the lanes: log-sum-exp and delta are rows, as they lie in memory.
+Keys are in the sublanes and queries in the lanes, so log-sum-exp and delta are rows, as in memory.
 
 Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
-dimension, V that of the values; q, k as suffixes: a tile or piece of queries or keys.
+dimension, V head dimension of the values; suffixes q, k: a tile or piece of queries or keys.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pallas_kernels.flash_attention.tpu_forward import (
 from pallas_kernels.flash_attention.tpu_tiles import LANES
 
 TRANSPOSED_LHS = (((0,), (0,)), ((), ()))
-VISITS, LAST_VISITED, PENDING = 0, 1, 2  # words of the kernel's own state; PENDING: one a buffer
+VISITS, LAST_VISITED, PENDING = 0, 1, 2  # indices into the kernel's state words; one PENDING word per buffer
 
 
 def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int, *refs) -> None:
-    """Grid (B, K, P, heads of the group that share the list's entries)."""
+    """Run one grid step. Grid (B, K, P, heads of the group that share the list's entries)."""
     words_ref, numbers_ref = refs[:2]
     inputs = dict(zip(names, refs[2:], strict=False))
     dq_hbm, dk_ref, dv_ref, dk_acc, dv_acc, part_ref, buffer_ref, state_ref, read_sem, write_sems = refs[
@@ -49,7 +49,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     lse_ref, delta_ref = inputs["lse"], inputs["delta"]
     spec, cut = job.spec, job.cut
     multiply = job.multiply
-    assert multiply is not None  # only the forward kernel scales late
+    assert multiply is not None  # only the forward kernel scales after the maximum
     row, kv_head, number, shared = (pl.program_id(axis) for axis in range(4))
     word = word_at(job, words_ref, row, kv_head, number, count, kv_heads)
     n = kv_head * job.group + tpu_pairs.head(word) + shared
@@ -155,7 +155,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
         @pl.when(again)
         def _():
-            settle(1 - slot)  # two writes to one place would race
+            settle(1 - slot)  # two writes to the same tile would race
             buffer_ref[slot] = buffer_ref[1 - slot] + part_ref[...]
 
         writing(slot).start()
@@ -175,9 +175,10 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
 
 def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
-    """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N,
-    T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments,
-    q_positions [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
+    """Return dq [B, N, T, H] float32, not yet multiplied by the scale, dk [B, K, S, H] and dv [B, K, S, V].
+
+    `arrays`: q [B, N, T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32;
+    q_segments, q_positions [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, H = arrays["q"].shape[2:]
     S, V = arrays["v"].shape[2:]

@@ -1,14 +1,14 @@
-"""The forward kernel of the TPU: one pass over the list of tiles that `tpu_pairs` made, with an online softmax (Milakov
-and Gimelshein 2018; Dao et al. 2022) in base 2.
+"""The TPU's forward kernel: one pass over the list of tiles from `tpu_pairs`, with an online softmax (Milakov and
+Gimelshein 2018; Dao et al. 2022) in base 2.
 
-Two things differ from the textbook. Where the values leave columns of the matrix unit unused, ones are put beside them,
-so that the row sums come out of p @ [v | 1] for nothing, already spread over the lanes. And a tile is done in pieces
-whose matrix multiplications are stated one piece ahead of the softmax, so that the compiler can fill one with the
-other.
+It differs from the textbook in two ways. If the values leave columns of the matrix unit unused, columns of ones fill
+them, so that p @ [v | 1] gives the row sums for free, already broadcast over the lanes. And a tile is divided into
+pieces, and each piece's first matrix multiplication is issued before the softmax of the previous piece, so that the
+compiler can overlap the two.
 
 Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
-dimension, V that of the values, W >= V that of the accumulator; q, k as suffixes: a tile or piece of queries or keys, L
-lanes.
+dimension, V head dimension of the values, W >= V columns of the accumulator; suffixes q, k: a tile or piece of queries
+or keys, L: lanes.
 """
 
 from __future__ import annotations
@@ -35,42 +35,43 @@ TRANSPOSED_RHS = (((1,), (1,)), ((), ()))
 
 @dataclass(frozen=True)
 class Job:
-    """All that is compiled into a kernel."""
+    """The static arguments of a kernel."""
 
     spec: Spec
     cut: Cut
-    S: int  # keys that are there; the rest of the last tile is padding
+    S: int  # keys without padding; the rest of the last tile is padding
     V: int
     group: int  # G
-    rows_differ: bool  # the list has an entry for each row of the batch
-    heads_differ: bool  # ... for each head
-    partial: bool
+    rows_differ: bool  # the list has separate entries for each row of the batch
+    heads_differ: bool  # the list has separate entries for each head
+    partial: bool  # this and the next three: see `tpu_pairs.Pairs`
     full: bool
     shifts: tuple[int, ...]
     only_shifts: bool
-    # The scale times log2(e) multiplies q k^T at once or, where it is above 0 and no soft cap follows, after the
-    # running maximum has been taken from it: the matrix unit's results are then stored once, not twice.
+    # Exactly one of these is set. `multiply` (the scale times log2(e), or the scale over the soft cap) multiplies q k^T
+    # immediately. `late` multiplies it after the running maximum has been subtracted, so that the matrix unit's results
+    # are stored once, not twice; it requires a positive scale and no soft cap.
     multiply: float | None
     late: float | None
-    ones: int  # columns of ones that the kernel puts beside v; those already in v do not count
-    sums: bool  # the row sums are in the accumulator's columns from V on
+    ones: int  # columns of ones that the kernel appends to v, without those already in v
+    sums: bool  # whether the accumulator's columns from V on hold the row sums
     precision: lax.Precision | None
 
     def padded(self) -> bool:
-        """Some of the last tile's keys are not there."""
+        """Return whether the last tile of keys contains padding."""
         return self.S % self.cut.k != 0
 
 
 def positions(job: Job, numbers_ref, row, word, shape: tuple[int, ...], q_from: int, k_from: int, q_axis: int):
-    """Indices of the queries and keys of a piece, each spread over `shape`, and the slot of the first query of the
-    call."""
+    """Return the indices of a piece's queries and keys, each broadcast to `shape`, and the slot of the call's first
+    query."""
     q_index = tpu_pairs.q_tile(word) * job.cut.q + q_from + lax.broadcasted_iota(jnp.int32, shape, q_axis)
     k_index = tpu_pairs.k_tile(word) * job.cut.k + k_from + lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
     return q_index, k_index, numbers_ref[row]
 
 
 def seen_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
-    """Which pairs of a piece count; None: all."""
+    """Return the mask of a piece's visible pairs, or None if all are visible."""
     prefix = ints.get("prefix")
     seen = visible(
         job.spec.mask, q_index + offset, k_index, ints.get("q_segments"), ints.get("k_segments"),
@@ -83,7 +84,7 @@ def seen_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
 
 
 def when_kind(job: Job, word, offset, do) -> None:
-    """Calls do(pieces, masked) under the conditions that hold for the entry: at most one holds."""
+    """Call do(pieces, masked) under the condition for each kind of entry; at most one condition holds."""
     cut, kind = job.cut, tpu_pairs.kind(word)
     steps = lambda shift: tpu_pairs.steps(job.spec.mask, shift, cut.q, cut.k, cut.sub_q, cut.sub_k, cut.edge)
     if job.full:
@@ -103,7 +104,7 @@ def when_kind(job: Job, word, offset, do) -> None:
 
 
 def word_at(job: Job, words_ref, row, head, number, count: int, heads: int):
-    """The entry of the list. `heads`: how many the list would have."""
+    """Return an entry of the list. `heads`: the number of heads in the list if heads differ."""
     place = number + count * (
         (head if job.heads_differ else 0) + (row * (heads if job.heads_differ else 1) if job.rows_differ else 0)
     )
@@ -111,7 +112,7 @@ def word_at(job: Job, words_ref, row, head, number, count: int, heads: int):
 
 
 def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *refs) -> None:
-    """Grid (B, N, P). `names`: of the inputs after the two lists of numbers."""
+    """Run one grid step. Grid (B, N, P). `names`: the inputs after the two scalar-prefetch arrays."""
     words_ref, numbers_ref = refs[:2]
     inputs = dict(zip(names, refs[2:], strict=False))
     out_ref, lse_ref, max_ref, sum_ref, acc_ref = refs[2 + len(names) :]
@@ -123,7 +124,7 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
 
     @pl.when(tpu_pairs.flag(word, 0) == 1)
     def _():
-        # A sink is a key that was seen before all others, with value zero.
+        # A sink acts as a key with value zero that precedes all others.
         sink = inputs["sinks"][n] if "sinks" in inputs else None
         top = MASKED if sink is None else sink if job.late is None else sink * (1.0 / job.late)
         max_ref[...] = jnp.full(max_ref.shape, top, jnp.float32)
@@ -142,7 +143,7 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         return s_qk if job.multiply is None else s_qk * job.multiply
 
     def weights(s_qk, piece, masked: bool):
-        """exp2(logits - running maximum), and by how much what was summed before shrinks."""
+        """Return exp2(logits - running maximum) and the factor that rescales the earlier sums."""
         q0, q1, k0, k1 = piece
         repeats = (k1 - k0) // LANES
         if spec.softcap is not None:
@@ -211,9 +212,10 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
 
 
 def forward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
-    """out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles. `arrays`: q [B, N, T, H], k, v [B, K, S, H or V];
-    q_segments, q_positions [B, T, 128]; k_segments, k_positions, prefix [B, 8, S], int32; alibi, sinks [N], times
-    log2(e)."""
+    """Return out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles.
+
+    `arrays`: q [B, N, T, H], k, v [B, K, S, H or V]; q_segments, q_positions [B, T, 128]; k_segments, k_positions,
+    prefix [B, 8, S], int32; alibi, sinks [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, dtype = arrays["q"].shape[2], arrays["q"].dtype
     heads = N if C > 1 else 1
