@@ -35,7 +35,7 @@ NAMING = (
     f"name a generation and its chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, "
     f"v5p:8x8x8)"
 )
-MOST_CHIPS = 32_768  # several times the largest pod
+MAX_CHIPS = 32_768  # several times the largest pod
 # libtpu reads these when JAX loads it, at the first request for a topology. The last lets several processes load it.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -72,10 +72,10 @@ def _check_sizes(topology: str) -> None:
     if found is None:
         raise ValueError(f"topology {topology!r}: not a name such as {TOPOLOGIES['v5p']}; {NAMING}")
     sizes = [int(size[:9]) for size in found[1].split("x")]
-    if not 1 <= math.prod(sizes) <= MOST_CHIPS:
+    if not 1 <= math.prod(sizes) <= MAX_CHIPS:
         raise ValueError(
             f"topology {topology!r}: {' x '.join(map(str, sizes))} chips; each axis needs at least 1, and the product "
-            f"must be at most {MOST_CHIPS}; {NAMING}"
+            f"must be at most {MAX_CHIPS}; {NAMING}"
         )
 
 

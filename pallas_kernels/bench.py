@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 # Errors by which public implementations refuse a call, or show that they are not installed. Ours raise a ValueError
 # that names the implementation; any other error from our code is a bug and stops the benchmark.
-OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
+REFUSALS_OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
 OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
 
 
@@ -51,7 +51,7 @@ def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
     for name, way in contest.ways.items():
         row = {"contest": contest.name, "way": name, "flops": contest.flops, "bytes": contest.bytes, **contest.notes}
         rows.append(row)
-        refusals = (ValueError,) if name.startswith("ours") else OF_OTHERS
+        refusals = (ValueError,) if name.startswith("ours") else REFUSALS_OF_OTHERS
         try:
             program = jax.jit(way).lower(*contest.arguments).compile()
             result = jax.block_until_ready(program(*contest.arguments))

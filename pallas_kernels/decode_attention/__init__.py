@@ -110,10 +110,10 @@ def decode_attention(
     lengths_B = jnp.clip(lengths_B.astype(jnp.int32), 0, cache.capacity)
     if page_table_BP is not None:
         cache = cache._replace(page_table_BP=page_table_BP.astype(jnp.int32))
-    whole = spec.splits == 1 and sinks_N is None
+    is_final = spec.splits == 1 and sinks_N is None
     q_BKRH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 2).reshape(B, K, T * G, H)
     outs, lses = module.forward(
-        spec, q_BKRH, cache, lengths_B, in_float32(alibi_N), q_BTNH.dtype if whole else jnp.float32
+        spec, q_BKRH, cache, lengths_B, in_float32(alibi_N), q_BTNH.dtype if is_final else jnp.float32
     )
     out, lse = (outs[0], lses[0]) if spec.splits == 1 else merge(outs, lses)
     if sinks_N is not None:

@@ -45,7 +45,7 @@ CORES = {"H100": 132, "H200": 132, "A100": 108, "B200": 148, "L4": 58, "V100": 8
 
 
 def cores_of(device_kind: str) -> int:
-    """Return the number of streaming multiprocessors; for an unknown device, that of an H100."""
+    """Return the number of streaming multiprocessors, or an H100's number for an unknown device."""
     return next((n for name, n in CORES.items() if name in device_kind), 132)
 
 
@@ -142,25 +142,25 @@ def _kernel(spec: Spec, rows: int, tiles: int, block: int, r: SimpleNamespace) -
     if hasattr(r, "alibi"):
         alibi_R = plgpu.load(r.alibi.at[head, rows_R], mask=real_R, other=0.0)
 
-    def numbers(ref, places_S, held_S, h, real):
+    def numbers(ref, places_S, needed_S, h, real):
         """Load [block, width] of a cache; zeros in slots that the row does not see."""
         at = ref.at[places_S[0][:, None], head, places_S[1][:, None], h[None, :]]
-        return plgpu.load(at, mask=held_S[:, None] & real[None, :], other=jnp.zeros((), ref.dtype)).astype(dtype)
+        return plgpu.load(at, mask=needed_S[:, None] & real[None, :], other=jnp.zeros((), ref.dtype)).astype(dtype)
 
     def fold(i, state):
         out_RV, top_R, total_R = state
         slots_S = i * block + jnp.arange(block, dtype=jnp.int32)
-        held_S = (slots_S >= low) & (slots_S < length)
+        needed_S = (slots_S >= low) & (slots_S < length)
         places_S = (jnp.full_like(slots_S, b), slots_S)
         if hasattr(r, "table"):
             pages_S = div(slots_S, r.k.shape[2])
             pages_S, within_S = (
-                plgpu.load(r.table.at[b, pages_S], mask=held_S, other=0),
+                plgpu.load(r.table.at[b, pages_S], mask=needed_S, other=0),
                 slots_S - pages_S * r.k.shape[2],
             )
             places_S = (pages_S, within_S)
-        scale_of = lambda ref: plgpu.load(ref.at[places_S[0], head, places_S[1]], mask=held_S, other=0.0)[None, :]
-        k_SH = numbers(r.k, places_S, held_S, h_H, real_H)
+        scale_of = lambda ref: plgpu.load(ref.at[places_S[0], head, places_S[1]], mask=needed_S, other=0.0)[None, :]
+        k_SH = numbers(r.k, places_S, needed_S, h_H, real_H)
         logits_RS = dot(q_RH, k_SH, (((1,), (1,)), ((), ()))) * spec.scale
         if hasattr(r, "ks"):
             logits_RS = logits_RS * scale_of(r.ks)
@@ -169,20 +169,20 @@ def _kernel(spec: Spec, rows: int, tiles: int, block: int, r: SimpleNamespace) -
         distance_RS = q_slots_R[:, None] - slots_S[None, :]
         if hasattr(r, "alibi"):
             logits_RS = logits_RS - alibi_R[:, None] * distance_RS.astype(jnp.float32)
-        seen_RS = distance_RS >= 0
+        visible_RS = distance_RS >= 0
         if spec.window is not None:
-            seen_RS &= distance_RS < spec.window
-        logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
-        above_R = jnp.maximum(top_R, logits_RS.max(1))
+            visible_RS &= distance_RS < spec.window
+        logits_RS = jnp.where(visible_RS, logits_RS, MASKED)
+        new_top_R = jnp.maximum(top_R, logits_RS.max(1))
         # Until a query sees its first key, masked slots have weight 1; that key then scales them by exp(-1e30) = 0.
-        weights_RS = jnp.exp(logits_RS - above_R[:, None])
-        keep_R = jnp.exp(top_R - above_R)
+        weights_RS = jnp.exp(logits_RS - new_top_R[:, None])
+        keep_R = jnp.exp(top_R - new_top_R)
         total_R = total_R * keep_R + weights_RS.sum(1)
         if hasattr(r, "vs"):
             weights_RS = weights_RS * scale_of(r.vs)
-        v_SV = numbers(r.v, places_S, held_S, h_V, real_V)
+        v_SV = numbers(r.v, places_S, needed_S, h_V, real_V)
         out_RV = out_RV * keep_R[:, None] + dot(weights_RS.astype(dtype), v_SV, (((1,), (0,)), ((), ())))
-        return out_RV, above_R, total_R
+        return out_RV, new_top_R, total_R
 
     first, end = block_range(spec, length, block, part)
     state = (
@@ -191,10 +191,10 @@ def _kernel(spec: Spec, rows: int, tiles: int, block: int, r: SimpleNamespace) -
         jnp.zeros((rows,), jnp.float32),
     )
     out_RV, top_R, total_R = jax.lax.fori_loop(first, end, fold, state)
-    sees_R = top_R > MASKED / 2
-    total_R = jnp.where(sees_R, total_R, 1.0)
-    out_RV = jnp.where(sees_R[:, None], out_RV / total_R[:, None], 0.0).astype(r.out.dtype)
+    has_keys_R = top_R > MASKED / 2
+    total_R = jnp.where(has_keys_R, total_R, 1.0)
+    out_RV = jnp.where(has_keys_R[:, None], out_RV / total_R[:, None], 0.0).astype(r.out.dtype)
     at = r.out.at[part, b, head, rows_R[:, None], h_V[None, :]]
     plgpu.store(at, out_RV, mask=real_R[:, None] & real_V[None, :])
-    lse_R = jnp.where(sees_R, top_R + jnp.log(total_R), MASKED)
+    lse_R = jnp.where(has_keys_R, top_R + jnp.log(total_R), MASKED)
     plgpu.store(r.lse.at[part, b, head, rows_R], lse_R, mask=real_R)

@@ -18,9 +18,9 @@ def merge(
     key in any part has out 0 and lse -1e30."""
     lses_Cx = lses_Cx.astype(jnp.float32)
     top_x = lses_Cx.max(0)
-    sees_x = top_x > MASKED / 2
+    has_keys_x = top_x > MASKED / 2
     weights_Cx = jnp.where(lses_Cx > MASKED / 2, jnp.exp(lses_Cx - top_x), 0.0)
-    total_x = jnp.where(sees_x, weights_Cx.sum(0), 1.0)
+    total_x = jnp.where(has_keys_x, weights_Cx.sum(0), 1.0)
     parts_CxV = jnp.where(weights_Cx[..., None] > 0, outs_CxV.astype(jnp.float32), 0.0)
     out_xV = (parts_CxV * weights_Cx[..., None]).sum(0) / total_x[..., None]
-    return out_xV, jnp.where(sees_x, top_x + jnp.log(total_x), MASKED)
+    return out_xV, jnp.where(has_keys_x, top_x + jnp.log(total_x), MASKED)

@@ -32,24 +32,24 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     distance_BRS = q_slots_BR[:, :, None] - slots_S
     if alibi_N is not None:
         logits = logits - jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1) * distance_BRS[:, None]
-    seen = distance_BRS >= 0
+    visible = distance_BRS >= 0
     if spec.window is not None:
-        seen &= distance_BRS < spec.window
-    seen = seen[:, None]
-    logits = jnp.where(seen, logits, MASKED)
+        visible &= distance_BRS < spec.window
+    visible = visible[:, None]
+    logits = jnp.where(visible, logits, MASKED)
     top = logits.max(-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    weights = jnp.where(visible, jnp.exp(logits - top), 0.0)
     total = weights.sum(-1, keepdims=True)
     # Slots that no query sees may hold anything, even NaN, which a weight of zero would not remove.
-    held_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
+    needed_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
     if cache.v_scales is not None:
-        weights = weights * jnp.where(held_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
+        weights = weights * jnp.where(needed_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
     v = cache.v.astype(jnp.float32)
     if not spec.finite:
-        v = jnp.where(held_BS[:, None, :, None], v, 0.0)
-    sees = total > 0
-    out = jnp.einsum("bkrs,bksv->bkrv", weights, v, precision="highest") / jnp.where(sees, total, 1.0)
-    lse = jnp.where(sees, top + jnp.log(jnp.where(sees, total, 1.0)), MASKED)[..., 0]
+        v = jnp.where(needed_BS[:, None, :, None], v, 0.0)
+    has_keys = total > 0
+    out = jnp.einsum("bkrs,bksv->bkrv", weights, v, precision="highest") / jnp.where(has_keys, total, 1.0)
+    lse = jnp.where(has_keys, top + jnp.log(jnp.where(has_keys, total, 1.0)), MASKED)[..., 0]
     return out.astype(out_dtype)[None], lse[None]
 
 

@@ -61,8 +61,8 @@ class Case:
         lengths = np.asarray(self.lengths, np.int32)
         slots = np.arange(S)
         low = 0 if self.window is None else np.maximum(lengths - self.T - self.window + 1, 0)[:, None]
-        held = (slots < lengths[:, None]) & (slots >= low)
-        table = self._table(np.random.default_rng(seed + 1), held) if self.page else None
+        needed = (slots < lengths[:, None]) & (slots >= low)
+        table = self._table(np.random.default_rng(seed + 1), needed) if self.page else None
         for name, width in (("k", self.H), ("v", self.V)):
             x = r.normal(size=(B, K, S, width)).astype(np.float32)
             scales = None
@@ -71,8 +71,8 @@ class Case:
                 scales = np.abs(x).max(-1) / top
                 x = x / scales[..., None]
                 x = np.round(x) if self.cache_dtype == "int8" else x
-                scales = np.where(held[:, None], scales, np.nan).astype(np.float32)
-            x = np.where(held[:, None, :, None], x, 127.0 if self.cache_dtype == "int8" else np.nan)
+                scales = np.where(needed[:, None], scales, np.nan).astype(np.float32)
+            x = np.where(needed[:, None, :, None], x, 127.0 if self.cache_dtype == "int8" else np.nan)
             made[f"{name}_cache"] = jnp.asarray(self._paged(x, table), self.cache_dtype)
             if scales is not None:
                 made[f"{name}_scales"] = jnp.asarray(self._paged(scales, table))
@@ -106,10 +106,10 @@ class Case:
                 made[name] = shape((self.N,), "float32")
         return made
 
-    def _table(self, r: np.random.Generator, held: np.ndarray) -> np.ndarray:
+    def _table(self, r: np.random.Generator, needed: np.ndarray) -> np.ndarray:
         assert self.page is not None
         pages = r.permutation(self.B * self.S // self.page).reshape(self.B, -1)
-        used = held.reshape(self.B, -1, self.page).any(-1)
+        used = needed.reshape(self.B, -1, self.page).any(-1)
         return np.where(used, pages, NOWHERE).astype(np.int32)
 
     def _paged(self, x: np.ndarray, table: np.ndarray | None) -> np.ndarray:

@@ -277,10 +277,10 @@ def _kernel(spec: Spec, cut: Plan, items: int, groups: int, r: SimpleNamespace) 
     jax.lax.fori_loop(first, end, work, None)
     for h in range(cut.heads):
         top, total = r.top[h, :, :1], r.total[h, :, :1]
-        sees = top > MASKED / 2
-        total = jnp.where(sees, total, 1.0)
-        r.out[0, 0, h] = jnp.where(sees, r.acc[h] / total, 0.0).astype(r.out.dtype)
-        r.lse[0, 0, h] = jnp.where(sees, top + jnp.log(total), MASKED)
+        has_keys = top > MASKED / 2
+        total = jnp.where(has_keys, total, 1.0)
+        r.out[0, 0, h] = jnp.where(has_keys, r.acc[h] / total, 0.0).astype(r.out.dtype)
+        r.lse[0, 0, h] = jnp.where(has_keys, top + jnp.log(total), MASKED)
 
 
 def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slot, act) -> None:
@@ -309,9 +309,9 @@ def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slo
                 act(pltpu.make_async_copy(from_, to, r.arrived.at[slot, n]))
 
         if tail:
-            whole = page < capacity // cut.chunk
-            pl.when(whole)(partial(move, cut.chunk))
-            pl.when(jnp.logical_not(whole))(partial(move, tail))
+            is_full = page < capacity // cut.chunk
+            pl.when(is_full)(partial(move, cut.chunk))
+            pl.when(jnp.logical_not(is_full))(partial(move, tail))
         else:
             move(cut.chunk)
         for n, (source, buf) in enumerate(scales):
@@ -343,13 +343,13 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
         rows_R1 = jax.lax.broadcasted_iota(jnp.int32, (R, 1), 0)
         q_slots_R1 += sum((rows_R1 >= t * G).astype(jnp.int32) for t in range(1, spec.T))
     distance_RS = q_slots_R1 - slots_1S
-    seen_RS = distance_RS >= 0
+    visible_RS = distance_RS >= 0
     if spec.window is not None:
-        seen_RS &= distance_RS < spec.window
+        visible_RS &= distance_RS < spec.window
     if hasattr(r, "ks"):
-        held_1S = (slots_1S >= low) & (slots_1S < length)
+        needed_1S = (slots_1S >= low) & (slots_1S < length)
         row = lambda buf: jnp.concatenate([buf[slot, p] for p in range(cut.pages)], axis=-1)
-        ks_KS, vs_KS = row(r.ks_buf), jnp.where(held_1S, row(r.vs_buf), 0.0)
+        ks_KS, vs_KS = row(r.ks_buf), jnp.where(needed_1S, row(r.vs_buf), 0.0)
 
     def heads_at(hs) -> None:
         """Run each stage for all of these heads before the next stage, so that one head's latency hides another's."""
@@ -369,7 +369,7 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
                 logits_RS = spec.softcap * jnp.tanh(logits_RS / spec.softcap)
             if hasattr(r, "alibi"):
                 logits_RS = logits_RS - r.alibi[h] * distance_RS.astype(jnp.float32)
-            logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
+            logits_RS = jnp.where(visible_RS, logits_RS, MASKED)
             before_R1 = r.top[h, :, :1]
             top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
             # Until a query sees its first key, masked slots have weight 1; that key scales them by exp(-1e30) = 0.

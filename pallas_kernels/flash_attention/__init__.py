@@ -137,7 +137,8 @@ def flash_attention(
     )
     spec = Spec(mask, H**-0.5 if scale is None else float(scale), softcap, float(dropout), tiles, interpret)
     name = _choose(implementation, spec, q_BTNH, k_BSKH, v_BSKV, extra)
-    out, lse = _attend(name, spec, offset if isinstance(offset, int) else None, q_BTNH, k_BSKH, v_BSKV, _traced(extra))
+    static = offset if isinstance(offset, int) else None
+    out, lse = _attend(name, spec, static, q_BTNH, k_BSKH, v_BSKV, _without_offset(extra))
     return (out, lse) if return_lse else out
 
 
@@ -181,7 +182,7 @@ def flash_attention_backward(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Return the implementations for a backend, in the order they are tried. `device_kind` is that of jax.Device.
+    """Return the implementations for a backend, in the order they are tried. `device_kind` is jax.Device's.
 
     'hopper' is never a default and must be named: its matrix instructions have neither run on a device nor been
     interpreted."""
@@ -210,19 +211,19 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.flash_attention.{name}")
 
 
-def _traced(extra: Extra) -> Extra:
+def _without_offset(extra: Extra) -> Extra:
     """Return `extra` without a static offset, which is not an array and is passed separately."""
     static = isinstance(extra.data.offset, int)
     return extra._replace(data=extra.data._replace(offset=None)) if static else extra
 
 
-def _whole(extra: Extra, offset: int | None) -> Extra:
+def _with_offset(extra: Extra, offset: int | None) -> Extra:
     return extra if offset is None else extra._replace(data=extra.data._replace(offset=offset))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(name: str, spec: Spec, offset: int | None, q, k, v, extra: Extra):
-    return _module(name).forward(spec, q, k, v, _whole(extra, offset))
+    return _module(name).forward(spec, q, k, v, _with_offset(extra, offset))
 
 
 def _attend_forward(name, spec, offset, q, k, v, extra):
@@ -233,7 +234,7 @@ def _attend_forward(name, spec, offset, q, k, v, extra):
 def _attend_backward(name, spec, offset, kept, cotangents):
     q, k, v, extra, out, lse = kept
     dout, dlse = cotangents
-    dq, dk, dv, dbias, dsinks = _backward(name, spec, q, k, v, _whole(extra, offset), out, lse, dout, dlse)
+    dq, dk, dv, dbias, dsinks = _backward(name, spec, q, k, v, _with_offset(extra, offset), out, lse, dout, dlse)
     zeros = jax.tree.map(lambda x: None, extra)
     return dq, dk, dv, zeros._replace(bias_BNTS=dbias, sinks_N=dsinks)
 
@@ -246,12 +247,12 @@ def _backward(name, spec, q, k, v, extra: Extra, out, lse, dout, dlse):
     delta_BNT = jnp.einsum("btnv,btnv->bnt", out.astype(wide), dout.astype(wide))
     if dlse is not None:
         delta_BNT = delta_BNT - dlse
-    blind = lse <= MASKED / 2
-    closed_BNT = jnp.where(blind, -MASKED, lse)  # so that exp(logit - lse) is zero for every key
-    dq, dk, dv, dbias = _module(name).backward(spec, q, k, v, extra, closed_BNT, delta_BNT, dout)
+    no_keys = lse <= MASKED / 2
+    safe_lse_BNT = jnp.where(no_keys, -MASKED, lse)  # so that exp(logit - lse) is zero for every key
+    dq, dk, dv, dbias = _module(name).backward(spec, q, k, v, extra, safe_lse_BNT, delta_BNT, dout)
     dsinks = None
     if extra.sinks_N is not None:
-        dsinks = -(jnp.exp(extra.sinks_N[:, None] - closed_BNT) * delta_BNT).sum((0, 2))
+        dsinks = -(jnp.exp(extra.sinks_N[:, None] - safe_lse_BNT) * delta_BNT).sum((0, 2))
     return dq, dk, dv, dbias, dsinks
 
 

@@ -46,7 +46,7 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
         arrays, kwargs = case.arguments()
         q, k, v = (jnp.asarray(x, case.dtype) for x in arrays)
         segments = tuple(jnp.asarray(x) for x in kwargs["segment_ids"]) if case.segments else None
-        pairs = seen_pairs(case, segments)
+        pairs = visible_pairs(case, segments)
         matmul = 2 * pairs * case.N
         ways = dict(_ours(case, segments)) | dict(_theirs(platform, case, segments))
         size = q.dtype.itemsize
@@ -61,7 +61,7 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
         yield Contest(f"{case.name}, forward and backward", flops, 3 * moved, case.dtype, (q, k, v), both, None, notes)
 
 
-def seen_pairs(case: Case, segments) -> float:
+def visible_pairs(case: Case, segments) -> float:
     """Return the number of visible (query, key) pairs of all rows."""
     total = 0
     for b in range(case.B):
@@ -103,11 +103,11 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
         for name in ("xla", "cudnn") if platform == "gpu" else ("xla",):
             if name == "cudnn" and segments is not None:
                 continue  # it takes lengths, not packed rows
-            seen = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
+            mask = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
             yield (
                 f"jax.nn.dot_product_attention, {name}",
-                lambda q, k, v, name=name, seen=seen: jax.nn.dot_product_attention(
-                    q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window, implementation=name
+                lambda q, k, v, name=name, mask=mask: jax.nn.dot_product_attention(
+                    q, k, v, mask=mask, is_causal=case.mask.causal, local_window_size=window, implementation=name
                 ),
             )
     grouped = case.K != case.N
@@ -130,8 +130,8 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
 
         def tokamax(q, k, v):
             rival = importlib.import_module("tokamax")  # not one of our dependencies
-            seen = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
-            return rival.dot_product_attention(q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window)
+            mask = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
+            return rival.dot_product_attention(q, k, v, mask=mask, is_causal=case.mask.causal, local_window_size=window)
 
         yield "tokamax", tokamax
     if platform == "tpu":
@@ -170,15 +170,15 @@ def _error(case: Case, inputs: list[np.ndarray], segments, result) -> float:
     q, k, v = (x[0, :, 0] for x in inputs)
     rows = np.linspace(0, case.T - 1, min(case.T, 512)).astype(int)
     logits = q[rows] @ k.T * case.H**-0.5
-    seen = np.ones_like(logits, bool)
+    mask = np.ones_like(logits, bool)
     distance = rows[:, None] - np.arange(case.S)
     if case.mask.causal:
-        seen &= distance >= 0
+        mask &= distance >= 0
     if case.mask.window is not None:
-        seen &= distance < case.mask.window
+        mask &= distance < case.mask.window
     if segments is not None:
-        seen &= np.asarray(segments[0][0])[rows][:, None] == np.asarray(segments[1][0])
-    logits = np.where(seen, logits, -np.inf)
+        mask &= np.asarray(segments[0][0])[rows][:, None] == np.asarray(segments[1][0])
+    logits = np.where(mask, logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     exact = weights @ v / weights.sum(-1, keepdims=True)
     return float(abs(np.asarray(result[0, rows, 0], np.float64) - exact).max() / abs(exact).max())

@@ -56,14 +56,14 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
             **parts.schedule(kinds), **parts.side_arrays(spec, extra, T_padded, S_padded),
         }  # fmt: skip
 
-    T_padded, S_padded = parts.up(T, TILE), parts.up(S, STEP)
+    T_padded, S_padded = parts.round_up(T, TILE), parts.round_up(S, STEP)
     arrays = inputs(T_padded, S_padded, tile_kinds(mask, extra.data, T, S, TILE, STEP))
     scratch = {"q": own(H), "dout": own(V), "k": ring(H), "v": ring(V), "ready": ready(2), **barriers}
     out_types = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, half)}
     grid = {"head": N, "tile": T_padded // TILE, "batch": B}
     (dq,) = parts.launch(partial(_dq_block, spec, S, extra.data.offset), spec, grid, arrays, out_types, scratch)
 
-    T_padded, S_padded = parts.up(T, STEP), parts.up(S, TILE)
+    T_padded, S_padded = parts.round_up(T, STEP), parts.round_up(S, TILE)
     arrays = inputs(T_padded, S_padded, tile_kinds(mask, extra.data, T, S, STEP, TILE).swapaxes(2, 3))
     scratch = {
         "k": own(H),
@@ -156,7 +156,7 @@ def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs
         q_smem, dout_smem = shared["q"].at[warpgroup], shared["dout"].at[warpgroup]
         numbers = (batch, head, pl.ds(q_first, ROWS))
         columns = {name: parts.vector(memory[name], numbers, 0, interpret) for name in ("lse", "delta")}
-        number = lambda name: parts.spread(columns[name], shape, 0)
+        number = lambda name: parts.broadcast(columns[name], shape, 0)
 
         def visit_tile(step, dq_QH, partial_tile: bool):
             slot = lax.rem(step, jnp.int32(slots))
@@ -220,7 +220,7 @@ def _dkv_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Ref
                 s_JQ, dp_JQ = parts.products([(k_smem, q_smem), (v_smem, dout_smem)], interpret)
                 firsts = lambda: (visit(step) * STEP, k_first)
                 s_JQ, slope, kept = parts.logits(spec, S, offset, memory, batch, head, s_JQ, firsts, 1, partial_tile)
-                number = lambda name: parts.spread(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
+                number = lambda name: parts.broadcast(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
                 used_JQ, ds_JQ = _gradients(spec, s_JQ, dp_JQ, number, slope, kept, factor)
                 terms = [(dv_JV, used_JQ.astype(half), dout_smem), (dk_JH, ds_JQ.astype(half), q_smem)]
                 dv_JV, dk_JH = parts.accumulate(terms, interpret)

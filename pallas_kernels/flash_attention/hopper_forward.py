@@ -49,7 +49,7 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
     planned = plan(H, V, S, spec.mask.block_shape and spec.mask.block_shape[1], spec.tiles.k)
     assert planned is not None, "`unsupported` refuses such a call"
     tile_k, slots = planned
-    T_padded, S_padded = parts.up(T, TILE), parts.up(S, tile_k)
+    T_padded, S_padded = parts.round_up(T, TILE), parts.round_up(S, tile_k)
     arrays = {
         "q": parts.pad(q_BTNH, 1, T_padded), "k": parts.pad(k_BSKH, 1, S_padded), "v": parts.pad(v_BSKV, 1, S_padded),
         **parts.schedule(tile_kinds(spec.mask, extra.data, T, S, TILE, tile_k)),
@@ -141,8 +141,8 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
         s_QJ, _, kept = parts.logits(spec, S, offset, memory, batch, head, s_QJ, firsts, 0, partial_tile)
         new_Q = jnp.maximum(top_Q, s_QJ.max(axis=1) * factor)
         fade_Q = jnp.exp2(top_Q - new_Q)
-        p_QJ = jnp.exp2(s_QJ * factor - parts.spread(new_Q, shape, 0))
-        acc_QV = acc_QV * parts.spread(fade_Q, (ROWS, V), 0)
+        p_QJ = jnp.exp2(s_QJ * factor - parts.broadcast(new_Q, shape, 0))
+        acc_QV = acc_QV * parts.broadcast(fade_Q, (ROWS, V), 0)
         total_Q = total_Q * fade_Q + p_QJ.sum(axis=1)
         if kept is not None:
             p_QJ = jnp.where(kept, p_QJ, 0.0)
@@ -164,11 +164,11 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
     acc_QV, top_Q, total_Q = lax.fori_loop(full, some, partial(visit_tile, partial_tile=True), carry)
     pl.when(warpgroup == 0)(turn)
 
-    sees_Q = total_Q > 0
-    total_Q = jnp.where(sees_Q, total_Q, 1.0)
+    has_keys_Q = total_Q > 0
+    total_Q = jnp.where(has_keys_Q, total_Q, 1.0)
     out_smem, lse_smem = shared["out" if "out" in shared else "q"].at[warpgroup], shared["lse"].at[warpgroup]
-    out_smem[...] = (acc_QV * parts.spread(1.0 / ((1.0 - spec.dropout) * total_Q), (ROWS, V), 0)).astype(half)
-    lse_smem[...] = jnp.where(sees_Q, top_Q * math.log(2) + jnp.log(total_Q), MASKED)
+    out_smem[...] = (acc_QV * parts.broadcast(1.0 / ((1.0 - spec.dropout) * total_Q), (ROWS, V), 0)).astype(half)
+    lse_smem[...] = jnp.where(has_keys_Q, top_Q * math.log(2) + jnp.log(total_Q), MASKED)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, memory["out"].at[queries])
     plgpu.copy_smem_to_gmem(lse_smem, memory["lse"].at[batch, head, pl.ds(q_first, ROWS)])

@@ -91,7 +91,7 @@ def pad(x: Array, axis: int, length: int, value: float = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def up(length: int, tile: int) -> int:
+def round_up(length: int, tile: int) -> int:
     """Return `length` rounded up to whole tiles."""
     return -(-length // tile) * tile
 
@@ -160,7 +160,7 @@ def accumulate(terms, interpret: bool) -> tuple[Any, ...]:
 # Tiles in registers.
 
 
-def spread(x, shape: tuple[int, int], axis: int):
+def broadcast(x, shape: tuple[int, int], axis: int):
     """Return a vector along `axis`, broadcast to a tile."""
     return lax.broadcast_in_dim(x, shape, (axis,))
 
@@ -209,17 +209,17 @@ def logits(spec: Spec, S: int, offset, memory: Refs, batch, head, s, firsts: Cal
                 return None
             side = 0 if name.startswith("q_") else 1
             index = (batch, pl.ds(first[side], s.shape[axes[side]]))
-            return spread(vector(memory[name], index, axes[side], spec.interpret), s.shape, axes[side])
+            return broadcast(vector(memory[name], index, axes[side], spec.interpret), s.shape, axes[side])
 
         prefix = tile_of("k_prefix")
-        seen = visible(
+        visible_mask = visible(
             spec.mask, *slots, tile_of("q_segments"), tile_of("k_segments"), tile_of("q_positions"),
             tile_of("k_positions"), None if prefix is None else prefix != 0,
         )  # fmt: skip
         if memory["k"].shape[1] > S:  # padded
-            seen = indices[1] < S if seen is None else seen & (indices[1] < S)
-        if seen is not None:
-            s = jnp.where(seen, s, MASKED)
+            visible_mask = indices[1] < S if visible_mask is None else visible_mask & (indices[1] < S)
+        if visible_mask is not None:
+            s = jnp.where(visible_mask, s, MASKED)
     kept = keep(memory["seed"][0], batch, head, *indices, spec.dropout) if spec.dropout else None
     return s, slope, kept
 

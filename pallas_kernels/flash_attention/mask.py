@@ -54,7 +54,7 @@ class MaskData(NamedTuple):
     """The part of a mask that is data. A query's slot is its index + offset; a key's slot is its index."""
 
     offset: int | Int[Array, "B"] | None = 0  # slot of the first query; an int is static, an array is data
-    q_segments_BT: Int[Array, "B T"] | None = None  # a query sees only keys of its own segment
+    q_segments_BT: Int[Array, "B T"] | None = None  # a query sees only keys of the same segment
     k_segments_BS: Int[Array, "B S"] | None = None
     q_positions_BT: Int[Array, "B T"] | None = None  # positions for `strided`; None: slots
     k_positions_BS: Int[Array, "B S"] | None = None
@@ -67,17 +67,17 @@ def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_positi
 
     The arguments broadcast against each other ([..., T, 1] and [..., 1, S]). Only comparisons and integer arithmetic
     are used, so kernels can call this on their tiles. The caller applies `blocks_BNIJ`."""
-    seen = None
+    visible_mask = None
 
     def both(a, b):
         return b if a is None else a & b
 
     if mask.causal:
-        seen = both(seen, k_slot <= q_slot)
+        visible_mask = both(visible_mask, k_slot <= q_slot)
     if mask.window is not None:
-        seen = both(seen, q_slot - k_slot < mask.window)
+        visible_mask = both(visible_mask, q_slot - k_slot < mask.window)
         if not mask.causal:
-            seen = both(seen, k_slot - q_slot < mask.window)
+            visible_mask = both(visible_mask, k_slot - q_slot < mask.window)
     if mask.strided is not None:
         s = mask.strided
         # Slots before the first key have blocks too. Division truncates towards zero, so add whole periods, which do
@@ -86,12 +86,12 @@ def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_positi
         q_block = jax.lax.div((q_slot if q_position is None else q_position) + ahead, s.size)
         k_block = jax.lax.div((k_slot if k_position is None else k_position) + ahead, s.size)
         far = jax.lax.rem(k_block, s.stride) == s.stride - 1
-        seen = both(seen, (jnp.abs(q_block - k_block) < s.local) | far)
-    if prefix is not None and seen is not None:
-        seen = seen | prefix
+        visible_mask = both(visible_mask, (jnp.abs(q_block - k_block) < s.local) | far)
+    if prefix is not None and visible_mask is not None:
+        visible_mask = visible_mask | prefix
     if q_segment is not None:
-        seen = both(seen, q_segment == k_segment)
-    return seen
+        visible_mask = both(visible_mask, q_segment == k_segment)
+    return visible_mask
 
 
 def tile_kinds(

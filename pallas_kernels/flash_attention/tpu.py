@@ -18,8 +18,8 @@ from pallas_kernels.flash_attention import tpu_pairs
 from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 from pallas_kernels.flash_attention.tpu_backward import backward_call
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, Job, forward_call
-from pallas_kernels.flash_attention.tpu_pairs import MOST_HEADS, MOST_TILES, MOST_WORDS, Pairs
-from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, backward_cut, forward_cut, generation, up
+from pallas_kernels.flash_attention.tpu_pairs import MAX_HEADS, MAX_TILES, MAX_WORDS, Pairs
+from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, backward_cut, forward_cut, generation, round_up
 from pallas_kernels.target import target
 
 
@@ -49,15 +49,15 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
     dtype = _working(q_BTNH.dtype)
     cut, pairs = _plan(spec, q_BTNH, k_BSKH, v_BSKV, extra, backward=False)
     wide = generation().mxu > LANES
-    multiply = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
+    scale = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
     q, k, v = (_by_head(x, tile, dtype) for x, tile in ((q_BTNH, cut.q), (k_BSKH, cut.k), (v_BSKV, cut.k)))
     sums = not spec.dropout and (V % LANES != 0 or (wide and V % (2 * LANES) != 0))
     if V % LANES:
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, up(V) - V)), constant_values=1.0 if sums else 0.0)
-    late = spec.softcap is None and multiply > 0
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, round_up(V) - V)), constant_values=1.0 if sums else 0.0)
+    after_max = spec.softcap is None and scale > 0
     job = _job(
         spec, cut, pairs, S, V, N // k.shape[1], dtype,
-        multiply=None if late else multiply, late=multiply if late else None,
+        scale_before_max=None if after_max else scale, scale_after_max=scale if after_max else None,
         ones=LANES if sums and V % LANES == 0 else 0, sums=sums,
     )  # fmt: skip
     arrays = {"q": q, "k": k, "v": v, **_ints(extra, cut, lanes_of_queries=False), **_floats(extra)}
@@ -74,11 +74,12 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     K = k_BSKH.shape[2]
     dtype = _working(q_BTNH.dtype)
     cut, pairs = _plan(spec, q_BTNH, k_BSKH, v_BSKV, extra, backward=True)
-    multiply = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
+    scale = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
     q, do = (_by_head(x, cut.q, dtype) for x in (q_BTNH, dout_BTNV))
     k, v = (_by_head(x, cut.k, dtype) for x in (k_BSKH, v_BSKV))
     rows = lambda x, fill: _pad(x.astype(jnp.float32), 2, cut.q, fill)[:, :, None, :]
-    job = _job(spec, cut, pairs, S, V, N // K, dtype, multiply=multiply, late=None, ones=0, sums=False)
+    scales = {"scale_before_max": scale, "scale_after_max": None}
+    job = _job(spec, cut, pairs, S, V, N // K, dtype, **scales, ones=0, sums=False)
     arrays = {
         "q": q, "k": k, "v": v, "do": do, "lse": rows(lse_BNT * LOG2E, 1e30), "delta": rows(delta_BNT, 0.0),
         **_ints(extra, cut, lanes_of_queries=True), **_floats(extra),
@@ -115,17 +116,17 @@ def _check_list(spec: Spec, q, k, v, extra: Extra, backward: bool) -> None:
     cut = _cut(spec, q, k, v, extra, backward)
     T, S, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     tiles = max(-(-T // cut.q), -(-S // cut.k))
-    if tiles > MOST_TILES:
-        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MOST_TILES}; use larger tiles")
+    if tiles > MAX_TILES:
+        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MAX_TILES}; use larger tiles")
     per_head = extra.data.blocks_BNIJ is not None and extra.data.blocks_BNIJ.shape[1] > 1
-    if per_head and G > MOST_HEADS:
-        raise ValueError(f"blocks_BNIJ by head, {G} query heads per key/value head: at most {MOST_HEADS}")
+    if per_head and G > MAX_HEADS:
+        raise ValueError(f"blocks_BNIJ by head, {G} query heads per key/value head: at most {MAX_HEADS}")
     heads = G if per_head and backward else 1
     words = tpu_pairs.length(spec.mask, extra.data, T, S, cut.q, cut.k, backward, heads)
     words *= 1 if not per_head else k.shape[2] if backward else q.shape[2]
-    if words > MOST_WORDS:
+    if words > MAX_WORDS:
         raise ValueError(
-            f"a list of {words} tiles of {cut.q} x {cut.k} per row of the batch: at most {MOST_WORDS} fit in scalar "
+            f"a list of {words} tiles of {cut.q} x {cut.k} per row of the batch: at most {MAX_WORDS} fit in scalar "
             "memory; use larger tiles, or blocks that all heads share"
         )
 
@@ -175,16 +176,16 @@ def _call(kernel, job: Job, pairs: Pairs, arrays: dict[str, Array], extra: Extra
     words = jnp.asarray(pairs.words_RCP)
     offsets = jnp.broadcast_to(jnp.asarray(extra.data.offset, jnp.int32), (B,))
     seed = jnp.zeros((), jnp.int32) if extra.seed is None else extra.seed
-    if words.size <= MOST_WORDS:
+    if words.size <= MAX_WORDS:
         numbers = jnp.concatenate([offsets, seed[None], jnp.zeros((1,), jnp.int32)])
         return kernel(job, words, numbers, arrays, B, N, K, interpret)
     shared = {name: x for name, x in arrays.items() if x.ndim == 1}
 
     def one(row):
-        words, offset, index, mine = row
+        words, offset, index, per_row = row
         numbers = jnp.stack([offset, seed, index])
-        made = kernel(job, words[None], numbers, {**mine, **shared}, 1, N, K, interpret)
+        made = kernel(job, words[None], numbers, {**per_row, **shared}, 1, N, K, interpret)
         return [x[0] for x in made]
 
-    mine = {name: x[:, None] for name, x in arrays.items() if x.ndim > 1}
-    return lax.map(one, (words, offsets, jnp.arange(B, dtype=jnp.int32), mine))
+    per_row = {name: x[:, None] for name, x in arrays.items() if x.ndim > 1}
+    return lax.map(one, (words, offsets, jnp.arange(B, dtype=jnp.int32), per_row))

@@ -28,7 +28,7 @@ from pallas_kernels.flash_attention.tpu_forward import (
     UNSEEN,
     Job,
     positions,
-    seen_in,
+    visible_in,
     when_kind,
     word_at,
 )
@@ -48,8 +48,8 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     q_ref, k_ref, v_ref, do_ref = (inputs[name] for name in ("q", "k", "v", "do"))
     lse_ref, delta_ref = inputs["lse"], inputs["delta"]
     spec, cut = job.spec, job.cut
-    multiply = job.multiply
-    assert multiply is not None  # only the forward kernel scales after the maximum
+    scale = job.scale_before_max
+    assert scale is not None  # only the forward kernel scales after the maximum
     row, kv_head, number, shared = (pl.program_id(axis) for axis in range(4))
     word = word_at(job, words_ref, row, kv_head, number, count, kv_heads)
     n = kv_head * job.group + tpu_pairs.head(word) + shared
@@ -72,7 +72,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
             a, b, dims, preferred_element_type=jnp.float32, precision=job.precision
         )
         q_qH, do_qV, k_kH = q_ref[q0:q1, :], do_ref[q0:q1, :], k_ref[k0:k1, :]
-        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * multiply
+        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * scale
         if spec.softcap is not None:
             t_kq = jnp.tanh(s_kq)
             s_kq = t_kq * (spec.softcap * LOG2E)
@@ -88,8 +88,8 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
                 for name in names
                 if name.startswith("k_") or name == "prefix"
             }
-            seen = seen_in(job, q_index, k_index, offset, ints)
-            s_kq = s_kq if seen is None else jnp.where(seen, s_kq, UNSEEN)
+            visible_mask = visible_in(job, q_index, k_index, offset, ints)
+            s_kq = s_kq if visible_mask is None else jnp.where(visible_mask, s_kq, UNSEEN)
         p_kq = jnp.exp2(s_kq - lse_ref[:, q0:q1])
         dp_kq = dot(v_ref[k0:k1, :], do_qV, TRANSPOSED_RHS)
         kept_kq = p_kq
@@ -124,7 +124,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     visit = state_ref[VISITS]
     slot = lax.rem(visit, 2)
     fresh = tpu_pairs.flag(word, 2) == 1
-    again = jnp.logical_not(fresh) & (state_ref[LAST_VISITED] == n * tpu_pairs.MOST_TILES + i)
+    again = jnp.logical_not(fresh) & (state_ref[LAST_VISITED] == n * tpu_pairs.MAX_TILES + i)
     fetch = jnp.logical_not(fresh | again)
     at = dq_hbm.at[row, n, pl.ds(pl.multiple_of(i * cut.q, cut.q), cut.q), :]
     reading = pltpu.make_async_copy(at, buffer_ref.at[slot], read_sem)
@@ -161,7 +161,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
         writing(slot).start()
         state_ref[PENDING + slot] = 1
         state_ref[VISITS] = visit + 1
-        state_ref[LAST_VISITED] = n * tpu_pairs.MOST_TILES + i
+        state_ref[LAST_VISITED] = n * tpu_pairs.MAX_TILES + i
 
     @pl.when((tpu_pairs.flag(word, 1) == 1) & (shared == pl.num_programs(3) - 1))
     def _():

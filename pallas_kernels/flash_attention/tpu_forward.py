@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention import tpu_pairs
 from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import FULL, MASKED, PARTIAL, visible
 from pallas_kernels.flash_attention.spec import Spec
-from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, up
+from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, round_up
 
 LOG2E = float(np.log2(np.e))
 UNSEEN = 2 * MASKED  # below the first running maximum, so that exp2(UNSEEN - it) is 0
@@ -48,11 +48,11 @@ class Job:
     full: bool
     shifts: tuple[int, ...]
     only_shifts: bool
-    # Exactly one of these is set. `multiply` (the scale times log2(e), or the scale over the soft cap) multiplies q k^T
-    # immediately. `late` multiplies it after the running maximum has been subtracted, so that the matrix unit's results
-    # are stored once, not twice; it requires a positive scale and no soft cap.
-    multiply: float | None
-    late: float | None
+    # Exactly one of these is set: the scale times log2(e), or over the soft cap. It multiplies q k^T immediately or, if
+    # it is positive and there is no soft cap, after the running maximum has been subtracted. The latter stores the
+    # matrix unit's results once, not twice.
+    scale_before_max: float | None
+    scale_after_max: float | None
     ones: int  # columns of ones that the kernel appends to v, without those already in v
     sums: bool  # whether the accumulator's columns from V on hold the row sums
     precision: lax.Precision | None
@@ -70,17 +70,17 @@ def positions(job: Job, numbers_ref, row, word, shape: tuple[int, ...], q_from: 
     return q_index, k_index, numbers_ref[row]
 
 
-def seen_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
+def visible_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
     """Return the mask of a piece's visible pairs, or None if all are visible."""
     prefix = ints.get("prefix")
-    seen = visible(
+    visible_mask = visible(
         job.spec.mask, q_index + offset, k_index, ints.get("q_segments"), ints.get("k_segments"),
         ints.get("q_positions"), ints.get("k_positions"), None if prefix is None else prefix != 0,
     )  # fmt: skip
     if job.padded():
         there = k_index < job.S
-        seen = there if seen is None else seen & there
-    return seen
+        visible_mask = there if visible_mask is None else visible_mask & there
+    return visible_mask
 
 
 def when_kind(job: Job, word, offset, do) -> None:
@@ -126,7 +126,7 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     def _():
         # A sink acts as a key with value zero that precedes all others.
         sink = inputs["sinks"][n] if "sinks" in inputs else None
-        top = MASKED if sink is None else sink if job.late is None else sink * (1.0 / job.late)
+        top = MASKED if sink is None else sink if job.scale_after_max is None else sink * (1.0 / job.scale_after_max)
         max_ref[...] = jnp.full(max_ref.shape, top, jnp.float32)
         sum_ref[...] = jnp.full(sum_ref.shape, 0.0 if sink is None else 1.0, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -140,7 +140,7 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         s_qk = lax.dot_general(
             q_ref[q0:q1, :], k_kH, TRANSPOSED_RHS, preferred_element_type=jnp.float32, precision=job.precision
         )
-        return s_qk if job.multiply is None else s_qk * job.multiply
+        return s_qk if job.scale_before_max is None else s_qk * job.scale_before_max
 
     def weights(s_qk, piece, masked: bool):
         """Return exp2(logits - running maximum) and the factor that rescales the earlier sums."""
@@ -151,17 +151,17 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         if masked or "alibi" in inputs or spec.dropout:
             q_index, k_index, offset = positions(job, numbers_ref, row, word, s_qk.shape, q0, k0, 0)
         if "alibi" in inputs:
-            slope = inputs["alibi"][n] * (1.0 if job.late is None else 1.0 / job.late)
+            slope = inputs["alibi"][n] * (1.0 if job.scale_after_max is None else 1.0 / job.scale_after_max)
             s_qk = s_qk - slope * jnp.abs(q_index + offset - k_index).astype(jnp.float32)
         if masked:
             ints = {name: jnp.tile(inputs[name][q0:q1, :], (1, repeats)) for name in names if name.startswith("q_")}
             ints |= {name: inputs[name][:1, k0:k1] for name in names if name.startswith("k_") or name == "prefix"}
-            seen = seen_in(job, q_index, k_index, offset, ints)
-            s_qk = s_qk if seen is None else jnp.where(seen, s_qk, UNSEEN)
+            visible_mask = visible_in(job, q_index, k_index, offset, ints)
+            s_qk = s_qk if visible_mask is None else jnp.where(visible_mask, s_qk, UNSEEN)
         before_qL = max_ref[q0:q1, :]
         now_qL = jnp.maximum(before_qL, s_qk.max(-1)[:, None])
         max_ref[q0:q1, :] = now_qL
-        power = lambda x: jnp.exp2(x if job.late is None else x * job.late)
+        power = lambda x: jnp.exp2(x if job.scale_after_max is None else x * job.scale_after_max)
         shrink_qL = power(before_qL - now_qL)
         p_qk = power(s_qk - jnp.tile(now_qL, (1, repeats)))
         if not job.sums:
@@ -200,14 +200,14 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     @pl.when(tpu_pairs.flag(word, 1) == 1)
     def _():
         total_qL = jnp.broadcast_to(acc_ref[:, V : V + 1], max_ref.shape) if job.sums else sum_ref[...]
-        sees = max_ref[...] > MASKED / 2
-        total_qL = jnp.where(sees, total_qL, 1.0)
-        scale = jnp.tile(1.0 / total_qL, (1, up(V) // LANES))[:, :V]
+        has_keys = max_ref[...] > MASKED / 2
+        total_qL = jnp.where(has_keys, total_qL, 1.0)
+        scale = jnp.tile(1.0 / total_qL, (1, round_up(V) // LANES))[:, :V]
         if spec.dropout:
             scale = scale * (1.0 / (1.0 - spec.dropout))
         out_ref[...] = (acc_ref[:, :V] * scale).astype(out_ref.dtype)
-        top_qL = max_ref[...] if job.late is None else max_ref[...] * job.late
-        lse_qL = jnp.where(sees, (top_qL + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
+        top_qL = max_ref[...] if job.scale_after_max is None else max_ref[...] * job.scale_after_max
+        lse_qL = jnp.where(has_keys, (top_qL + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
         lse_ref[...] = lse_qL.T[:1, :]
 
 

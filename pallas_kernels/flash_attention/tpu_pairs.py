@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, Mask, MaskData, tile_kinds
 
 TILE_BITS, HEAD_BITS = 11, 4
-MOST_TILES, MOST_HEADS = 1 << TILE_BITS, 1 << HEAD_BITS
-MOST_WORDS = 1 << 17  # half a MiB, of 1 MiB of scalar memory
+MAX_TILES, MAX_HEADS = 1 << TILE_BITS, 1 << HEAD_BITS
+MAX_WORDS = 1 << 17  # half a MiB, of 1 MiB of scalar memory
 
 
 class Pairs(NamedTuple):
@@ -36,12 +36,12 @@ class Pairs(NamedTuple):
 
 def q_tile(word):
     """Return the index of the tile of queries."""
-    return word & (MOST_TILES - 1)
+    return word & (MAX_TILES - 1)
 
 
 def k_tile(word):
     """Return the index of the tile of keys."""
-    return (word >> TILE_BITS) & (MOST_TILES - 1)
+    return (word >> TILE_BITS) & (MAX_TILES - 1)
 
 
 def kind(word):
@@ -56,7 +56,7 @@ def flag(word, index: int):
 
 def head(word):
     """Return the index of the query head in its group."""
-    return (word >> (2 * TILE_BITS + 5)) & (MOST_HEADS - 1)
+    return (word >> (2 * TILE_BITS + 5)) & (MAX_HEADS - 1)
 
 
 def pairs(
@@ -178,14 +178,14 @@ def steps(
     kinds = tile_kinds(Mask(mask.causal, mask.window), MaskData(shift), tile_q, tile_k, edge_q, edge_k)
     found = []
     for i, row in enumerate(np.asarray(kinds)[0, 0]):
-        seen = np.flatnonzero(row > EMPTY)
-        if seen.size:
+        visible_mask = np.flatnonzero(row > EMPTY)
+        if visible_mask.size:
             found.append(
                 (
                     i * edge_q,
                     min((i + 1) * edge_q, tile_q),
-                    int(seen[0]) * edge_k,
-                    min(int(seen[-1] + 1) * edge_k, tile_k),
+                    int(visible_mask[0]) * edge_k,
+                    min(int(visible_mask[-1] + 1) * edge_k, tile_k),
                 )
             )
     return tuple(found)

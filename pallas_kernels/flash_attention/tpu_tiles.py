@@ -52,7 +52,7 @@ class Cut:
     vmem: int  # bytes, an upper estimate; passed to the compiler as the kernel's limit
 
 
-def up(n: int, multiple: int = LANES) -> int:
+def round_up(n: int, multiple: int = LANES) -> int:
     """Return `n` rounded up to a multiple of `multiple`."""
     return -(-n // multiple) * multiple
 
@@ -64,12 +64,12 @@ def forward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_i
     along the keys. Raises ValueError if no tile fits."""
     device = generation()
     wide = device.mxu > LANES
-    width = 2 * LANES if wide and up(V) % (2 * LANES) else up(V)
+    width = 2 * LANES if wide and round_up(V) % (2 * LANES) else round_up(V)
     q, k = _sizes(spec, T, S, spec.tiles.q, spec.tiles.k, "q", "k", 1024, 1024)
     while True:
         sub_q, sub_k, edge = (512, 1024, 256) if wide else (1024, 512, 256)
         sub_q, sub_k = _divisor(q, sub_q), _divisor(k, sub_k)
-        blocks = bytes_each * (q * 2 * up(H) + k * (2 * up(H) + up(V)) + q * up(V)) + 4 * 8 * q
+        blocks = bytes_each * (q * 2 * round_up(H) + k * (2 * round_up(H) + round_up(V)) + q * round_up(V)) + 4 * 8 * q
         blocks += 4 * (q_ints * q * LANES + k_ints * k * 8)
         live = 4 * (q * width + 2 * q * LANES)  # accumulator, running maximum and sum
         work = sub_q * sub_k * (4 * 3 + bytes_each) + 4 * sub_q * width
@@ -86,9 +86,10 @@ def backward_cut(spec: Spec, T: int, S: int, H: int, V: int, bytes_each: int, q_
     q, k = _sizes(spec, T, S, spec.tiles.q_dkv, spec.tiles.k_dkv, "q_dkv", "k_dkv", 1024, 1024)
     while True:
         sub_q, sub_k, edge = _divisor(q, 1024), _divisor(k, 1024), 256
-        blocks = bytes_each * (q + k) * (up(H) + up(V)) + 2 * 4 * 8 * q + bytes_each * k * (up(H) + up(V))
+        widths = round_up(H) + round_up(V)
+        blocks = bytes_each * (q + k) * widths + 2 * 4 * 8 * q + bytes_each * k * widths
         blocks += 4 * (k_ints * k * LANES + q_ints * q * 8)
-        live = 4 * k * (up(H) + up(V)) + 3 * 4 * q * up(H)  # dk, dv; dq of this tile and two buffers in flight
+        live = 4 * k * widths + 3 * 4 * q * round_up(H)  # dk, dv; dq of this tile and two buffers in flight
         work = sub_q * sub_k * (4 * 4 + 2 * bytes_each) * (2 if bytes_each == 4 else 1)
         cut = Cut(q, k, sub_q, sub_k, min(edge, q), False, 2 * blocks + live + work + MIB)
         if cut.vmem <= device.vmem:
@@ -130,11 +131,11 @@ def _size(length: int, given: int | None, name: str, most: int, block: int | Non
             raise ValueError(f"tiles.{name} = {given}: must be a multiple of {LANES} on TPUs")
         if block is not None and block % given:
             raise ValueError(f"tiles.{name} = {given}: must divide mask.block_shape's {block} {what}")
-        return min(given, up(length)) if block is None else given
+        return min(given, round_up(length)) if block is None else given
     if block is not None:
         return _divisor(block, most)
     # The fewest tiles of at most `most`, as even as possible: 1100 becomes 2 x 640, not 2 x 1024.
-    return up(-(-length // (-(-length // most))))
+    return round_up(-(-length // (-(-length // most))))
 
 
 def _divisor(n: int, most: int) -> int:

@@ -25,7 +25,7 @@ from pallas_kernels.flash_attention import triton_kernels as kernels
 from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, tile_kinds
 from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
-LEAST_TILE, MOST_COLUMNS = 16, 256
+MIN_TILE, MAX_COLUMNS = 16, 256
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
@@ -37,16 +37,16 @@ def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> st
         )
     if q.dtype == jnp.float64:
         return "float64 is not supported; use implementation='xla'"
-    if max(q.shape[-1], v.shape[-1]) > MOST_COLUMNS:
-        return f"head dimensions {q.shape[-1]} and {v.shape[-1]}: at most {MOST_COLUMNS} fit in a GPU's registers"
+    if max(q.shape[-1], v.shape[-1]) > MAX_COLUMNS:
+        return f"head dimensions {q.shape[-1]} and {v.shape[-1]}: at most {MAX_COLUMNS} fit in a GPU's registers"
     for name in ("q", "k", "q_dkv", "k_dkv", "q_dq", "k_dq"):
         size, block = getattr(spec.tiles, name), _block(spec, name)
-        if size is not None and (size < LEAST_TILE or size & (size - 1)):
-            return f"tiles.{name} = {size}: must be a power of two of at least {LEAST_TILE}, or None"
-        if block is not None and block % (size or LEAST_TILE):
+        if size is not None and (size < MIN_TILE or size & (size - 1)):
+            return f"tiles.{name} = {size}: must be a power of two of at least {MIN_TILE}, or None"
+        if block is not None and block % (size or MIN_TILE):
             return (
-                f"mask.block_shape = {spec.mask.block_shape}: tiles are powers of two of at least {LEAST_TILE}, and "
-                f"tiles.{name} = {size or LEAST_TILE} does not divide {block}"
+                f"mask.block_shape = {spec.mask.block_shape}: tiles are powers of two of at least {MIN_TILE}, and "
+                f"tiles.{name} = {size or MIN_TILE} does not divide {block}"
             )
     return None
 
@@ -85,7 +85,7 @@ SIZES_FLOAT32 = {
     "dq": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
 }
 # The widest part of a head dimension in one operand, by bytes per element. With 256 for float32, registers spill.
-MOST_PART = {2: 256, 4: 64}
+MAX_PART = {2: 256, 4: 64}
 
 
 class _Call:
@@ -108,7 +108,7 @@ class _Call:
         in_ranges = mask.strided is None and all(part is None for part in data[1:])
         walk = list_tiles(kinds_BNIJ, in_ranges)
         self.plan = kernels.Plan(
-            spec, T, S, N, K, H, V, tile_q, tile_k, MOST_PART[q.dtype.itemsize],
+            spec, T, S, N, K, H, V, tile_q, tile_k, MAX_PART[q.dtype.itemsize],
             offset=data.offset if isinstance(data.offset, int) else None,
             ranges=in_ranges,
             any_full=not static or bool((kinds_BNIJ == FULL).any()),
@@ -171,7 +171,7 @@ class _Call:
             block = (None, whole_q if name.startswith("q_") else whole_k)
         else:
             rows = whole_q if name in ("q", "dout", "out", "dq") else whole_k
-            block = (None, rows, shape[2], up(shape[3], kernels.LEAST_PART))
+            block = (None, rows, shape[2], up(shape[3], kernels.MIN_PART))
         return pl.BlockSpec(block, lambda i, n, b: (b,) + (0,) * (len(block) - 1))
 
 
@@ -183,9 +183,7 @@ def sizes(direction: str, spec: Spec, T: int, S: int, columns: int, dtype: Any) 
     suffix = "" if direction == "forward" else f"_{direction}"
     for n, (side, length) in enumerate((("q", T), ("k", S))):
         given, block = getattr(spec.tiles, side + suffix), _block(spec, side)
-        fitting = min(
-            wanted[n], max(LEAST_TILE, pl.next_power_of_2(length)), (block and block & -block) or MOST_COLUMNS
-        )
+        fitting = min(wanted[n], max(MIN_TILE, pl.next_power_of_2(length)), (block and block & -block) or MAX_COLUMNS)
         wanted[n] = given or fitting
     return wanted[0], wanted[1], warps, stages
 

@@ -28,7 +28,7 @@ from pallas_kernels.flash_attention.spec import Spec
 UNSEEN = 2 * MASKED
 
 LOG2E = log2(2.718281828459045)
-LEAST_PART = 16  # the smallest side of a matrix product in Triton
+MIN_PART = 16  # the smallest side of a matrix product in Triton
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
     V: int
     tile_q: int
     tile_k: int
-    most_part: int  # the widest part of H or V, a power of two
+    max_part: int  # the widest part of H or V, a power of two
     offset: int | None  # None: it is data
     ranges: bool  # whether the tiles to visit form ranges, so that they need not be listed
     any_full: bool  # some tile may be FULL
@@ -57,7 +57,7 @@ class Plan:
 
     def parts(self, size: int) -> list[tuple[int, int]]:
         """Return (start, length) of each part of H or V."""
-        return parts(size, self.most_part)
+        return parts(size, self.max_part)
 
     def q_tile(self) -> Any:
         """Return the tile of queries of this program (axis 0 of the grid)."""
@@ -77,7 +77,7 @@ class Side(NamedTuple):
 def parts(size: int, most: int) -> list[tuple[int, int]]:
     """Return (start, length) of parts that cover `size`, largest first. Lengths are powers of two up to `most`; the
     last part may reach beyond `size`."""
-    covered = -(-size // LEAST_PART) * LEAST_PART
+    covered = -(-size // MIN_PART) * MIN_PART
     rest = covered % most
     lengths = [most] * (covered // most) + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [(sum(lengths[:n]), length) for n, length in enumerate(lengths)]
@@ -118,10 +118,10 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
     out = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in p.parts(p.V))
     top, total, out = _sweep(p, refs["walk"], n, step, (top, total, out))
     # Until a query sees a key, `top` is MASKED and its weights are exp2(UNSEEN - MASKED) = 0.
-    blind = top <= MASKED / 2
-    factor = jnp.where(blind, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
+    no_keys = top <= MASKED / 2
+    factor = jnp.where(no_keys, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
     _store(p, out_ref, first, p.tile_q, n, p.V, p.T, tuple(o * factor[:, None] for o in out))
-    lse = jnp.where(blind, MASKED, top * (1.0 / LOG2E) + jnp.log(total))
+    lse = jnp.where(no_keys, MASKED, top * (1.0 / LOG2E) + jnp.log(total))
     _store_vector(lse_ref, first, p.tile_q, n, p.T, lse)
 
 
@@ -229,15 +229,15 @@ def _logits(p: Plan, refs, b, n):
         elif unit < 1e-3:
             x, unit = x * unit, 1.0  # `unit` is a divisor below, and must be positive for the maximum
         if masked:
-            seen = visible(
+            visible_mask = visible(
                 spec.mask, queries.index + offset, keys.index, queries.segment, keys.segment,
                 queries.position, keys.position, keys.prefix,
             )  # fmt: skip
             if p.S % p.tile_k:
                 inside = keys.index < p.S
-                seen = inside if seen is None else seen & inside
-            if seen is not None:
-                x = jnp.where(seen, x, UNSEEN / unit)
+                visible_mask = inside if visible_mask is None else visible_mask & inside
+            if visible_mask is not None:
+                x = jnp.where(visible_mask, x, UNSEEN / unit)
         return x, unit, slope
 
     return logits

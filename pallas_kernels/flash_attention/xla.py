@@ -84,9 +84,9 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
         top = jnp.broadcast_to(walk.of_heads(extra.sinks_N), top.shape).astype(wide)
         total = jnp.ones_like(total)
     out, top, total = walk.run(step, (jnp.zeros((*top.shape, v.shape[-1]), wide), top, total))
-    sees = total > 0
-    total = jnp.where(sees, total, 1.0)
-    lse = jnp.where(sees, top + jnp.log(total), MASKED)
+    has_keys = total > 0
+    total = jnp.where(has_keys, total, 1.0)
+    lse = jnp.where(has_keys, top + jnp.log(total), MASKED)
     lse_BNT = lse.reshape(lse.shape[0], -1, lse.shape[3])[:, :, : walk.T]
     return walk.rows(out / total[..., None], q_BTNH.dtype), lse_BNT
 
@@ -142,10 +142,10 @@ class _Walk:
         if mask.block_shape is not None:
             tile_q, tile_k = gcd(tile_q, mask.block_shape[0]), gcd(tile_k, mask.block_shape[1])
         kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)
-        seen = (kinds != EMPTY).any((0, 1)).reshape(-1)
+        visited = (kinds != EMPTY).any((0, 1)).reshape(-1)
         # The tiles to visit come first. A list that depends on data is as long as all tiles, and only `count` are used.
-        self.order = np.flatnonzero(seen) if isinstance(seen, np.ndarray) else jnp.argsort(~seen, stable=True)
-        self.count = seen.sum()
+        self.order = np.flatnonzero(visited) if isinstance(visited, np.ndarray) else jnp.argsort(~visited, stable=True)
+        self.count = visited.sum()
         self.columns, self.tile = kinds.shape[3], (tile_q, tile_k)
         self.shape = kinds.shape[2] * tile_q, kinds.shape[3] * tile_k
 
@@ -201,14 +201,14 @@ class _Walk:
         def row(x_BS):
             return None if x_BS is None else _part(x_BS, tile.s, tile.keys, self.shape[1])[:, None, :]
 
-        seen = visible(
+        visible_mask = visible(
             spec.mask, slots, s, column(data.q_segments_BT), row(data.k_segments_BS),
             column(data.q_positions_BT), row(data.k_positions_BS), row(data.prefix_BS),
         )  # fmt: skip
         if self.shape[1] > self.S:
-            seen = s < self.S if seen is None else seen & (s < self.S)
-        if seen is not None:
-            logits = jnp.where(seen if seen.ndim == 2 else seen[:, None, None], logits, MASKED)
+            visible_mask = s < self.S if visible_mask is None else visible_mask & (s < self.S)
+        if visible_mask is not None:
+            logits = jnp.where(visible_mask if visible_mask.ndim == 2 else visible_mask[:, None, None], logits, MASKED)
         if data.blocks_BNIJ is not None and spec.mask.block_shape is not None:
             rows, columns = t // spec.mask.block_shape[0], s // spec.mask.block_shape[1]
             logits = jnp.where(self._by_head(data.blocks_BNIJ[:, :, rows, columns]), logits, MASKED)

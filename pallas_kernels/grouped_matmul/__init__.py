@@ -92,7 +92,7 @@ def grouped_glu(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Return the implementations for a backend, in the order they are tried. `device_kind` is that of jax.Device."""
+    """Return the implementations for a backend, in the order they are tried. `device_kind` is jax.Device's."""
     if runs_triton(platform, device_kind):
         return ("triton", "xla")
     return ("tpu", "xla") if platform == "tpu" else ("xla",)

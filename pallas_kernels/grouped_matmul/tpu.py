@@ -38,9 +38,9 @@ def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> s
         cuts.append((back, tpu_tiles.gradient_cut(generation(), Call(M, E, K, G * N, b=cuts[0][0].b), spec.tiles)))
     except ValueError as error:
         return str(error)
-    visits = max(tpu_walk.most_visits(M, E, cut.m) for _, cut in cuts)
-    if visits > tpu_walk.MOST_VISITS:
-        most = tpu_walk.MOST_VISITS
+    visits = max(tpu_walk.max_visits(M, E, cut.m) for _, cut in cuts)
+    if visits > tpu_walk.MAX_VISITS:
+        most = tpu_walk.MAX_VISITS
         return f"{visits} visits of a tile and a group: at most {most} fit in scalar memory; use a larger tiles.m"
     return None
 

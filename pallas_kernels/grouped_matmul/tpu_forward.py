@@ -82,18 +82,18 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
         if products_ref is not None:
             products_ref[...] = jnp.zeros_like(products_ref)
 
-    def put(ref, place, mine, new) -> None:
-        ref[place] = jnp.where(mine, new, ref[place].astype(jnp.float32)).astype(ref.dtype)
+    def store(ref, place, in_group, new) -> None:
+        ref[place] = jnp.where(in_group, new, ref[place].astype(jnp.float32)).astype(ref.dtype)
 
     def write(at, size, column, columns, products) -> None:
         rows, place = pl.ds(at, size), pl.ds(column, columns)
-        mine = inside(at, size, start, stop)
+        in_group = inside(at, size, start, stop)
         if "scale0" in rest:
             products = [h * rest[f"scale{g}"][:, place] for g, h in enumerate(products)]
         if products_ref is not None:
             for g, h in enumerate(products):
-                put(products_ref, (g, rows, place), mine, h)
-        put(out_ref, (rows, place), mine, products[0] if spec.activation is None else spec.activation(*products))
+                store(products_ref, (g, rows, place), in_group, h)
+        store(out_ref, (rows, place), in_group, products[0] if spec.activation is None else spec.activation(*products))
 
     def multiply(at, size, _) -> None:
         def piece(column, columns):

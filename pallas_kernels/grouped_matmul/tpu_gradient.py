@@ -34,24 +34,24 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    def multiply(at, size, mine, first) -> None:
+    def multiply(at, size, in_group, first) -> None:
         rows = pl.ds(at, size)
-        only = lambda x: x if mine is None else jnp.where(mine, x.astype(jnp.float32), 0.0).astype(x.dtype)
+        masked = lambda x: x if in_group is None else jnp.where(in_group, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
         def piece(column, columns):
             place = pl.ds(column, columns)
             part = lax.dot_general(
-                only(lhs_ref[rows, :]), only(dout_ref[rows, place]), OVER_ROWS, precision=precision,
+                masked(lhs_ref[rows, :]), masked(dout_ref[rows, place]), OVER_ROWS, precision=precision,
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
             out_ref[:, place] = part + jnp.where(fresh & first, 0.0, out_ref[:, place])
 
         for_pieces(cut, piece)
 
-    whole = stop - start == cut.m
-    pl.when(whole)(lambda: multiply(0, cut.m, None, True))
+    is_full = stop - start == cut.m
+    pl.when(is_full)(lambda: multiply(0, cut.m, None, True))
 
-    @pl.when(jnp.logical_not(whole))
+    @pl.when(jnp.logical_not(is_full))
     def _():
         for_parts(cut, start, stop, lambda at, size, first: multiply(at, size, inside(at, size, start, stop), first))
 

@@ -1,6 +1,6 @@
 """The tile sizes of the TPU kernels, and the vector memory (VMEM) that a choice needs.
 
-Of all tiles that fit, the choice minimizes an estimate of cycles: the larger of the matrix units' and the memory's
+The choice minimizes an estimate of cycles over all tiles that fit: the larger of the matrix units' and the memory's
 cycles, plus a tenth of the smaller. The estimate includes these effects, which matter most for small experts. They come
 from the compiler's bundles, not from measurements.
 
@@ -20,12 +20,12 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pallas_kernels.flash_attention.tpu_tiles import LANES, MIB, Generation, up
+from pallas_kernels.flash_attention.tpu_tiles import LANES, MIB, Generation, round_up
 from pallas_kernels.grouped_matmul.spec import Tiles
 
 ROWS = 16  # rows of a bfloat16 tile; a part of a tile may begin at each multiple
 STEP, PIECE = 400, 250  # cycles of a grid step, and of the first and last rows of a product
-MOST_BUNDLES = 8500  # per piece, since its code must be loaded into the core's instruction memory
+MAX_BUNDLES = 8500  # per piece, since its code must be loaded into the core's instruction memory
 # Bytes of memory per cycle of one core: published bandwidth over the clock that follows from the published peak.
 BYTES_A_CYCLE = {"v4": 585, "v5e": 546, "v5p": 790, "v6e": 937, "7x": 1677}
 CORES = {"v4": 2, "v5p": 2}  # cores that share one device's grid
@@ -99,33 +99,33 @@ def gradient_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
 
 def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
     """Return the estimated cycles of the forward kernel on one core, for equal, unaligned groups."""
-    tiles_m, tiles_n, pieces = _up(call.M, cut.m), _up(call.N, cut.n), _up(call.K, cut.k)
+    tiles_m, tiles_n, pieces = cdiv(call.M, cut.m), cdiv(call.N, cut.n), cdiv(call.K, cut.k)
     groups = min(call.E, call.M)
     visits = tiles_m + groups - 1
-    whole = pieces == 1
-    width = tiles_n * (cut.n // cut.piece * up(cut.piece, device.mxu) + up(cut.n % cut.piece, device.mxu))
-    work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
-    steps = tiles_n * visits * pieces * (STEP + 1.5 * call.G * _up(cut.n, cut.piece) * PIECE)
-    sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
+    all_of_k = pieces == 1
+    width = tiles_n * (cut.n // cut.piece * round_up(cut.piece, device.mxu) + round_up(cut.n % cut.piece, device.mxu))
+    work = call.G * (call.M + visits * cut.edge / 2) * round_up(call.K) * width * _passes(call) / macs_a_cycle(device)
+    steps = tiles_n * visits * pieces * (STEP + 1.5 * call.G * cdiv(cut.n, cut.piece) * PIECE)
+    sums = 0 if all_of_k else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
     return _both((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
 
 
 def forward_bytes(call: Call, cut: Cut) -> float:
     """Return the bytes that the forward kernel moves from and to memory, for equal, unaligned groups."""
-    tiles_m, tiles_n = _up(call.M, cut.m), _up(call.N, cut.n)
+    tiles_m, tiles_n = cdiv(call.M, cut.m), cdiv(call.N, cut.n)
     groups = min(call.E, call.M)
     visits = tiles_m + groups - 1
-    whole = _up(call.K, cut.k) == 1
-    lhs = tiles_n * (tiles_m if whole else visits) * cut.m * call.K * call.b
-    rhs = (groups if whole else visits) * call.K * call.G * call.N * call.wb
+    all_of_k = cdiv(call.K, cut.k) == 1
+    lhs = tiles_n * (tiles_m if all_of_k else visits) * cut.m * call.K * call.b
+    rhs = (groups if all_of_k else visits) * call.K * call.G * call.N * call.wb
     return lhs + rhs + call.M * call.N * call.b * (1 + call.G * call.keep)
 
 
 def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
     """Return the estimated cycles of the gradient kernel on one core, for equal, unaligned groups."""
-    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
-    visits = _up(call.M, cut.m) + call.E - 1
-    outputs = tiles_k * cut.k * tiles_n * up(cut.n, device.mxu)
+    tiles_k, tiles_n = cdiv(call.K, cut.k), cdiv(call.N, cut.n)
+    visits = cdiv(call.M, cut.m) + call.E - 1
+    outputs = tiles_k * cut.k * tiles_n * round_up(cut.n, device.mxu)
     work = (call.M + visits * device.mxu / 2) * outputs * _passes(call) / macs_a_cycle(device)
     steps = tiles_k * tiles_n * visits * (STEP + 2 * PIECE + cut.k * cut.n / 1024)
     return _both((work + steps) * _share(device, tiles_k), memory_cycles(device, gradient_bytes(call, cut)))
@@ -133,7 +133,7 @@ def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
 
 def gradient_bytes(call: Call, cut: Cut) -> float:
     """Return the bytes that the gradient kernel moves from and to memory."""
-    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
+    tiles_k, tiles_n = cdiv(call.K, cut.k), cdiv(call.N, cut.n)
     return call.M * call.b * (tiles_n * call.K + tiles_k * call.N) + 4 * call.E * call.K * call.N
 
 
@@ -152,7 +152,7 @@ def forward_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
     column = call.G * m * k * _passes(call) / macs_a_cycle(device)
     piece = _piece(device, n, column)
     blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
-    sums = 4 * call.G * m * n if k < up(call.K) else 0
+    sums = 4 * call.G * m * n if k < round_up(call.K) else 0
     # One product in flight: its sums by gate, the activation's results, and the weights widened or transposed.
     work = (
         4 * m * piece * (call.G + 2)
@@ -172,9 +172,9 @@ def gradient_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
 
 
 def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
-    """Return the columns of a product: as many as keep its body within MOST_BUNDLES, in whole matrix units if
+    """Return the columns of a product: as many as keep its body within MAX_BUNDLES, in whole matrix units if
     possible."""
-    fits = int(min(MOST_BUNDLES / bundles_a_column, 1024))
+    fits = int(min(MAX_BUNDLES / bundles_a_column, 1024))
     most = min(n, max(fits // device.mxu * device.mxu, device.mxu if fits >= device.mxu // 2 else LANES))
     unit = min(device.mxu, most)
     even = [size for size in range(unit, most + 1, unit) if n % size == 0 and 2 * size >= most]
@@ -183,7 +183,7 @@ def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
 
 def _best(device: Generation, made: list[Cut], cycles) -> Cut:
     fit = [cut for cut in made if cut.vmem <= device.vmem]
-    short = [cut for cut in fit if cut.bundles <= MOST_BUNDLES]
+    short = [cut for cut in fit if cut.bundles <= MAX_BUNDLES]
     if fit:
         return min(short or fit, key=lambda cut: (cycles(cut), cut.vmem))
     least = min(made, key=lambda cut: cut.vmem)
@@ -196,7 +196,7 @@ def _best(device: Generation, made: list[Cut], cycles) -> Cut:
 def _rows(M: int, given: int | None, choices: tuple[int, ...]) -> list[int]:
     if given is not None and given % ROWS:
         raise ValueError(f"tiles.m = {given}: must be a multiple of {ROWS} on TPUs")
-    return sorted({min(m, up(M, ROWS)) for m in ([given] if given else choices)})
+    return sorted({min(m, round_up(M, ROWS)) for m in ([given] if given else choices)})
 
 
 def _columns(N: int, given: int | None, name: str, most: int) -> Iterator[int]:
@@ -204,19 +204,19 @@ def _columns(N: int, given: int | None, name: str, most: int) -> Iterator[int]:
     if given is not None:
         if given % LANES:
             raise ValueError(f"tiles.{name} = {given}: must be a multiple of {LANES} on TPUs")
-        return iter([min(given, up(N))])
-    units = up(N) // LANES
+        return iter([min(given, round_up(N))])
+    units = round_up(N) // LANES
     return (size * LANES for size in range(1, units + 1) if units % size == 0 and size * LANES <= most)
 
 
 def _share(device: Generation, tiles: int) -> float:
     """Return the fraction of the work done by the busiest core."""
-    return _up(tiles, CORES.get(device.name, 1)) / tiles
+    return cdiv(tiles, CORES.get(device.name, 1)) / tiles
 
 
 def _passes(call: Call) -> int:
     return 6 if call.b == 4 else 1  # a float32 product takes six of bfloat16
 
 
-def _up(n: int, size: int) -> int:
+def cdiv(n: int, size: int) -> int:
     return -(-n // size)

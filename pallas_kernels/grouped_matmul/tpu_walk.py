@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 FIELDS = TILE, GROUP, START, STOP = range(4)
-MOST_VISITS = 1 << 15  # four words each, half of scalar memory
+MAX_VISITS = 1 << 15  # four words each, half of scalar memory
 
 
-def most_visits(M: int, E: int, tile: int) -> int:
+def max_visits(M: int, E: int, tile: int) -> int:
     """Return the length V of the list."""
     return -(-M // tile) + E - 1
 
@@ -29,7 +29,7 @@ def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[I
 
     If `empty`, each empty group has a visit without rows (for results by group). Otherwise each tile after the last
     group has one, with the group of the previous visit (for results by row)."""
-    E, V = sizes_E.shape[0], most_visits(M, sizes_E.shape[0], tile)
+    E, V = sizes_E.shape[0], max_visits(M, sizes_E.shape[0], tile)
     tiles = -(-M // tile)
     stops_E = jnp.cumsum(sizes_E)
     starts_E = stops_E - sizes_E

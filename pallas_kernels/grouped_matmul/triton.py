@@ -29,7 +29,7 @@ from pallas_kernels.grouped_matmul import triton_kernels as kernels
 from pallas_kernels.grouped_matmul.spec import Shaped, Spec
 from pallas_kernels.target import target
 
-LEAST_TILE, MOST_GATES = 16, 8
+MIN_TILE, MAX_GATES = 16, 8
 
 
 class Sizes(NamedTuple):
@@ -49,10 +49,10 @@ def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> s
     if lhs.dtype == jnp.float64:
         return "float64 is not supported; use implementation='xla'"
     for name, size in vars(spec.tiles).items():
-        if size is not None and size < LEAST_TILE:
-            return f"tiles.{name} = {size}: must be at least {LEAST_TILE}, for Triton's matrix products"
-    if rhs.ndim == 4 and rhs.shape[2] > MOST_GATES:
-        return f"{rhs.shape[2]} gates: at most {MOST_GATES}, so that their sums fit in a GPU's registers"
+        if size is not None and size < MIN_TILE:
+            return f"tiles.{name} = {size}: must be at least {MIN_TILE}, for Triton's matrix products"
+    if rhs.ndim == 4 and rhs.shape[2] > MAX_GATES:
+        return f"{rhs.shape[2]} gates: at most {MAX_GATES}, so that their sums fit in a GPU's registers"
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         # Pallas indexes arrays of up to 2**32 bytes with signed 32 bits, whatever the size of an element.
         if 2**31 < x.size and x.size * x.dtype.itemsize <= 2**32:
@@ -125,14 +125,14 @@ def visits(sizes_E: Array, M: int, tile: int) -> Array:
     starts_X = jnp.pad(ends_X[:-1], (1, 0))
     last_X = jnp.cumsum((ends_X - starts_X + tile - 1) // tile)
     first_X = jnp.pad(last_X[:-1], (1, 0))
-    visit_V = jnp.arange(most_visits(M, E, tile), dtype=jnp.int32)
+    visit_V = jnp.arange(max_visits(M, E, tile), dtype=jnp.int32)
     group_V = (visit_V[:, None] >= last_X).sum(1, dtype=jnp.int32)
     at_V = jnp.minimum(group_V, E)
     start_V = jnp.minimum(starts_X[at_V] + (visit_V - first_X[at_V]) * tile, M)
     return jnp.stack([at_V, start_V, jnp.minimum(start_V + tile, ends_X[at_V])], 1)
 
 
-def most_visits(M: int, E: int, tile: int) -> int:
+def max_visits(M: int, E: int, tile: int) -> int:
     """Return the largest sum(ceil(size / tile)) of any sizes: as many as possible of the E groups and the remaining
     rows have one row more than whole tiles."""
     filled = min(E + 1, M)
@@ -153,7 +153,7 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
     weight gradient for 8.0.
     """
     wide = jnp.dtype(dtype).itemsize == 4
-    rows = max(LEAST_TILE, 1 << (max(M // E, 1).bit_length() - 1))
+    rows = max(MIN_TILE, 1 << (max(M // E, 1).bit_length() - 1))
     if direction == "forward":
         m, n, k = (
             min(rows, 64 if wide else 128),
@@ -162,7 +162,7 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
         )
     else:
         m, n, k = min(rows, 32 if wide else 64), 64 if wide else 128, 64 if wide else 128
-    fit = lambda size, length: max(LEAST_TILE, min(size, pl.next_power_of_2(length)))
+    fit = lambda size, length: max(MIN_TILE, min(size, pl.next_power_of_2(length)))
     t = spec.tiles
     m, n, k = t.m or m, t.n or fit(n, N), t.k or fit(k, K)
     sums = m * n * G if direction == "forward" else k * n

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import bench, check
 from pallas_kernels.flash_attention import Mask
-from pallas_kernels.flash_attention.bench import _error, seen_pairs
+from pallas_kernels.flash_attention.bench import _error, visible_pairs
 from pallas_kernels.flash_attention.shapes import Case
 from pallas_kernels.grouped_matmul import bench as grouped_bench
 from pallas_kernels.grouped_matmul.shapes import Case as GroupedCase
@@ -108,7 +108,7 @@ def test_bench_counts_visible_pairs_and_measures_errors(case):
         seen &= t - s < case.mask.window
     if segments is not None:
         seen = seen & (segments[0][0][:, None] == segments[1][0])
-    assert seen_pairs(case, segments) == seen.sum()
+    assert visible_pairs(case, segments) == seen.sum()
     q, k, v = (x[0, :, 0].astype(np.float64) for x in arrays)
     logits = np.where(seen, q @ k.T * case.H**-0.5, -np.inf)
     weights = np.exp(logits - logits.max(1, keepdims=True))

@@ -38,7 +38,7 @@ TILES = Tiles(q=32, k=32)
 TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}  # relative to the largest entry
 
 
-def seen_pairs(case, kwargs):
+def visible_pairs(case, kwargs):
     """Return the visible pairs, bool [B, N, T, S], by the mask's definition, one query at a time."""
     mask = case.mask
     seen = np.zeros((case.B, case.N, case.T, case.S), bool)
@@ -85,7 +85,7 @@ def formula(case, kwargs, q, k, v, bias, sinks):
     if case.alibi:
         slots = np.arange(case.T)[:, None] + np.broadcast_to(np.asarray(case.offset), (case.B,))[:, None, None, None]
         logits -= kwargs["alibi_N"].astype(np.float64)[:, None, None] * abs(slots - np.arange(case.S))
-    seen = seen_pairs(case, kwargs)
+    seen = visible_pairs(case, kwargs)
     logits = jnp.where(seen, logits, -jnp.inf)
     if sinks is not None:
         logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[:, None, None], (*logits.shape[:3], 1))], axis=-1)
@@ -217,7 +217,7 @@ def test_empty_tiles_have_no_visible_pair_and_full_tiles_only_visible_ones(
     if not segments and not prefix:
         assert isinstance(tile_kinds(mask, MaskData(offset), T, S, tile_q, tile_k), np.ndarray)
     padded = np.zeros((-(-T // tile_q) * tile_q, -(-S // tile_k) * tile_k), bool)
-    padded[:T, :S] = seen_pairs(case, kwargs)[0, 0]
+    padded[:T, :S] = visible_pairs(case, kwargs)[0, 0]
     for i, j in np.ndindex(*kinds.shape[2:]):
         rows = slice(i * tile_q, min((i + 1) * tile_q, T))
         tile = padded[rows, j * tile_k : (j + 1) * tile_k]

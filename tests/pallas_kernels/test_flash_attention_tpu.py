@@ -106,7 +106,7 @@ def test_random_lengths_and_masks_match_the_reference(T, S, causal, window, offs
 def test_rows_run_one_by_one_if_their_lists_are_too_long(monkeypatch):
     case = Case("long_list", B=2, T=256, S=256, N=1, K=1, segments=2, dropout=0.3)
     together = outputs(case, "tpu", "float32")
-    monkeypatch.setattr(tpu, "MOST_WORDS", 5)  # one row's list is three entries, two rows' six
+    monkeypatch.setattr(tpu, "MAX_WORDS", 5)  # one row's list is three entries, two rows' six
     for a, b in zip(together, outputs(case, "tpu", "float32"), strict=True):
         np.testing.assert_array_equal(a, b)
 

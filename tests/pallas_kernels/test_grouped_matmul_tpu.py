@@ -24,8 +24,8 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 TARGETS = ("v4", "v5e", "v5p", "v6e", "7x")
 
 
-def swiglu(gate, up):
-    return jax.nn.silu(gate) * up
+def swiglu(gate, round_up):
+    return jax.nn.silu(gate) * round_up
 
 
 def shifted(h):
@@ -177,7 +177,7 @@ def test_the_walk_visits_each_row_once(sizes, tile, empty):
     words, count = jax.jit(tpu_walk.walk, static_argnums=(1, 2), static_argnames="empty")(
         jnp.asarray(sizes), M, tile, empty=empty
     )
-    most = tpu_walk.most_visits(M, len(sizes), tile)
+    most = tpu_walk.max_visits(M, len(sizes), tile)
     assert words.shape == (4 * most,) and 0 <= int(count) <= most
     visits = np.asarray(words).reshape(4, -1)[:, : int(count)].T
     rows = [(group, tile * t + row) for t, group, start, stop in visits for row in range(start, stop)]
@@ -220,7 +220,7 @@ CALLS = [
 def test_tiles_fit_in_vmem_and_divide_the_dimensions(device, call):
     cut = tpu_tiles.forward_cut(device, call, Tiles())
     assert cut.vmem <= device.vmem and cut.m % 16 == 0
-    assert tpu_tiles.up(call.K) % cut.k == 0 and tpu_tiles.up(call.N) % cut.n == 0
+    assert tpu_tiles.round_up(call.K) % cut.k == 0 and tpu_tiles.round_up(call.N) % cut.n == 0
     assert tpu_tiles.gradient_cut(device, call, Tiles()).vmem <= device.vmem
 
 

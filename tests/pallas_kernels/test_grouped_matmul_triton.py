@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import Tiles, grouped_matmul
 from pallas_kernels.grouped_matmul.shapes import CASES, Case
 from pallas_kernels.grouped_matmul.spec import Spec
-from pallas_kernels.grouped_matmul.triton import most_visits, tile_sizes, visits
+from pallas_kernels.grouped_matmul.triton import max_visits, tile_sizes, visits
 from pallas_kernels.grouped_matmul.triton_kernels import band, widen
 
 DEFAULT, SMALL = Tiles(), Tiles(m=16, n=16, k=16)
@@ -94,7 +94,7 @@ def test_sizes_beyond_the_rows_do_not_access_memory_outside_the_array():
 @given(st.lists(st.integers(0, 50), min_size=5, max_size=5), st.integers(0, 30), st.sampled_from((16, 32)))
 @settings(deadline=None)
 def test_visits_contain_each_row_once(sizes, after, tile):
-    """Each row is in one visit, of its group. An empty group has no visit, and `most_visits` is an upper bound."""
+    """Each row is in one visit, of its group. An empty group has no visit, and `max_visits` is an upper bound."""
     M, E = 300, len(sizes)
     sizes[-1] += max(M - after - sum(sizes), 0)  # a fixed M, so that JAX compiles once
     listed = np.asarray(jax.jit(visits, static_argnums=(1, 2))(jnp.array(sizes), M, tile))
@@ -107,7 +107,7 @@ def test_visits_contain_each_row_once(sizes, after, tile):
     assert (seen == 1).all()
     used = listed[listed[:, 1] < listed[:, 2]]
     assert len(used) == sum(-(-n // tile) for n in (*sizes, M - sum(sizes)))
-    assert len(listed) == most_visits(M, E, tile)
+    assert len(listed) == max_visits(M, E, tile)
     in_groups = used[used[:, 0] < E]
     assert len(in_groups) <= -(-sum(sizes) // tile) + E - 1
 
@@ -121,7 +121,7 @@ def test_the_bound_on_visits_is_tight(M, E, tile):
     worst[0] += (M - filled) // tile * tile
     worst[-1] += (M - filled) % tile
     assert sum(worst) == M
-    assert sum(-(-n // tile) for n in worst) == most_visits(M, E, tile)
+    assert sum(-(-n // tile) for n in worst) == max_visits(M, E, tile)
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
