@@ -1,2 +1,5 @@
-"""Kernels, one folder per operation: {__init__.py (the api), reference.py, tpu.py, gpu.py, shapes.py, bench.py}.
-Imports jax alone."""
+"""Kernels, one folder per operation.
+
+Each folder holds __init__.py (the API), reference.py (the formula in plain JAX), the kernels by device (tpu.py,
+triton.py, ...), shapes.py (the calls that tests, check and benchmark share) and bench.py. It imports only jax.
+"""

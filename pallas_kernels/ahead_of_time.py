@@ -1,9 +1,10 @@
-"""Compile for TPUs that are not here, and read what the compiler says about a kernel.
+"""Compile for TPUs you don't have, and read the compiler's static report on a kernel.
 
-`pip install libtpu` brings the compiler: it needs no TPU. `compile_for` returns JAX's compiled object, whose existence
-says that the kernel lowers and fits in VMEM. `bundles` compiles in a process of its own and returns the length of each
-region of each kernel in VLIW bundles (one is issued a cycle, where no data is waited for), how full its slots are, and
-its spills. Bundles are a static estimate: transfers from HBM that the pipeline does not hide are not in them.
+`pip install libtpu` installs the compiler, which needs no TPU. `compile_for` returns JAX's compiled object; if it
+succeeds, the kernel lowers and fits in VMEM. `bundles` compiles in a separate process and returns, for each region of
+each kernel, its length in VLIW bundles (the core issues one per cycle unless it waits for data), how full the bundles'
+slots are, and the register spills. Bundles are a static estimate: they leave out transfers from HBM that the pipeline
+does not hide.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ NAMING = (
     f"name a generation and its chips along each axis, such as {', '.join(TOPOLOGIES.values())} (larger: v5e:16x16, "
     f"v5p:8x8x8)"
 )
-MOST_CHIPS = 32_768  # several times the largest pod
-# Read when the compiler is loaded, which is at the first topology asked for. The last: several processes at once.
+MAX_CHIPS = 32_768  # several times the largest pod
+# libtpu reads these when JAX loads it, at the first request for a topology. The last lets several processes load it.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -45,9 +46,10 @@ SLOTS = ("MATMUL", "MATPUSH", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-    """The devices of a TPU topology, such as 'v5p:4x4x4', that is not here: for meshes and shardings to compile for.
+    """Return the devices of a TPU topology such as 'v5p:4x4x4', for meshes and shardings to compile for. The machine
+    needs no TPU.
 
-    Raises ValueError for a name the compiler does not know, RuntimeError where libtpu is not installed."""
+    Raises ValueError if the compiler does not know the name, RuntimeError if libtpu is not installed."""
     _check_sizes(topology)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -60,27 +62,28 @@ def devices_of(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
-            f"topology {topology!r}: the TPU compiler does not know it ({str(error).splitlines()[0]}); {NAMING}"
+            f"topology {topology!r}: unknown to the TPU compiler ({str(error).splitlines()[0]}); {NAMING}"
         ) from error
 
 
 def _check_sizes(topology: str) -> None:
-    """Raise ValueError for sizes that end the compiler's process (0) or exceed every pod."""
+    """Raise ValueError for a size of 0, which crashes the compiler, and for sizes beyond any pod."""
     found = re.fullmatch(r"[A-Za-z0-9]+:([0-9]+(?:x[0-9]+){1,2})(?:_[a-z]+)?", topology)
     if found is None:
         raise ValueError(f"topology {topology!r}: not a name such as {TOPOLOGIES['v5p']}; {NAMING}")
     sizes = [int(size[:9]) for size in found[1].split("x")]
-    if not 1 <= math.prod(sizes) <= MOST_CHIPS:
+    if not 1 <= math.prod(sizes) <= MAX_CHIPS:
         raise ValueError(
-            f"topology {topology!r}: {' x '.join(map(str, sizes))} chips; each axis has 1 or more, and all together at "
-            f"most {MOST_CHIPS}; {NAMING}"
+            f"topology {topology!r}: {' x '.join(map(str, sizes))} chips; each axis needs at least 1, and the product "
+            f"must be at most {MAX_CHIPS}; {NAMING}"
         )
 
 
 def mesh_of(target: str) -> jax.sharding.Mesh:
-    """A mesh of one device, which is not here, of `target`: a key of TOPOLOGIES. Its one axis is named 'device'.
+    """Return a mesh of one device of `target`, a key of TOPOLOGIES, for ahead-of-time compilation. Its only axis is
+    'device'.
 
-    Raises ValueError for an unknown target, RuntimeError where libtpu is not installed."""
+    Raises ValueError if the target is unknown, RuntimeError if libtpu is not installed."""
     if target not in TOPOLOGIES:
         raise ValueError(f"target = {target!r}: unknown; use one of {', '.join(TOPOLOGIES)}")
     devices = np.asarray(devices_of(TOPOLOGIES[target])[:1])
@@ -89,7 +92,8 @@ def mesh_of(target: str) -> jax.sharding.Mesh:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """A program for a device that is not here can be written to JAX's cache of programs, but not read from it."""
+    """Keep programs out of JAX's persistent compilation cache, which can store a program for an absent device but
+    cannot read it back."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     try:
@@ -102,8 +106,8 @@ def uncached() -> Iterator[None]:
 
 @functools.cache
 def _load() -> None:
-    """The compiler reads XLA_FLAGS of the environment at its first program, and ends the process at a flag that is of
-    another backend's: let it compile one, as small as may be, without."""
+    """Compile a tiny program with XLA_FLAGS unset. The TPU compiler reads XLA_FLAGS at its first program and aborts the
+    process if a flag belongs to another backend."""
     flags = os.environ.pop("XLA_FLAGS", None)
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES["v5e"])
@@ -116,9 +120,11 @@ def _load() -> None:
 
 
 def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
-    """`function` compiled for one device of `target`. `arguments`: pytrees of jax.ShapeDtypeStruct (or of anything with
-    shape and dtype). While it is traced, `pallas_kernels.target.target()` names the device. Raises
-    jax.errors.JaxRuntimeError with the compiler's message where it refuses, for one when VMEM does not suffice."""
+    """Return `function` compiled for one device of `target`.
+
+    `arguments` are pytrees of jax.ShapeDtypeStruct, or of anything with a shape and a dtype. During tracing,
+    `pallas_kernels.target.target()` returns the target device. Raises jax.errors.JaxRuntimeError with the compiler's
+    message if compilation fails, for example if the kernel needs more VMEM than the device has."""
     mesh = mesh_of(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
@@ -128,23 +134,25 @@ def compile_for(target: str, function: Callable[..., Any], *arguments: Any) -> j
 
 @dataclass(frozen=True)
 class Region:
-    """A run of bundles of a kernel: a loop, or the body of a `pl.when`. Children lie within their parents."""
+    """A contiguous range of a kernel's bundles: a loop, or the body of a `pl.when`. A child lies within its parent."""
 
     kernel: str
     number: int
     parent: int | None
-    kind: str  # 'loop_body', 'pred_region', ...; '' for the whole
-    first: int
-    bundles: int
-    occupancy: dict[str, float]  # share of each kind of slot that is taken, 0 to 1
-    fills: int  # loads and stores of spilled vector registers
-    spills: int
+    kind: str  # 'loop_body', 'pred_region', ...; '' for the whole kernel
+    first: int  # index of its first bundle
+    bundles: int  # number of bundles
+    occupancy: dict[str, float]  # fraction of each kind of slot that is in use, 0 to 1
+    fills: int  # loads of spilled vector registers
+    spills: int  # stores of vector registers to VMEM
     vmem: int  # bytes of vector memory of the whole kernel: the end of its last allocation
 
 
 def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) -> dict[str, list[Region]]:
-    """The regions of each kernel of a program, by kernel name. `maker`: 'module:function'; called with `arguments` (of
-    JSON) in a new process, it returns (function, arguments) for `compile_for`. Raises RuntimeError if that fails."""
+    """Return the regions of each kernel of a program, by kernel name.
+
+    `maker` is 'module:function'. A new process calls it with `arguments` (JSON values), and it returns (function,
+    arguments) for `compile_for`. Raises RuntimeError if that process fails."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_pass_label_regex=.*(utiliz|post-bundle-packing-post-ra).*"
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
@@ -154,7 +162,7 @@ def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) ->
             "JAX_PLATFORMS": "cpu",
             "LIBTPU_INIT_ARGS": f"{given} {flags}".strip(),
         }
-        for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # a program that is found in a cache is not dumped
+        for name in ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):  # the compiler does not dump a cached program
             environment.pop(name, None)
         command = [sys.executable, "-m", "pallas_kernels.ahead_of_time", target, maker, json.dumps(arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
@@ -164,7 +172,7 @@ def bundles(target: str, maker: str, *arguments: Any, timeout: float = 600.0) ->
 
 
 def read_dump(folder: Path) -> dict[str, list[Region]]:
-    """What `bundles` returns, of a folder that the compiler wrote."""
+    """Return the regions of each kernel, by kernel name, from the compiler's dump in `folder`."""
     found: dict[str, list[Region]] = {}
     for path in sorted(folder.glob("*-post-bundle-packing-post-ra.txt")):
         stem = re.sub(r"-\d+-post-bundle-packing-post-ra\.txt$", "", path.name)
@@ -178,8 +186,9 @@ def read_dump(folder: Path) -> dict[str, list[Region]]:
 
 
 def body(regions: list[Region], least: float = 0.5) -> list[Region]:
-    """The innermost regions with at least `least` of the kernel's matrix multiplications: the bodies of its inner
-    loops, of which one, or one after the other, runs for each tile. Longest first."""
+    """Return the innermost regions that do matrix multiplications, longest first: the code that runs for each tile.
+
+    Each has at least the fraction `least` of the multiplications of the region that has the most."""
     with_work = [r for r in regions if r.occupancy["MATMUL"] * r.bundles > 0 and r.kind in ("pred_region", "loop_body")]
     most = max((r.occupancy["MATMUL"] * r.bundles for r in with_work), default=0.0)
     leaves = [r for r in with_work if not any(o.parent == r.number and o in with_work for o in regions)]
@@ -188,7 +197,7 @@ def body(regions: list[Region], least: float = 0.5) -> list[Region]:
 
 
 def glob_escape(name: str) -> str:
-    """`name` as a pattern that matches itself."""
+    """Return `name` as a glob pattern that matches only itself."""
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
@@ -198,7 +207,7 @@ def _utilization(text: str) -> tuple[np.ndarray, np.ndarray]:
     names = tuple(name.strip() for name in lines[1].split(","))
     if names != SLOTS:
         raise RuntimeError(
-            f"the compiler's table has columns {names}, not {SLOTS}: another libtpu; mend ahead_of_time.py"
+            f"this libtpu's utilization table has columns {names}, not {SLOTS}. Update SLOTS in ahead_of_time.py"
         )
     return np.array(lines[2].split(), int), np.array([row.split() for row in rows.splitlines() if row.strip()], int)
 

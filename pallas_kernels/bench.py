@@ -1,9 +1,9 @@
-"""Speed of the kernels on the device at hand: python -m pallas_kernels.bench OPERATION [--save FILE] [--quick]
+"""Time the kernels on this machine's device: python -m pallas_kernels.bench OPERATION [--save FILE] [--quick]
 
-An operation's folder has a bench.py whose `contests(platform, quick)` yields what is to be timed. All ways of one
-contest take turns in one process, after a first call that compiles; a cell is the median of their times. A roofline
-stands beside it: the time that the counted FLOPs and bytes take at the rates that a large matmul and a large copy reach
-in the same run.
+An operation's bench.py provides `contests(platform, quick)`, which yields the calls to time. One process compiles all
+ways of a contest, then times them in alternating rounds; the table shows the median. It also shows the fraction of the
+roofline: the time that the counted FLOPs and bytes take at the rates of a large matmul and a large copy, measured in
+the same run, over the time of the call.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# How the public implementations say that they cannot run a call, or are not installed. Ours raise ValueError and name
-# the implementation; anything else of ours is a defect and ends the benchmark.
-OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
+# Errors by which public implementations refuse a call, or show that they are not installed. Ours raise a ValueError
+# that names the implementation; any other error from our code is a bug and stops the benchmark.
+REFUSALS_OF_OTHERS = (ImportError, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError)
 OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One call, done in several ways. FLOPs count only pairs that are seen; bytes, each input and output once."""
+    """One call, computed in several ways. FLOPs count only visible pairs; bytes count each input and output once."""
 
     name: str
     flops: float
@@ -39,19 +39,19 @@ class Contest:
     dtype: str
     arguments: tuple
     ways: dict[str, Callable]  # name -> function of the arguments
-    exact: Callable | None = None  # float64 result of the arguments' first row, on the host
+    exact: Callable | None = None  # result -> its largest error against float64, relative to the largest entry
     notes: dict = field(default_factory=dict)
 
 
 def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
-    """A row for each way: median seconds and quartiles, or why it would not run. Every way has `rounds` turns, a turn
-    as many calls as fill `seconds`."""
+    """Return a row for each way: median seconds and quartiles, or the reason it refused the call. Each of the `rounds`
+    rounds times every way, with as many calls as fill `seconds`."""
     rows: list[dict[str, Any]] = []
     running: dict[str, tuple[jax.stages.Compiled, int, list[float], dict[str, Any]]] = {}
     for name, way in contest.ways.items():
         row = {"contest": contest.name, "way": name, "flops": contest.flops, "bytes": contest.bytes, **contest.notes}
         rows.append(row)
-        refusals = (ValueError,) if name.startswith("ours") else OF_OTHERS
+        refusals = (ValueError,) if name.startswith("ours") else REFUSALS_OF_OTHERS
         try:
             program = jax.jit(way).lower(*contest.arguments).compile()
             result = jax.block_until_ready(program(*contest.arguments))
@@ -84,13 +84,13 @@ def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
 
 
 def rates(quick: bool) -> dict[str, float]:
-    """FLOPs a second of a large matmul, by dtype, and bytes a second of a large copy, on this device now."""
+    """Measure this device: return the FLOP/s of a large matmul by dtype, and the bytes per second of a large copy."""
     n, found = (1024 if quick or jax.default_backend() == "cpu" else 8192), {}
     for dtype in ("float32", "bfloat16"):
         x = jnp.full((n, n), 1 / n, dtype)  # whose square is itself
         found[dtype] = 2 * n**3 / _fastest(jax.jit(lambda x: x @ x), x)
     x = jnp.ones(1 << (24 if quick else 27), jnp.float32)
-    # In place: new memory would be timed as it is first touched.
+    # In place: with a new output, the time would include the first touch of its memory.
     found["copy"] = 2 * x.nbytes / _fastest(jax.jit(lambda x: x + 1.0, donate_argnums=0), x)
     return found
 
@@ -105,7 +105,7 @@ def _fastest(fn: Callable, x) -> float:
 
 
 def facts() -> dict:
-    """Where and with what a table was made."""
+    """Return the device, the software versions and the date, to record with a table."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -117,7 +117,7 @@ def facts() -> dict:
 
 
 def table(rows: list[dict], peak: dict[str, float]) -> Iterator[str]:
-    """The rows as lines of Markdown."""
+    """Yield the rows as lines of a Markdown table."""
     yield "| call | way | ms | quartiles | TFLOP/s | GB/s | of roofline | temporaries MB | error |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
@@ -136,11 +136,11 @@ def table(rows: list[dict], peak: dict[str, float]) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description=__doc__.splitlines()[0])
     parser.add_argument("operation", choices=OPERATIONS)
-    parser.add_argument("--quick", action="store_true", help="few and small sizes, few rounds")
-    parser.add_argument("--save", type=Path, help="write the rows there as JSON too")
+    parser.add_argument("--quick", action="store_true", help="few, small sizes and few rounds")
+    parser.add_argument("--save", type=Path, help="also write the rows to this file as JSON")
     options = parser.parse_args()
     where = facts()
     print(
@@ -149,7 +149,7 @@ def main() -> None:
     )
     peak = rates(options.quick)
     print(", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in peak.items() if name != "copy"), end="")
-    print(f", copy {peak['copy'] / 1e9:.3g} GB/s: measured now\n", flush=True)
+    print(f", copy {peak['copy'] / 1e9:.3g} GB/s (measured in this run)\n", flush=True)
     module = importlib.import_module(f"pallas_kernels.{options.operation}.bench")
     rows, shown = [], 0
     for contest in module.contests(where["platform"], options.quick):

@@ -1,9 +1,9 @@
-"""Do the kernels compute on this device what the reference does? python -m pallas_kernels.check [OPERATION ...]
+"""Check the kernels against the reference on this device: python -m pallas_kernels.check [OPERATION ...]
 
-Every case of an operation's shapes.py, every implementation that the device has; gradients too where the operation has
-them. The reference runs on the same machine's CPU in float32. Prints the largest error of each, relative to the largest
-entry, and ends with status 1 where one is too large. A CPU has no kernels: there the implementations in plain JAX are
-compared.
+Runs every case of each operation's shapes.py with every implementation for the device, gradients included where the
+operation has them. The reference runs on the same machine's CPU with float32 arithmetic. Prints each largest error,
+relative to the largest entry, and exits with status 1 if one exceeds its bound. A CPU has no kernels, so there the
+command compares the implementations in plain JAX.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from pallas_kernels.flash_attention.shapes import CASES as FLASH_CASES
 from pallas_kernels.grouped_matmul.shapes import CASES as GROUPED_CASES
 from pallas_kernels.target import target
 
-# bfloat16 and float16 round weights and results; float32 products may run in three passes of a narrower type.
 OPERATIONS = ("flash_attention", "decode_attention", "grouped_matmul")
+# Errors relative to the largest entry. bfloat16 and float16 round weights and results; a float32 product may run as
+# three passes of a narrower type.
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 4e-3}
 
 
 def flash(case, implementation: str) -> list[np.ndarray]:
-    """Output, log-sum-exp and gradients of a case, float32."""
+    """Return the output, log-sum-exp and gradients of a case, in float32."""
     (q, k, v), kwargs = case.arguments()
     kwargs = {
         name: jax.tree.map(jnp.asarray, x) if isinstance(x, np.ndarray | tuple) else x for name, x in kwargs.items()
@@ -48,7 +49,7 @@ def flash(case, implementation: str) -> list[np.ndarray]:
 
 
 def decode(case, implementation: str) -> list[np.ndarray]:
-    """Output and log-sum-exp of a case, float32."""
+    """Return the output and log-sum-exp of a case, in float32."""
     splits = None if implementation == "reference" else case.splits
     choices = case.choices() | {"splits": splits, "implementation": implementation}
     run = jax.jit(lambda arrays: decode_attention.decode_attention(**arrays, **choices, return_lse=True))
@@ -57,7 +58,8 @@ def decode(case, implementation: str) -> list[np.ndarray]:
 
 
 def grouped(case, implementation: str) -> list[np.ndarray]:
-    """Output and gradients of a case, float32; the rows after the last group hold NaN, but for the reference."""
+    """Return the output and gradients of a case, in float32. Unless `implementation` is the reference, the input rows
+    after the last group hold NaN, which must not spread."""
     arrays = case.arguments()
     dout = jnp.asarray(np.random.default_rng(1).normal(size=(case.M, case.N)), case.dtype)
     if implementation != "reference":
@@ -73,7 +75,7 @@ def grouped(case, implementation: str) -> list[np.ndarray]:
 
 
 def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
-    """(case, implementation, error or the reason of a refusal, bound)."""
+    """Yield (case, implementation, error or reason for a refusal, bound)."""
     platform, kind = target()
     run: Callable[[Any, str], list[np.ndarray]]
     cases: tuple[Any, ...]
@@ -93,7 +95,7 @@ def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
                 found = run(case, name)
             except ValueError as refusal:
                 if not str(refusal).startswith("implementation ="):
-                    raise  # a defect, not a refusal
+                    raise  # a bug, not a refusal
                 yield case.name, name, str(refusal), 0.0
                 continue
             error = max(
@@ -104,9 +106,9 @@ def errors(operation: str) -> Iterator[tuple[str, str, float | str, float]]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=__doc__.splitlines()[0])
-    parser.add_argument("operation", nargs="*", help=f"of {', '.join(OPERATIONS)}; default: all")
+    parser.add_argument("operation", nargs="*", help=f"any of {', '.join(OPERATIONS)}; default: all")
     operations = parser.parse_args().operation or OPERATIONS
     for name in operations:
         if name not in OPERATIONS:
@@ -124,7 +126,7 @@ def main() -> int:
             print(f"{operation:16} {case:28} {name:10} {error:.1e}{f'  above {bound:.0e}' if bad else ''}", flush=True)
         if compared == before:
             print(f"{operation}: no kernel for {target()[0]}, nothing compared")
-    print(f"{wrong} of {compared} too large" if wrong else f"all {compared} within bounds")
+    print(f"{wrong} of {compared} errors exceed their bound" if wrong else f"all {compared} within bounds")
     return 1 if wrong else 0
 
 

@@ -1,27 +1,16 @@
-"""The device that is compiled for."""
+"""The device that code is compiled for."""
 
 from __future__ import annotations
 
 import jax
 
-BEFORE_AMPERE = (
-    "V100",
-    "T4",
-    "P100",
-    "P40",
-    "P4",
-    "GTX",
-    "TITAN",
-    "RTX 20",
-    "AMD",
-    "Radeon",
-    "Instinct",
-)  # not Triton's, or not NVIDIA's
+# Device names of GPUs that our Triton kernels do not support: NVIDIA's before Ampere, and other vendors'.
+UNSUPPORTED_GPUS = ("V100", "T4", "P100", "P40", "P4", "GTX", "TITAN", "RTX 20", "AMD", "Radeon", "Instinct")
 
 
 def target() -> tuple[str, str]:
-    """(platform, device kind), such as ('tpu', 'TPU v5 lite'): of the mesh that is set, which may be one of a topology
-    that is not here, else of the default backend."""
+    """Return (platform, device kind), such as ('tpu', 'TPU v5 lite'), of the current mesh, which may describe absent
+    devices, or else of the default backend."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform, described.device_kind
@@ -30,5 +19,5 @@ def target() -> tuple[str, str]:
 
 
 def runs_triton(platform: str, device_kind: str) -> bool:
-    """Whether our Triton kernels are for this device: an NVIDIA GPU from Ampere on."""
-    return platform in ("gpu", "cuda") and not any(old in device_kind for old in BEFORE_AMPERE)
+    """Return whether our Triton kernels support this device: an NVIDIA GPU, Ampere or later."""
+    return platform in ("gpu", "cuda") and not any(name in device_kind for name in UNSUPPORTED_GPUS)

@@ -1,5 +1,5 @@
-"""What `python -m pallas_kernels.bench decode_attention` times: a decode step's attention over full caches, beside
-public ways."""
+"""The calls that `python -m pallas_kernels.bench decode_attention` times: a decode step's attention over full caches,
+by our implementations and by public ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ON_CPU = (
 
 
 def contests(platform: str, quick: bool) -> Iterator[Contest]:
-    """Full rows, so that the bytes are those of the whole cache."""
+    """Yield each call with full rows, so that it reads the whole cache."""
     for size in (
         ON_CPU[:1] if quick and platform == "cpu" else ON_CPU if platform == "cpu" else SIZES[: 2 if quick else None]
     ):
@@ -65,7 +65,7 @@ def _call(names: tuple[str, ...], choices: dict, *arrays: jax.Array) -> Any:
 
 
 def _arrays(case: Case) -> dict[str, jax.Array]:
-    """Random arrays of the case's shapes, made on the device: no queue of gigabytes from the host."""
+    """Return random arrays of the case's shapes, made on the device so that the host does not transfer gigabytes."""
     made = {}
     for i, (name, shape) in enumerate(case.shapes().items()):
         key = jax.random.fold_in(jax.random.key(0), i)

@@ -1,4 +1,4 @@
-"""Decode attention as its formula stands, in float32: one masked product with the whole cache. Memory O(B N T S).
+"""Decode attention by its formula, in float32: one masked product with the whole cache. Memory O(B N T S).
 
 Shapes: as in spec.py.
 """
@@ -12,8 +12,8 @@ from pallas_kernels.decode_attention.spec import MASKED, Cache, Shaped, Spec, fi
 
 
 def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
-    """The reference runs everything, on one part."""
-    return None if spec.splits == 1 else f"splits = {spec.splits}: the reference has no parts; leave it out"
+    """Return the reason why the reference cannot run a call: it does not split rows."""
+    return None if spec.splits == 1 else f"splits = {spec.splits}: the reference does not split rows; use None"
 
 
 def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
@@ -32,29 +32,29 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     distance_BRS = q_slots_BR[:, :, None] - slots_S
     if alibi_N is not None:
         logits = logits - jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1) * distance_BRS[:, None]
-    seen = distance_BRS >= 0
+    visible = distance_BRS >= 0
     if spec.window is not None:
-        seen &= distance_BRS < spec.window
-    seen = seen[:, None]
-    logits = jnp.where(seen, logits, MASKED)
+        visible &= distance_BRS < spec.window
+    visible = visible[:, None]
+    logits = jnp.where(visible, logits, MASKED)
     top = logits.max(-1, keepdims=True)
-    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    weights = jnp.where(visible, jnp.exp(logits - top), 0.0)
     total = weights.sum(-1, keepdims=True)
-    # Slots that no query sees may hold anything, NaN included, which a weight of zero would let through.
-    held_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
+    # Slots that no query sees may hold anything, even NaN, which a weight of zero would not remove.
+    needed_BS = (slots_S < lengths_B[:, None]) & (slots_S >= first_slot(spec, lengths_B)[:, None])
     if cache.v_scales is not None:
-        weights = weights * jnp.where(held_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
+        weights = weights * jnp.where(needed_BS[:, None], cache.v_scales, 0.0)[:, :, None, :]
     v = cache.v.astype(jnp.float32)
     if not spec.finite:
-        v = jnp.where(held_BS[:, None, :, None], v, 0.0)
-    sees = total > 0
-    out = jnp.einsum("bkrs,bksv->bkrv", weights, v, precision="highest") / jnp.where(sees, total, 1.0)
-    lse = jnp.where(sees, top + jnp.log(jnp.where(sees, total, 1.0)), MASKED)[..., 0]
+        v = jnp.where(needed_BS[:, None, :, None], v, 0.0)
+    has_keys = total > 0
+    out = jnp.einsum("bkrs,bksv->bkrv", weights, v, precision="highest") / jnp.where(has_keys, total, 1.0)
+    lse = jnp.where(has_keys, top + jnp.log(jnp.where(has_keys, total, 1.0)), MASKED)[..., 0]
     return out.astype(out_dtype)[None], lse[None]
 
 
 def contiguous(cache: Cache, lengths_B: Array) -> Cache:
-    """The cache with each row's pages gathered; table entries beyond a row's length are not followed."""
+    """Return the cache with each row's pages gathered. Table entries beyond a row's length are not followed."""
     table_BP = cache.page_table_BP
     if table_BP is None:
         return cache

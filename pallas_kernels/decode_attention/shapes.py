@@ -1,5 +1,5 @@
-"""The calls that tests and benchmarks share: every feature alone, some together, and the sizes that are compiled and
-timed."""
+"""The calls that tests, check and benchmark share: each feature alone, some together, and the sizes to compile and
+time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels.decode_attention.spec import EIGHT_BITS
 
-NOWHERE = 2**30  # the page of slots that nobody may look at
+NOWHERE = 2**30  # the page of slots that no kernel may read
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
     lengths: tuple[int, ...] = (0, 129, 256)
     page: int | None = None
     dtype: str = "float32"
-    cache: str | None = None  # dtype of keys and values; None: that of the queries
+    cache: str | None = None  # dtype of keys and values; None: `dtype`
     window: int | None = None
     softcap: float | None = None
     alibi: bool = False
@@ -44,7 +44,7 @@ class Case:
         return self.cache or self.dtype
 
     def choices(self) -> dict[str, Any]:
-        """The keyword arguments that are no arrays."""
+        """Return the keyword arguments that are not arrays."""
         return {
             "window": self.window,
             "softcap": self.softcap,
@@ -53,16 +53,16 @@ class Case:
         }
 
     def arguments(self, seed: int = 0) -> dict[str, jax.Array]:
-        """The arrays, by parameter name. Whatever no query of a row sees is NaN (of int8, its scale is), and page table
-        entries that nobody needs point nowhere."""
+        """Return the arrays by parameter name. Slots that no query of a row sees hold NaN (int8 slots have a NaN
+        scale), and page table entries that no query needs are NOWHERE."""
         r = np.random.default_rng(seed)
         B, K, S = self.B, self.K, self.S
         made = {"q_BTNH": jnp.asarray(r.normal(size=(B, self.T, self.N, self.H)), self.dtype)}
         lengths = np.asarray(self.lengths, np.int32)
         slots = np.arange(S)
         low = 0 if self.window is None else np.maximum(lengths - self.T - self.window + 1, 0)[:, None]
-        held = (slots < lengths[:, None]) & (slots >= low)
-        table = self._table(np.random.default_rng(seed + 1), held) if self.page else None
+        needed = (slots < lengths[:, None]) & (slots >= low)
+        table = self._table(np.random.default_rng(seed + 1), needed) if self.page else None
         for name, width in (("k", self.H), ("v", self.V)):
             x = r.normal(size=(B, K, S, width)).astype(np.float32)
             scales = None
@@ -71,8 +71,8 @@ class Case:
                 scales = np.abs(x).max(-1) / top
                 x = x / scales[..., None]
                 x = np.round(x) if self.cache_dtype == "int8" else x
-                scales = np.where(held[:, None], scales, np.nan).astype(np.float32)
-            x = np.where(held[:, None, :, None], x, 127.0 if self.cache_dtype == "int8" else np.nan)
+                scales = np.where(needed[:, None], scales, np.nan).astype(np.float32)
+            x = np.where(needed[:, None, :, None], x, 127.0 if self.cache_dtype == "int8" else np.nan)
             made[f"{name}_cache"] = jnp.asarray(self._paged(x, table), self.cache_dtype)
             if scales is not None:
                 made[f"{name}_scales"] = jnp.asarray(self._paged(scales, table))
@@ -86,7 +86,7 @@ class Case:
         return made
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `arguments` would give."""
+        """Return the shapes and dtypes of `arguments()`."""
         lead = (self.B, self.K, self.S)
         if self.page:
             lead = (self.B * self.S // self.page, self.K, self.page)
@@ -106,14 +106,14 @@ class Case:
                 made[name] = shape((self.N,), "float32")
         return made
 
-    def _table(self, r: np.random.Generator, held: np.ndarray) -> np.ndarray:
+    def _table(self, r: np.random.Generator, needed: np.ndarray) -> np.ndarray:
         assert self.page is not None
         pages = r.permutation(self.B * self.S // self.page).reshape(self.B, -1)
-        used = held.reshape(self.B, -1, self.page).any(-1)
+        used = needed.reshape(self.B, -1, self.page).any(-1)
         return np.where(used, pages, NOWHERE).astype(np.int32)
 
     def _paged(self, x: np.ndarray, table: np.ndarray | None) -> np.ndarray:
-        """[B, K, S, ...] in pages; those that are in nobody's table are NaN."""
+        """Return x [B, K, S, ...] in pages; pages in no row's table are NaN."""
         if table is None or self.page is None:
             return x
         B, K, S = x.shape[:3]
@@ -127,7 +127,7 @@ class Case:
 
     @property
     def cache_bytes(self) -> int:
-        """What a step reads of full caches."""
+        """Bytes that a step reads from full caches."""
         shapes = self.shapes()
         names = ("k_cache", "v_cache", "k_scales", "v_scales")
         return sum(math.prod(x.shape) * x.dtype.itemsize for name, x in shapes.items() if name in names)
@@ -168,7 +168,7 @@ CASES = (
     ),
 )
 
-# Llama 3 8B's heads, and others'; every way that a cache may lie.
+# The heads of Llama 3 8B and of other models, with every layout of a cache.
 SIZES = (
     Case("llama", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16"),
     Case("llama_pages_of_16", B=8, N=32, K=8, H=128, V=128, S=8192, dtype="bfloat16", page=16),

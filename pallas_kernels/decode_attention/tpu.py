@@ -1,23 +1,25 @@
 """Decode attention on TPUs: one pass over the cache by hand-issued copies, two blocks in flight.
 
-The grid is (parts, rows x groups of key heads), the last in order. Keys and values stay in HBM. A step walks over the
-blocks that its row holds (and its window reaches), known from the scalar-prefetched lengths: while a block is worked
-on, the next is fetched, be it of the same row or of the next row that has any. Neither copies nor products touch the
-rest of the cache. A block is `pages` chunks: of a paged cache its pages, of a contiguous one 128 slots, each a copy
-[heads, chunk, H] of its own, so that both caches share all else and give the same bits.
+The grid is (parts, rows x groups of key heads); the last axis runs in order. Keys and values stay in HBM. A step loops
+over the blocks of its row's cached tokens (only those within the window), which it finds from the scalar-prefetched
+lengths. While it computes on one block, it fetches the next one, from the same row or from the next row that has any.
+Neither copies nor products touch the rest of the cache. A block consists of `pages` chunks: pages of a paged cache, or
+128 slots each of a contiguous one. Each chunk is a separate copy [heads, chunk, H]; everything else is the same for
+both kinds of cache, so they give the same bits.
 
-Per key head and block: logits [R, block] = q [R, H] k^T, softmax online in float32, out [R, V] += weights v. Scales
-enter as rows of the logits and of the weights, so that 8-bit keys and values are widened but never multiplied out. In a
-row's first and last block, values that were not fetched or lie beyond the row are zeroed, for zero times NaN is NaN.
+Per key head and block: logits [R, block] = q [R, H] k^T, online softmax in float32, out [R, V] += weights v. Scales
+multiply the logits and the weights rather than keys and values, which are widened from 8 bits but never rescaled. In a
+row's first and last block, values that were not fetched or lie beyond the row are zeroed, because zero times NaN is
+NaN.
 
-Layout: a kernel is given arrays with the last dimension innermost, padded to 128; where XLA keeps one otherwise, it
-copies the whole cache first. With H a multiple of 128 it never does. Of another H an array that comes into a program,
-or leaves it, lies with its slots innermost, which pads nothing; one that a loop updates lies as the kernel wants it, so
-that only entry and exit copy. `slots_innermost` takes the former as they lie, where S (or the page size) is a multiple
-of 128. Pages of fewer slots with another H, and scales in pages of fewer than 128 slots, are copied where they enter a
-program.
+Layout: the kernel takes arrays with the last dimension innermost, padded to 128. If XLA stores a cache differently, it
+copies the whole cache first. If H is a multiple of 128, it never does. For any other H, XLA stores a program's
+arguments and results with their slots innermost, which needs no padding, and stores an array that a loop updates as the
+kernel wants it, so only entry and exit copy. With `slots_innermost` the kernel takes the former layout without a copy
+if S (or the page size) is a multiple of 128. For other H, smaller pages are copied on entry to a program, as are scales
+in pages of fewer than 128 slots.
 
-VMEM: 2 buffers of block * heads * (H + V) numbers, H and V rounded up to 128 lanes, about 4 MiB together, beside
+VMEM: 2 buffers of block * heads * (H + V) numbers, with H and V rounded up to 128 lanes, about 4 MiB together, plus
 queries, results and one head's logits; `plan` keeps the sum within 13 MiB.
 
 Shapes: as in spec.py; C the parts of the cache length.
@@ -52,46 +54,46 @@ from pallas_kernels.target import target
 
 LANES, SUBLANES = 128, 8
 BLOCK_BYTES = 2 << 20  # keys and values of one block: 2.5 us of a v5e's bandwidth, far above a copy's latency
-MAX_BLOCK = 2048
-VMEM_BUDGET = 13 << 20  # of the 16 MiB that a kernel is given on v4, v5e and v5p
-HEADS_AT_ONCE, LOGITS_AT_ONCE = 8, 1 << 15  # whose logits are held together: 32 of 64 vector registers
+MAX_BLOCK = 2048  # slots
+VMEM_BUDGET = 13 << 20  # of the 16 MiB that the compiler grants a kernel on v4, v5e and v5p
+HEADS_AT_ONCE, LOGITS_AT_ONCE = 8, 1 << 15  # limits of one stage; that many logits fill 32 of the 64 vector registers
 MAX_TABLE_BYTES = 512 << 10  # of the 1 MiB of scalar memory
-MEGACORES = ("TPU v4", "TPU v5p", "TPU v5")  # one device is two cores, which share a grid's parallel dimension
+MEGACORES = ("TPU v4", "TPU v5p", "TPU v5")  # a device has two cores, which share a grid's parallel dimension
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is cut up."""
+    """How a call is divided into blocks."""
 
-    heads: int  # key heads worked on together; they divide K
-    chunk: int  # slots of one copy: the page size, or 128
-    pages: int  # chunks of a block
-    k_turned: bool  # keys come as [.., H, slots]
-    v_turned: bool
+    heads: int  # key heads per grid step; a divisor of K
+    chunk: int  # slots per copy: the page size, or 128
+    pages: int  # chunks per block
+    k_transposed: bool  # keys come as [.., H, slots]
+    v_transposed: bool
 
     @property
     def block(self) -> int:
-        """Slots of a block."""
+        """Slots per block."""
         return self.chunk * self.pages
 
 
 def default_splits(q_BTNH: Shaped, cache: Cache) -> int:
-    """One part for each core of a device."""
+    """Return one part for each core of a device."""
     return 2 if target()[1] in MEGACORES else 1
 
 
 def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
-    """Why the kernel cannot run a call."""
+    """Return the reason why the kernel cannot run a call, or None."""
     if cache.k.dtype == jnp.float16:
-        return "caches of float16: the compiler for TPUs has no float16 arithmetic; use bfloat16"
+        return "caches of float16: the TPU compiler has no float16 arithmetic; use bfloat16"
     slots = cache.k.shape[2]
     if slots % SUBLANES:
-        what = "slots of a row" if cache.page_table_BP is None else "page_size"
-        return f"{what} = {slots}: must be a multiple of {SUBLANES}, the rows of a tile that copies may not cut"
+        what = "slots per row" if cache.page_table_BP is None else "page_size"
+        return f"{what} = {slots}: must be a multiple of {SUBLANES}, since a copy cannot split a tile's rows"
     table = 0 if cache.page_table_BP is None else 4 * cache.page_table_BP.size
     if table > MAX_TABLE_BYTES:
         return (
-            f"page_table_BP of {table} bytes: scalar memory has room for {MAX_TABLE_BYTES}; "
+            f"page_table_BP of {table} bytes: at most {MAX_TABLE_BYTES} fit in scalar memory; "
             "use larger pages or fewer rows"
         )
     if plan(spec, q_BTNH, cache) is None:
@@ -103,31 +105,31 @@ def unsupported(spec: Spec, q_BTNH: Shaped, cache: Cache) -> str | None:
 
 
 def plan(spec: Spec, q_BTNH: Shaped, cache: Cache) -> Plan | None:
-    """The most heads that fit, and blocks of about BLOCK_BYTES; None where nothing fits."""
+    """Return a plan with the most heads that fit and blocks of about BLOCK_BYTES, or None if nothing fits."""
     K = cache.k.shape[1]
     chunk = LANES if cache.page_table_BP is None else cache.k.shape[2]
     unit = math.lcm(chunk, LANES)
     for heads in sorted((n for n in range(1, K + 1) if K % n == 0), reverse=True):
         if cache.k_scales is not None and heads < K and heads % SUBLANES:
-            continue  # heads are the rows of a tile of scales
+            continue  # heads are the rows of a tile of scales, which copies cannot split
         per_slot = heads * _slot_bytes(spec, cache)
         block = min(BLOCK_BYTES // per_slot, MAX_BLOCK, pl.cdiv(cache.capacity, unit) * unit)
         block = max(block // unit, 1) * unit
         while block > unit and vmem_bytes(spec, heads, block, q_BTNH, cache) > VMEM_BUDGET:
             block -= unit
         if vmem_bytes(spec, heads, block, q_BTNH, cache) <= VMEM_BUDGET:
-            return Plan(heads, chunk, block // chunk, _turned(spec, cache.k), _turned(spec, cache.v))
+            return Plan(heads, chunk, block // chunk, _transposed(spec, cache.k), _transposed(spec, cache.v))
     return None
 
 
 def _slot_bytes(spec: Spec, cache: Cache) -> int:
-    """VMEM of one slot of one head: its numbers, and what tiles round them up to."""
-    width = lambda x: pl.cdiv(x.shape[-1], 32) * 32 if _turned(spec, x) else _lanes(x.shape[-1])
+    """Return the VMEM of one slot of one head, in bytes, with its numbers rounded up to whole tiles."""
+    width = lambda x: pl.cdiv(x.shape[-1], 32) * 32 if _transposed(spec, x) else _lanes(x.shape[-1])
     return (width(cache.k) + width(cache.v)) * cache.k.dtype.itemsize
 
 
-def _turned(spec: Spec, x: Shaped) -> bool:
-    """Whether a cache lies with its slots innermost, in whole tiles."""
+def _transposed(spec: Spec, x: Shaped) -> bool:
+    """Return whether a cache has its slots innermost, in whole tiles."""
     return spec.slots_innermost and x.shape[2] % LANES == 0 and x.shape[3] % LANES != 0
 
 
@@ -136,7 +138,7 @@ def _lanes(n: int) -> int:
 
 
 def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Shaped, cache: Cache) -> int:
-    """VMEM that a call asks for: buffers, scratch, and an estimate of one head's temporaries."""
+    """Return the VMEM that a call needs, in bytes: buffers, scratch, and an estimate of one head's temporaries."""
     H, V = _lanes(cache.k.shape[-1]), _lanes(cache.v.shape[-1])
     wide = compute_dtype(q_BTNH.dtype, cache.k.dtype).itemsize
     rows = pl.cdiv(spec.T * q_BTNH.shape[2] // cache.k.shape[1], SUBLANES) * SUBLANES
@@ -149,7 +151,7 @@ def vmem_bytes(spec: Spec, heads: int, block: int, q_BTNH: Shaped, cache: Cache)
     return buffers + state + 3 * rows * block * 4 + widened
 
 
-@partial(jax.jit, static_argnames=("spec", "out_dtype"))  # eagerly, jax 0.10 does not take the word on HBM below
+@partial(jax.jit, static_argnames=("spec", "out_dtype"))  # jax 0.10 accepts the HBM constraint below only in jit
 def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: Array | None, out_dtype):
     """See spec.py."""
     B, K, R, H = q_BKRH.shape
@@ -165,27 +167,30 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
     row = lambda c, item, *_: (*_place(item, groups), 0, 0)
     result = lambda c, item, *_: (c, *_place(item, groups), 0, 0)
     hbm = pl.BlockSpec(memory_space=pl.ANY)
-    k, v = (x.swapaxes(2, 3) if turned else x for x, turned in ((cache.k, cut.k_turned), (cache.v, cut.v_turned)))
+    k, v = (
+        x.swapaxes(2, 3) if transposed else x
+        for x, transposed in ((cache.k, cut.k_transposed), (cache.v, cut.v_transposed))
+    )
     in_two = lambda *shape: pltpu.VMEM((2, cut.heads, *shape), cache.k.dtype)
 
     inputs: dict[str, tuple[Array, pl.BlockSpec | None]] = {"lengths": (lengths_B, None)}
-    if cache.page_table_BP is not None:  # flat: scalar memory would pad each row to 128
+    if cache.page_table_BP is not None:  # flattened, since scalar memory would pad each row to 128
         inputs["table"] = (cache.page_table_BP.reshape(-1), None)
     scalars = len(inputs)
     inputs["q"] = (q_BKRH, pl.BlockSpec((1, cut.heads, R, H), row))
     if alibi_N is not None:
         slopes = jnp.tile(alibi_N.reshape(K, 1, -1), (1, spec.T, 1)).reshape(K, R, 1)
         inputs["alibi"] = (slopes, pl.BlockSpec((cut.heads, R, 1), lambda c, item, *_: (_place(item, groups)[1], 0, 0)))
-    if not spec.interpret:  # else XLA fetches a cache of a few MiB into VMEM, all of it, before the kernel runs
+    if not spec.interpret:  # otherwise XLA fetches a whole cache of a few MiB into VMEM before the kernel runs
         k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
     inputs["k"], inputs["v"] = (k, hbm), (v, hbm)
     scratch = {
-        "k_buf": in_two(H, cut.block) if cut.k_turned else in_two(cut.block, H),
-        "v_buf": in_two(V, cut.block) if cut.v_turned else in_two(cut.block, V),
+        "k_buf": in_two(H, cut.block) if cut.k_transposed else in_two(cut.block, H),
+        "v_buf": in_two(V, cut.block) if cut.v_transposed else in_two(cut.block, V),
     }
     if cache.k_scales is not None and cache.v_scales is not None:
         for name, scales in (("ks", cache.k_scales), ("vs", cache.v_scales)):
-            if cache.page_table_BP is None:  # a copy is of whole lanes
+            if cache.page_table_BP is None:  # copies move whole lanes
                 scales = jnp.pad(scales, ((0, 0), (0, 0), (0, -scales.shape[2] % LANES)))
             inputs[name] = (scales, hbm)
             scratch[name + "_buf"] = pltpu.VMEM((2, cut.pages, cut.heads, cut.chunk), jnp.float32)
@@ -223,7 +228,7 @@ def forward(spec: Spec, q_BKRH: Array, cache: Cache, lengths_B: Array, alibi_N: 
 
 
 def _place(item, groups: int):
-    """(row, group of heads) of an item."""
+    """Return (row, group of heads) of an item."""
     row = div(item, groups)
     return row, item - row * groups
 
@@ -272,21 +277,21 @@ def _kernel(spec: Spec, cut: Plan, items: int, groups: int, r: SimpleNamespace) 
     jax.lax.fori_loop(first, end, work, None)
     for h in range(cut.heads):
         top, total = r.top[h, :, :1], r.total[h, :, :1]
-        sees = top > MASKED / 2
-        total = jnp.where(sees, total, 1.0)
-        r.out[0, 0, h] = jnp.where(sees, r.acc[h] / total, 0.0).astype(r.out.dtype)
-        r.lse[0, 0, h] = jnp.where(sees, top + jnp.log(total), MASKED)
+        has_keys = top > MASKED / 2
+        total = jnp.where(has_keys, total, 1.0)
+        r.out[0, 0, h] = jnp.where(has_keys, r.acc[h] / total, 0.0).astype(r.out.dtype)
+        r.lse[0, 0, h] = jnp.where(has_keys, top + jnp.log(total), MASKED)
 
 
 def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slot, act) -> None:
-    """Does `act` to each copy of block i of an item: the chunks in which its row has slots that are seen."""
+    """Call `act` on each copy of block i of an item. Only chunks with slots that the row sees are copied."""
     b, group = _place(item, groups)
     length = r.lengths[b]
     paged = hasattr(r, "table")
     heads = pl.ds(0, cut.heads) if groups == 1 else pl.ds(group * cut.heads, cut.heads)
-    capacity = r.k.shape[3 if cut.k_turned else 2]
+    capacity = r.k.shape[3 if cut.k_transposed else 2]
     tail = 0 if paged else capacity % cut.chunk
-    arrays = [(r.k, r.k_buf, cut.k_turned), (r.v, r.v_buf, cut.v_turned)]
+    arrays = [(r.k, r.k_buf, cut.k_transposed), (r.v, r.v_buf, cut.v_transposed)]
     scales = [(r.ks, r.ks_buf), (r.vs, r.vs_buf)] if hasattr(r, "ks") else []
     width = r.table.shape[0] // r.lengths.shape[0] if paged else 0
     start_of = lambda n: pl.multiple_of(n * cut.chunk, cut.chunk)
@@ -295,8 +300,8 @@ def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slo
         place = page - i * cut.pages
 
         def move(size):
-            for n, (source, buf, turned) in enumerate(arrays):
-                part = lambda at: (slice(None), pl.ds(at, size)) if turned else (pl.ds(at, size),)  # noqa: B023
+            for n, (source, buf, transposed) in enumerate(arrays):
+                part = lambda at: (slice(None), pl.ds(at, size)) if transposed else (pl.ds(at, size),)  # noqa: B023
                 from_ = (
                     source.at[r.table[b * width + page], heads] if paged else source.at[b, heads, *part(start_of(page))]
                 )
@@ -304,9 +309,9 @@ def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slo
                 act(pltpu.make_async_copy(from_, to, r.arrived.at[slot, n]))
 
         if tail:
-            whole = page < capacity // cut.chunk
-            pl.when(whole)(partial(move, cut.chunk))
-            pl.when(jnp.logical_not(whole))(partial(move, tail))
+            is_full = page < capacity // cut.chunk
+            pl.when(is_full)(partial(move, cut.chunk))
+            pl.when(jnp.logical_not(is_full))(partial(move, tail))
         else:
             move(cut.chunk)
         for n, (source, buf) in enumerate(scales):
@@ -319,7 +324,7 @@ def _copies(spec: Spec, cut: Plan, groups: int, r: SimpleNamespace, item, i, slo
 
 
 def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
-    """Folds block i, which lies in buffer `slot`, into the state of every head."""
+    """Add block i, which is in buffer `slot`, to the state of every head."""
     R, G = r.q.shape[2], r.q.shape[2] // spec.T
     dtype = r.q.dtype
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -328,7 +333,7 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
     @pl.when((start < low) | (start + cut.block > length))
     def _():
         for h in range(cut.heads):
-            slots = start + jax.lax.broadcasted_iota(jnp.int32, r.v_buf.shape[2:], 1 if cut.v_turned else 0)
+            slots = start + jax.lax.broadcasted_iota(jnp.int32, r.v_buf.shape[2:], 1 if cut.v_transposed else 0)
             v = r.v_buf[slot, h]
             r.v_buf[slot, h] = jnp.where((slots >= low) & (slots < length), v, jnp.zeros_like(v))
 
@@ -338,19 +343,19 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
         rows_R1 = jax.lax.broadcasted_iota(jnp.int32, (R, 1), 0)
         q_slots_R1 += sum((rows_R1 >= t * G).astype(jnp.int32) for t in range(1, spec.T))
     distance_RS = q_slots_R1 - slots_1S
-    seen_RS = distance_RS >= 0
+    visible_RS = distance_RS >= 0
     if spec.window is not None:
-        seen_RS &= distance_RS < spec.window
+        visible_RS &= distance_RS < spec.window
     if hasattr(r, "ks"):
-        held_1S = (slots_1S >= low) & (slots_1S < length)
+        needed_1S = (slots_1S >= low) & (slots_1S < length)
         row = lambda buf: jnp.concatenate([buf[slot, p] for p in range(cut.pages)], axis=-1)
-        ks_KS, vs_KS = row(r.ks_buf), jnp.where(held_1S, row(r.vs_buf), 0.0)
+        ks_KS, vs_KS = row(r.ks_buf), jnp.where(needed_1S, row(r.vs_buf), 0.0)
 
     def heads_at(hs) -> None:
-        """Each stage for all of some heads: what a head waits for is then hidden by the others."""
+        """Run each stage for all of these heads before the next stage, so that one head's latency hides another's."""
         many_RS = [
             jax.lax.dot_general(
-                r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (0 if cut.k_turned else 1,)), ((), ())),
+                r.q[0, h], r.k_buf[slot, h].astype(dtype), (((1,), (0 if cut.k_transposed else 1,)), ((), ())),
                 precision=precision, preferred_element_type=jnp.float32,
             ) * spec.scale
             for h in hs
@@ -364,11 +369,10 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
                 logits_RS = spec.softcap * jnp.tanh(logits_RS / spec.softcap)
             if hasattr(r, "alibi"):
                 logits_RS = logits_RS - r.alibi[h] * distance_RS.astype(jnp.float32)
-            logits_RS = jnp.where(seen_RS, logits_RS, MASKED)
+            logits_RS = jnp.where(visible_RS, logits_RS, MASKED)
             before_R1 = r.top[h, :, :1]
             top_R1 = jnp.maximum(before_R1, logits_RS.max(1, keepdims=True))
-            # A query that has seen nothing yet counts masked slots as ones; what it sees first takes exp(-1e30) of
-            # them.
+            # Until a query sees its first key, masked slots have weight 1; that key scales them by exp(-1e30) = 0.
             weights_RS = jnp.exp(logits_RS - top_R1)
             keep_R1 = jnp.exp(before_R1 - top_R1)
             state.append((top_R1, r.total[h, :, :1] * keep_R1 + weights_RS.sum(1, keepdims=True), keep_R1))
@@ -377,7 +381,7 @@ def _block(spec: Spec, cut: Plan, r: SimpleNamespace, length, i, slot) -> None:
             many_RS[n] = weights_RS.astype(dtype)
         outs_RV = [
             jax.lax.dot_general(
-                weights_RS, r.v_buf[slot, h].astype(dtype), (((1,), (1 if cut.v_turned else 0,)), ((), ())),
+                weights_RS, r.v_buf[slot, h].astype(dtype), (((1,), (1 if cut.v_transposed else 0,)), ((), ())),
                 precision=precision, preferred_element_type=jnp.float32,
             )
             for weights_RS, h in zip(many_RS, hs, strict=True)

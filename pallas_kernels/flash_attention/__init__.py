@@ -1,11 +1,11 @@
 """Flash attention (Dao et al. 2022): softmax(q k^T) v without the matrix of weights in memory, forward and backward.
 
-One function, `flash_attention`; `flash_attention_backward` is its second half by itself, for attention whose keys are
-spread over devices. Implementations: 'tpu' (Mosaic), 'hopper' (Mosaic GPU: wgmma, TMA, warp specialization), 'triton'
-(other GPUs), 'xla' (plain JAX in tiles with the same memory bound: any device), 'reference' (the formula as it stands,
+`flash_attention` is the whole operation; `flash_attention_backward` is its backward pass alone, for attention whose
+keys are spread over devices. Implementations: 'tpu' (Mosaic), 'hopper' (Mosaic GPU: wgmma, TMA, warp specialization),
+'triton' (other GPUs), 'xla' (plain JAX in tiles, any device, with the same memory bound), 'reference' (the formula,
 O(T S) memory).
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values.
 """
 
 from __future__ import annotations
@@ -68,52 +68,57 @@ def flash_attention(
     interpret: Any = False,
     return_lse: bool = False,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """softmax(scale * q k^T ...) v over the keys that each query sees.
+    """Return softmax(scale * q k^T ...) v over the keys that each query sees.
 
     A logit is scale * q.k; then softcap * tanh(logit / softcap) (Gemma 2); then + bias - alibi * |query slot - key
     slot| (Press et al. 2022); then the mask. Head n attends to key/value head n // (N / K) (Ainslie et al. 2023).
 
-    q, k, v: float32, bfloat16 or float16, of one dtype; sums, softmax and lse in float32. `scale`: default H ** -0.5.
-    `offset`: slot of the first query, where the first key has slot 0: S - T to continue a row; one number or one a row.
-    An int is compiled in (and its empty tiles with it), an array is data.
-    `segment_ids`: packed rows; queries see keys of their own id. One array for both sides, or (of queries, of keys).
-    `positions`: what `mask.strided` counts blocks by; default: slots. `prefix_BS`: keys that every query of their
-    segment sees, whatever causal, window and strided say. `blocks_BNIJ`: which blocks of mask.block_shape may be seen
-    at all.
-    `sinks_N`: logits of a key that is always seen and whose value is zero (gpt-oss).
-    `dropout`: probability that a weight is dropped, the others scaled by 1 / (1 - dropout); needs `seed`, int32; the
-    same seed drops the same weights in every implementation and tiling.
-    `implementation`: None takes the best for the backend that can run the call; a named one that cannot raises
-    ValueError.
-    `interpret` (True, or an interpreter's parameters) runs a named Pallas kernel on the CPU, slowly, for tests.
-    Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
+    q, k and v share one dtype, float32, bfloat16 or float16; sums, softmax and lse are float32.
 
-    Differentiable with respect to q, k, v, bias and sinks, through both results; not to alibi. Memory beside inputs and
-    outputs: O(B N T), except with 'reference', or where a bias is given, whose gradient is as large as it is.
-    Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included; a
-    query that sees no key has out 0 and lse MASKED, or its sink's logit where there are sinks. Raises ValueError on
-    arguments that do not fit, naming them.
+    - `offset`: slot of the first query, where the first key has slot 0; S - T continues a row. One number, or one per
+      row. An int is compiled in, so the tiles that it leaves empty cost nothing; an array is data.
+    - `segment_ids`: for packed rows; a query sees only keys with its id. One array for both, or (queries', keys').
+    - `positions`: the positions by which `mask.strided` counts blocks; default: slots.
+    - `prefix_BS`: keys that every query of their segment sees, regardless of causal, window and strided.
+    - `blocks_BNIJ`: which blocks of mask.block_shape may be visible.
+    - `scale`: default H ** -0.5.
+    - `sinks_N`: the logit of an extra key that every query sees and whose value is zero (gpt-oss).
+    - `dropout`: probability that a weight is dropped; the others are scaled by 1 / (1 - dropout). Needs `seed`, an
+      int32; the same seed drops the same weights in every implementation and tiling.
+    - `implementation`: None selects the best for the backend that can run the call. A named one that cannot run it
+      raises ValueError.
+    - `interpret`: True, or an interpreter's parameters: run the named Pallas kernel on the CPU, slowly, for tests.
+
+    Inside shard_map, use check_vma=False, since the kernels' loops do not carry the types of varying axes.
+
+    Differentiable with respect to q, k, v, bias and sinks, through both results, but not to alibi. Memory in addition
+    to inputs and outputs is O(B N T), except with 'reference' and for a bias, whose gradient is as large as the bias.
+    Returns out in q's dtype and, with `return_lse`, the float32 log-sum-exp of each query's logits, sinks included. A
+    query that sees no key has out 0 and lse MASKED, or its sink's logit if there are sinks. Raises ValueError if
+    arguments do not fit together, and names them.
     """
     B, T, N, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     S = k_BSKH.shape[1]
     mask.validate()
     tiles.validate()
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap = {softcap}: must be above 0; None for none")
+        raise ValueError(f"softcap = {softcap}: must be above 0, or None for no soft cap")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout = {dropout}: a probability in [0, 1)")
+        raise ValueError(f"dropout = {dropout}: must be a probability in [0, 1)")
     if dropout and (seed is None or jnp.shape(seed) != () or not jnp.issubdtype(jnp.asarray(seed).dtype, jnp.integer)):
         raise ValueError(
-            f"dropout = {dropout} needs seed, an int32 scalar that changes with each step and layer; not {seed}"
+            f"dropout = {dropout}: needs seed, an int32 scalar that changes with each step and layer, not {seed}"
         )
     if interpret and implementation is None:
-        raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu', 'hopper' or 'triton'")
+        raise ValueError(
+            "interpret = True: name the kernel to interpret. Set implementation to 'tpu', 'hopper' or 'triton'"
+        )
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, S))
     q_positions, k_positions = _pair("positions", positions, (B, T), (B, S))
     offset = _offset(offset, B)
     _check_shape("prefix_BS", prefix_BS, ((B,), (S,)))
     if (blocks_BNIJ is None) != (mask.block_shape is None):
-        raise ValueError(f"blocks_BNIJ and mask.block_shape = {mask.block_shape} go together: give both or neither")
+        raise ValueError(f"blocks_BNIJ and mask.block_shape = {mask.block_shape}: give both or neither")
     if mask.block_shape is not None:
         counts = -(-T // mask.block_shape[0]), -(-S // mask.block_shape[1])
         _check_shape("blocks_BNIJ", blocks_BNIJ, ((1, B), (1, N), counts[:1], counts[1:]))
@@ -132,7 +137,8 @@ def flash_attention(
     )
     spec = Spec(mask, H**-0.5 if scale is None else float(scale), softcap, float(dropout), tiles, interpret)
     name = _choose(implementation, spec, q_BTNH, k_BSKH, v_BSKV, extra)
-    out, lse = _attend(name, spec, offset if isinstance(offset, int) else None, q_BTNH, k_BSKH, v_BSKV, _traced(extra))
+    static = offset if isinstance(offset, int) else None
+    out, lse = _attend(name, spec, static, q_BTNH, k_BSKH, v_BSKV, _without_offset(extra))
     return (out, lse) if return_lse else out
 
 
@@ -154,15 +160,14 @@ def flash_attention_backward(
     implementation: str | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K V"]]:
-    """The gradients (dq, dk, dv) that these keys contribute, where `out`, `lse` and `dout` belong to whole rows, which
-    may see other keys too: summed over all parts of the keys they are the gradients of the whole. Arguments as in
-    `flash_attention`."""
+    """Return the gradients (dq, dk, dv) that these keys contribute.
+
+    `out`, `lse` and `dout` belong to whole rows, which may also see other keys. The sum of the results over all parts
+    of the keys is the gradient of the whole. Other arguments as in `flash_attention`."""
     B, T, _, H = _check_qkv(q_BTNH, k_BSKH, v_BSKV)
     q_segments, k_segments = _pair("segment_ids", segment_ids, (B, T), (B, k_BSKH.shape[1]))
     if mask.strided is not None or mask.block_shape is not None:
-        raise ValueError(
-            f"mask = {mask}: keys in parts take no strided pattern and no blocks; use flash_attention on whole rows"
-        )
+        raise ValueError(f"mask = {mask}: strided and block_shape need whole rows; use flash_attention instead")
     mask.validate()
     tiles.validate()
     _check_shape("alibi_N", alibi_N, ((q_BTNH.shape[2],),))
@@ -177,9 +182,10 @@ def flash_attention_backward(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it. 'hopper' is not
-    among
-    them: its matrix instructions have neither run on a device nor been interpreted, and so it must be named."""
+    """Return the implementations for a backend, in the order they are tried. `device_kind` is jax.Device's.
+
+    'hopper' is never a default and must be named: its matrix instructions have neither run on a device nor been
+    interpreted."""
     if runs_triton(platform, device_kind):
         return ("triton", "xla")
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
@@ -205,19 +211,19 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.flash_attention.{name}")
 
 
-def _traced(extra: Extra) -> Extra:
-    """Without what is no array: a static offset travels beside."""
+def _without_offset(extra: Extra) -> Extra:
+    """Return `extra` without a static offset, which is not an array and is passed separately."""
     static = isinstance(extra.data.offset, int)
     return extra._replace(data=extra.data._replace(offset=None)) if static else extra
 
 
-def _whole(extra: Extra, offset: int | None) -> Extra:
+def _with_offset(extra: Extra, offset: int | None) -> Extra:
     return extra if offset is None else extra._replace(data=extra.data._replace(offset=offset))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(name: str, spec: Spec, offset: int | None, q, k, v, extra: Extra):
-    return _module(name).forward(spec, q, k, v, _whole(extra, offset))
+    return _module(name).forward(spec, q, k, v, _with_offset(extra, offset))
 
 
 def _attend_forward(name, spec, offset, q, k, v, extra):
@@ -228,7 +234,7 @@ def _attend_forward(name, spec, offset, q, k, v, extra):
 def _attend_backward(name, spec, offset, kept, cotangents):
     q, k, v, extra, out, lse = kept
     dout, dlse = cotangents
-    dq, dk, dv, dbias, dsinks = _backward(name, spec, q, k, v, _whole(extra, offset), out, lse, dout, dlse)
+    dq, dk, dv, dbias, dsinks = _backward(name, spec, q, k, v, _with_offset(extra, offset), out, lse, dout, dlse)
     zeros = jax.tree.map(lambda x: None, extra)
     return dq, dk, dv, zeros._replace(bias_BNTS=dbias, sinks_N=dsinks)
 
@@ -241,12 +247,12 @@ def _backward(name, spec, q, k, v, extra: Extra, out, lse, dout, dlse):
     delta_BNT = jnp.einsum("btnv,btnv->bnt", out.astype(wide), dout.astype(wide))
     if dlse is not None:
         delta_BNT = delta_BNT - dlse
-    blind = lse <= MASKED / 2
-    closed_BNT = jnp.where(blind, -MASKED, lse)  # exp(logit - lse) is then zero for every key
-    dq, dk, dv, dbias = _module(name).backward(spec, q, k, v, extra, closed_BNT, delta_BNT, dout)
+    no_keys = lse <= MASKED / 2
+    safe_lse_BNT = jnp.where(no_keys, -MASKED, lse)  # so that exp(logit - lse) is zero for every key
+    dq, dk, dv, dbias = _module(name).backward(spec, q, k, v, extra, safe_lse_BNT, delta_BNT, dout)
     dsinks = None
     if extra.sinks_N is not None:
-        dsinks = -(jnp.exp(extra.sinks_N[:, None] - closed_BNT) * delta_BNT).sum((0, 2))
+        dsinks = -(jnp.exp(extra.sinks_N[:, None] - safe_lse_BNT) * delta_BNT).sum((0, 2))
     return dq, dk, dv, dbias, dsinks
 
 
@@ -271,7 +277,8 @@ def _offset(given, B: int) -> int | Array:
     array = jnp.asarray(given)
     if array.shape not in ((), (B,)) or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"offset of shape {array.shape} and dtype {array.dtype}: an int, an integer scalar, or one a row, ({B},)"
+            f"offset of shape {array.shape} and dtype {array.dtype}: must be an int, an integer scalar, or an integer "
+            f"array of shape ({B},), one per row"
         )
     return jnp.broadcast_to(array.astype(jnp.int32), (B,))
 
@@ -285,7 +292,7 @@ def _pair(name: str, given, q_shape: tuple[int, int], k_shape: tuple[int, int]):
     if q.shape != q_shape or k.shape != k_shape:
         raise ValueError(
             f"{name} of shapes {q.shape} and {k.shape}: must be {q_shape} for queries and {k_shape} for keys; "
-            "give (of queries, of keys) where they differ"
+            "give a pair (queries', keys') where they differ"
         )
     return q.astype(jnp.int32), k.astype(jnp.int32)
 

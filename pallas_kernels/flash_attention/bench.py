@@ -1,5 +1,5 @@
-"""What `python -m pallas_kernels.bench flash_attention` times: forward, and forward with backward, beside the public
-ways."""
+"""The calls that `python -m pallas_kernels.bench flash_attention` times: forward, and forward with backward, by our
+implementations and by public ones."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pallas_kernels.flash_attention import Mask, best_implementation, flash_atte
 from pallas_kernels.flash_attention.shapes import Case
 from pallas_kernels.target import target
 
-TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}  # rows are as many as make up so many tokens
+TOKENS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}  # of all rows together
 WIDTH = {"cpu": 256, "gpu": 2048, "tpu": 2048}  # heads times head dimension
 
 
 def cases(platform: str, quick: bool) -> Iterator[Case]:
-    """T from 1k to 32k (on CPUs 1k and 4k), head dimensions 64 and 128, causal and not; packed rows, a window, grouped
-    queries."""
+    """Yield calls with T from 1k to 32k (on CPUs 1k and 4k) and head dimensions 64 and 128: causal and full, packed
+    rows, a window, grouped queries."""
     dtype = "float32" if platform == "cpu" else "bfloat16"
     lengths = (1024,) if quick else (1024, 4096) if platform == "cpu" else (1024, 2048, 4096, 8192, 16384, 32768)
     for H in (64,) if quick or platform == "cpu" else (64, 128):
@@ -41,12 +41,12 @@ def cases(platform: str, quick: bool) -> Iterator[Case]:
 
 
 def contests(platform: str, quick: bool) -> Iterator[Contest]:
-    """Each case forward, then forward with backward, by our implementations for the device and by the others."""
+    """Yield each case forward, then forward with backward, by our implementations for the device and by public ones."""
     for case in cases(platform, quick):
         arrays, kwargs = case.arguments()
         q, k, v = (jnp.asarray(x, case.dtype) for x in arrays)
         segments = tuple(jnp.asarray(x) for x in kwargs["segment_ids"]) if case.segments else None
-        pairs = seen_pairs(case, segments)
+        pairs = visible_pairs(case, segments)
         matmul = 2 * pairs * case.N
         ways = dict(_ours(case, segments)) | dict(_theirs(platform, case, segments))
         size = q.dtype.itemsize
@@ -57,14 +57,12 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
             f"{case.name}, forward", matmul * (case.H + case.V), moved, case.dtype, (q, k, v), ways, error, notes
         )
         both = {name: _with_gradients(way) for name, way in ways.items()}
-        flops = matmul * (
-            4 * case.H + 3 * case.V
-        )  # the recomputed logits are counted: 7 products, 2 forward and 5 back
+        flops = matmul * (4 * case.H + 3 * case.V)  # 7 products, 2 forward and 5 backward, recomputed logits included
         yield Contest(f"{case.name}, forward and backward", flops, 3 * moved, case.dtype, (q, k, v), both, None, notes)
 
 
-def seen_pairs(case: Case, segments) -> float:
-    """Pairs (query, key) of all rows that the mask shows."""
+def visible_pairs(case: Case, segments) -> float:
+    """Return the number of visible (query, key) pairs of all rows."""
     total = 0
     for b in range(case.B):
         ids = np.zeros(case.T, np.int32) if segments is None else np.asarray(segments[0][b])
@@ -98,18 +96,18 @@ def _ours(case: Case, segments) -> Iterator[tuple[str, Callable]]:
 
 
 def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable]]:
-    """Public implementations, as their documentation calls them; what they cannot express is left out."""
+    """Yield public implementations, called as their documentation says. Skips those that cannot express the case."""
     T, H = case.T, case.H
     window = None if case.mask.window is None else (case.mask.window - 1, 0)
     if platform == "gpu" or case.B * case.N * T**2 <= 2**28:
         for name in ("xla", "cudnn") if platform == "gpu" else ("xla",):
             if name == "cudnn" and segments is not None:
                 continue  # it takes lengths, not packed rows
-            seen = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
+            mask = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
             yield (
                 f"jax.nn.dot_product_attention, {name}",
-                lambda q, k, v, name=name, seen=seen: jax.nn.dot_product_attention(
-                    q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window, implementation=name
+                lambda q, k, v, name=name, mask=mask: jax.nn.dot_product_attention(
+                    q, k, v, mask=mask, is_causal=case.mask.causal, local_window_size=window, implementation=name
                 ),
             )
     grouped = case.K != case.N
@@ -131,9 +129,9 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
     if platform == "gpu":
 
         def tokamax(q, k, v):
-            rival = importlib.import_module("tokamax")  # no dependency of ours
-            seen = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
-            return rival.dot_product_attention(q, k, v, mask=seen, is_causal=case.mask.causal, local_window_size=window)
+            rival = importlib.import_module("tokamax")  # not one of our dependencies
+            mask = None if segments is None else segments[0][:, None, :, None] == segments[1][:, None, None, :]
+            return rival.dot_product_attention(q, k, v, mask=mask, is_causal=case.mask.causal, local_window_size=window)
 
         yield "tokamax", tokamax
     if platform == "tpu":
@@ -167,20 +165,20 @@ def _theirs(platform: str, case: Case, segments) -> Iterator[tuple[str, Callable
 
 
 def _error(case: Case, inputs: list[np.ndarray], segments, result) -> float:
-    """Largest difference of the first row's first head from float64, relative to the largest entry; at most 512
-    queries."""
+    """Return the largest error of the first row's first head against float64, relative to the largest entry, over at
+    most 512 queries."""
     q, k, v = (x[0, :, 0] for x in inputs)
     rows = np.linspace(0, case.T - 1, min(case.T, 512)).astype(int)
     logits = q[rows] @ k.T * case.H**-0.5
-    seen = np.ones_like(logits, bool)
+    mask = np.ones_like(logits, bool)
     distance = rows[:, None] - np.arange(case.S)
     if case.mask.causal:
-        seen &= distance >= 0
+        mask &= distance >= 0
     if case.mask.window is not None:
-        seen &= distance < case.mask.window
+        mask &= distance < case.mask.window
     if segments is not None:
-        seen &= np.asarray(segments[0][0])[rows][:, None] == np.asarray(segments[1][0])
-    logits = np.where(seen, logits, -np.inf)
+        mask &= np.asarray(segments[0][0])[rows][:, None] == np.asarray(segments[1][0])
+    logits = np.where(mask, logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     exact = weights @ v / weights.sum(-1, keepdims=True)
     return float(abs(np.asarray(result[0, rows, 0], np.float64) - exact).max() / abs(exact).max())

@@ -1,8 +1,8 @@
-"""Dropout of attention weights whose mask is a pure function of (seed, row, head, query, key): a counter-based
-generator.
+"""Dropout of attention weights by a counter-based generator: the mask is a pure function of (seed, row, head, query,
+key).
 
-Every implementation and every tiling draws the same mask, forward and backward, and none stores it. int32 arithmetic
-that wraps, for the vector units of TPUs and GPUs alike; the mixing is MurmurHash3's 32-bit finalizer (Appleby 2011).
+Every implementation and tiling draws the same mask, forward and backward, and none stores it. The arithmetic is int32
+that wraps, which the vector units of TPUs and GPUs share; the mixing is MurmurHash3's 32-bit finalizer (Appleby 2011).
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import jax.numpy as jnp
 
 
 def keep(seed, row, head, q_index, k_index, rate: float):
-    """True with probability 1 - `rate`. int32 inputs that broadcast: scalars `seed`, `row` (in the batch), `head` (of
-    the queries), and indices [..., T, 1], [..., 1, S] in the call's own arrays. Costs some eight operations a pair."""
+    """Return a mask that is True with probability 1 - `rate`.
+
+    The int32 inputs broadcast: scalars `seed`, `row` (in the batch) and `head` (of the queries), and indices [..., T,
+    1] and [..., 1, S] into the call's arrays. Costs about eight operations per pair."""
     stream = _mix(_mix(_mix(seed + 0x2545F491) ^ row) + head)
     bits = _mix(_mix(q_index ^ stream) ^ _mix(k_index + 0x5BD1E995))
     return jax.lax.shift_right_logical(bits, _like(bits, 8)) >= round(rate * (1 << 24))
 
 
 def _mix(x):
-    """A bijection of 32-bit words in which every input bit flips each output bit about half of the time."""
+    """Apply a bijection of 32-bit words in which every input bit flips each output bit about half of the time."""
     x = jnp.asarray(x, jnp.int32)
     x = x ^ jax.lax.shift_right_logical(x, _like(x, 16))
     x = x * jnp.int32(-2048144789)  # 0x85EBCA6B

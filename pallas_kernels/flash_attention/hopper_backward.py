@@ -1,12 +1,12 @@
-"""Flash attention backward for Hopper: one kernel for dq, one for dk and dv. No atomics, so the result is the same each
-time.
+"""Flash attention backward for Hopper: one kernel for dq, one for dk and dv. Without atomics, the result is
+deterministic.
 
-Both own 128 rows a block, 64 in each of two computing warpgroups, and go over the tiles of the other side, which a
-third warpgroup brings through TMA into a ring in shared memory. Weights are computed anew from lse. A step starts the
-products for the logits and for dp together, and then all that accumulate, so that it waits for the tensor cores twice.
+In both, a block owns 128 rows, 64 in each of two compute warpgroups, and loops over the tiles of the other side, which
+a third warpgroup copies by TMA into a ring in shared memory. Weights are recomputed from lse. A step starts the
+products for the logits and for dp together, then all that accumulate, so it waits for the tensor cores only twice.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q queries
-and J keys of a tile.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values;
+Q queries and J keys of a tile.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pallas_kernels.flash_attention.hopper_parts import LOG2E, ROWS, TILE, TRANS
 from pallas_kernels.flash_attention.mask import MASKED, tile_kinds
 from pallas_kernels.flash_attention.spec import Extra, Spec
 
-STEP = 64  # rows of the other side a step, so that sums and products share 240 registers a thread
+STEP = 64  # rows of the other side per step, so that sums and products fit in 240 registers per thread
 
 
 def slots_of(H: int, V: int) -> int:
-    """Slots of the ring, in either kernel."""
-    fixed = 2 * TILE * (H + V) + 4096  # the rows that a block owns; barriers and reductions
+    """Return the slots of the ring, in either kernel."""
+    fixed = 2 * TILE * (H + V) + 4096  # bytes of the rows that a block owns, of barriers and of reductions
     return min(4, (parts.SHARED_MEMORY - fixed) // (2 * STEP * (H + V) + 8 * STEP))
 
 
@@ -56,14 +56,14 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
             **parts.schedule(kinds), **parts.side_arrays(spec, extra, T_padded, S_padded),
         }  # fmt: skip
 
-    T_padded, S_padded = parts.up(T, TILE), parts.up(S, STEP)
+    T_padded, S_padded = parts.round_up(T, TILE), parts.round_up(S, STEP)
     arrays = inputs(T_padded, S_padded, tile_kinds(mask, extra.data, T, S, TILE, STEP))
     scratch = {"q": own(H), "dout": own(V), "k": ring(H), "v": ring(V), "ready": ready(2), **barriers}
     out_types = {"dq": jax.ShapeDtypeStruct(arrays["q"].shape, half)}
     grid = {"head": N, "tile": T_padded // TILE, "batch": B}
     (dq,) = parts.launch(partial(_dq_block, spec, S, extra.data.offset), spec, grid, arrays, out_types, scratch)
 
-    T_padded, S_padded = parts.up(T, STEP), parts.up(S, TILE)
+    T_padded, S_padded = parts.round_up(T, STEP), parts.round_up(S, TILE)
     arrays = inputs(T_padded, S_padded, tile_kinds(mask, extra.data, T, S, STEP, TILE).swapaxes(2, 3))
     scratch = {
         "k": own(H),
@@ -82,7 +82,7 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
 
 
 def _specialize(compute, copy) -> None:
-    """Two warpgroups compute, the third copies."""
+    """Run `compute` in two warpgroups and `copy` in the third."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < WARPGROUPS)
@@ -97,14 +97,14 @@ def _specialize(compute, copy) -> None:
 
 
 def _copy_own(memory, shared, names, rows, warpgroup) -> None:
-    """The two matrices that a warpgroup owns, into shared memory."""
+    """Copy the two matrices that a warpgroup owns into shared memory."""
     for name in names:
         plgpu.copy_gmem_to_smem(memory[name].at[rows], shared[name].at[warpgroup], shared["own_ready"].at[warpgroup])
     plgpu.barrier_wait(shared["own_ready"].at[warpgroup])
 
 
 def _store(memory, tiles, half) -> None:
-    """(name, tile in registers, its shared memory, where it belongs): one after the other into device memory."""
+    """Write tiles to device memory. Each is (name, tile in registers, its shared memory, its rows in the output)."""
     for _, tile, smem, _ in tiles:
         smem[...] = tile.astype(half)
     plgpu.commit_smem()
@@ -114,9 +114,10 @@ def _store(memory, tiles, half) -> None:
 
 
 def _gradients(spec: Spec, s, dp, number, slope, kept, factor: float):
-    """(weights after dropout, gradient of the logits by scale * q.k) of a tile. `number` gives the tile of lse (in base
-    2) or
-    of delta; each is loaded where it is used, since both do not fit in the registers at once."""
+    """Return (weights after dropout, gradient with respect to scale * q.k) of a tile.
+
+    `number` returns the tile of lse (in base 2) or of delta. Each is loaded where it is used, since registers cannot
+    hold both at once."""
     p = jnp.exp2(s * factor - number("lse"))
     used = p
     if kept is not None:
@@ -126,12 +127,12 @@ def _gradients(spec: Spec, s, dp, number, slope, kept, factor: float):
 
 
 def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs) -> None:
-    """128 queries of one head of one row."""
+    """Compute dq for 128 queries of one head of one row."""
     batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
     tiles, interpret = memory["order"].shape[2], spec.interpret
     (slots, _, H), half = shared["k"].shape, shared["k"].dtype
     if spec.mask.causal:
-        tile = tiles - 1 - tile  # the longest first
+        tile = tiles - 1 - tile  # longest first
     full, some, visit = parts.visits(memory, batch, head, tile)
 
     def copy():
@@ -155,7 +156,7 @@ def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs
         q_smem, dout_smem = shared["q"].at[warpgroup], shared["dout"].at[warpgroup]
         numbers = (batch, head, pl.ds(q_first, ROWS))
         columns = {name: parts.vector(memory[name], numbers, 0, interpret) for name in ("lse", "delta")}
-        number = lambda name: parts.spread(columns[name], shape, 0)
+        number = lambda name: parts.broadcast(columns[name], shape, 0)
 
         def visit_tile(step, dq_QH, partial_tile: bool):
             slot = lax.rem(step, jnp.int32(slots))
@@ -177,7 +178,7 @@ def _dq_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs
 
 
 def _dkv_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs) -> None:
-    """128 keys of one key/value head of one row, over all query heads of its group."""
+    """Compute dk and dv for 128 keys of one key/value head of one row, over all query heads of its group."""
     batch, kv_head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
     group, interpret = memory["q"].shape[2] // memory["k"].shape[2], spec.interpret
     slots, half = shared["q"].shape[0], shared["q"].dtype
@@ -219,7 +220,7 @@ def _dkv_block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Ref
                 s_JQ, dp_JQ = parts.products([(k_smem, q_smem), (v_smem, dout_smem)], interpret)
                 firsts = lambda: (visit(step) * STEP, k_first)
                 s_JQ, slope, kept = parts.logits(spec, S, offset, memory, batch, head, s_JQ, firsts, 1, partial_tile)
-                number = lambda name: parts.spread(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
+                number = lambda name: parts.broadcast(parts.vector(shared[name].at[slot], ..., 1, interpret), shape, 1)
                 used_JQ, ds_JQ = _gradients(spec, s_JQ, dp_JQ, number, slope, kept, factor)
                 terms = [(dv_JV, used_JQ.astype(half), dout_smem), (dk_JH, ds_JQ.astype(half), q_smem)]
                 dv_JV, dk_JH = parts.accumulate(terms, interpret)

@@ -1,11 +1,11 @@
-"""Flash attention forward for Hopper: two warpgroups that compute, 64 queries each, and one that copies.
+"""Flash attention forward for Hopper: two compute warpgroups, 64 queries each, and one that copies.
 
-The copying warpgroup brings tiles of keys and values through TMA into a ring in shared memory and waits, slot by slot,
-for both others to be done with it. The computing ones take turns (Shah et al. 2024, section 3.1: while one has the
-tensor cores, the other has its softmax), so that neither unit idles. What has run and what has not: see hopper.py.
+The copy warpgroup loads tiles of keys and values by TMA into a ring in shared memory, and reuses a slot once both
+compute warpgroups have released it. These alternate (Shah et al. 2024, section 3.1): while one uses the tensor cores,
+the other computes its softmax, so that neither unit idles. hopper.py lists what has been tested.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; Q the
-queries of a warpgroup, J the keys of a tile.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values;
+Q queries of a warpgroup, J keys of a tile.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from pallas_kernels.flash_attention.spec import Extra, Spec
 
 
 def plan(H: int, V: int, S: int, block_k: int | None, tile_k: int | None) -> tuple[int, int] | None:
-    """(keys a tile, slots of the ring), or None where nothing fits `block_k`, the keys a block of the mask, and the
-    memory.
+    """Return (keys per tile, slots of the ring), or None if nothing fits in memory and divides `block_k`, the keys per
+    block of the mask.
 
-    128 keys where two slots fit, else 64: the accumulators [64, V] and [64, keys] share 240 registers a thread.
+    A tile has 128 keys if two slots fit, else 64. The accumulators [64, V] and [64, keys] share 240 registers per
+    thread.
     """
-    fixed = 2 * TILE * (H + (V if V != H else 0)) + 4 * TILE + 4096  # queries, outputs, lse; barriers and reductions
+    # Bytes of queries, outputs and lse, and of barriers and reductions.
+    fixed = 2 * TILE * (H + (V if V != H else 0)) + 4 * TILE + 4096
     for keys in (tile_k,) if tile_k else (128, 64) if S > 64 else (64,):
         slots = min(4, (parts.SHARED_MEMORY - fixed) // (2 * keys * (H + V)))
         if slots >= 2 and keys % 64 == 0 and keys + V <= 320 and (block_k or keys) % keys == 0:
@@ -45,9 +47,9 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
     B, T, N, H = q_BTNH.shape
     S, V, half = k_BSKH.shape[1], v_BSKV.shape[3], q_BTNH.dtype
     planned = plan(H, V, S, spec.mask.block_shape and spec.mask.block_shape[1], spec.tiles.k)
-    assert planned is not None, "`unsupported` lets no such call through"
+    assert planned is not None, "`unsupported` refuses such a call"
     tile_k, slots = planned
-    T_padded, S_padded = parts.up(T, TILE), parts.up(S, tile_k)
+    T_padded, S_padded = parts.round_up(T, TILE), parts.round_up(S, tile_k)
     arrays = {
         "q": parts.pad(q_BTNH, 1, T_padded), "k": parts.pad(k_BSKH, 1, S_padded), "v": parts.pad(v_BSKV, 1, S_padded),
         **parts.schedule(tile_kinds(spec.mask, extra.data, T, S, TILE, tile_k)),
@@ -77,11 +79,11 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
 
 
 def _block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs) -> None:
-    """128 queries of one head of one row."""
+    """Compute 128 queries of one head of one row."""
     batch, head, warpgroup = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
     tile, tiles = lax.axis_index("tile"), memory["order"].shape[2]
     if spec.mask.causal:
-        tile = tiles - 1 - tile  # the longest first, so that the short ones fill the end
+        tile = tiles - 1 - tile  # longest first, so that short ones fill the gaps at the end
     full, some, visit = parts.visits(memory, batch, head, tile)
 
     @pl.when(warpgroup < WARPGROUPS)
@@ -96,7 +98,7 @@ def _block(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs) -
 
 
 def _copy(memory: parts.Refs, shared: parts.Refs, batch, head, some, visit) -> None:
-    """Fills the ring, tile after tile."""
+    """Fill the ring with one tile after another."""
     slots, tile_k, _ = shared["k"].shape
     kv_head = lax.div(head, jnp.int32(memory["q"].shape[2] // memory["k"].shape[2]))
 
@@ -112,7 +114,7 @@ def _copy(memory: parts.Refs, shared: parts.Refs, batch, head, some, visit) -> N
 
 
 def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs, place, full, some, visit) -> None:
-    """The online softmax of a warpgroup's 64 queries over the tiles of the schedule."""
+    """Run the online softmax of a warpgroup's 64 queries over the tiles of the schedule."""
     batch, head, tile, warpgroup = place
     interpret, (slots, tile_k, V), half = spec.interpret, shared["v"].shape, shared["v"].dtype
     shape = (ROWS, tile_k)
@@ -125,7 +127,7 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
     plgpu.barrier_wait(shared["q_ready"].at[warpgroup])
 
     def turn():
-        """Gives the tensor cores to the other warpgroup, and waits until they come back."""
+        """Hand the tensor cores to the other warpgroup and wait to get them back."""
         plgpu.barrier_arrive(shared["turn"])
         plgpu.barrier_wait(shared["turn"])
 
@@ -139,12 +141,12 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
         s_QJ, _, kept = parts.logits(spec, S, offset, memory, batch, head, s_QJ, firsts, 0, partial_tile)
         new_Q = jnp.maximum(top_Q, s_QJ.max(axis=1) * factor)
         fade_Q = jnp.exp2(top_Q - new_Q)
-        p_QJ = jnp.exp2(s_QJ * factor - parts.spread(new_Q, shape, 0))
-        acc_QV = acc_QV * parts.spread(fade_Q, (ROWS, V), 0)
+        p_QJ = jnp.exp2(s_QJ * factor - parts.broadcast(new_Q, shape, 0))
+        acc_QV = acc_QV * parts.broadcast(fade_Q, (ROWS, V), 0)
         total_Q = total_Q * fade_Q + p_QJ.sum(axis=1)
         if kept is not None:
             p_QJ = jnp.where(kept, p_QJ, 0.0)
-        # Held here, or the compiler may move this arithmetic into the other warpgroup's turn.
+        # Without this barrier the compiler may move the arithmetic into the other warpgroup's turn.
         acc_QV, total_Q, new_Q, p_QJ = lax.optimization_barrier((acc_QV, total_Q, new_Q, p_QJ.astype(half)))
         plgpu.barrier_arrive(shared["turn"])
         plgpu.barrier_wait(shared["v_ready"].at[slot])
@@ -162,11 +164,11 @@ def _compute(spec: Spec, S: int, offset, memory: parts.Refs, shared: parts.Refs,
     acc_QV, top_Q, total_Q = lax.fori_loop(full, some, partial(visit_tile, partial_tile=True), carry)
     pl.when(warpgroup == 0)(turn)
 
-    sees_Q = total_Q > 0
-    total_Q = jnp.where(sees_Q, total_Q, 1.0)
+    has_keys_Q = total_Q > 0
+    total_Q = jnp.where(has_keys_Q, total_Q, 1.0)
     out_smem, lse_smem = shared["out" if "out" in shared else "q"].at[warpgroup], shared["lse"].at[warpgroup]
-    out_smem[...] = (acc_QV * parts.spread(1.0 / ((1.0 - spec.dropout) * total_Q), (ROWS, V), 0)).astype(half)
-    lse_smem[...] = jnp.where(sees_Q, top_Q * math.log(2) + jnp.log(total_Q), MASKED)
+    out_smem[...] = (acc_QV * parts.broadcast(1.0 / ((1.0 - spec.dropout) * total_Q), (ROWS, V), 0)).astype(half)
+    lse_smem[...] = jnp.where(has_keys_Q, top_Q * math.log(2) + jnp.log(total_Q), MASKED)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, memory["out"].at[queries])
     plgpu.copy_smem_to_gmem(lse_smem, memory["lse"].at[batch, head, pl.ds(q_first, ROWS)])

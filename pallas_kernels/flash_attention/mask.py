@@ -1,5 +1,4 @@
-"""Which keys a query sees: pair by pair, as every implementation asks it, and tile by tile, so that empty tiles are
-skipped.
+"""Which keys a query sees: pair by pair, for every implementation, and tile by tile, so that empty tiles are skipped.
 
 Shapes: B batch, T queries, S keys, N query heads; I tiles of queries, J tiles of keys.
 """
@@ -15,34 +14,36 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 MASKED = -1e30  # logit of an unseen key, and the log-sum-exp of a query that sees none; finite, so never NaN
-FIRST_SLOT = 1 << 24  # queries may stand so many slots before the first key
-EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of tiles: no pair is seen, some may be, all are
+MAX_SLOTS_BEFORE_KEYS = 1 << 24  # how many slots before the first key a query may be
+EMPTY, PARTIAL, FULL = 0, 1, 2  # kinds of tiles: no pair is visible, some may be, all are
 
 
 @dataclass(frozen=True)
 class Strided:
     """The strided block-sparse pattern (Child et al. 2019): a query sees keys whose block of `size` positions is less
-    than `local` blocks away, and those in every `stride`-th block (index % stride == stride - 1)."""
+    than `local` blocks away, and keys in every `stride`-th block (index % stride == stride - 1)."""
 
-    size: int
-    local: int
-    stride: int
+    size: int  # positions per block
+    local: int  # blocks
+    stride: int  # blocks
 
 
 @dataclass(frozen=True)
 class Mask:
-    """The part of a mask that is known when a kernel is compiled. Parts combine by 'and', but for the prefix of
-    `MaskData`, which opens keys that `causal`, `window` and `strided` close."""
+    """The part of a mask that is known at compile time. Its conditions combine by 'and', except that the prefix of
+    `MaskData` makes keys visible that `causal`, `window` and `strided` hide."""
 
     causal: bool = True  # key slot <= query slot
     window: int | None = None  # query slot - key slot < window; without `causal` also key slot - query slot < window
-    strided: Strided | None = None  # by positions, so that blocks start anew in each packed document
-    block_shape: tuple[int, int] | None = None  # queries, keys a block of `MaskData.blocks`
+    strided: Strided | None = None  # by positions, so that blocks restart in each packed document
+    block_shape: tuple[int, int] | None = None  # (queries, keys) per block of `MaskData.blocks_BNIJ`
 
     def validate(self) -> None:
-        """Raises ValueError that names field, value and fix."""
+        """Raise ValueError if a field is out of range."""
         if self.window is not None and self.window < 1:
-            raise ValueError(f"mask.window = {self.window}: a query sees itself, so at least 1; None for no window")
+            raise ValueError(
+                f"mask.window = {self.window}: must be at least 1, since a query sees itself, or None for no window"
+            )
         if self.strided is not None and min(self.strided.size, self.strided.local, self.strided.stride) < 1:
             raise ValueError(f"mask.strided = {self.strided}: size, local and stride must be at least 1")
         if self.block_shape is not None and min(self.block_shape) < 1:
@@ -50,56 +51,58 @@ class Mask:
 
 
 class MaskData(NamedTuple):
-    """The part of a mask that is data. A query's slot is its index + offset, a key's slot is its index."""
+    """The part of a mask that is data. A query's slot is its index + offset; a key's slot is its index."""
 
-    offset: int | Int[Array, "B"] | None = 0  # slot of the first query; an int is known when compiling, an array is not
-    q_segments_BT: Int[Array, "B T"] | None = None  # only keys of the query's own segment are seen
+    offset: int | Int[Array, "B"] | None = 0  # slot of the first query; an int is static, an array is data
+    q_segments_BT: Int[Array, "B T"] | None = None  # a query sees only keys of the same segment
     k_segments_BS: Int[Array, "B S"] | None = None
-    q_positions_BT: Int[Array, "B T"] | None = None  # of `strided`; None: slots
+    q_positions_BT: Int[Array, "B T"] | None = None  # positions for `strided`; None: slots
     k_positions_BS: Int[Array, "B S"] | None = None
     prefix_BS: Bool[Array, "B S"] | None = None  # keys that every query of their segment sees
-    blocks_BNIJ: Bool[Array, "#B #N I J"] | None = None  # blocks of `Mask.block_shape` that may be seen
+    blocks_BNIJ: Bool[Array, "#B #N I J"] | None = None  # blocks of `Mask.block_shape` that may be visible
 
 
 def visible(mask: Mask, q_slot, k_slot, q_segment=None, k_segment=None, q_position=None, k_position=None, prefix=None):
-    """True where the query may see the key, for arrays that broadcast against each other ([..., T, 1] and [..., 1, S]).
-    Plain comparisons and integer arithmetic, so that kernels call it on their tiles. Leaves `blocks` to the caller;
-    None where nothing is masked."""
-    seen = None
+    """Return a mask that is True where the query may see the key, or None if the mask hides nothing.
+
+    The arguments broadcast against each other ([..., T, 1] and [..., 1, S]). Only comparisons and integer arithmetic
+    are used, so kernels can call this on their tiles. The caller applies `blocks_BNIJ`."""
+    visible_mask = None
 
     def both(a, b):
         return b if a is None else a & b
 
     if mask.causal:
-        seen = both(seen, k_slot <= q_slot)
+        visible_mask = both(visible_mask, k_slot <= q_slot)
     if mask.window is not None:
-        seen = both(seen, q_slot - k_slot < mask.window)
+        visible_mask = both(visible_mask, q_slot - k_slot < mask.window)
         if not mask.causal:
-            seen = both(seen, k_slot - q_slot < mask.window)
+            visible_mask = both(visible_mask, k_slot - q_slot < mask.window)
     if mask.strided is not None:
         s = mask.strided
-        # Blocks of slots before the first key too: division truncates, so whole periods are added, which change
-        # nothing.
-        ahead = s.size * s.stride * -(-FIRST_SLOT // (s.size * s.stride))
+        # Slots before the first key have blocks too. Division truncates towards zero, so add whole periods, which do
+        # not change the pattern.
+        ahead = s.size * s.stride * -(-MAX_SLOTS_BEFORE_KEYS // (s.size * s.stride))
         q_block = jax.lax.div((q_slot if q_position is None else q_position) + ahead, s.size)
         k_block = jax.lax.div((k_slot if k_position is None else k_position) + ahead, s.size)
         far = jax.lax.rem(k_block, s.stride) == s.stride - 1
-        seen = both(seen, (jnp.abs(q_block - k_block) < s.local) | far)
-    if prefix is not None and seen is not None:
-        seen = seen | prefix
+        visible_mask = both(visible_mask, (jnp.abs(q_block - k_block) < s.local) | far)
+    if prefix is not None and visible_mask is not None:
+        visible_mask = visible_mask | prefix
     if q_segment is not None:
-        seen = both(seen, q_segment == k_segment)
-    return seen
+        visible_mask = both(visible_mask, q_segment == k_segment)
+    return visible_mask
 
 
 def tile_kinds(
     mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int
 ) -> Int[np.ndarray, "#B #N I J"] | Int[Array, "#B #N I J"]:
-    """EMPTY, PARTIAL or FULL for each tile of queries and keys, int32; a NumPy array when only static parts decide.
+    """Return EMPTY, PARTIAL or FULL for each tile of queries and keys, int32. The result is a NumPy array if the mask
+    is static.
 
-    EMPTY and FULL are promises; PARTIAL makes none. The last tiles may reach beyond T and S: keys beyond S are not
-    seen, so a tile with such keys is never FULL; queries beyond T count for nothing. `tile_q`, `tile_k` must divide
-    `mask.block_shape`, where there is one.
+    EMPTY and FULL are guarantees, PARTIAL is not. The last tiles may reach beyond T and S. Keys beyond S are not
+    visible, so a tile with such keys is never FULL; queries beyond T are ignored. `tile_q` and `tile_k` must divide
+    `mask.block_shape` if it is set.
     """
     static = isinstance(data.offset, int) and all(part is None for part in data[1:])
     xp = np if static else jnp
@@ -144,15 +147,15 @@ def tile_kinds(
 
 
 def _tiles(x_BL: Array | np.ndarray, tile: int, fill) -> Array:
-    """[B, L] as [B, tiles, tile]; a last tile that is too short is filled with `fill`."""
+    """Return x [B, L] as [B, tiles, tile], with a short last tile padded with `fill`."""
     B, L = x_BL.shape
     x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % tile)), constant_values=fill)
     return x_BL.reshape(B, -1, tile)
 
 
 def _range(xp, x_BL, first, last, tile: int, axis: int):
-    """Least and greatest value of each tile, with an axis put in at `axis`; `first` and `last` where there is no
-    array."""
+    """Return the least and greatest value of each tile, with a new axis at `axis`, or `first` and `last` if x is
+    None."""
     if x_BL is None:
         return first, last
     big = jnp.iinfo(jnp.int32).max

@@ -1,6 +1,7 @@
-"""Attention as its formula says, exact and plain: the whole matrix of logits at once, gradients by JAX. O(T S) memory.
+"""Attention by its formula: the whole matrix of logits at once, differentiated by JAX. O(T S) memory.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V that of the values.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V head dimension of
+the values.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """The reference runs everything."""
+    """Return None: the reference runs every call."""
     return None
 
 
 def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extra) -> tuple[Array, Array]:
     """See spec.py."""
     B, T, N, _ = q_BTNH.shape
-    logits, seen = logits_and_seen(spec, q_BTNH, k_BSKH, extra)
-    logits = jnp.where(seen, logits, MASKED)
+    logits, visible_mask = logits_and_seen(spec, q_BTNH, k_BSKH, extra)
+    logits = jnp.where(visible_mask, logits, MASKED)
     top = logits.max(-1, keepdims=True)
     if extra.sinks_N is not None:
         top = jnp.maximum(top, extra.sinks_N[:, None, None])
     top = jax.lax.stop_gradient(top)
-    p = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    p = jnp.where(visible_mask, jnp.exp(logits - top), 0.0)
     total = p.sum(-1, keepdims=True)
     if extra.sinks_N is not None:
         total = total + jnp.exp(extra.sinks_N[:, None, None] - top)
-    sees = total > 0
-    total = jnp.where(sees, total, 1.0)
-    lse_BNT = jnp.where(sees, top + jnp.log(total), MASKED)[..., 0]
+    has_keys = total > 0
+    total = jnp.where(has_keys, total, 1.0)
+    lse_BNT = jnp.where(has_keys, top + jnp.log(total), MASKED)[..., 0]
     p = p / total
     if spec.dropout:
         p = jnp.where(_keep(spec, extra, B, N, T, k_BSKH.shape[1]), p / (1.0 - spec.dropout), 0.0)
@@ -50,8 +51,8 @@ def _keep(spec: Spec, extra: Extra, B: int, N: int, T: int, S: int) -> Array:
 
 
 def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> tuple[Array, Array]:
-    """Logits before the mask, [B, N, T, S], and which of them count, broadcastable to that; float32, or the inputs' own
-    dtype where it is wider."""
+    """Return the logits before the mask, [B, N, T, S], and the mask of visible pairs, which broadcasts to them. Logits
+    are float32, or the inputs' dtype if it is wider."""
     T, N, S = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[1]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     k = jnp.repeat(k_BSKH, N // k_BSKH.shape[2], axis=2)
@@ -67,27 +68,27 @@ def logits_and_seen(spec: Spec, q_BTNH: Array, k_BSKH: Array, extra: Extra) -> t
         logits = logits - extra.alibi_N[:, None, None] * jnp.abs(q_slot - k_slot)
     column = lambda x: None if x is None else x[:, None, :, None]
     row = lambda x: None if x is None else x[:, None, None, :]
-    seen = visible(
+    visible_mask = visible(
         spec.mask, q_slot, k_slot, column(data.q_segments_BT), row(data.k_segments_BS),
         column(data.q_positions_BT), row(data.k_positions_BS), row(data.prefix_BS),
     )  # fmt: skip
-    seen = jnp.ones((1, 1, T, S), bool) if seen is None else seen
+    visible_mask = jnp.ones((1, 1, T, S), bool) if visible_mask is None else visible_mask
     if data.blocks_BNIJ is not None and spec.mask.block_shape is not None:
         rows, columns = jnp.arange(T) // spec.mask.block_shape[0], jnp.arange(S) // spec.mask.block_shape[1]
-        seen = seen & data.blocks_BNIJ[:, :, rows[:, None], columns[None, :]]
-    return logits, seen
+        visible_mask = visible_mask & data.blocks_BNIJ[:, :, rows[:, None], columns[None, :]]
+    return logits, visible_mask
 
 
 def backward(spec: Spec, q, k, v, extra: Extra, lse_BNT, delta_BNT, dout_BTNV):
-    """See spec.py. The formula of the gradient rather than JAX's, since the row may span more keys than k holds."""
+    """See spec.py. Uses the gradient's formula instead of jax.grad, since the row may span more keys than k holds."""
     N, K = q.shape[2], k.shape[2]
     bias = extra.bias_BNTS
 
     def scores(q, k, bias):
         return logits_and_seen(spec, q, k, extra._replace(bias_BNTS=bias))
 
-    logits, pull, seen = jax.vjp(scores, q, k, bias, has_aux=True)
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits, MASKED) - lse_BNT[..., None]), 0.0)
+    logits, pull, visible_mask = jax.vjp(scores, q, k, bias, has_aux=True)
+    p = jnp.where(visible_mask, jnp.exp(jnp.where(visible_mask, logits, MASKED) - lse_BNT[..., None]), 0.0)
     wide = p.dtype
     v_N, dout = jnp.repeat(v.astype(wide), N // K, axis=2), dout_BTNV.astype(wide)
     dp = jnp.einsum("btnv,bsnv->bnts", dout, v_N, precision="highest")

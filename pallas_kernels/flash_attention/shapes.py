@@ -1,6 +1,6 @@
-"""The calls that tests and benchmarks share: every feature alone, some together, and the sizes that are timed.
+"""The calls that tests, check and benchmark share: each feature alone and some together.
 
-Small enough for an interpreter; T, S are no multiples of anything where the name says odd.
+They are small enough for an interpreter. In cases named odd, T and S are not multiples of any tile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Case:
     V: int = 64
     dtype: str = "float32"
     mask: Mask = Mask()
-    offset: int | tuple[int, ...] = 0  # a tuple: data, one a row
-    segments: int = 0  # documents a row, of uneven lengths
-    positions: bool = False  # restart with each segment
-    prefix: int = 0  # first tokens that all see
-    blocks: float | None = None  # share of open blocks of mask.block_shape
+    offset: int | tuple[int, ...] = 0  # a tuple is data, one offset per row
+    segments: int = 0  # documents per row, of uneven lengths
+    positions: bool = False  # pass positions that restart with each segment
+    prefix: int = 0  # leading tokens that all queries see
+    blocks: float | None = None  # fraction of the blocks of mask.block_shape that are visible, 0 to 1
     bias: bool = False
     alibi: bool = False
     softcap: float | None = None
@@ -39,7 +39,8 @@ class Case:
     dropout: float = 0.0
 
     def arguments(self, seed: int = 0) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
-        """(q, k, v) float32 and the keyword arguments, as NumPy; q, k, v are to be cast to `dtype`."""
+        """Return (q, k, v) in float32 and the keyword arguments, as NumPy arrays. The caller casts q, k and v to
+        `dtype`."""
         r = np.random.default_rng(seed)
         B, T, S, N = self.B, self.T, self.S, self.N
         q, k, v = (r.normal(size=shape).astype(np.float32)
@@ -75,7 +76,7 @@ class Case:
 
 
 def _documents(r: np.random.Generator, length: int, count: int) -> np.ndarray:
-    """Ids from 1 up that never fall, each document at least one token long."""
+    """Return ascending document ids from 1 up; each document has at least one token."""
     cuts = np.sort(r.choice(np.arange(1, length), size=count - 1, replace=False))
     return (np.searchsorted(cuts, np.arange(length), side="right") + 1).astype(np.int32)
 

@@ -1,9 +1,9 @@
-"""What the TPU compiler says of these kernels beside JAX's own, with no TPU: `python -m
+"""Compare these kernels with JAX's by the TPU compiler's instruction counts, without a TPU: `python -m
 pallas_kernels.flash_attention.static_tpu`.
 
-Bundles (instructions words, one a cycle at best) of the body of a tile, times the tiles that are visited, for one head,
-head dimension 128, bfloat16. A *static estimate*: transfers that are not hidden, and what runs around the body, are not
-in it. Saved in results/tpu_static.json. Some five minutes; a process for each kernel and generation.
+Counts the bundles (instruction words, at best one per cycle) of a tile's body, times the tiles visited, for one head,
+head dimension 128, bfloat16. This is a *static estimate*: it leaves out transfers that are not hidden and code around
+the body. Writes results/tpu_static.json. Takes about five minutes, with one process per kernel and generation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KERNELS = ("ours", "jax splash_attention", "jax flash_attention")
 
 
 def ours(T: int, window: int | None):
-    """The gradient of `flash_attention`, one head: forward and backward kernel in one program."""
+    """Return the gradient of `flash_attention` for one head, with the forward and backward kernels in one program."""
     x = jax.ShapeDtypeStruct((1, T, 1, HEAD_DIM), jnp.bfloat16)
 
     def run(q, k, v, dout):
@@ -42,8 +42,8 @@ def ours(T: int, window: int | None):
 
 
 def splash(T: int, window: int | None):
-    """The same of jax's splash_attention, in tiles of 1024 and pieces of 512 keys, backward fused: its best of those
-    tried."""
+    """Return the same for jax's splash_attention, with tiles of 1024, pieces of 512 keys and the fused backward kernel,
+    its best configuration of those tried."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -59,7 +59,7 @@ def splash(T: int, window: int | None):
 
 
 def flash(T: int, window: int | None):
-    """The same of jax's flash_attention, in tiles of 1024."""
+    """Return the same for jax's flash_attention, with tiles of 1024."""
     from jax.experimental.pallas.ops.tpu import flash_attention as module
 
     sizes = module.BlockSizes(
@@ -73,14 +73,16 @@ def flash(T: int, window: int | None):
 
 
 def tiles(T: int, window: int | None) -> tuple[int, int]:
-    """FULL tiles and others that are visited: the same for all, at tiles of 1024; only what each costs differs."""
+    """Return the numbers of FULL and of other visited tiles. With tiles of 1024 all kernels visit the same ones; only
+    the cost per tile differs."""
     words = tpu_pairs.pairs(Mask(window=window), MaskData(), T, T, TILE, TILE).words_RCP
     full = int((tpu_pairs.kind(words) == FULL).sum())
     return full, words.size - full
 
 
 def bodies(target: str, kernel: str, window: int | None) -> dict[str, Any]:
-    """Of forward and backward: bundles of a FULL tile and of one at the mask's edge, and what fills them."""
+    """Return, for forward and backward, the bundles of a FULL tile and of one at the mask's edge, their spills and
+    their multiplications."""
     name = {"ours": "ours", "jax splash_attention": "splash", "jax flash_attention": "flash"}[kernel]
     compiled = ahead_of_time.bundles(target, f"pallas_kernels.flash_attention.static_tpu:{name}", 4 * TILE, window)
     found: dict[str, Any] = {}
@@ -89,8 +91,8 @@ def bodies(target: str, kernel: str, window: int | None) -> dict[str, Any]:
         if not work:
             continue
         direction = "backward" if any(part in label for part in ("backward", "bwd", "dkv", "dq")) else "forward"
-        # The others have one body, for every tile. Ours has one for FULL tiles, if there are any, and one for each
-        # edge.
+        # The other kernels have one body for every tile. Ours has one for FULL tiles, if there are any, and one for
+        # each edge.
         full, edges = work[0], work
         if kernel == "ours" and window is None:
             edges = work[1:]
@@ -107,13 +109,13 @@ def bodies(target: str, kernel: str, window: int | None) -> dict[str, Any]:
 
 
 def rows(targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
-    """One row for each generation, kernel, direction, mask and length."""
+    """Return one row for each generation, kernel, direction, mask and length."""
     made = []
     for target in targets:
         for kernel in KERNELS:
             for window, lengths in ((None, LENGTHS), (WINDOW, (32768,))):
                 if window is not None and kernel == "jax flash_attention":
-                    continue  # has none: it would visit what causal attention visits
+                    continue  # it has no window, and would visit all tiles of causal attention
                 for direction, body in bodies(target, kernel, window).items():
                     for T in lengths:
                         full, edge = tiles(T, window)
@@ -140,7 +142,7 @@ def rows(targets: tuple[str, ...] = TARGETS) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Writes RESULTS."""
+    """Write RESULTS."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     chosen = tuple(parser.parse_args().targets.split(","))

@@ -1,11 +1,11 @@
-"""Flash attention on TPUs (Mosaic): what spec.py asks for. See tpu_forward.py and tpu_backward.py for the kernels,
-tpu_pairs.py for the tiles that they visit and tpu_tiles.py for the sizes of tiles and the memory they take.
+"""Flash attention on TPUs (Mosaic): the interface of spec.py. The kernels are in tpu_forward.py and tpu_backward.py,
+the list of tiles they visit in tpu_pairs.py, tile sizes and memory in tpu_tiles.py.
 
-Queries, keys and values are laid out by head outside of the kernels, which XLA fuses with what made them, and padded to
-whole tiles. float16, which the matrix units lack, is computed in float32.
+Outside the kernels, queries, keys and values are transposed to heads first, which XLA fuses with the operations that
+produce them, and padded to whole tiles. float16, which the matrix units lack, is computed in float32.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; R, C, P:
-see tpu_pairs.py.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values;
+for R, C and P see tpu_pairs.py.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pallas_kernels.flash_attention import tpu_pairs
 from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 from pallas_kernels.flash_attention.tpu_backward import backward_call
 from pallas_kernels.flash_attention.tpu_forward import LOG2E, Job, forward_call
-from pallas_kernels.flash_attention.tpu_pairs import MOST_HEADS, MOST_TILES, MOST_WORDS, Pairs
-from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, backward_cut, forward_cut, generation, up
+from pallas_kernels.flash_attention.tpu_pairs import MAX_HEADS, MAX_TILES, MAX_WORDS, Pairs
+from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, backward_cut, forward_cut, generation, round_up
 from pallas_kernels.target import target
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """Why the kernels cannot run a call; None if they can."""
+    """Return the reason why the kernels cannot run a call, or None."""
     if target()[0] != "tpu" and not spec.interpret:
         return f"needs a TPU, not a {target()[0]}; interpret=True runs it there, slowly"
     if q.dtype == jnp.float64:
-        return "float64 does not exist on TPUs; use float32"
+        return "TPUs have no float64; use float32"
     if extra.bias_BNTS is not None:
         return (
-            "a bias array of T x S would be read from memory tile by tile, and has a gradient of that size; alibi_N is "
-            "computed in the kernel, implementation='xla' takes a bias"
+            "bias_BNTS is not supported: the bias and its gradient take O(T S) memory. Use implementation='xla', or "
+            "alibi_N, which the kernel computes"
         )
     try:
         for backward in (False, True):
@@ -49,15 +49,15 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
     dtype = _working(q_BTNH.dtype)
     cut, pairs = _plan(spec, q_BTNH, k_BSKH, v_BSKV, extra, backward=False)
     wide = generation().mxu > LANES
-    multiply = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
+    scale = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
     q, k, v = (_by_head(x, tile, dtype) for x, tile in ((q_BTNH, cut.q), (k_BSKH, cut.k), (v_BSKV, cut.k)))
     sums = not spec.dropout and (V % LANES != 0 or (wide and V % (2 * LANES) != 0))
     if V % LANES:
-        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, up(V) - V)), constant_values=1.0 if sums else 0.0)
-    late = spec.softcap is None and multiply > 0
+        v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, round_up(V) - V)), constant_values=1.0 if sums else 0.0)
+    after_max = spec.softcap is None and scale > 0
     job = _job(
         spec, cut, pairs, S, V, N // k.shape[1], dtype,
-        multiply=None if late else multiply, late=multiply if late else None,
+        scale_before_max=None if after_max else scale, scale_after_max=scale if after_max else None,
         ones=LANES if sums and V % LANES == 0 else 0, sums=sums,
     )  # fmt: skip
     arrays = {"q": q, "k": k, "v": v, **_ints(extra, cut, lanes_of_queries=False), **_floats(extra)}
@@ -74,11 +74,12 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     K = k_BSKH.shape[2]
     dtype = _working(q_BTNH.dtype)
     cut, pairs = _plan(spec, q_BTNH, k_BSKH, v_BSKV, extra, backward=True)
-    multiply = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
+    scale = spec.scale * LOG2E if spec.softcap is None else spec.scale / spec.softcap
     q, do = (_by_head(x, cut.q, dtype) for x in (q_BTNH, dout_BTNV))
     k, v = (_by_head(x, cut.k, dtype) for x in (k_BSKH, v_BSKV))
     rows = lambda x, fill: _pad(x.astype(jnp.float32), 2, cut.q, fill)[:, :, None, :]
-    job = _job(spec, cut, pairs, S, V, N // K, dtype, multiply=multiply, late=None, ones=0, sums=False)
+    scales = {"scale_before_max": scale, "scale_after_max": None}
+    job = _job(spec, cut, pairs, S, V, N // K, dtype, **scales, ones=0, sums=False)
     arrays = {
         "q": q, "k": k, "v": v, "do": do, "lse": rows(lse_BNT * LOG2E, 1e30), "delta": rows(delta_BNT, 0.0),
         **_ints(extra, cut, lanes_of_queries=True), **_floats(extra),
@@ -111,22 +112,22 @@ def _cut(spec: Spec, q, k, v, extra: Extra, backward: bool) -> Cut:
 
 
 def _check_list(spec: Spec, q, k, v, extra: Extra, backward: bool) -> None:
-    """Raises ValueError where tiles do not fit or their list does not."""
+    """Raise ValueError if the tiles do not fit in VMEM or their list does not fit in scalar memory."""
     cut = _cut(spec, q, k, v, extra, backward)
     T, S, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     tiles = max(-(-T // cut.q), -(-S // cut.k))
-    if tiles > MOST_TILES:
-        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MOST_TILES}; give larger tiles")
+    if tiles > MAX_TILES:
+        raise ValueError(f"{tiles} tiles of {cut.q} queries or {cut.k} keys: at most {MAX_TILES}; use larger tiles")
     per_head = extra.data.blocks_BNIJ is not None and extra.data.blocks_BNIJ.shape[1] > 1
-    if per_head and G > MOST_HEADS:
-        raise ValueError(f"blocks_BNIJ by head, {G} query heads a key/value head: at most {MOST_HEADS}")
+    if per_head and G > MAX_HEADS:
+        raise ValueError(f"blocks_BNIJ by head, {G} query heads per key/value head: at most {MAX_HEADS}")
     heads = G if per_head and backward else 1
     words = tpu_pairs.length(spec.mask, extra.data, T, S, cut.q, cut.k, backward, heads)
     words *= 1 if not per_head else k.shape[2] if backward else q.shape[2]
-    if words > MOST_WORDS:
+    if words > MAX_WORDS:
         raise ValueError(
-            f"a list of {words} tiles of {cut.q} x {cut.k} for a row of the batch: at most {MOST_WORDS} fit in the "
-            "scalar memory; give larger tiles, or blocks that are shared by the heads"
+            f"a list of {words} tiles of {cut.q} x {cut.k} per row of the batch: at most {MAX_WORDS} fit in scalar "
+            "memory; use larger tiles, or blocks that all heads share"
         )
 
 
@@ -145,13 +146,13 @@ def _pad(x: Array, axis: int, tile: int, fill=0) -> Array:
 
 
 def _by_head(x_BTNH: Array, tile: int, dtype) -> Array:
-    """[B, N, T, H], T padded to whole tiles."""
+    """Return x as [B, N, T, H], with T padded to whole tiles."""
     return _pad(x_BTNH.astype(dtype).transpose(0, 2, 1, 3), 2, tile)
 
 
 def _ints(extra: Extra, cut: Cut, lanes_of_queries: bool) -> dict[str, Array]:
-    """Integers of queries and keys: along the lanes in 8 equal sublanes [B, 8, T], or along the sublanes in 128 equal
-    lanes [B, T, 128]."""
+    """Return the integers of queries and keys by name: along the lanes, repeated in 8 sublanes [B, 8, T], or along the
+    sublanes, repeated in 128 lanes [B, T, 128]."""
     data = extra.data
     found = {}
     for name, x, tile in (
@@ -171,20 +172,20 @@ def _floats(extra: Extra) -> dict[str, Array]:
 
 
 def _call(kernel, job: Job, pairs: Pairs, arrays: dict[str, Array], extra: Extra, B: int, N: int, K: int, interpret):
-    """The kernel on the whole batch, or row after row where the lists of all rows together are too long."""
+    """Run the kernel on the whole batch, or row by row if the lists of all rows together are too long."""
     words = jnp.asarray(pairs.words_RCP)
     offsets = jnp.broadcast_to(jnp.asarray(extra.data.offset, jnp.int32), (B,))
     seed = jnp.zeros((), jnp.int32) if extra.seed is None else extra.seed
-    if words.size <= MOST_WORDS:
+    if words.size <= MAX_WORDS:
         numbers = jnp.concatenate([offsets, seed[None], jnp.zeros((1,), jnp.int32)])
         return kernel(job, words, numbers, arrays, B, N, K, interpret)
     shared = {name: x for name, x in arrays.items() if x.ndim == 1}
 
     def one(row):
-        words, offset, index, mine = row
+        words, offset, index, per_row = row
         numbers = jnp.stack([offset, seed, index])
-        made = kernel(job, words[None], numbers, {**mine, **shared}, 1, N, K, interpret)
+        made = kernel(job, words[None], numbers, {**per_row, **shared}, 1, N, K, interpret)
         return [x[0] for x in made]
 
-    mine = {name: x[:, None] for name, x in arrays.items() if x.ndim > 1}
-    return lax.map(one, (words, offsets, jnp.arange(B, dtype=jnp.int32), mine))
+    per_row = {name: x[:, None] for name, x in arrays.items() if x.ndim > 1}
+    return lax.map(one, (words, offsets, jnp.arange(B, dtype=jnp.int32), per_row))

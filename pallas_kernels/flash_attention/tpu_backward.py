@@ -1,15 +1,15 @@
-"""The backward kernel of the TPU: gradients of queries, keys and values in one pass, five matrix multiplications a
-tile.
+"""The TPU's backward kernel: gradients of queries, keys and values in one pass, five matrix multiplications per tile.
 
-The list of tiles goes by keys, so dk and dv stay in VMEM until they are whole, summed over the query heads of a group.
-A tile of dq is visited once for each tile of keys: it lives in HBM in float32, and each visit fetches it, adds to it
-and sends it back while the next tile is worked on (two buffers; a visit to the tile of the visit before takes it from
-the buffer). So memory stays O(T), where a copy of dq for each tile of keys would be O(T S / tile).
+The list of tiles is ordered by keys, so dk and dv stay in VMEM until they are complete, summed over the query heads of
+a group. A tile of dq is visited once for each tile of keys. It is stored in HBM in float32; each visit fetches it, adds
+to it and writes it back while the kernel computes the next tile (two buffers; if two visits in a row have the same tile
+of dq, the second takes it from the buffer). So memory stays O(T), whereas a copy of dq for each tile of keys would take
+O(T S / tile).
 
-Keys are in the sublanes and queries in the lanes: log-sum-exp and delta are rows, as they lie in memory.
+Keys are in the sublanes and queries in the lanes, so log-sum-exp and delta are rows, as in memory.
 
 Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
-dimension, V that of the values; q, k as suffixes: a tile or piece of queries or keys.
+dimension, V head dimension of the values; suffixes q, k: a tile or piece of queries or keys.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from pallas_kernels.flash_attention.tpu_forward import (
     UNSEEN,
     Job,
     positions,
-    seen_in,
+    visible_in,
     when_kind,
     word_at,
 )
 from pallas_kernels.flash_attention.tpu_tiles import LANES
 
 TRANSPOSED_LHS = (((0,), (0,)), ((), ()))
-VISITS, LAST_VISITED, PENDING = 0, 1, 2  # words of the kernel's own state; PENDING: one a buffer
+VISITS, LAST_VISITED, PENDING = 0, 1, 2  # indices into the kernel's state words; one PENDING word per buffer
 
 
 def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int, *refs) -> None:
-    """Grid (B, K, P, heads of the group that share the list's entries)."""
+    """Run one grid step. Grid (B, K, P, heads of the group that share the list's entries)."""
     words_ref, numbers_ref = refs[:2]
     inputs = dict(zip(names, refs[2:], strict=False))
     dq_hbm, dk_ref, dv_ref, dk_acc, dv_acc, part_ref, buffer_ref, state_ref, read_sem, write_sems = refs[
@@ -48,8 +48,8 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     q_ref, k_ref, v_ref, do_ref = (inputs[name] for name in ("q", "k", "v", "do"))
     lse_ref, delta_ref = inputs["lse"], inputs["delta"]
     spec, cut = job.spec, job.cut
-    multiply = job.multiply
-    assert multiply is not None  # only the forward kernel scales late
+    scale = job.scale_before_max
+    assert scale is not None  # only the forward kernel scales after the maximum
     row, kv_head, number, shared = (pl.program_id(axis) for axis in range(4))
     word = word_at(job, words_ref, row, kv_head, number, count, kv_heads)
     n = kv_head * job.group + tpu_pairs.head(word) + shared
@@ -72,7 +72,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
             a, b, dims, preferred_element_type=jnp.float32, precision=job.precision
         )
         q_qH, do_qV, k_kH = q_ref[q0:q1, :], do_ref[q0:q1, :], k_ref[k0:k1, :]
-        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * multiply
+        s_kq = dot(k_kH, q_qH, TRANSPOSED_RHS) * scale
         if spec.softcap is not None:
             t_kq = jnp.tanh(s_kq)
             s_kq = t_kq * (spec.softcap * LOG2E)
@@ -88,8 +88,8 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
                 for name in names
                 if name.startswith("k_") or name == "prefix"
             }
-            seen = seen_in(job, q_index, k_index, offset, ints)
-            s_kq = s_kq if seen is None else jnp.where(seen, s_kq, UNSEEN)
+            visible_mask = visible_in(job, q_index, k_index, offset, ints)
+            s_kq = s_kq if visible_mask is None else jnp.where(visible_mask, s_kq, UNSEEN)
         p_kq = jnp.exp2(s_kq - lse_ref[:, q0:q1])
         dp_kq = dot(v_ref[k0:k1, :], do_qV, TRANSPOSED_RHS)
         kept_kq = p_kq
@@ -124,7 +124,7 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
     visit = state_ref[VISITS]
     slot = lax.rem(visit, 2)
     fresh = tpu_pairs.flag(word, 2) == 1
-    again = jnp.logical_not(fresh) & (state_ref[LAST_VISITED] == n * tpu_pairs.MOST_TILES + i)
+    again = jnp.logical_not(fresh) & (state_ref[LAST_VISITED] == n * tpu_pairs.MAX_TILES + i)
     fetch = jnp.logical_not(fresh | again)
     at = dq_hbm.at[row, n, pl.ds(pl.multiple_of(i * cut.q, cut.q), cut.q), :]
     reading = pltpu.make_async_copy(at, buffer_ref.at[slot], read_sem)
@@ -155,13 +155,13 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
         @pl.when(again)
         def _():
-            settle(1 - slot)  # two writes to one place would race
+            settle(1 - slot)  # two writes to the same tile would race
             buffer_ref[slot] = buffer_ref[1 - slot] + part_ref[...]
 
         writing(slot).start()
         state_ref[PENDING + slot] = 1
         state_ref[VISITS] = visit + 1
-        state_ref[LAST_VISITED] = n * tpu_pairs.MOST_TILES + i
+        state_ref[LAST_VISITED] = n * tpu_pairs.MAX_TILES + i
 
     @pl.when((tpu_pairs.flag(word, 1) == 1) & (shared == pl.num_programs(3) - 1))
     def _():
@@ -175,9 +175,10 @@ def backward_kernel(job: Job, names: tuple[str, ...], count: int, kv_heads: int,
 
 
 def backward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
-    """dq [B, N, T, H] float32, yet to be multiplied by the scale, dk [B, K, S, H], dv [B, K, S, V]. `arrays`: q [B, N,
-    T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32; q_segments,
-    q_positions [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
+    """Return dq [B, N, T, H] float32, not yet multiplied by the scale, dk [B, K, S, H] and dv [B, K, S, V].
+
+    `arrays`: q [B, N, T, H], k, v [B, K, S, H or V], do [B, N, T, V]; lse (times log2(e)), delta [B, N, 1, T] float32;
+    q_segments, q_positions [B, 8, T]; k_segments, k_positions, prefix [B, S, 128], int32; alibi [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, H = arrays["q"].shape[2:]
     S, V = arrays["v"].shape[2:]

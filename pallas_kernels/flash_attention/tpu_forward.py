@@ -1,14 +1,14 @@
-"""The forward kernel of the TPU: one pass over the list of tiles that `tpu_pairs` made, with an online softmax (Milakov
-and Gimelshein 2018; Dao et al. 2022) in base 2.
+"""The TPU's forward kernel: one pass over the list of tiles from `tpu_pairs`, with an online softmax (Milakov and
+Gimelshein 2018; Dao et al. 2022) in base 2.
 
-Two things differ from the textbook. Where the values leave columns of the matrix unit unused, ones are put beside them,
-so that the row sums come out of p @ [v | 1] for nothing, already spread over the lanes. And a tile is done in pieces
-whose matrix multiplications are stated one piece ahead of the softmax, so that the compiler can fill one with the
-other.
+It differs from the textbook in two ways. If the values leave columns of the matrix unit unused, columns of ones fill
+them, so that p @ [v | 1] gives the row sums for free, already broadcast over the lanes. And a tile is divided into
+pieces, and each piece's first matrix multiplication is issued before the softmax of the previous piece, so that the
+compiler can overlap the two.
 
 Shapes: B batch, T queries, S keys (both padded to tiles), N query heads, K key/value heads, G = N / K, H head
-dimension, V that of the values, W >= V that of the accumulator; q, k as suffixes: a tile or piece of queries or keys, L
-lanes.
+dimension, V head dimension of the values, W >= V columns of the accumulator; suffixes q, k: a tile or piece of queries
+or keys, L: lanes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pallas_kernels.flash_attention import tpu_pairs
 from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import FULL, MASKED, PARTIAL, visible
 from pallas_kernels.flash_attention.spec import Spec
-from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, up
+from pallas_kernels.flash_attention.tpu_tiles import LANES, Cut, round_up
 
 LOG2E = float(np.log2(np.e))
 UNSEEN = 2 * MASKED  # below the first running maximum, so that exp2(UNSEEN - it) is 0
@@ -35,55 +35,56 @@ TRANSPOSED_RHS = (((1,), (1,)), ((), ()))
 
 @dataclass(frozen=True)
 class Job:
-    """All that is compiled into a kernel."""
+    """The static arguments of a kernel."""
 
     spec: Spec
     cut: Cut
-    S: int  # keys that are there; the rest of the last tile is padding
+    S: int  # keys without padding; the rest of the last tile is padding
     V: int
     group: int  # G
-    rows_differ: bool  # the list has an entry for each row of the batch
-    heads_differ: bool  # ... for each head
-    partial: bool
+    rows_differ: bool  # the list has separate entries for each row of the batch
+    heads_differ: bool  # the list has separate entries for each head
+    partial: bool  # this and the next three: see `tpu_pairs.Pairs`
     full: bool
     shifts: tuple[int, ...]
     only_shifts: bool
-    # The scale times log2(e) multiplies q k^T at once or, where it is above 0 and no soft cap follows, after the
-    # running maximum has been taken from it: the matrix unit's results are then stored once, not twice.
-    multiply: float | None
-    late: float | None
-    ones: int  # columns of ones that the kernel puts beside v; those already in v do not count
-    sums: bool  # the row sums are in the accumulator's columns from V on
+    # Exactly one of these is set: the scale times log2(e), or over the soft cap. It multiplies q k^T immediately or, if
+    # it is positive and there is no soft cap, after the running maximum has been subtracted. The latter stores the
+    # matrix unit's results once, not twice.
+    scale_before_max: float | None
+    scale_after_max: float | None
+    ones: int  # columns of ones that the kernel appends to v, without those already in v
+    sums: bool  # whether the accumulator's columns from V on hold the row sums
     precision: lax.Precision | None
 
     def padded(self) -> bool:
-        """Some of the last tile's keys are not there."""
+        """Return whether the last tile of keys contains padding."""
         return self.S % self.cut.k != 0
 
 
 def positions(job: Job, numbers_ref, row, word, shape: tuple[int, ...], q_from: int, k_from: int, q_axis: int):
-    """Indices of the queries and keys of a piece, each spread over `shape`, and the slot of the first query of the
-    call."""
+    """Return the indices of a piece's queries and keys, each broadcast to `shape`, and the slot of the call's first
+    query."""
     q_index = tpu_pairs.q_tile(word) * job.cut.q + q_from + lax.broadcasted_iota(jnp.int32, shape, q_axis)
     k_index = tpu_pairs.k_tile(word) * job.cut.k + k_from + lax.broadcasted_iota(jnp.int32, shape, 1 - q_axis)
     return q_index, k_index, numbers_ref[row]
 
 
-def seen_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
-    """Which pairs of a piece count; None: all."""
+def visible_in(job: Job, q_index, k_index, offset, ints: dict) -> jax.Array | None:
+    """Return the mask of a piece's visible pairs, or None if all are visible."""
     prefix = ints.get("prefix")
-    seen = visible(
+    visible_mask = visible(
         job.spec.mask, q_index + offset, k_index, ints.get("q_segments"), ints.get("k_segments"),
         ints.get("q_positions"), ints.get("k_positions"), None if prefix is None else prefix != 0,
     )  # fmt: skip
     if job.padded():
         there = k_index < job.S
-        seen = there if seen is None else seen & there
-    return seen
+        visible_mask = there if visible_mask is None else visible_mask & there
+    return visible_mask
 
 
 def when_kind(job: Job, word, offset, do) -> None:
-    """Calls do(pieces, masked) under the conditions that hold for the entry: at most one holds."""
+    """Call do(pieces, masked) under the condition for each kind of entry; at most one condition holds."""
     cut, kind = job.cut, tpu_pairs.kind(word)
     steps = lambda shift: tpu_pairs.steps(job.spec.mask, shift, cut.q, cut.k, cut.sub_q, cut.sub_k, cut.edge)
     if job.full:
@@ -103,7 +104,7 @@ def when_kind(job: Job, word, offset, do) -> None:
 
 
 def word_at(job: Job, words_ref, row, head, number, count: int, heads: int):
-    """The entry of the list. `heads`: how many the list would have."""
+    """Return an entry of the list. `heads`: the number of heads in the list if heads differ."""
     place = number + count * (
         (head if job.heads_differ else 0) + (row * (heads if job.heads_differ else 1) if job.rows_differ else 0)
     )
@@ -111,7 +112,7 @@ def word_at(job: Job, words_ref, row, head, number, count: int, heads: int):
 
 
 def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *refs) -> None:
-    """Grid (B, N, P). `names`: of the inputs after the two lists of numbers."""
+    """Run one grid step. Grid (B, N, P). `names`: the inputs after the two scalar-prefetch arrays."""
     words_ref, numbers_ref = refs[:2]
     inputs = dict(zip(names, refs[2:], strict=False))
     out_ref, lse_ref, max_ref, sum_ref, acc_ref = refs[2 + len(names) :]
@@ -123,9 +124,9 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
 
     @pl.when(tpu_pairs.flag(word, 0) == 1)
     def _():
-        # A sink is a key that was seen before all others, with value zero.
+        # A sink acts as a key with value zero that precedes all others.
         sink = inputs["sinks"][n] if "sinks" in inputs else None
-        top = MASKED if sink is None else sink if job.late is None else sink * (1.0 / job.late)
+        top = MASKED if sink is None else sink if job.scale_after_max is None else sink * (1.0 / job.scale_after_max)
         max_ref[...] = jnp.full(max_ref.shape, top, jnp.float32)
         sum_ref[...] = jnp.full(sum_ref.shape, 0.0 if sink is None else 1.0, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -139,10 +140,10 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         s_qk = lax.dot_general(
             q_ref[q0:q1, :], k_kH, TRANSPOSED_RHS, preferred_element_type=jnp.float32, precision=job.precision
         )
-        return s_qk if job.multiply is None else s_qk * job.multiply
+        return s_qk if job.scale_before_max is None else s_qk * job.scale_before_max
 
     def weights(s_qk, piece, masked: bool):
-        """exp2(logits - running maximum), and by how much what was summed before shrinks."""
+        """Return exp2(logits - running maximum) and the factor that rescales the earlier sums."""
         q0, q1, k0, k1 = piece
         repeats = (k1 - k0) // LANES
         if spec.softcap is not None:
@@ -150,17 +151,17 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
         if masked or "alibi" in inputs or spec.dropout:
             q_index, k_index, offset = positions(job, numbers_ref, row, word, s_qk.shape, q0, k0, 0)
         if "alibi" in inputs:
-            slope = inputs["alibi"][n] * (1.0 if job.late is None else 1.0 / job.late)
+            slope = inputs["alibi"][n] * (1.0 if job.scale_after_max is None else 1.0 / job.scale_after_max)
             s_qk = s_qk - slope * jnp.abs(q_index + offset - k_index).astype(jnp.float32)
         if masked:
             ints = {name: jnp.tile(inputs[name][q0:q1, :], (1, repeats)) for name in names if name.startswith("q_")}
             ints |= {name: inputs[name][:1, k0:k1] for name in names if name.startswith("k_") or name == "prefix"}
-            seen = seen_in(job, q_index, k_index, offset, ints)
-            s_qk = s_qk if seen is None else jnp.where(seen, s_qk, UNSEEN)
+            visible_mask = visible_in(job, q_index, k_index, offset, ints)
+            s_qk = s_qk if visible_mask is None else jnp.where(visible_mask, s_qk, UNSEEN)
         before_qL = max_ref[q0:q1, :]
         now_qL = jnp.maximum(before_qL, s_qk.max(-1)[:, None])
         max_ref[q0:q1, :] = now_qL
-        power = lambda x: jnp.exp2(x if job.late is None else x * job.late)
+        power = lambda x: jnp.exp2(x if job.scale_after_max is None else x * job.scale_after_max)
         shrink_qL = power(before_qL - now_qL)
         p_qk = power(s_qk - jnp.tile(now_qL, (1, repeats)))
         if not job.sums:
@@ -199,21 +200,22 @@ def forward_kernel(job: Job, names: tuple[str, ...], count: int, heads: int, *re
     @pl.when(tpu_pairs.flag(word, 1) == 1)
     def _():
         total_qL = jnp.broadcast_to(acc_ref[:, V : V + 1], max_ref.shape) if job.sums else sum_ref[...]
-        sees = max_ref[...] > MASKED / 2
-        total_qL = jnp.where(sees, total_qL, 1.0)
-        scale = jnp.tile(1.0 / total_qL, (1, up(V) // LANES))[:, :V]
+        has_keys = max_ref[...] > MASKED / 2
+        total_qL = jnp.where(has_keys, total_qL, 1.0)
+        scale = jnp.tile(1.0 / total_qL, (1, round_up(V) // LANES))[:, :V]
         if spec.dropout:
             scale = scale * (1.0 / (1.0 - spec.dropout))
         out_ref[...] = (acc_ref[:, :V] * scale).astype(out_ref.dtype)
-        top_qL = max_ref[...] if job.late is None else max_ref[...] * job.late
-        lse_qL = jnp.where(sees, (top_qL + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
+        top_qL = max_ref[...] if job.scale_after_max is None else max_ref[...] * job.scale_after_max
+        lse_qL = jnp.where(has_keys, (top_qL + jnp.log2(total_qL)) * (1.0 / LOG2E), MASKED)
         lse_ref[...] = lse_qL.T[:1, :]
 
 
 def forward_call(job: Job, words, numbers, arrays: dict[str, jax.Array], B: int, N: int, K: int, interpret):
-    """out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles. `arrays`: q [B, N, T, H], k, v [B, K, S, H or V];
-    q_segments, q_positions [B, T, 128]; k_segments, k_positions, prefix [B, 8, S], int32; alibi, sinks [N], times
-    log2(e)."""
+    """Return out [B, N, T, V] and lse [B, N, 1, T], both padded to tiles.
+
+    `arrays`: q [B, N, T, H], k, v [B, K, S, H or V]; q_segments, q_positions [B, T, 128]; k_segments, k_positions,
+    prefix [B, 8, S], int32; alibi, sinks [N], times log2(e)."""
     cut, (_, C, P) = job.cut, words.shape
     T, dtype = arrays["q"].shape[2], arrays["q"].dtype
     heads = N if C > 1 else 1

@@ -1,9 +1,8 @@
-"""Which tiles the TPU kernels visit, in which order: packed in int32 words for the scalar memory, read by the kernels'
-index maps before anything is loaded, so that no tile that nobody sees costs a transfer or a multiplication.
+"""The list of tiles that the TPU kernels visit, in order, packed into int32 words in scalar memory. The kernels' index
+maps read it before they load anything, so a tile without visible pairs costs no transfer and no multiplication.
 
-A *major* tile is one whose result is accumulated while it is visited; its entries stand together. Forward: major =
-queries, minor = keys. Backward: major = keys, minor = queries (and, where heads have tiles of their own, heads of the
-group).
+The result of a *major* tile is accumulated over its entries, which are consecutive. Forward: major = queries, minor =
+keys. Backward: major = keys, minor = queries (and heads of the group, if heads have different tiles).
 
 Shapes: R rows of the batch or 1, C heads or 1, M major tiles, m minor tiles, P entries.
 """
@@ -19,56 +18,59 @@ from jaxtyping import Array, Int
 from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, Mask, MaskData, tile_kinds
 
 TILE_BITS, HEAD_BITS = 11, 4
-MOST_TILES, MOST_HEADS = 1 << TILE_BITS, 1 << HEAD_BITS
-MOST_WORDS = 1 << 17  # half a MiB of the scalar memory's one
+MAX_TILES, MAX_HEADS = 1 << TILE_BITS, 1 << HEAD_BITS
+MAX_WORDS = 1 << 17  # half a MiB, of 1 MiB of scalar memory
 
 
 class Pairs(NamedTuple):
-    """The list. A word is, from the lowest bit: q tile, k tile, kind, first of its major tile, last, fresh (the first
-    visit
-    to its minor tile: backward only), head in the group."""
+    """The list. A word holds, from the lowest bit: q tile, k tile, kind, whether it is the first entry of its major
+    tile, the last one, or the first visit to its minor tile (backward only), and the head in the group."""
 
     words_RCP: Int[np.ndarray, "R C P"] | Int[Array, "R C P"]
     partial: bool  # some entry may be PARTIAL
-    full: bool  # some may be FULL
-    shifts: tuple[int, ...]  # q slot - k slot of the PARTIAL tiles' first pairs, where known and few
+    full: bool  # some entry may be FULL
+    shifts: tuple[int, ...]  # values of q slot - k slot at PARTIAL tiles' first pairs, if static and at most two
     only_shifts: bool  # every PARTIAL entry has one of `shifts`
     visited_RCm: Array | np.ndarray | None  # backward: which minor tiles have entries; None: all
 
 
 def q_tile(word):
-    """Index of the tile of queries."""
-    return word & (MOST_TILES - 1)
+    """Return the index of the tile of queries."""
+    return word & (MAX_TILES - 1)
 
 
 def k_tile(word):
-    """Index of the tile of keys."""
-    return (word >> TILE_BITS) & (MOST_TILES - 1)
+    """Return the index of the tile of keys."""
+    return (word >> TILE_BITS) & (MAX_TILES - 1)
 
 
 def kind(word):
-    """EMPTY, PARTIAL or FULL."""
+    """Return EMPTY, PARTIAL or FULL."""
     return (word >> (2 * TILE_BITS)) & 3
 
 
 def flag(word, index: int):
-    """0: first entry of its major tile; 1: last; 2: first visit to its minor tile."""
+    """Return a flag of the word. 0: first entry of its major tile; 1: last entry; 2: first visit to its minor tile."""
     return (word >> (2 * TILE_BITS + 2 + index)) & 1
 
 
 def head(word):
-    """Which query head of the group."""
-    return (word >> (2 * TILE_BITS + 5)) & (MOST_HEADS - 1)
+    """Return the index of the query head in its group."""
+    return (word >> (2 * TILE_BITS + 5)) & (MAX_HEADS - 1)
 
 
 def pairs(
     mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int, *, backward: bool = False, group: int = 1
 ) -> Pairs:
-    """Every major tile has at least one entry, of kind EMPTY where it sees nothing, so that its result is written. A
-    NumPy list, exactly as long as there are tiles to do, when the mask is static; else as long as the static part of
-    the mask allows, where surplus entries repeat the last tiles, are EMPTY and neither first nor last. `group`: query
-    heads a key/value head; heads are in the list only if they differ (`blocks_BNIJ`), and then C is that of the
-    key/value heads."""
+    """Return the list of tiles to visit.
+
+    Every major tile has at least one entry, of kind EMPTY if it has no visible pair, so that its result is written. If
+    the mask is static, the list is a NumPy array with exactly the entries that are needed. Otherwise it is as long as
+    the static part of the mask allows; surplus entries repeat the last tiles, are EMPTY, and are neither first nor
+    last.
+
+    `group`: query heads per key/value head. The list contains heads only if they differ (`blocks_BNIJ`); C is then the
+    number of query heads, or of key/value heads in the backward list."""
     kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)  # [R, N|1, I, J]
     most = length(mask, data, T, S, tile_q, tile_k, backward, group if kinds.shape[1] > 1 else 1)
     shifts, only_shifts = _shifts(mask, data, kinds, tile_q, tile_k)
@@ -124,7 +126,7 @@ def pairs(
 
 
 def _static_part(mask: Mask, data: MaskData) -> tuple[Mask, int] | None:
-    """A mask known now that hides no more than the whole does, and its offset."""
+    """Return a static mask that hides no more than the full mask does, and its offset, or None if there is none."""
     if data.prefix_BS is not None or not isinstance(data.offset, int):
         return None
     strided = mask.strided if data.q_positions_BT is None and data.k_positions_BS is None else None
@@ -132,7 +134,7 @@ def _static_part(mask: Mask, data: MaskData) -> tuple[Mask, int] | None:
 
 
 def length(mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int, backward: bool, heads: int) -> int:
-    """Entries of a list, before its heads and rows are counted; `heads` of the group that are in it."""
+    """Return the number of entries P of a list. `heads`: the heads of a group that the list distinguishes."""
     I, J = -(-T // tile_q), -(-S // tile_k)
     known = _static_part(mask, data)
     if known is None:
@@ -143,9 +145,10 @@ def length(mask: Mask, data: MaskData, T: int, S: int, tile_q: int, tile_k: int,
 
 
 def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tuple[tuple[int, ...], bool]:
-    """What decides which pairs of a tile causal and window hide is q slot - k slot of its first pair. Where that takes
-    one or two values among the tiles at their edges, the kernel has a body for each, which leaves out the part that is
-    hidden."""
+    """Return the shifts of the tiles at the edges of causal and window, and whether every PARTIAL tile has one of them.
+
+    The shift, q slot - k slot of a tile's first pair, decides which of its pairs causal and window hide. If the tiles
+    at the edges have only one or two shifts, the kernel gets a body for each that skips the hidden part."""
     if not isinstance(data.offset, int) or data.prefix_BS is not None or not (mask.causal or mask.window):
         return (), False
     I, J = kinds.shape[2:]
@@ -161,9 +164,10 @@ def _shifts(mask: Mask, data: MaskData, kinds, tile_q: int, tile_k: int) -> tupl
 def steps(
     mask: Mask, shift: int | None, tile_q: int, tile_k: int, sub_q: int, sub_k: int, edge: int
 ) -> tuple[tuple[int, int, int, int], ...]:
-    """The pieces (q from, q to, k from, k to) in which a tile is done, keys after keys. With `shift` (see
-    `Pairs.shifts`) in rows of `edge` queries, of which each leaves out the keys that causal and window hide from all of
-    them."""
+    """Return the pieces (q from, q to, k from, k to) of a tile, in order of keys.
+
+    With `shift` (see `Pairs.shifts`), a piece is a row of `edge` queries without the keys that causal and window hide
+    from all of them."""
     if shift is None:
         return tuple(
             (q, min(q + sub_q, tile_q), k, min(k + sub_k, tile_k))
@@ -174,22 +178,21 @@ def steps(
     kinds = tile_kinds(Mask(mask.causal, mask.window), MaskData(shift), tile_q, tile_k, edge_q, edge_k)
     found = []
     for i, row in enumerate(np.asarray(kinds)[0, 0]):
-        seen = np.flatnonzero(row > EMPTY)
-        if seen.size:
+        visible_mask = np.flatnonzero(row > EMPTY)
+        if visible_mask.size:
             found.append(
                 (
                     i * edge_q,
                     min((i + 1) * edge_q, tile_q),
-                    int(seen[0]) * edge_k,
-                    min(int(seen[-1] + 1) * edge_k, tile_k),
+                    int(visible_mask[0]) * edge_k,
+                    min(int(visible_mask[-1] + 1) * edge_k, tile_k),
                 )
             )
     return tuple(found)
 
 
 def zero_unvisited(dq_BNTH: Array, visited_RCm, tile_q: int, group: int) -> Array:
-    """Rows of tiles that no entry visits hold whatever was in memory: make them zero. Backward's result is padded to
-    tiles."""
+    """Return dq, padded to tiles, with zeros in tiles that no entry visits, which hold uninitialized memory."""
     T = dq_BNTH.shape[2]
     R, C, m = visited_RCm.shape
     I = T // tile_q

@@ -1,12 +1,12 @@
-"""Flash attention on GPUs through Pallas' Triton lowering: Ampere and later, and whatever Hopper's own kernels leave.
+"""Flash attention on GPUs (Ampere and later) through Pallas' Triton lowering.
 
 Forward: one program for each tile of queries of each head, which loops over the tiles of keys that it sees. Backward:
-the same for dq, and for dk and dv one program for each tile of keys of each key/value head, which loops over the query
-heads and the tiles of queries that see it; no atomics, so the result is the same each time. Tiles where nothing is seen
-are not visited, tiles where all is seen are worked on without a mask. jax 0.12 warns that this lowering is deprecated.
+the same for dq; for dk and dv, one program for each tile of keys of each key/value head, which loops over the query
+heads and the tiles of queries that see it. Without atomics, the result is deterministic. EMPTY tiles are not visited,
+and FULL tiles are computed without a mask. jax 0.12 warns that this lowering is deprecated.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V that of the values; I tiles of
-queries, J tiles of keys.
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dimension, V head dimension of the values;
+I tiles of queries, J tiles of keys.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from pallas_kernels.flash_attention import triton_kernels as kernels
 from pallas_kernels.flash_attention.mask import EMPTY, FULL, PARTIAL, tile_kinds
 from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 
-LEAST_TILE, MOST_COLUMNS = 16, 256
+MIN_TILE, MAX_COLUMNS = 16, 256
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """Why the call cannot run here, or None."""
+    """Return the reason why the kernels cannot run a call, or None."""
     if extra.bias_BNTS is not None:
         return (
-            "a bias array takes memory for T * S logits, and its gradient too; alibi_N is computed in the kernel; "
-            "implementation='xla' takes a bias"
+            "bias_BNTS is not supported: the bias and its gradient take O(T S) memory. Use implementation='xla', or "
+            "alibi_N, which the kernel computes"
         )
     if q.dtype == jnp.float64:
-        return "float64 has no kernel; implementation='xla' takes it"
-    if max(q.shape[-1], v.shape[-1]) > MOST_COLUMNS:
-        return f"head dimensions {q.shape[-1]} and {v.shape[-1]}: at most {MOST_COLUMNS} fit in a GPU's registers"
+        return "float64 is not supported; use implementation='xla'"
+    if max(q.shape[-1], v.shape[-1]) > MAX_COLUMNS:
+        return f"head dimensions {q.shape[-1]} and {v.shape[-1]}: at most {MAX_COLUMNS} fit in a GPU's registers"
     for name in ("q", "k", "q_dkv", "k_dkv", "q_dq", "k_dq"):
         size, block = getattr(spec.tiles, name), _block(spec, name)
-        if size is not None and (size < LEAST_TILE or size & (size - 1)):
-            return f"tiles.{name} = {size}: must be a power of two, {LEAST_TILE} at least, or None"
-        if block is not None and block % (size or LEAST_TILE):
+        if size is not None and (size < MIN_TILE or size & (size - 1)):
+            return f"tiles.{name} = {size}: must be a power of two of at least {MIN_TILE}, or None"
+        if block is not None and block % (size or MIN_TILE):
             return (
-                f"mask.block_shape = {spec.mask.block_shape}: tiles are powers of two, {LEAST_TILE} at least, and "
-                f"{size or LEAST_TILE} (tiles.{name}) does not divide {block}"
+                f"mask.block_shape = {spec.mask.block_shape}: tiles are powers of two of at least {MIN_TILE}, and "
+                f"tiles.{name} = {size or MIN_TILE} does not divide {block}"
             )
     return None
 
@@ -69,27 +69,27 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
     return dq, dk, dv, None
 
 
-# (queries a tile, keys a tile, warps, stages of the loop's pipeline) by the larger head dimension, up to 64, 128 and
-# 256, of 16-bit inputs. Chosen without a GPU, from what ptxas says of compute capabilities 8.0 and 9.0: the largest
-# tiles that keep the accumulators in registers, in the 99 KiB of shared memory that the smallest GPUs (8.6, 8.9, 12.0)
-# have.
+# (queries per tile, keys per tile, warps, stages of the loop's pipeline) for 16-bit inputs, by the larger head
+# dimension, up to 64, 128 and 256. Chosen without a GPU, from ptxas' output for compute capabilities 8.0 and 9.0: the
+# largest tiles that keep the accumulators in registers and fit in 99 KiB of shared memory, the least of any supported
+# GPU (8.6, 8.9, 12.0).
 SIZES = {
     "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
     "dkv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
 }
-# Of float32: twice the bytes, and products in three passes keep both halves of each operand.
+# For float32, which takes twice the bytes, and whose products in three passes keep both halves of each operand.
 SIZES_FLOAT32 = {
     "forward": {64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 16, 4, 2)},
     "dkv": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 8, 2)},
     "dq": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (16, 16, 4, 2)},
 }
-# The widest part of a head dimension that is one operand, by bytes of an entry: with 256 for float32, registers spill.
-MOST_PART = {2: 256, 4: 64}
+# The widest part of a head dimension in one operand, by bytes per element. With 256 for float32, registers spill.
+MAX_PART = {2: 256, 4: 64}
 
 
 class _Call:
-    """One kernel's arrays, specs and plan."""
+    """The arrays, block specs and plan of one kernel."""
 
     def __init__(self, direction: str, spec: Spec, q: Array, k: Array, v: Array, extra: Extra):
         data, mask = extra.data, spec.mask
@@ -101,14 +101,14 @@ class _Call:
         static = isinstance(kinds_BNIJ, np.ndarray)
         xp = np if static else jnp
         if self.grid_of_keys:
-            if T % tile_q:  # the queries of the last tile that reach beyond T must be told apart
+            if T % tile_q:  # the last tile reaches beyond T, so its queries need a mask
                 whole = xp.arange(kinds_BNIJ.shape[2]) < T // tile_q
                 kinds_BNIJ = xp.where(whole[:, None], kinds_BNIJ, kinds_BNIJ.clip(max=PARTIAL))
             kinds_BNIJ = kinds_BNIJ.swapaxes(2, 3)
         in_ranges = mask.strided is None and all(part is None for part in data[1:])
         walk = list_tiles(kinds_BNIJ, in_ranges)
         self.plan = kernels.Plan(
-            spec, T, S, N, K, H, V, tile_q, tile_k, MOST_PART[q.dtype.itemsize],
+            spec, T, S, N, K, H, V, tile_q, tile_k, MAX_PART[q.dtype.itemsize],
             offset=data.offset if isinstance(data.offset, int) else None,
             ranges=in_ranges,
             any_full=not static or bool((kinds_BNIJ == FULL).any()),
@@ -128,7 +128,7 @@ class _Call:
         }  # fmt: skip
 
     def run(self, kernel: Any, given: dict[str, Array], outputs: dict[str, tuple[tuple[int, ...], Any]]):
-        """`kernel` over the grid; a list of `outputs`."""
+        """Run `kernel` over the grid and return the list of `outputs`."""
         arrays = {name: x for name, x in (self.arrays | given).items() if x is not None}
         shapes = {name: x.shape for name, x in arrays.items()} | {name: shape for name, (shape, _) in outputs.items()}
         specs = {name: self._spec(name, shape) for name, shape in shapes.items()}
@@ -151,13 +151,13 @@ class _Call:
         )(arrays)
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        """Each program sees one row of the batch, whole, and reads what it needs of it; of `walk` its own tile's
-        line."""
+        """Return an array's block spec: a program gets one whole row of the batch and reads the part it needs; of
+        `walk` it gets only its own tile's line."""
         p = self.plan
         if name == "walk":
             lines, axis = (shape[0] > 1), self.grid[0]
-            turned = p.heavy_last and not self.grid_of_keys
-            index = lambda i, n, b: (b if lines else 0, 0, axis - 1 - i if turned else i, 0)
+            reverse = p.heavy_last and not self.grid_of_keys
+            index = lambda i, n, b: (b if lines else 0, 0, axis - 1 - i if reverse else i, 0)
             return pl.BlockSpec((None, shape[1], None, shape[3]), index)
         if len(shape) == 1:
             by_row = name == "offset"
@@ -171,38 +171,36 @@ class _Call:
             block = (None, whole_q if name.startswith("q_") else whole_k)
         else:
             rows = whole_q if name in ("q", "dout", "out", "dq") else whole_k
-            block = (None, rows, shape[2], up(shape[3], kernels.LEAST_PART))
+            block = (None, rows, shape[2], up(shape[3], kernels.MIN_PART))
         return pl.BlockSpec(block, lambda i, n, b: (b,) + (0,) * (len(block) - 1))
 
 
 def sizes(direction: str, spec: Spec, T: int, S: int, columns: int, dtype: Any) -> tuple[int, int, int, int]:
-    """(queries a tile, keys a tile, warps, stages) of 'forward', 'dkv' or 'dq'."""
+    """Return (queries per tile, keys per tile, warps, stages) of 'forward', 'dkv' or 'dq'."""
     table = SIZES_FLOAT32 if jnp.dtype(dtype).itemsize == 4 else SIZES
     row = table[direction][next(limit for limit in (64, 128, 256) if columns <= limit)]
     wanted, (warps, stages) = list(row[:2]), row[2:]
     suffix = "" if direction == "forward" else f"_{direction}"
     for n, (side, length) in enumerate((("q", T), ("k", S))):
         given, block = getattr(spec.tiles, side + suffix), _block(spec, side)
-        fitting = min(
-            wanted[n], max(LEAST_TILE, pl.next_power_of_2(length)), (block and block & -block) or MOST_COLUMNS
-        )
+        fitting = min(wanted[n], max(MIN_TILE, pl.next_power_of_2(length)), (block and block & -block) or MAX_COLUMNS)
         wanted[n] = given or fitting
     return wanted[0], wanted[1], warps, stages
 
 
 def _block(spec: Spec, name: str) -> int | None:
-    """Queries or keys of mask.block_shape."""
+    """Return the queries or keys per block of the mask, for a tile size of that name, or None."""
     shape = spec.mask.block_shape
     return None if shape is None else shape[name.startswith("k")]
 
 
 def list_tiles(kinds_BNIJ: np.ndarray | Array, in_ranges: bool) -> np.ndarray | Array:
-    """What each tile of queries (or, turned, of keys) meets, int32 [B|1, N|1, I, W]: how many FULL tiles, how many
-    PARTIAL ones, and then
-    - `in_ranges`, for masks that see one stretch of tiles, FULL in the middle: the first tile, and how many PARTIAL
-      ones lie
-      before the FULL ones, so that the kernel finds its tiles by addition;
-    - else their indices, FULL before PARTIAL.
+    """Return the tiles that each tile of queries (or, if the last axes are swapped, of keys) visits, int32 [B|1, N|1,
+    I, W]: the number of FULL tiles, the number of PARTIAL ones, and then
+
+    - if `in_ranges`, for masks that see one range of tiles with the FULL ones in the middle: the first tile, and the
+      number of PARTIAL tiles before the FULL ones, so that the kernel finds its tiles by addition;
+    - otherwise the indices of the tiles, FULL before PARTIAL.
     """
     xp = np if isinstance(kinds_BNIJ, np.ndarray) else jnp
     full, partial_ = kinds_BNIJ == FULL, kinds_BNIJ == PARTIAL

@@ -1,10 +1,10 @@
 """The bodies of the Triton kernels: one tile of queries (forward, dq) or of keys (dk and dv) against the tiles that it
-meets.
+visits.
 
-Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V that of the values;
-t, s: the queries and keys of a tile; a "part" is a slice of H or V whose size is a power of two, since Triton's arrays
-must be: 80 is worked on as 64 + 16, without padding to 128. Every ref but `walk` holds one row of the batch, of T, S, H
-and V rounded up to whole tiles and parts; what lies beyond the array is neither read nor written. Logits are kept in
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head dimension, V head dimension of
+the values; t, s: the queries and keys of a tile. A "part" is a slice of H or V whose size is a power of two, as Triton
+requires: 80 is computed as 64 + 16, without padding to 128. Every ref except `walk` holds one row of the batch, with T,
+S, H and V rounded up to whole tiles and parts; elements beyond the array are neither read nor written. Logits are in
 base 2.
 """
 
@@ -23,17 +23,17 @@ from pallas_kernels.flash_attention.dropout import keep
 from pallas_kernels.flash_attention.mask import MASKED, visible
 from pallas_kernels.flash_attention.spec import Spec
 
-# Far below the first running maximum, MASKED: GPUs make x * unit - top one operation, whose product is not rounded as
-# `top` is, so that with equal numbers the difference could be large and positive, and its exponential infinite.
+# Far below the first running maximum, MASKED. GPUs fuse x * unit - top into one operation, whose product is not rounded
+# as `top` is. If UNSEEN were MASKED too, the difference could be large and positive, and its exponential infinite.
 UNSEEN = 2 * MASKED
 
 LOG2E = log2(2.718281828459045)
-LEAST_PART = 16  # the least size of a matrix product in Triton
+MIN_PART = 16  # the smallest side of a matrix product in Triton
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compiled into a kernel, beside the shapes of its refs."""
+    """The static arguments of a kernel, other than the shapes of its refs."""
 
     spec: Spec
     T: int
@@ -44,29 +44,29 @@ class Plan:
     V: int
     tile_q: int
     tile_k: int
-    most_part: int  # the widest part of H or V: a power of two
-    offset: int | None  # None: data
-    ranges: bool  # the tiles that are met form ranges; else they are listed
-    any_full: bool  # some tile may be FULL, some may be PARTIAL
-    any_partial: bool
+    max_part: int  # the widest part of H or V, a power of two
+    offset: int | None  # None: it is data
+    ranges: bool  # whether the tiles to visit form ranges, so that they need not be listed
+    any_full: bool  # some tile may be FULL
+    any_partial: bool  # some tile may be PARTIAL
 
     @property
     def heavy_last(self) -> bool:
-        """Whether later queries meet more keys, so that their tiles should start first."""
+        """Whether later queries see more keys, so that their tiles should start first."""
         return self.spec.mask.causal and self.spec.mask.window is None
 
     def parts(self, size: int) -> list[tuple[int, int]]:
-        """(start, length) of each part of H or V."""
-        return parts(size, self.most_part)
+        """Return (start, length) of each part of H or V."""
+        return parts(size, self.max_part)
 
     def q_tile(self) -> Any:
-        """The tile of queries of this program (axis 0 of the grid)."""
+        """Return the tile of queries of this program (axis 0 of the grid)."""
         i = pl.program_id(0)
         return pl.num_programs(0) - 1 - i if self.heavy_last else i
 
 
 class Side(NamedTuple):
-    """What the mask asks about the queries or the keys of a tile, as [t, 1] or [1, s] (in `dkv`: [1, t], [s, 1])."""
+    """The mask's inputs for the queries or the keys of a tile, as [t, 1] or [1, s] (in `dkv`: [1, t], [s, 1])."""
 
     index: Any
     segment: Any = None
@@ -75,16 +75,16 @@ class Side(NamedTuple):
 
 
 def parts(size: int, most: int) -> list[tuple[int, int]]:
-    """(start, length) of powers of two up to `most`, the largest first, that cover `size`; the last may reach
-    beyond."""
-    covered = -(-size // LEAST_PART) * LEAST_PART
+    """Return (start, length) of parts that cover `size`, largest first. Lengths are powers of two up to `most`; the
+    last part may reach beyond `size`."""
+    covered = -(-size // MIN_PART) * MIN_PART
     rest = covered % most
     lengths = [most] * (covered // most) + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
     return [(sum(lengths[:n]), length) for n, length in enumerate(lengths)]
 
 
 def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
-    """One tile of queries of one head: out, and the log-sum-exp (natural logarithm)."""
+    """Compute out and the log-sum-exp (natural logarithm) for one tile of queries of one head."""
     i, n, b = p.q_tile(), pl.program_id(1), pl.program_id(2)
     first, head = i * p.tile_q, lax.div(n, jnp.int32(p.N // p.K))
     q = _load(p, refs["q"], first, p.tile_q, n, p.H, p.T)
@@ -117,16 +117,16 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, lse_ref) -> None:
         top, total = jnp.full((p.tile_q,), MASKED, jnp.float32), jnp.zeros((p.tile_q,), jnp.float32)
     out = tuple(jnp.zeros((p.tile_q, size), jnp.float32) for _, size in p.parts(p.V))
     top, total, out = _sweep(p, refs["walk"], n, step, (top, total, out))
-    # While a query has seen nothing, `top` is MASKED and its weights are exp2(UNSEEN - MASKED) = 0.
-    blind = top <= MASKED / 2
-    factor = jnp.where(blind, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
+    # Until a query sees a key, `top` is MASKED and its weights are exp2(UNSEEN - MASKED) = 0.
+    no_keys = top <= MASKED / 2
+    factor = jnp.where(no_keys, 0.0, 1.0 / (total * (1.0 - p.spec.dropout)))
     _store(p, out_ref, first, p.tile_q, n, p.V, p.T, tuple(o * factor[:, None] for o in out))
-    lse = jnp.where(blind, MASKED, top * (1.0 / LOG2E) + jnp.log(total))
+    lse = jnp.where(no_keys, MASKED, top * (1.0 / LOG2E) + jnp.log(total))
     _store_vector(lse_ref, first, p.tile_q, n, p.T, lse)
 
 
 def dq(p: Plan, refs: dict[str, Any], dq_ref) -> None:
-    """One tile of queries of one head: the gradient of q."""
+    """Compute the gradient of q for one tile of queries of one head."""
     i, n, b = p.q_tile(), pl.program_id(1), pl.program_id(2)
     first, head = i * p.tile_q, lax.div(n, jnp.int32(p.N // p.K))
     q = _load(p, refs["q"], first, p.tile_q, n, p.H, p.T)
@@ -155,8 +155,8 @@ def dq(p: Plan, refs: dict[str, Any], dq_ref) -> None:
 
 
 def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
-    """One tile of keys of one key/value head: the gradients of k and v, summed over the G query heads in their order.
-    Tiles are [s, t], so that the products with dout and q take them as they are."""
+    """Compute the gradients of k and v for one tile of keys of one key/value head, summed over the G query heads in
+    order. Tiles are [s, t], so that the products with dout and q need no transpose."""
     first, head, b = pl.program_id(0) * p.tile_k, pl.program_id(1), pl.program_id(2)
     G = p.N // p.K
     k = _load(p, refs["k"], first, p.tile_k, head, p.H, p.S)
@@ -195,14 +195,14 @@ def dkv(p: Plan, refs: dict[str, Any], dk_ref, dv_ref) -> None:
 
 
 def _sweep(p: Plan, walk, n, step, carry):
-    """`step` over the tiles that are met: those of kind FULL without the mask, then the PARTIAL ones. `walk`: see
-    triton.py."""
+    """Run `step` over the tiles to visit: FULL ones without the mask, then PARTIAL ones with it. For `walk`, see
+    `list_tiles` in triton.py."""
     n = n if walk.shape[0] > 1 else 0
     full, partial = walk[n, 0], walk[n, 1]
     if p.ranges:
         start, left = walk[n, 2], walk[n, 3]
         full_tile = lambda j: start + left + j
-        partial_tile = lambda j: start + j + jnp.where(j < left, 0, full)  # on both sides of the full ones
+        partial_tile = lambda j: start + j + jnp.where(j < left, 0, full)  # on both sides of the FULL tiles
     else:
         full_tile, partial_tile = lambda j: walk[n, 2 + j], lambda j: walk[n, 2 + full + j]
     if p.any_full:
@@ -213,8 +213,8 @@ def _sweep(p: Plan, walk, n, step, carry):
 
 
 def _logits(p: Plan, refs, b, n):
-    """A function that turns products q.k into (x, unit, slope): the logits in base 2 are x * unit, those of unseen
-    pairs about UNSEEN; slope is d logit / d (scale * q.k)."""
+    """Return a function from the products q.k to (x, unit, slope). The logits in base 2 are x * unit, about UNSEEN for
+    unseen pairs; slope is d logit / d (scale * q.k)."""
     spec, offset = p.spec, refs["offset"][0] if p.offset is None else p.offset
     alibi = refs["alibi"][n] * LOG2E if "alibi" in refs else None
 
@@ -227,17 +227,17 @@ def _logits(p: Plan, refs, b, n):
             distance = jnp.abs(queries.index + offset - keys.index).astype(jnp.float32)
             x, unit = x * unit - alibi * distance, 1.0
         elif unit < 1e-3:
-            x, unit = x * unit, 1.0  # below, `unit` is a divisor, and must be positive for the maximum
+            x, unit = x * unit, 1.0  # `unit` is a divisor below, and must be positive for the maximum
         if masked:
-            seen = visible(
+            visible_mask = visible(
                 spec.mask, queries.index + offset, keys.index, queries.segment, keys.segment,
                 queries.position, keys.position, keys.prefix,
             )  # fmt: skip
             if p.S % p.tile_k:
                 inside = keys.index < p.S
-                seen = inside if seen is None else seen & inside
-            if seen is not None:
-                x = jnp.where(seen, x, UNSEEN / unit)
+                visible_mask = inside if visible_mask is None else visible_mask & inside
+            if visible_mask is not None:
+                x = jnp.where(visible_mask, x, UNSEEN / unit)
         return x, unit, slope
 
     return logits
@@ -251,7 +251,7 @@ def _dropout(p: Plan, refs, b, n):
 
 
 def _tanh(x):
-    """By exp2, which is one instruction; the error, 1e-7, is small beside the 1 that a soft cap bends to."""
+    """Return tanh by exp2, which is one instruction. Its error of 1e-7 is small against tanh's limit of 1."""
     return 1.0 - 2.0 / (1.0 + jnp.exp2(x * (2.0 * LOG2E)))
 
 
@@ -271,7 +271,7 @@ def _side(p: Plan, refs, name: str, first, tile: int, length: int, axis: int) ->
 
 
 def _product(p: Plan, a: tuple, b: tuple):
-    """a b^T, summed over the parts."""
+    """Return a b^T, summed over the parts."""
     total = _dot(p, a[0], b[0], 1)
     for x, y in zip(a[1:], b[1:], strict=True):
         total = total + _dot(p, x, y, 1)
@@ -279,8 +279,10 @@ def _product(p: Plan, a: tuple, b: tuple):
 
 
 def _dot(p: Plan, a, b, axis: int = 0):
-    """A matrix product summed in float32; `axis`: the one of b that is summed over. float32 takes three passes of TF32
-    on the tensor cores, which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
+    """Return a matrix product summed in float32; `axis` is the contracted axis of b.
+
+    float32 inputs take three passes of TF32 on the tensor cores, with an error of about 1e-6, where one pass would err
+    by 1e-3. The interpreter has no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(
         a, b, (((1,), (axis,)), ((), ())), precision=three if a.dtype == jnp.float32 else None,
@@ -289,7 +291,7 @@ def _dot(p: Plan, a, b, axis: int = 0):
 
 
 def _mask(first, tile: int, length: int, column: int = 0, size: int = 0, columns: int = 0, check: bool = True):
-    """What of a tile lies in the array; None: all."""
+    """Return the mask of a tile's elements that lie in the array, or None if all do."""
     mask = None
     if check and length % tile:
         mask = first + lax.iota(jnp.int32, tile) < length
@@ -301,7 +303,8 @@ def _mask(first, tile: int, length: int, column: int = 0, size: int = 0, columns
 
 
 def _load(p: Plan, ref, first, tile: int, head, columns: int, length: int, check: bool = True) -> tuple:
-    """[tile, part] for each part of `columns`; 0 beyond the array. `check`: the tile may reach beyond."""
+    """Load [tile, part] for each part of `columns`, with 0 beyond the array. `check`: whether the tile may reach beyond
+    it."""
     loaded = []
     for column, size in p.parts(columns):
         mask = _mask(first, tile, length, column, size, columns, check)

@@ -1,10 +1,10 @@
-"""Attention in tiles of plain JAX: any device, any feature, memory O(T). What a CPU, or a shape no kernel takes, runs.
+"""Attention in tiles of plain JAX, for CPUs and for calls that no kernel runs: any device, any feature, O(T) memory.
 
-Only tiles that may hold a seen pair are visited: a loop takes one pair (tile of queries, tile of keys) of a list after
-the other, and updates the accumulators of all queries (and keys) in place.
+A loop over a list of (tile of queries, tile of keys) visits only tiles that may hold a visible pair, and updates the
+accumulators of all queries (and keys) in place.
 
-Shapes: B batch, T queries, S keys, K key/value heads, G query heads of each, H head dimension, V that of the values;
-t, s: the queries and keys of a tile.
+Shapes: B batch, T queries, S keys, K key/value heads, G query heads per key/value head, H head dimension, V head
+dimension of the values; t, s: the queries and keys of a tile.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ from pallas_kernels.flash_attention.mask import EMPTY, MASKED, tile_kinds, visib
 from pallas_kernels.flash_attention.spec import Extra, Shaped, Spec
 from pallas_kernels.target import target
 
-TILE = 512  # queries and keys a step, on accelerators
-CPU_TILE, CPU_BYTES = (
-    (64, 128),
-    1 << 20,
-)  # on CPUs, between these: as many as keep the float32 logits of a step in the cache
+TILE = 512  # queries and keys per step, on accelerators
+# On CPUs, the least and most queries and keys per step; between them, a step's float32 logits take CPU_BYTES of cache.
+CPU_TILE, CPU_BYTES = (64, 128), 1 << 20
 
 
 def unsupported(spec: Spec, q: Shaped, k: Shaped, v: Shaped, extra: Extra) -> str | None:
-    """It runs everything."""
+    """Return None: this implementation runs every call."""
     return None
 
 
 class Tile(NamedTuple):
-    """First query and first key (traced), and how many of each."""
+    """A tile: its first query and first key (traced), and the number of each."""
 
     t: Array
     s: Array
@@ -43,23 +41,23 @@ class Tile(NamedTuple):
     keys: int
 
     def of_queries(self, x: Array) -> Array:
-        """x[:, :, :, t]"""
+        """Return x[:, :, :, t]."""
         return jax.lax.dynamic_slice_in_dim(x, self.t, self.queries, axis=3)
 
     def of_keys(self, x: Array) -> Array:
-        """x[:, :, s]"""
+        """Return x[:, :, s]."""
         return jax.lax.dynamic_slice_in_dim(x, self.s, self.keys, axis=2)
 
     def set_queries(self, x: Array, new: Array) -> Array:
-        """`x` with `new` at the tile's queries."""
+        """Return `x` with `new` at the tile's queries."""
         return jax.lax.dynamic_update_slice_in_dim(x, new, self.t, axis=3)
 
     def add_queries(self, x: Array, new: Array) -> Array:
-        """`x` with `new` added at the tile's queries."""
+        """Return `x` with `new` added at the tile's queries."""
         return self.set_queries(x, self.of_queries(x) + new)
 
     def add_keys(self, x: Array, new: Array) -> Array:
-        """`x` with `new` added at the tile's keys."""
+        """Return `x` with `new` added at the tile's keys."""
         return jax.lax.dynamic_update_slice_in_dim(x, self.of_keys(x) + new, self.s, axis=2)
 
 
@@ -73,9 +71,8 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
         out, top, total = (tile.of_queries(x) for x in carry)
         logits, _ = walk.logits(tile.of_queries(q), tile.of_keys(k), tile)
         new_top = jnp.maximum(top, logits.max(-1))
-        weights = jnp.exp(
-            logits - jnp.maximum(new_top, MASKED / 2)[..., None]
-        )  # a query that has seen nothing: all zero
+        # The weights of a query that has not seen a key yet are all zero.
+        weights = jnp.exp(logits - jnp.maximum(new_top, MASKED / 2)[..., None])
         shrink = jnp.exp(top - new_top)
         dropped = walk.drop(weights, tile).astype(v.dtype)
         out = out * shrink[..., None] + _dot("bkgts,bksv->bkgtv", dropped, tile.of_keys(v), wide)
@@ -87,9 +84,9 @@ def forward(spec: Spec, q_BTNH: Array, k_BSKH: Array, v_BSKV: Array, extra: Extr
         top = jnp.broadcast_to(walk.of_heads(extra.sinks_N), top.shape).astype(wide)
         total = jnp.ones_like(total)
     out, top, total = walk.run(step, (jnp.zeros((*top.shape, v.shape[-1]), wide), top, total))
-    sees = total > 0
-    total = jnp.where(sees, total, 1.0)
-    lse = jnp.where(sees, top + jnp.log(total), MASKED)
+    has_keys = total > 0
+    total = jnp.where(has_keys, total, 1.0)
+    lse = jnp.where(has_keys, top + jnp.log(total), MASKED)
     lse_BNT = lse.reshape(lse.shape[0], -1, lse.shape[3])[:, :, : walk.T]
     return walk.rows(out / total[..., None], q_BTNH.dtype), lse_BNT
 
@@ -131,7 +128,7 @@ def backward(spec: Spec, q_BTNH, k_BSKH, v_BSKV, extra: Extra, lse_BNT, delta_BN
 
 
 class _Walk:
-    """Which tiles a call visits, and what its masks and biases are there."""
+    """The tiles that a call visits, with its masks and biases."""
 
     def __init__(self, spec: Spec, q_shape: tuple[int, ...], k_shape: tuple[int, ...], extra: Extra):
         self.spec, self.extra = spec, extra
@@ -145,15 +142,15 @@ class _Walk:
         if mask.block_shape is not None:
             tile_q, tile_k = gcd(tile_q, mask.block_shape[0]), gcd(tile_k, mask.block_shape[1])
         kinds = tile_kinds(mask, data, T, S, tile_q, tile_k)
-        seen = (kinds != EMPTY).any((0, 1)).reshape(-1)
-        # Tiles to visit, first; a list that depends on data is as long as all tiles, and `count` says how many count.
-        self.order = np.flatnonzero(seen) if isinstance(seen, np.ndarray) else jnp.argsort(~seen, stable=True)
-        self.count = seen.sum()
+        visited = (kinds != EMPTY).any((0, 1)).reshape(-1)
+        # The tiles to visit come first. A list that depends on data is as long as all tiles, and only `count` are used.
+        self.order = np.flatnonzero(visited) if isinstance(visited, np.ndarray) else jnp.argsort(~visited, stable=True)
+        self.count = visited.sum()
         self.columns, self.tile = kinds.shape[3], (tile_q, tile_k)
         self.shape = kinds.shape[2] * tile_q, kinds.shape[3] * tile_k
 
     def run(self, step, carry):
-        """`step(carry, tile)` for every tile that may hold a seen pair."""
+        """Run `step(carry, tile)` for every tile that may hold a visible pair."""
         order = jnp.asarray(self.order, jnp.int32)
 
         def body(p, carry):
@@ -163,26 +160,26 @@ class _Walk:
         return jax.lax.fori_loop(0, self.count, body, carry) if len(self.order) else carry
 
     def queries(self, x_BTNH: Array, fill: float = 0.0) -> Array:
-        """[B, T, N, H] as [B, K, G, T, H], filled up to whole tiles."""
+        """Return x [B, T, N, H] as [B, K, G, T, H], padded to whole tiles."""
         B, T, N, H = x_BTNH.shape
         x = x_BTNH.reshape(B, T, self.K, N // self.K, H).transpose(0, 2, 3, 1, 4)
         return _fill(x, 3, self.shape[0], fill)
 
     def keys(self, x_BSKH: Array) -> Array:
-        """[B, S, K, H] as [B, K, S, H], filled up to whole tiles."""
+        """Return x [B, S, K, H] as [B, K, S, H], padded to whole tiles."""
         return _fill(x_BSKH.transpose(0, 2, 1, 3), 2, self.shape[1], 0.0)
 
     def rows(self, x_BKGTV: Array, dtype) -> Array:
-        """[B, K, G, T, V] as [B, T, N, V], without what was filled."""
+        """Return x [B, K, G, T, V] as [B, T, N, V], without padding."""
         x = x_BKGTV[:, :, :, : self.T].transpose(0, 3, 1, 2, 4)
         return x.reshape(*x.shape[:2], self.N, x.shape[-1]).astype(dtype)
 
     def of_heads(self, x_N: Array) -> Array:
-        """A number a head, to broadcast against [B, K, G, T]."""
+        """Return one number per head, shaped to broadcast against [B, K, G, T]."""
         return x_N.reshape(self.K, -1)[None, :, :, None]
 
     def logits(self, q_t: Array, k_s: Array, tile: Tile) -> tuple[Array, Array | None]:
-        """What the softmax is taken of, MASKED where unseen, and the soft cap's derivative there; [B, K, G, t, s]."""
+        """Return the logits [B, K, G, t, s], MASKED where unseen, and the soft cap's derivative or None."""
         spec, extra, data, slope = self.spec, self.extra, self.extra.data, None
         logits = _dot("bkgth,bksh->bkgts", q_t, k_s, jnp.promote_types(q_t.dtype, jnp.float32)) * spec.scale
         if spec.softcap is not None:
@@ -204,21 +201,21 @@ class _Walk:
         def row(x_BS):
             return None if x_BS is None else _part(x_BS, tile.s, tile.keys, self.shape[1])[:, None, :]
 
-        seen = visible(
+        visible_mask = visible(
             spec.mask, slots, s, column(data.q_segments_BT), row(data.k_segments_BS),
             column(data.q_positions_BT), row(data.k_positions_BS), row(data.prefix_BS),
         )  # fmt: skip
         if self.shape[1] > self.S:
-            seen = s < self.S if seen is None else seen & (s < self.S)
-        if seen is not None:
-            logits = jnp.where(seen if seen.ndim == 2 else seen[:, None, None], logits, MASKED)
+            visible_mask = s < self.S if visible_mask is None else visible_mask & (s < self.S)
+        if visible_mask is not None:
+            logits = jnp.where(visible_mask if visible_mask.ndim == 2 else visible_mask[:, None, None], logits, MASKED)
         if data.blocks_BNIJ is not None and spec.mask.block_shape is not None:
             rows, columns = t // spec.mask.block_shape[0], s // spec.mask.block_shape[1]
             logits = jnp.where(self._by_head(data.blocks_BNIJ[:, :, rows, columns]), logits, MASKED)
         return logits, slope
 
     def drop(self, weights: Array, tile: Tile) -> Array:
-        """Weights [B, K, G, t, s] after dropout."""
+        """Return the weights [B, K, G, t, s] after dropout."""
         if not self.spec.dropout:
             return weights
         B = weights.shape[0]
@@ -228,13 +225,13 @@ class _Walk:
         return jnp.where(keeps, weights / (1.0 - self.spec.dropout), 0.0)
 
     def _by_head(self, x_BNTS: Array) -> Array:
-        """[B|1, N|1, ...] to broadcast against [B, K, G, ...]."""
+        """Return x [B|1, N|1, ...] shaped to broadcast against [B, K, G, ...]."""
         one = x_BNTS.shape[1] == 1
         return x_BNTS[:, :, None] if one else x_BNTS.reshape(x_BNTS.shape[0], self.K, -1, *x_BNTS.shape[2:])
 
 
 def _dot(equation: str, a: Array, b: Array, wide) -> Array:
-    # float32 stays float32 on accelerators too, whose default would round it to fewer bits.
+    # Accelerators round float32 inputs to fewer bits by default.
     precision = "highest" if a.dtype == b.dtype == wide else None
     return jnp.einsum(equation, a, b, preferred_element_type=wide, precision=precision)
 

@@ -1,8 +1,8 @@
-"""Grouped matmul: each run of rows times the matrix of its group (Gale et al. 2022, MegaBlocks; `jax.lax.ragged_dot`).
+"""Grouped matmul: each group of rows times its own matrix (Gale et al. 2022, MegaBlocks; `jax.lax.ragged_dot`).
 
-The rows of group 0 come first, then those of group 1, and so on: any number of rows a group, none too, aligned to
-nothing. Implementations: 'tpu' (Mosaic), 'triton' (GPUs), 'xla' (plain JAX in blocks of rows, for CPUs), 'reference'
-(ragged_dot).
+The rows of group 0 come first, then those of group 1, and so on. A group may have any number of rows, including none,
+and needs no alignment. Implementations: 'tpu' (Mosaic), 'triton' (GPUs), 'xla' (plain JAX in blocks of rows, for CPUs),
+'reference' (ragged_dot).
 
 Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
@@ -41,17 +41,20 @@ def grouped_matmul(
     implementation: str | None = None,
     interpret: Any = False,
 ) -> Float[Array, "M N"]:
-    """lhs[m] @ rhs[e] for every row m of group e; rows after the last group are zero.
+    """Return lhs[m] @ rhs[e] for every row m of group e; rows after the last group are zero.
 
-    lhs: float32, bfloat16 or float16; rhs of the same dtype, or int8 or float8 with `scale_EN`, which multiplies the
-    columns of the product (such weights get no gradient). Sums in float32; the result has the dtype of lhs.
-    `transpose`: rhs is [E, N, K]. sizes: integers of 0 or more, whose sum is at most M.
-    `implementation`: None takes the best for the backend that can run the call. Where none can, or a named one cannot,
-    ValueError says why.
-    `interpret` (True, or an interpreter's parameters) runs a named Pallas kernel on the CPU, slowly, for tests.
-    Inside shard_map: with check_vma=False, since the kernels' loops do not carry the types of varying axes.
+    - lhs: float32, bfloat16 or float16.
+    - rhs: the dtype of lhs, or int8 or float8 with `scale_EN`, which multiplies the columns of the product. Quantized
+      weights get no gradient.
+    - sizes: rows per group, 0 or more, with a sum of at most M.
+    - `transpose`: rhs is [E, N, K].
+    - `implementation`: None selects the best for the backend that can run the call. If none can, or a named one cannot,
+      a ValueError gives the reason.
+    - `interpret`: True, or an interpreter's parameters: run the named Pallas kernel on the CPU, slowly, for tests.
 
-    Differentiable with respect to lhs and rhs. Raises ValueError on arguments that do not fit, naming them.
+    Sums are float32; the result has the dtype of lhs. Differentiable with respect to lhs and rhs. Inside shard_map, use
+    check_vma=False, since the kernels' loops do not carry the types of varying axes. Raises ValueError if arguments do
+    not fit together, and names them.
     """
     if rhs_EKN.ndim != 3:
         raise ValueError(f"rhs of shape {rhs_EKN.shape}: must be [E, K, N], or [E, N, K] with transpose")
@@ -74,11 +77,11 @@ def grouped_glu(
     implementation: str | None = None,
     interpret: Any = False,
 ) -> Float[Array, "M N"]:
-    """activation(lhs[m] @ rhs[e, :, 0], ...) of the G products, which need not reach memory: the first half of a gated
-    MLP (Shazeer 2020), or of a plain one where G is 1.
+    """Return activation(lhs[m] @ rhs[e, :, 0], ...) of the G products: the first half of a gated MLP (Shazeer 2020), or
+    of a plain MLP if G is 1. Without gradients, the kernels do not write the products to memory.
 
-    `activation`: a function of G arrays, element by element, the same object in every call (it is compiled in). It is
-    applied in float32. The rest as in `grouped_matmul`. For a gradient the products are kept, in the dtype of lhs.
+    `activation` is an elementwise function of G arrays, applied in float32. It is compiled in, so pass the same object
+    in every call. For gradients the products are kept, in the dtype of lhs. Other arguments as in `grouped_matmul`.
     """
     if rhs_EKGN.ndim != 4:
         raise ValueError(f"rhs of shape {rhs_EKGN.shape}: must be [E, K, G, N]")
@@ -89,7 +92,7 @@ def grouped_glu(
 
 
 def best_implementation(platform: str, device_kind: str) -> tuple[str, ...]:
-    """Implementations for a backend, in the order they are tried. `device_kind` as jax.Device says it."""
+    """Return the implementations for a backend, in the order they are tried. `device_kind` is jax.Device's."""
     if runs_triton(platform, device_kind):
         return ("triton", "xla")
     return ("tpu", "xla") if platform == "tpu" else ("xla",)
@@ -99,25 +102,25 @@ def _call(spec: Spec, implementation: str | None, lhs, rhs, scale, sizes):
     spec.tiles.validate()
     inner = rhs.shape[2] if spec.transpose else rhs.shape[1]
     if lhs.ndim != 2 or lhs.shape[1] != inner:
-        raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: must be [M, K] and [E, K, N], of one K")
+        raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: must be [M, K] and [E, K, N] with the same K")
     if 0 in lhs.shape or 0 in rhs.shape:
         raise ValueError(f"lhs {lhs.shape}, rhs {rhs.shape}: no dimension may be empty")
     if lhs.dtype.name not in DTYPES or rhs.dtype.name not in (lhs.dtype.name, *QUANTIZED):
         raise ValueError(
-            f"lhs is {lhs.dtype}, rhs {rhs.dtype}: must share one of {', '.join(DTYPES)}, or rhs be one of "
+            f"lhs is {lhs.dtype}, rhs {rhs.dtype}: must share one of {', '.join(DTYPES)}, or rhs must be one of "
             f"{', '.join(QUANTIZED)}"
         )
     if (scale is not None) != (rhs.dtype.name in QUANTIZED):
         raise ValueError(
-            f"rhs of {rhs.dtype} with{'out' if scale is None else ''} a scale: a scale belongs to "
-            f"{', '.join(QUANTIZED)} alone"
+            f"rhs of {rhs.dtype} with{'out' if scale is None else ''} a scale: {', '.join(QUANTIZED)} need a scale, "
+            "other dtypes take none"
         )
     if sizes.shape != rhs.shape[:1] or not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise ValueError(
-            f"sizes of shape {sizes.shape} and {sizes.dtype}: must be one integer a group, ({rhs.shape[0]},)"
+            f"sizes of shape {sizes.shape} and {sizes.dtype}: must be one integer per group, ({rhs.shape[0]},)"
         )
     if spec.interpret and implementation is None:
-        raise ValueError("interpret = True: name the kernel to interpret, implementation = 'tpu' or 'triton'")
+        raise ValueError("interpret = True: name the kernel to interpret. Set implementation to 'tpu' or 'triton'")
     scale = None if scale is None else jax.lax.stop_gradient(scale.astype(jnp.float32))
     name = _choose(implementation, spec, lhs, rhs, scale)
     return _matmul(name, spec, lhs, rhs, scale, sizes.astype(jnp.int32))
@@ -138,8 +141,8 @@ def _choose(implementation: str | None, spec: Spec, lhs: Array, rhs: Array, scal
         reasons[name] = _module(name).unsupported(spec, lhs, rhs, scale)
         if reasons[name] is None:
             return name
-    told = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"implementation = None: of those for a {target()[0]} none takes the call. {told}")
+    listed = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+    raise ValueError(f"implementation = None: no implementation for a {target()[0]} can run the call. {listed}")
 
 
 def _module(name: str) -> ModuleType:
@@ -162,14 +165,14 @@ def _matmul_backward(name, spec, kept, dout):
         wide = jnp.promote_types(products.dtype, jnp.float32)
         gates = [products[:, g].astype(wide) for g in range(products.shape[1])]
         _, pull = jax.vjp(spec.activation, *gates)
-        # Side by side, as they are read: stacked they would be copied once more, which at 20,480 x 28,672 is 1.2 GB.
+        # Concatenated, as the next matmul reads them. Stacking would add a copy, which at 20,480 x 28,672 is 1.2 GB.
         dout = jnp.concatenate([dgate.astype(lhs.dtype) for dgate in pull(dout.astype(wide))], axis=1)
     plain = Spec(not spec.transpose, None, spec.tiles, spec.interpret)
     module, E = _module(name), rhs.shape[0]
-    # [E, K, G N] read as [E, N, K] of the way back; [E, N, K] read as [E, K, 1, N]
+    # The backward matmul reads [E, K, G N] as its [E, N, K], or [E, N, K] as its [E, K, 1, N].
     back = rhs[:, :, None] if spec.transpose else rhs.reshape(E, rhs.shape[1], -1)
     scaled = dout
-    if scale is not None:  # the columns that are now contracted
+    if scale is not None:  # the backward matmul contracts the columns that the scale multiplies
         expert_M = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=lhs.shape[0])
         scaled = (dout * scale.reshape(E, -1)[expert_M]).astype(lhs.dtype)
     dlhs = module.forward(plain, scaled, back, None, sizes, False)[0]

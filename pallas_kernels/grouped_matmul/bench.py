@@ -1,8 +1,8 @@
-"""What `python -m pallas_kernels.bench grouped_matmul` times: the experts' MLP on sorted rows, forward, and forward
-with backward, beside `jax.lax.ragged_dot`, padded batches and every expert on every row; and its cost against the
-number of experts.
+"""The calls that `python -m pallas_kernels.bench grouped_matmul` times: the experts' MLP on sorted rows, forward, and
+forward with backward, by our implementations, `jax.lax.ragged_dot`, padded batches and every expert on every row; and
+its cost by number of experts.
 
-Shapes: M rows (tokens times choices), E experts, D width, F hidden width of an expert.
+Shapes: M rows (tokens times experts per token), E experts, D width, F hidden width of an expert.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from pallas_kernels.grouped_matmul.shapes import swiglu
 from pallas_kernels.target import target
 
 EXPERTS = (8, 16, 64, 128, 256)
-# FLOPs that a way which takes E times as many may need on a CPU, where ragged_dot is one of them; experts, elsewhere.
+# Limits for ways that compute every expert on every row: FLOPs on a CPU, where ragged_dot is one of them, and experts
+# elsewhere.
 DENSE_ON_CPU, DENSE_AT_MOST = 2e10, 16
 
 
 @dataclass(frozen=True)
 class Size:
-    """Experts and their rows."""
+    """The sizes of one call."""
 
     name: str
     M: int
@@ -38,9 +39,9 @@ class Size:
 
 
 def cases(platform: str, quick: bool) -> Iterator[Size]:
-    """Mixtral's experts, and fine-grained ones; then E = 8 to 256, in each row of sizes of equal FLOPs: with as many
-    rows, as where only the number of experts grows, and with rows * E / 8 of width * 8 / E, as where experts are cut
-    finer (Dai et al. 2024, DeepSeekMoE)."""
+    """Yield Mixtral's and fine-grained experts, then two series with E = 8 to 256 and equal FLOPs: one with constant
+    rows, where only the number of experts grows, and one with rows * E / 8 and width * 8 / E, where experts are split
+    into smaller ones (Dai et al. 2024, DeepSeekMoE)."""
     small = platform == "cpu"
     if small:
         yield Size("8 experts, 2 of each token", 4096, 8, 128, 256)
@@ -59,7 +60,7 @@ def cases(platform: str, quick: bool) -> Iterator[Size]:
 
 
 def contests(platform: str, quick: bool) -> Iterator[Contest]:
-    """Each size forward, then forward with backward. Rows fall on experts by chance, so that runs are unaligned."""
+    """Yield each size forward, then forward with backward. Rows are assigned at random, so groups are unaligned."""
     dtype = "float32" if platform == "cpu" else "bfloat16"
     for size in cases(platform, quick):
         sizes = np.random.default_rng(0).multinomial(size.M, [1 / size.E] * size.E).astype(np.int32)
@@ -79,7 +80,7 @@ def contests(platform: str, quick: bool) -> Iterator[Contest]:
 
 
 def _arrays(size: Size, dtype: str) -> tuple[Array, ...]:
-    """Return rows, weights up and weights down."""
+    """Return rows, up weights (gate and up) and down weights."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((size.M, size.D), (size.E, size.D, 2, size.F), (size.E, size.F, size.D))
     scales = (1.0, size.D**-0.5, size.F**-0.5)
@@ -120,8 +121,8 @@ def _by(matmul: Callable, x, up, down, sizes):
 
 
 def _batched(most: int, x, up, down, sizes):
-    """Experts as a batch of equal runs of `most` rows, gathered and given back by gathers: what a capacity without
-    drops would need to know beforehand."""
+    """Run experts as a batch of `most` rows each, gathered before and after. A capacity without drops would need to
+    know `most` in advance."""
     starts = jnp.cumsum(sizes) - sizes
     index = jnp.minimum(starts[:, None] + jnp.arange(most), x.shape[0] - 1)
     h = jnp.einsum("epd,edgf->epgf", x[index], up)
@@ -131,7 +132,7 @@ def _batched(most: int, x, up, down, sizes):
 
 
 def _dense(x, up, down, sizes):
-    """E times the FLOPs: what ragged_dot is where a backend has no kernel for it."""
+    """Run every expert on every row, with E times the FLOPs, like ragged_dot on a backend without a kernel for it."""
     expert = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
 
     def add(total, scanned):
@@ -151,7 +152,8 @@ def _with_gradients(way: Callable) -> Callable:
 
 
 def _error(arguments: tuple[Array, ...], sizes: np.ndarray, result: Array) -> float:
-    """Largest difference from float64 of the last row of up to eight experts, relative to the largest entry."""
+    """Return the largest error against float64, relative to the largest entry, of the last row of up to eight
+    experts."""
     x, up, down, _ = arguments
     ends, worst, largest = np.cumsum(sizes), 0.0, 0.0
     for e in np.flatnonzero(sizes)[-8:]:

@@ -1,4 +1,4 @@
-"""The grouped matmul by `jax.lax.ragged_dot`, as it stands.
+"""The grouped matmul by `jax.lax.ragged_dot`.
 
 Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
@@ -13,16 +13,16 @@ from pallas_kernels.grouped_matmul.spec import Shaped, Spec, sum_dtype
 
 
 def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
-    """Why the call cannot run here; None: it can."""
+    """Return the reason why the reference cannot run a call, or None."""
     if spec.tiles != type(spec.tiles)():
-        return f"tiles = {spec.tiles}: it has none"
-    return "interpret = True: it is no Pallas kernel" if spec.interpret else None
+        return f"tiles = {spec.tiles}: the reference has no tiles; leave them unset"
+    return "interpret = True: only Pallas kernels can be interpreted" if spec.interpret else None
 
 
 def forward(
     spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
 ) -> tuple[Array, Array | None]:
-    """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs."""
+    """Return (out [M, N], products [M, G, N] if `keep` and there is an activation, else None), in the dtype of lhs."""
     wide = sum_dtype(lhs_MK.dtype)
     E, G = rhs_EKGN.shape[0], 1 if spec.transpose else rhs_EKGN.shape[2]
     rhs = rhs_EKGN.astype(wide)
@@ -41,7 +41,7 @@ def forward(
 
 
 def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) -> Array:
-    """[E, K, N] float32: of each group lhs^T dout; zero of an empty one."""
+    """Return lhs^T dout of each group, [E, K, N] float32; zero for an empty group."""
     wide = sum_dtype(lhs_MK.dtype)
     lhs, dout = lhs_MK.astype(wide), dout_MN.astype(wide)
     dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])

@@ -1,6 +1,7 @@
-"""The calls that tests, check and benchmark share: every feature alone, some together.
+"""The calls that tests, check and benchmark share: each feature alone and some together, small enough for an
+interpreter.
 
-Small enough for an interpreter. Shapes: M rows, E groups, K contraction, G gates, N columns.
+Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from pallas_kernels.grouped_matmul import grouped_glu, grouped_matmul
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """A gated activation."""
+    """Return the SwiGLU activation of a gate and its product."""
     return jax.nn.silu(gate) * up
 
 
 def one_and_square(h: Array) -> Array:
-    """An activation that is not zero at zero, so that it shows whether rows of no group are left alone."""
+    """Return an activation that is not zero at zero, which exposes rows of no group that are not set to zero."""
     return 1.0 + jnp.square(jax.nn.relu(h))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of `grouped_matmul`, or with G of `grouped_glu`."""
+    """A call of `grouped_matmul`, or of `grouped_glu` if G is set."""
 
     name: str
     sizes: tuple[int, ...]
@@ -37,7 +38,7 @@ class Case:
     G: int | None = None
     after: int = 0  # rows after the last group
     dtype: str = "float32"
-    weights: str | None = None  # the dtype of the weights; None: as `dtype`
+    weights: str | None = None  # dtype of quantized weights; None: `dtype`
     transpose: bool = False
 
     @property
@@ -46,7 +47,7 @@ class Case:
         return sum(self.sizes) + self.after
 
     def arguments(self, seed: int = 0) -> dict[str, Array]:
-        """lhs [M, K], rhs, sizes [E] and, for quantized weights, scale, as JAX arrays; products are about 1."""
+        """Return lhs [M, K], rhs, sizes [E] and, for quantized weights, scale, as JAX arrays. Products are about 1."""
         r = np.random.default_rng(seed)
         E, quantized = len(self.sizes), self.weights is not None
         shape = (
@@ -69,7 +70,7 @@ class Case:
         return made
 
     def call(self, lhs: Array, rhs: Array, sizes: Array, scale: Array | None = None, **how: Any) -> Array:
-        """The call on `arguments`; `how`: tiles, implementation, interpret."""
+        """Make the call on `arguments`. `how`: tiles, implementation, interpret."""
         if self.G is None:
             return grouped_matmul(lhs, rhs, sizes, scale_EN=scale, transpose=self.transpose, **how)
         return grouped_glu(lhs, rhs, sizes, swiglu if self.G == 2 else one_and_square, scale_EGN=scale, **how)

@@ -1,4 +1,4 @@
-"""What a grouped matmul computes, and in which tiles."""
+"""The static arguments of a grouped matmul: its operation and its tiles."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-Activation = Callable[..., Array]  # of as many arrays [M, F] as there are gates: f(h) or f(gate, up)
-Shaped = Array | jax.ShapeDtypeStruct  # for choices that go by shape and dtype alone
+Activation = Callable[..., Array]  # takes one array [M, F] per gate: f(h) or f(gate, up)
+Shaped = Array | jax.ShapeDtypeStruct  # where only shape and dtype matter
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Sizes of the tiles; None: the kernel's choice for the shapes."""
+    """Tile sizes. None: the kernel chooses for the shapes."""
 
     m: int | None = None  # rows
     n: int | None = None  # columns of the output
-    k: int | None = None  # of the contraction
+    k: int | None = None  # elements of the contraction
 
     def validate(self) -> None:
-        """Raises ValueError that names the field."""
+        """Raise ValueError if a size is not a power of two of at least 8."""
         for name, size in vars(self).items():
             if size is not None and (size < 8 or size & (size - 1)):
-                raise ValueError(f"tiles.{name} = {size}: a power of two of 8 or more, or None for the kernel's choice")
+                raise ValueError(f"tiles.{name} = {size}: must be a power of two, at least 8, or None for the default")
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The static part of a call."""
+    """The static arguments of a call."""
 
     transpose: bool = False  # rhs is [E, N, K]
     activation: Activation | None = None  # applied to the gates; None: the matmul alone, with one gate
@@ -39,5 +39,5 @@ class Spec:
 
 
 def sum_dtype(dtype) -> jax.numpy.dtype:
-    """The dtype that products are summed in: float32, or float64 for float64."""
+    """Return the dtype in which products are summed: float32, or float64 for float64."""
     return jax.numpy.promote_types(dtype, jax.numpy.float32)

@@ -1,17 +1,18 @@
-"""What the TPU compiler says of these kernels beside megablox: `python -m pallas_kernels.grouped_matmul.static_tpu`.
+"""Compare these kernels with megablox by the TPU compiler's instruction counts, without a TPU: `python -m
+pallas_kernels.grouped_matmul.static_tpu`.
 
-Bundles (instruction words, one a cycle at best) of the body that a visit runs, times the visits of balanced groups that
-are aligned to nothing; and the bytes that the walk moves from and to memory. A *static estimate*: what runs around the
-bodies, and transfers that are not hidden, are not in it. A call takes no fewer cycles than the larger of bundles and
-bytes over the published bandwidth ("least cycles").
+Counts the bundles (instruction words, at best one per cycle) of the body that a visit runs, times the visits of
+balanced, unaligned groups, and the bytes moved from and to memory. This is a *static estimate*: it leaves out code
+around the bodies and transfers that are not hidden. A call takes at least the larger of its bundles and its bytes over
+the published bandwidth, in cycles ("least cycles").
 
 - mixtral: 8 experts of 4096 x 14336 and 8192 rows on a device: gate and up, down, and the gradient of down's weights.
-- experts: 16384 rows, K 2048, width 16384 * 8 / E of each of E experts, one matrix: their weights together, and with
-  them the memory, stay as they are, while the work falls as 1 / E. Bundles per multiplication tell what small experts
-  cost.
+- experts: 16384 rows, K 2048, one matrix of width 16384 * 8 / E for each of E experts. The total size of the weights,
+  and so the memory traffic, is constant, while the work falls as 1 / E. Bundles per multiplication show the cost of
+  small experts.
 - ragged_dot: the FLOPs that XLA counts for jax.lax.ragged_dot, over those of the rows.
 
-Saved in results/tpu_static.json. A process for each kernel, tile and generation.
+Writes results/tpu_static.json. Runs one process per kernel, tile and generation.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from pallas_kernels.grouped_matmul.tpu_tiles import Call, Cut
 TARGETS = ("v5e", "v5p", "v6e", "7x")
 RESULTS = Path(__file__).parent / "results" / "tpu_static.json"
 EXPERTS = (8, 16, 64, 128, 256)
-MEGABLOX = ((512, 1024, 1024), (128, 128, 128))  # m, k, n: its best of a few, and its default
+MEGABLOX = ((512, 1024, 1024), (128, 128, 128))  # (m, k, n): its best of a few, and its default
 DEVICES = {device.name: device for device in GENERATIONS.values()}
 
 
 def problems() -> dict[str, tuple[str, Call]]:
-    """Name -> ('forward' or 'gradient', shapes)."""
+    """Return name -> ('forward' or 'gradient', shapes)."""
     made = {
         "mixtral up": ("forward", Call(8192, 8, 4096, 2 * 14336)),
         "mixtral down": ("forward", Call(8192, 8, 14336, 4096)),
@@ -57,21 +58,21 @@ def problems() -> dict[str, tuple[str, Call]]:
 
 
 def balanced(M: int, E: int) -> np.ndarray:
-    """Sizes of groups as equal as may be, none of which but the first begins at a multiple of 8."""
+    """Return group sizes as equal as possible, such that only the first group starts at a multiple of 8."""
     ends = np.linspace(0, M, E + 1).round().astype(int)
     ends[1:-1] += 5 - ends[1:-1] % 8
     return np.diff(ends)
 
 
 def ours(direction: str, m: int, n: int, k: int, pieces: bool):
-    """One kernel with these tiles, of two groups; `pieces`: K is two tiles, not one."""
+    """Return one kernel with these tiles and two groups, and its arguments. `pieces`: whether K has two tiles."""
     from pallas_kernels.grouped_matmul import tpu
 
     M, K, N = 2 * m, k * (1 + pieces), 2 * n
     lhs, sizes = jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
     name = f"{direction}_cut"
     make = tpu_tiles.forward_of if direction == "forward" else tpu_tiles.gradient_of
-    setattr(tpu_tiles, name, lambda device, call, tiles: make(device, call, m, n, k))  # in a process of its own
+    setattr(tpu_tiles, name, lambda device, call, tiles: make(device, call, m, n, k))  # in this process only
     if direction == "gradient":
         dout = jax.ShapeDtypeStruct((M, N), jnp.bfloat16)
         return (lambda lhs, dout, sizes: tpu.weights_gradient(Spec(), lhs, dout, sizes)), (lhs, dout, sizes)
@@ -80,7 +81,7 @@ def ours(direction: str, m: int, n: int, k: int, pieces: bool):
 
 
 def megablox(direction: str, shape: dict[str, Any], tiling: list[int]):
-    """jax's gmm or tgmm."""
+    """Return jax's gmm or tgmm, and its arguments."""
     module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
     call = Call(**shape)
@@ -95,7 +96,7 @@ def megablox(direction: str, shape: dict[str, Any], tiling: list[int]):
 
 
 def visits(sizes: np.ndarray, tile: int) -> list[tuple[int, int]]:
-    """(first row, row after the last) within its tile of each visit."""
+    """Return (first row, row after the last) of each visit, within its tile."""
     found, start = [], 0
     for size in sizes:
         stop = start + int(size)
@@ -105,7 +106,7 @@ def visits(sizes: np.ndarray, tile: int) -> list[tuple[int, int]]:
 
 
 def parts_of(cut: Cut, start: int, stop: int) -> list[int]:
-    """Places in cut.parts() of those that a visit multiplies: what `tpu_forward.for_parts` chooses."""
+    """Return the indices in cut.parts() of the parts that a visit multiplies, as in `tpu_forward.for_parts`."""
     least = cut.parts()[0]
     count = -(-(stop - start // tpu_tiles.ROWS * tpu_tiles.ROWS) // least)
     return [i for i in range(len(cut.parts())) if count >> i & 1]
@@ -113,8 +114,8 @@ def parts_of(cut: Cut, start: int, stop: int) -> list[int]:
 
 @functools.cache
 def bodies(target: str, maker: str, kernel: str, arguments: str) -> tuple[list[int], list[int], int, int]:
-    """Of a kernel's innermost regions, in the order of its text: bundles of those that multiply, and of those of 32 or
-    more that follow and only store; spills of the former; VMEM in bytes."""
+    """Return counts of a kernel's innermost regions, in program order: bundles of the regions that multiply, bundles of
+    the later regions of at least 32 bundles that only store, spills of the former, and VMEM in bytes."""
     found = ahead_of_time.bundles(target, f"pallas_kernels.grouped_matmul.static_tpu:{maker}", *json.loads(arguments))
     regions = next(regions for label, regions in found.items() if label.startswith(kernel))
     work = sorted(ahead_of_time.body(regions, least=0.0), key=lambda region: region.first)
@@ -130,20 +131,20 @@ def bodies(target: str, maker: str, kernel: str, arguments: str) -> tuple[list[i
 
 
 def our_row(target: str, direction: str, call: Call) -> dict[str, Any]:
-    """What ours takes. Bodies depend on the tiles alone: they are compiled for two groups."""
+    """Return our kernel's cost. Its bodies depend only on the tiles, so they are compiled for two groups."""
     device, sizes = DEVICES[target], balanced(call.M, call.E)
     gradient = direction == "gradient"
     cut = (tpu_tiles.gradient_cut if gradient else tpu_tiles.forward_cut)(device, call, Tiles())
     pieces_n, pieces_k, parts = cut.n // cut.piece, call.K // cut.k, cut.parts()
     if cut.n % cut.piece or call.N % cut.n or call.K % cut.k:
-        raise ValueError(f"{call}: {cut} leaves columns over, which this estimate does not count")
+        raise ValueError(f"{call}: {cut} leaves a remainder of columns, which this estimate does not count")
     work, after, spills, vmem = bodies(
         target, "ours", "grouped_matmul", json.dumps([direction, cut.m, cut.n, cut.k, pieces_k > 1 and not gradient])
     )
     expected = len(parts) + gradient
     if len(work) != expected:
-        raise RuntimeError(f"{target} {direction} {cut}: {len(work)} bodies {work}, not {expected}")
-    # In the text the largest part comes first; before them, in the gradient, the tile without a choice of rows.
+        raise RuntimeError(f"{target} {direction} {cut}: {len(work)} bodies {work}, expected {expected}")
+    # In the program the largest part comes first. In the gradient, the body for a whole tile precedes them all.
     finish = after if not gradient and pieces_k > 1 and len(after) == len(parts) else [0] * len(parts)
     total = 0
     for start, stop in visits(sizes, cut.m):
@@ -164,8 +165,8 @@ def our_row(target: str, direction: str, call: Call) -> dict[str, Any]:
 
 
 def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int, int]) -> dict[str, Any]:
-    """What megablox takes: each visit multiplies a whole tile of rows; with K in pieces, it reads weights at each."""
-    m, k, n = tiling[0], min(tiling[1], call.K), min(tiling[2], call.N)  # none wider than the problem
+    """Return megablox's cost. Each visit multiplies a whole tile of rows and, if K is in pieces, reads the weights."""
+    m, k, n = tiling[0], min(tiling[1], call.K), min(tiling[2], call.N)  # at most the size of the problem
     sizes = balanced(call.M, call.E)
     gradient = direction == "gradient"
     while True:
@@ -174,7 +175,7 @@ def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int
         try:
             work, _, spills, vmem = bodies(target, "megablox", "tgmm" if gradient else "gmm", given)
             break
-        except RuntimeError as refusal:  # it gives the compiler no limit of its own: 16 MiB on v5e and v5p
+        except RuntimeError as refusal:  # megablox keeps the compiler's VMEM limit: 16 MiB on v5e and v5p
             if "Vmem" not in str(refusal) or k <= 128:
                 raise
             k //= 2
@@ -197,7 +198,7 @@ def megablox_row(target: str, direction: str, call: Call, tiling: tuple[int, int
 
 
 def rows(targets: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """One row for each generation, problem, kernel and tiles."""
+    """Return one row for each generation, problem, kernel and tiles."""
     made = []
     for target in targets:
         device = DEVICES[target]
@@ -207,7 +208,7 @@ def rows(targets: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, Any
             found = [("ours", our_row(target, direction, call))]
             found += [("megablox", megablox_row(target, direction, call, tiling)) for tiling in MEGABLOX]
             for kernel, row in found:
-                # One core's share of the bandwidth, and all the bundles: both halve where two cores share the work.
+                # All bundles and one core's share of the bandwidth. If two cores share the work, both terms halve.
                 least = max(row["bundles"], row["bytes"] / tpu_tiles.BYTES_A_CYCLE[target])
                 made.append({
                     "target": target, "problem": name, "direction": direction, "M": call.M, "E": call.E, "K": call.K,
@@ -221,7 +222,7 @@ def rows(targets: tuple[str, ...], names: tuple[str, ...]) -> list[dict[str, Any
 
 
 def ragged_dot(target: str, E: int) -> dict[str, Any]:
-    """FLOPs that XLA counts for jax.lax.ragged_dot, over 2 M K N."""
+    """Return the FLOPs that XLA counts for jax.lax.ragged_dot, over 2 M K N."""
     M, K, N = 1024, 256, 512
     lhs, rhs = jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16)
     compiled = ahead_of_time.compile_for(target, jax.lax.ragged_dot, lhs, rhs, jax.ShapeDtypeStruct((E,), jnp.int32))
@@ -235,7 +236,7 @@ def ragged_dot(target: str, E: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes RESULTS; what was there of other generations and problems stays."""
+    """Update RESULTS; rows of other generations and problems stay."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--problems", default=",".join(problems()))

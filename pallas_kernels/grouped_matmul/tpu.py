@@ -1,10 +1,10 @@
-"""Grouped matmul on TPUs (Mosaic): tpu_walk.py for the visits, tpu_tiles.py for the tiles, tpu_forward.py and
-tpu_gradient.py for the kernels.
+"""Grouped matmul on TPUs (Mosaic). tpu_walk.py lists the visits, tpu_tiles.py chooses the tiles, and tpu_forward.py and
+tpu_gradient.py have the kernels.
 
-Any M, and in the gradient any K and N: what the last tiles have too much is neither kept nor counted. XLA pads, which
-copies the weights, where K is no multiple of 128, and N with several gates. float16, which the matrix units lack, is
-computed in float32, for which XLA copies the weights too. float32 is multiplied in six passes of bfloat16
-(Precision.HIGHEST).
+M may have any size, and in the gradient so may K and N; the excess of the last tiles is ignored. XLA pads the weights,
+which copies them, if K is not a multiple of 128, or if N is not and there are several gates. float16, which the matrix
+units lack, is computed in float32, for which XLA also copies the weights. float32 is multiplied in six passes of
+bfloat16 (Precision.HIGHEST).
 
 Shapes: M rows, E groups, K contraction, G gates, N columns.
 """
@@ -24,11 +24,11 @@ from pallas_kernels.target import target
 
 
 def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
-    """Why the kernels cannot run a call; None if they can."""
+    """Return the reason why the kernels cannot run a call, or None."""
     if target()[0] != "tpu" and not spec.interpret:
         return f"needs a TPU, not a {target()[0]}; interpret=True runs it there, slowly"
     if lhs.dtype == jnp.float64:
-        return "float64 does not exist on TPUs; use float32"
+        return "TPUs have no float64; use float32"
     (M, K), E = lhs.shape, rhs.shape[0]
     G, N = (1, rhs.shape[1]) if spec.transpose else rhs.shape[2:]
     try:
@@ -38,18 +38,19 @@ def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> s
         cuts.append((back, tpu_tiles.gradient_cut(generation(), Call(M, E, K, G * N, b=cuts[0][0].b), spec.tiles)))
     except ValueError as error:
         return str(error)
-    visits = max(tpu_walk.most_visits(M, E, cut.m) for _, cut in cuts)
-    if visits > tpu_walk.MOST_VISITS:
-        most = tpu_walk.MOST_VISITS
-        return f"{visits} visits of a tile and a group: at most {most} fit in the scalar memory; give larger tiles.m"
+    visits = max(tpu_walk.max_visits(M, E, cut.m) for _, cut in cuts)
+    if visits > tpu_walk.MAX_VISITS:
+        most = tpu_walk.MAX_VISITS
+        return f"{visits} visits of a tile and a group: at most {most} fit in scalar memory; use a larger tiles.m"
     return None
 
 
 def forward(
     spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
 ) -> tuple[Array, Array | None]:
-    """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs. rhs: [E, K, G, N], or
-    [E, N, K] if spec.transpose; float32, bfloat16, float16, int8 or float8."""
+    """Return (out [M, N], products [M, G, N] if `keep` and there is an activation, else None), in the dtype of lhs.
+
+    rhs: [E, K, G, N], or [E, N, K] if spec.transpose; float32, bfloat16, float16, int8 or float8."""
     call, cut = _forward_cut(spec, lhs_MK, rhs_EKGN, keep and spec.activation is not None)
     E, G, N = call.E, call.G, call.N
     lhs, rhs = (x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in (lhs_MK, rhs_EKGN))
@@ -68,12 +69,12 @@ def forward(
         int(tpu_tiles.forward_bytes(call, cut)),
     )  # fmt: skip
     made = [x.astype(lhs_MK.dtype) for x in made]
-    # Gates outermost: XLA may keep them so, and call it [M, G, N].
+    # The kernel writes gates outermost. XLA may keep that layout for [M, G, N].
     return made[0], made[1].transpose(1, 0, 2) if call.keep else None
 
 
 def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) -> Array:
-    """[E, K, N] float32: of each group lhs^T dout; zero of an empty one."""
+    """Return lhs^T dout of each group, [E, K, N] float32; zero for an empty group."""
     (M, K), E, N = lhs_MK.shape, sizes_E.shape[0], dout_MN.shape[1]
     lhs, dout = (x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32) for x in (lhs_MK, dout_MN))
     call = Call(M, E, K, N, b=lhs.dtype.itemsize)

@@ -1,10 +1,11 @@
-"""The forward kernel of the TPU: the visits of tpu_walk.py for each tile of columns.
+"""The TPU's forward kernel: for each tile of columns, the visits of tpu_walk.py.
 
-A group's weights, K whole, stay in VMEM while its tiles of rows go by. A visit multiplies those parts of its tile of
-rows that hold the group's (see tpu_tiles.py) and writes the group's alone: the tile of the result stays in VMEM from
-one group to the next. Rows of no group are chosen away, never multiplied away, so that NaN in them stays there.
+If a tile holds all of K, a group's weights stay in VMEM while the kernel visits its tiles of rows. A visit multiplies
+only the parts of its tile of rows that contain the group's rows (see tpu_tiles.py), and writes only those rows; the
+tile of the result stays in VMEM from one group to the next. Rows of no group are removed by selection, not by
+multiplication with zero, so NaN in them does not spread.
 
-Shapes: M rows, E groups, K contraction, N columns, G gates; m, n, k as suffixes: a tile of them.
+Shapes: M rows, E groups, K contraction, N columns, G gates; suffixes m, n, k: a tile of them.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from pallas_kernels.grouped_matmul.tpu_walk import GROUP, START, STOP, TILE, wor
 
 
 def widen(x: Array, dtype) -> Array:
-    """8-bit weights in the dtype of the rows: exact, through float32, which is what the vector units convert to."""
+    """Return 8-bit weights in the dtype of the rows, exactly, through float32, to which the vector units convert."""
     return x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype)
 
 
 def for_parts(cut: Cut, start, stop, do) -> None:
-    """Calls do(first row, rows, whether it is the first) for parts of the tile, next to each other, that together hold
-    rows start to stop: of each of cut.parts() at most one; none where there are no rows."""
+    """Call do(first row, rows, whether it is the first) for adjacent parts of the tile that together contain rows start
+    to stop. Each size of cut.parts() is used at most once. Makes no call if there are no rows."""
     parts = cut.parts()
     least = parts[0]
     begin = lax.div(start, ROWS) * ROWS
-    count = lax.div(stop - begin + least - 1, least) * (stop > start).astype(jnp.int32)  # in the smallest parts
+    # The number of smallest parts that contain the rows; its bits select the parts.
+    count = lax.div(stop - begin + least - 1, least) * (stop > start).astype(jnp.int32)
     begin = jnp.minimum(begin, cut.m - count * least)
     for size in reversed(parts):
         bit = size // least
@@ -49,7 +51,7 @@ def for_parts(cut: Cut, start, stop, do) -> None:
 
 
 def for_pieces(cut: Cut, do) -> None:
-    """Calls do(first column, columns) for each piece of a tile of columns: a loop, and what is left."""
+    """Call do(first column, columns) for each piece of a tile of columns, in a loop, then for the remainder."""
     count, left = divmod(cut.n, cut.piece)
     if count == 1:
         do(0, cut.piece)
@@ -60,13 +62,13 @@ def for_pieces(cut: Cut, do) -> None:
 
 
 def inside(at, size: int, start, stop) -> Array:
-    """[size, 1]: which rows from `at` on are the group's."""
+    """Return which of the `size` rows from `at` on belong to the group, [size, 1]."""
     rows = at + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
     return (rows >= start) & (rows < stop)
 
 
 def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], words_ref, lhs_ref, *refs) -> None:
-    """Grid (tiles of columns, visits, pieces of K)."""
+    """Run one grid step. Grid (tiles of columns, visits, pieces of K)."""
     rhs_refs, rest = refs[:G], dict(zip(names, refs[G:], strict=True))
     out_ref, products_ref, acc_ref = rest["out"], rest.get("products"), rest.get("acc")
     visit, k = pl.program_id(1), pl.program_id(2)
@@ -80,18 +82,18 @@ def _kernel(spec: Spec, cut: Cut, G: int, pieces: int, names: tuple[str, ...], w
         if products_ref is not None:
             products_ref[...] = jnp.zeros_like(products_ref)
 
-    def put(ref, place, mine, new) -> None:
-        ref[place] = jnp.where(mine, new, ref[place].astype(jnp.float32)).astype(ref.dtype)
+    def store(ref, place, in_group, new) -> None:
+        ref[place] = jnp.where(in_group, new, ref[place].astype(jnp.float32)).astype(ref.dtype)
 
     def write(at, size, column, columns, products) -> None:
         rows, place = pl.ds(at, size), pl.ds(column, columns)
-        mine = inside(at, size, start, stop)
+        in_group = inside(at, size, start, stop)
         if "scale0" in rest:
             products = [h * rest[f"scale{g}"][:, place] for g, h in enumerate(products)]
         if products_ref is not None:
             for g, h in enumerate(products):
-                put(products_ref, (g, rows, place), mine, h)
-        put(out_ref, (rows, place), mine, products[0] if spec.activation is None else spec.activation(*products))
+                store(products_ref, (g, rows, place), in_group, h)
+        store(out_ref, (rows, place), in_group, products[0] if spec.activation is None else spec.activation(*products))
 
     def multiply(at, size, _) -> None:
         def piece(column, columns):
@@ -126,8 +128,10 @@ def forward_call(
     spec: Spec, cut: Cut, lhs_MK: Array, rhs: Array, scale_X1N: Array | None, words: Array, visits: Array,
     G: int, N: int, keep: bool, moved: int,
 ) -> Sequence[Array]:  # fmt: skip
-    """[out [M, N]] and, if `keep`, products [G, M, N], in the dtype of lhs. rhs: [E, K, G N'] or [E, N', K], N' >= N a
-    multiple of cut.n if G > 1; scale [E G, 1, N'], float32. K is a multiple of cut.k."""
+    """Return [out [M, N]] or, if `keep`, [out, products [G, M, N]], in the dtype of lhs.
+
+    rhs: [E, K, G N'] or [E, N', K], where N' >= N is a multiple of cut.n if G > 1. scale: [E G, 1, N'], float32. K is a
+    multiple of cut.k."""
     M, K = lhs_MK.shape
     columns = rhs.shape[1 if spec.transpose else 2]
     tiles_n, pieces = -(-(columns // G) // cut.n), K // cut.k
@@ -171,7 +175,7 @@ def forward_call(
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,
-        # A tile of the result is revisited by group after group: in order. Cores that share a device share the columns.
+        # Several groups revisit a tile of the result, so visits run in order. The cores of a device share the columns.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=cut.vmem
         ),

@@ -1,11 +1,9 @@
-"""The TPU kernel of the weights' gradient: of each group, lhs^T dout over its rows, summed in the tile of the result
-itself.
+"""The TPU kernel of the weights' gradient: lhs^T dout over the rows of each group, summed in the tile of the result.
 
-A visit that the group does not fill takes the parts of the tile of rows that hold its rows, and chooses zeros for the
-others, of both operands: what other groups, or no group, hold there may be NaN. An empty group is visited once, to
-write zeros.
+If the group does not fill its tile of rows, a visit takes the parts of the tile that contain its rows, and selects
+zeros for other rows of both operands, since those may hold NaN. An empty group is visited once, to write zeros.
 
-Shapes: M rows, E groups, K rows of the result, N columns; m, n, k as suffixes: a tile of them.
+Shapes: M rows, E groups, K rows of the result, N columns; suffixes m, n, k: a tile of them.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ OVER_ROWS = (((0,), (0,)), ((), ()))
 
 
 def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
-    """Grid (tiles of K, tiles of N, visits)."""
+    """Run one grid step. Grid (tiles of K, tiles of N, visits)."""
     visit = pl.program_id(2)
     start, stop = word(words_ref, START, visit), word(words_ref, STOP, visit)
     fresh = tpu_walk.changes(words_ref, GROUP, visit)
@@ -36,24 +34,24 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    def multiply(at, size, mine, first) -> None:
+    def multiply(at, size, in_group, first) -> None:
         rows = pl.ds(at, size)
-        only = lambda x: x if mine is None else jnp.where(mine, x.astype(jnp.float32), 0.0).astype(x.dtype)
+        masked = lambda x: x if in_group is None else jnp.where(in_group, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
         def piece(column, columns):
             place = pl.ds(column, columns)
             part = lax.dot_general(
-                only(lhs_ref[rows, :]), only(dout_ref[rows, place]), OVER_ROWS, precision=precision,
+                masked(lhs_ref[rows, :]), masked(dout_ref[rows, place]), OVER_ROWS, precision=precision,
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
             out_ref[:, place] = part + jnp.where(fresh & first, 0.0, out_ref[:, place])
 
         for_pieces(cut, piece)
 
-    whole = stop - start == cut.m
-    pl.when(whole)(lambda: multiply(0, cut.m, None, True))
+    is_full = stop - start == cut.m
+    pl.when(is_full)(lambda: multiply(0, cut.m, None, True))
 
-    @pl.when(jnp.logical_not(whole))
+    @pl.when(jnp.logical_not(is_full))
     def _():
         for_parts(cut, start, stop, lambda at, size, first: multiply(at, size, inside(at, size, start, stop), first))
 
@@ -61,7 +59,7 @@ def _kernel(cut: Cut, words_ref, lhs_ref, dout_ref, out_ref) -> None:
 def gradient_call(
     cut: Cut, lhs_MK: Array, dout_MN: Array, words: Array, visits: Array, E: int, interpret, moved: int
 ) -> Array:
-    """[E, K, N] float32."""
+    """Return the gradient of the weights, [E, K, N] float32."""
     (M, K), N = lhs_MK.shape, dout_MN.shape[1]
     return pl.pallas_call(
         lambda *refs: _kernel(cut, *refs),
@@ -75,7 +73,7 @@ def gradient_call(
             out_specs=pl.BlockSpec((None, cut.k, cut.n), lambda k, n, v, words: (word(words, GROUP, v), k, n)),
         ),
         out_shape=jax.ShapeDtypeStruct((E, K, N), jnp.float32),
-        # The tile of the result is revisited by all visits of its group: in order.
+        # All visits of a group add to the same tile of the result, so they run in order.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=cut.vmem
         ),

@@ -1,14 +1,15 @@
-"""How the TPU kernels cut a call into tiles, and the vector memory (VMEM) that a choice needs.
+"""The tile sizes of the TPU kernels, and the vector memory (VMEM) that a choice needs.
 
-The choice is the least of an estimate over all tiles that fit: the longer of the
-matrix units' cycles and the memory's, and a tenth of the shorter.
-What the estimate knows, of which small experts make the difference (all by the compiler's bundles, none measured):
+The choice minimizes an estimate of cycles over all tiles that fit: the larger of the matrix units' and the memory's
+cycles, plus a tenth of the smaller. The estimate includes these effects, which matter most for small experts. They come
+from the compiler's bundles, not from measurements.
 
-- a product of a piece costs 170 to 250 cycles beside its multiplications, whatever its size: few large pieces;
-- a visit works on parts of the tile of rows, each a power of two smaller, that hold its group's rows up to `edge`:
-  large tiles of rows are no loss for small groups, as they are where each visit pays for a whole tile;
-- with K whole in VMEM a group's weights are read once and the rows once for each tile of columns; with K in pieces both
-  are read at every visit.
+- The product of a piece costs 170 to 250 cycles in addition to its multiplications, regardless of its size, so few
+  large pieces are best.
+- A visit computes only the parts of the tile of rows that contain its group's rows, rounded up to `edge` rows. So large
+  tiles of rows do not slow small groups down, as they would if each visit paid for a whole tile.
+- If a tile holds all of K, a group's weights are read once, and the rows once per tile of columns. If K is in pieces,
+  both are read at every visit.
 
 Shapes: M rows, E groups, K contraction, N columns, G gates.
 """
@@ -19,32 +20,32 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pallas_kernels.flash_attention.tpu_tiles import LANES, MIB, Generation, up
+from pallas_kernels.flash_attention.tpu_tiles import LANES, MIB, Generation, round_up
 from pallas_kernels.grouped_matmul.spec import Tiles
 
-ROWS = 16  # of a tile of bfloat16: where a part of a tile may begin
-STEP, PIECE = 400, 250  # cycles of a grid step, of the first and last rows of a product
-MOST_BUNDLES = 8500  # of one piece: what is compiled, and must be brought into the core's instruction memory
-# Bytes of memory a cycle of one core: published bandwidth over the clock that follows from the published peak.
+ROWS = 16  # rows of a bfloat16 tile; a part of a tile may begin at each multiple
+STEP, PIECE = 400, 250  # cycles of a grid step, and of the first and last rows of a product
+MAX_BUNDLES = 8500  # per piece, since its code must be loaded into the core's instruction memory
+# Bytes of memory per cycle of one core: published bandwidth over the clock that follows from the published peak.
 BYTES_A_CYCLE = {"v4": 585, "v5e": 546, "v5p": 790, "v6e": 937, "7x": 1677}
 CORES = {"v4": 2, "v5p": 2}  # cores that share one device's grid
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Tiles of one kernel. The forward's: m rows, n columns, k of the contraction. Those of the weights' gradient: m
-    rows, which are summed over, k by n of the result."""
+    """The tiles of one kernel. Forward: m rows, n columns, k elements of the contraction. Weights' gradient: m rows,
+    which are summed over, and k by n elements of the result."""
 
     m: int
     n: int
     k: int
     piece: int  # columns of one product
-    edge: int  # the fewest rows of one product
-    bundles: float  # of a piece, at least
-    vmem: int  # bytes, an upper estimate; given to the compiler as the kernel's limit
+    edge: int  # fewest rows of one product
+    bundles: float  # per piece, a lower bound
+    vmem: int  # bytes, an upper estimate; passed to the compiler as the kernel's limit
 
     def parts(self) -> list[int]:
-        """Numbers of rows that a product may have, from few to many: the tile, its half, ..."""
+        """Return the numbers of rows that a product may have, ascending: ..., half the tile, the tile."""
         sizes = [self.m]
         while sizes[0] % (2 * ROWS) == 0 and sizes[0] // 2 >= self.edge:
             sizes.insert(0, sizes[0] // 2)
@@ -53,7 +54,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Call:
-    """What tiles are chosen for. `b`, `wb`: bytes of an element of lhs and of the weights."""
+    """The call that tiles are chosen for. `b`, `wb`: bytes per element of lhs and of the weights."""
 
     M: int
     E: int
@@ -66,13 +67,13 @@ class Call:
 
 
 def macs_a_cycle(device: Generation) -> int:
-    """Multiplications of bfloat16 a cycle of one core: four units of 128 x 128 or of 256 x 256."""
+    """Return the bfloat16 multiplications per cycle of one core: four units of 128 x 128 or of 256 x 256."""
     return 4 * device.mxu**2
 
 
 @functools.lru_cache(maxsize=4096)
 def forward_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
-    """Tiles of the forward kernel. Raises ValueError where none fits, or a given one is not allowed."""
+    """Return the tiles of the forward kernel. Raises ValueError if none fits, or if a given size is not allowed."""
     made = [
         cut
         for m in _rows(call.M, tiles.m, (1024, 512, 256, 128))
@@ -85,7 +86,7 @@ def forward_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
 
 @functools.lru_cache(maxsize=4096)
 def gradient_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
-    """Tiles of the weights' gradient; as `forward_cut`."""
+    """Return the tiles of the weights' gradient. Errors as in `forward_cut`."""
     made = [
         cut
         for m in _rows(call.M, tiles.m, (512, 256, 128))
@@ -97,62 +98,62 @@ def gradient_cut(device: Generation, call: Call, tiles: Tiles) -> Cut:
 
 
 def forward_cycles(device: Generation, call: Call, cut: Cut) -> float:
-    """The estimate for one core, groups taken as equal and aligned to nothing."""
-    tiles_m, tiles_n, pieces = _up(call.M, cut.m), _up(call.N, cut.n), _up(call.K, cut.k)
+    """Return the estimated cycles of the forward kernel on one core, for equal, unaligned groups."""
+    tiles_m, tiles_n, pieces = cdiv(call.M, cut.m), cdiv(call.N, cut.n), cdiv(call.K, cut.k)
     groups = min(call.E, call.M)
     visits = tiles_m + groups - 1
-    whole = pieces == 1
-    width = tiles_n * (cut.n // cut.piece * up(cut.piece, device.mxu) + up(cut.n % cut.piece, device.mxu))
-    work = call.G * (call.M + visits * cut.edge / 2) * up(call.K) * width * _passes(call) / macs_a_cycle(device)
-    steps = tiles_n * visits * pieces * (STEP + 1.5 * call.G * _up(cut.n, cut.piece) * PIECE)
-    sums = 0 if whole else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
+    all_of_k = pieces == 1
+    width = tiles_n * (cut.n // cut.piece * round_up(cut.piece, device.mxu) + round_up(cut.n % cut.piece, device.mxu))
+    work = call.G * (call.M + visits * cut.edge / 2) * round_up(call.K) * width * _passes(call) / macs_a_cycle(device)
+    steps = tiles_n * visits * pieces * (STEP + 1.5 * call.G * cdiv(cut.n, cut.piece) * PIECE)
+    sums = 0 if all_of_k else tiles_n * visits * pieces * call.G * cut.m * cut.n / 1024
     return _both((work + steps + sums) * _share(device, tiles_n), memory_cycles(device, forward_bytes(call, cut)))
 
 
 def forward_bytes(call: Call, cut: Cut) -> float:
-    """Bytes from and to memory, likewise."""
-    tiles_m, tiles_n = _up(call.M, cut.m), _up(call.N, cut.n)
+    """Return the bytes that the forward kernel moves from and to memory, for equal, unaligned groups."""
+    tiles_m, tiles_n = cdiv(call.M, cut.m), cdiv(call.N, cut.n)
     groups = min(call.E, call.M)
     visits = tiles_m + groups - 1
-    whole = _up(call.K, cut.k) == 1
-    lhs = tiles_n * (tiles_m if whole else visits) * cut.m * call.K * call.b
-    rhs = (groups if whole else visits) * call.K * call.G * call.N * call.wb
+    all_of_k = cdiv(call.K, cut.k) == 1
+    lhs = tiles_n * (tiles_m if all_of_k else visits) * cut.m * call.K * call.b
+    rhs = (groups if all_of_k else visits) * call.K * call.G * call.N * call.wb
     return lhs + rhs + call.M * call.N * call.b * (1 + call.G * call.keep)
 
 
 def gradient_cycles(device: Generation, call: Call, cut: Cut) -> float:
-    """The estimate for one core, likewise."""
-    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
-    visits = _up(call.M, cut.m) + call.E - 1
-    outputs = tiles_k * cut.k * tiles_n * up(cut.n, device.mxu)
+    """Return the estimated cycles of the gradient kernel on one core, for equal, unaligned groups."""
+    tiles_k, tiles_n = cdiv(call.K, cut.k), cdiv(call.N, cut.n)
+    visits = cdiv(call.M, cut.m) + call.E - 1
+    outputs = tiles_k * cut.k * tiles_n * round_up(cut.n, device.mxu)
     work = (call.M + visits * device.mxu / 2) * outputs * _passes(call) / macs_a_cycle(device)
     steps = tiles_k * tiles_n * visits * (STEP + 2 * PIECE + cut.k * cut.n / 1024)
     return _both((work + steps) * _share(device, tiles_k), memory_cycles(device, gradient_bytes(call, cut)))
 
 
 def gradient_bytes(call: Call, cut: Cut) -> float:
-    """Bytes from and to memory, likewise."""
-    tiles_k, tiles_n = _up(call.K, cut.k), _up(call.N, cut.n)
+    """Return the bytes that the gradient kernel moves from and to memory."""
+    tiles_k, tiles_n = cdiv(call.K, cut.k), cdiv(call.N, cut.n)
     return call.M * call.b * (tiles_n * call.K + tiles_k * call.N) + 4 * call.E * call.K * call.N
 
 
 def memory_cycles(device: Generation, moved: float) -> float:
-    """Cycles that `moved` bytes take at the published bandwidth."""
+    """Return the cycles that `moved` bytes take at the published bandwidth."""
     return moved / BYTES_A_CYCLE[device.name] / CORES.get(device.name, 1)
 
 
 def _both(work: float, transfers: float) -> float:
-    """The longer, and a tenth of the shorter, since not all of it hides."""
+    """Return the longer plus a tenth of the shorter, which is not hidden completely."""
     return max(work, transfers) + 0.1 * min(work, transfers)
 
 
 def forward_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
-    """The forward's cut of these tiles."""
+    """Return the forward kernel's `Cut` for these tile sizes."""
     column = call.G * m * k * _passes(call) / macs_a_cycle(device)
     piece = _piece(device, n, column)
     blocks = m * k * call.b + call.G * k * n * call.wb + m * n * call.b * (1 + call.G * call.keep) + 8 * 4 * n * call.G
-    sums = 4 * call.G * m * n if k < up(call.K) else 0
-    # One product in flight: its sums by gate, what the activation makes of them, and the weights widened or turned.
+    sums = 4 * call.G * m * n if k < round_up(call.K) else 0
+    # One product in flight: its sums by gate, the activation's results, and the weights widened or transposed.
     work = (
         4 * m * piece * (call.G + 2)
         + k * piece * call.G * (call.b + 4 * (call.wb != call.b))
@@ -162,7 +163,7 @@ def forward_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
 
 
 def gradient_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
-    """The gradient's cut of these tiles."""
+    """Return the gradient kernel's `Cut` for these tile sizes."""
     column = m * k * _passes(call) / macs_a_cycle(device)
     piece = _piece(device, n, column)
     blocks = m * (k + n) * call.b + 4 * k * n
@@ -171,50 +172,51 @@ def gradient_of(device: Generation, call: Call, m: int, n: int, k: int) -> Cut:
 
 
 def _piece(device: Generation, n: int, bundles_a_column: float) -> int:
-    """Columns of a product: as many as keep its body within MOST_BUNDLES, whole matrix units where it can be."""
-    fits = int(min(MOST_BUNDLES / bundles_a_column, 1024))
+    """Return the columns of a product: as many as keep its body within MAX_BUNDLES, in whole matrix units if
+    possible."""
+    fits = int(min(MAX_BUNDLES / bundles_a_column, 1024))
     most = min(n, max(fits // device.mxu * device.mxu, device.mxu if fits >= device.mxu // 2 else LANES))
     unit = min(device.mxu, most)
     even = [size for size in range(unit, most + 1, unit) if n % size == 0 and 2 * size >= most]
-    return max(even, default=most)  # without a rest, if that costs less than twice as many
+    return max(even, default=most)  # a divisor of n, unless that needs more than twice as many pieces
 
 
 def _best(device: Generation, made: list[Cut], cycles) -> Cut:
     fit = [cut for cut in made if cut.vmem <= device.vmem]
-    short = [cut for cut in fit if cut.bundles <= MOST_BUNDLES]
+    short = [cut for cut in fit if cut.bundles <= MAX_BUNDLES]
     if fit:
         return min(short or fit, key=lambda cut: (cycles(cut), cut.vmem))
     least = min(made, key=lambda cut: cut.vmem)
     raise ValueError(
         f"tiles of {least.m} x {least.n} x {least.k} need {least.vmem / MIB:.1f} MiB of VMEM, more than the "
-        f"{device.vmem / MIB:.0f} MiB of a TPU {device.name}: give smaller ones, or None"
+        f"{device.vmem / MIB:.0f} MiB of a TPU {device.name}; use smaller tiles, or None"
     )
 
 
 def _rows(M: int, given: int | None, choices: tuple[int, ...]) -> list[int]:
     if given is not None and given % ROWS:
-        raise ValueError(f"tiles.m = {given}: a TPU's tiles of rows are multiples of {ROWS}")
-    return sorted({min(m, up(M, ROWS)) for m in ([given] if given else choices)})
+        raise ValueError(f"tiles.m = {given}: must be a multiple of {ROWS} on TPUs")
+    return sorted({min(m, round_up(M, ROWS)) for m in ([given] if given else choices)})
 
 
 def _columns(N: int, given: int | None, name: str, most: int) -> Iterator[int]:
-    """Multiples of 128 that divide N, rounded up to one."""
+    """Return the multiples of 128 that divide N, after rounding N up to a multiple of 128."""
     if given is not None:
         if given % LANES:
-            raise ValueError(f"tiles.{name} = {given}: a TPU's tiles of columns are multiples of {LANES}")
-        return iter([min(given, up(N))])
-    units = up(N) // LANES
+            raise ValueError(f"tiles.{name} = {given}: must be a multiple of {LANES} on TPUs")
+        return iter([min(given, round_up(N))])
+    units = round_up(N) // LANES
     return (size * LANES for size in range(1, units + 1) if units % size == 0 and size * LANES <= most)
 
 
 def _share(device: Generation, tiles: int) -> float:
-    """Of the work, that of the core which has most."""
-    return _up(tiles, CORES.get(device.name, 1)) / tiles
+    """Return the fraction of the work done by the busiest core."""
+    return cdiv(tiles, CORES.get(device.name, 1)) / tiles
 
 
 def _passes(call: Call) -> int:
-    return 6 if call.b == 4 else 1  # float32 in six products of bfloat16
+    return 6 if call.b == 4 else 1  # a float32 product takes six of bfloat16
 
 
-def _up(n: int, size: int) -> int:
+def cdiv(n: int, size: int) -> int:
     return -(-n // size)

@@ -1,8 +1,9 @@
-"""The walk of the TPU kernels: a packed list of visits, each the rows of one group within one tile of rows.
+"""The list of visits of the TPU kernels. A visit is the rows of one group within one tile of rows.
 
-Made by XLA of the sizes, handed to the kernels as scalars. Groups come in order, so that a tile's visits and a group's
-visits are each consecutive. A group aligned to nothing costs one visit more than its rows fill; an empty one costs
-none, except where its result must be written (`empty`). At most tiles + E - 1 visits; the grid ends with the last.
+XLA computes the list from the sizes, and the kernels get it in scalar memory. Groups are in order, so the visits of a
+tile are consecutive, and so are those of a group. An unaligned group costs one visit more than its rows fill. An empty
+one costs none, unless its result must be written (`empty`). There are at most tiles + E - 1 visits, and the grid ends
+with the last one.
 
 Shapes: M rows, E groups, V visits.
 """
@@ -14,21 +15,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 FIELDS = TILE, GROUP, START, STOP = range(4)
-MOST_VISITS = 1 << 15  # four words each: half of the scalar memory
+MAX_VISITS = 1 << 15  # four words each, half of scalar memory
 
 
-def most_visits(M: int, E: int, tile: int) -> int:
-    """The length V of the list."""
+def max_visits(M: int, E: int, tile: int) -> int:
+    """Return the length V of the list."""
     return -(-M // tile) + E - 1
 
 
 def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[Int[Array, "words"], Int[Array, ""]]:
-    """(words, number of visits). words: all visits' tiles of rows, then their groups, then their first row and the row
-    after their last, counted within the tile; int32.
+    """Return (words, number of visits), int32. words holds the tile of rows of every visit, then every group, then
+    every first row, then every row after the last; rows count from the start of the tile.
 
-    `empty`: each empty group is visited, with no rows (for results by group). Else each tile after the last group is,
-    with no rows and the group of the visit before (for results by row)."""
-    E, V = sizes_E.shape[0], most_visits(M, sizes_E.shape[0], tile)
+    If `empty`, each empty group has a visit without rows (for results by group). Otherwise each tile after the last
+    group has one, with the group of the previous visit (for results by row)."""
+    E, V = sizes_E.shape[0], max_visits(M, sizes_E.shape[0], tile)
     tiles = -(-M // tile)
     stops_E = jnp.cumsum(sizes_E)
     starts_E = stops_E - sizes_E
@@ -36,7 +37,7 @@ def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[I
     visits_E = jnp.where(sizes_E > 0, (stops_E - 1) // tile - first_E + 1, 1 if empty else 0)
     after = (stops_E[-1] + tile - 1) // tile  # the first tile after the last group
     last = jnp.max(jnp.where(sizes_E > 0, jnp.arange(E), 0))
-    # The tiles after the last group are those of a group more.
+    # Treat the tiles after the last group as one more group.
     first_X = jnp.append(first_E, after)
     visits_X = jnp.append(visits_E, 0 if empty else tiles - after)
     ends_X = jnp.cumsum(visits_X)
@@ -51,11 +52,11 @@ def walk(sizes_E: Int[Array, "E"], M: int, tile: int, *, empty: bool) -> tuple[I
 
 
 def word(words_ref, field: int, visit):
-    """One field of a visit, of the list in scalar memory."""
+    """Return one field of a visit from the list in scalar memory."""
     return words_ref[field * (words_ref.shape[0] // len(FIELDS)) + visit]
 
 
 def changes(words_ref, field: int, visit) -> jax.Array:
-    """Whether a field differs from that of the visit before."""
+    """Return whether a field differs from the previous visit's."""
     before = word(words_ref, field, jnp.maximum(visit - 1, 0))
     return (visit == 0) | (word(words_ref, field, visit) != before)

@@ -1,14 +1,14 @@
 """Grouped matmul on GPUs through Pallas' Triton lowering: Ampere and later.
 
-Forward: each group's rows are cut into tiles that start where the group starts, so that the work is sum(ceil(size /
-tile)) visits, none for an empty group; XLA lists them from the sizes, and one program takes one visit and one tile of
-columns. The grid is the most visits that any sizes can ask for; what is left over ends at once. Nothing of E times the
-size is made. Weight gradient: one program for each tile of each group's matrix, which goes over the group's rows; no
-atomics, so the result is the same each time. jax 0.12 warns that this lowering is deprecated. An activation must be of
-what the lowering knows (exp, tanh, logistic, max, products and the like; not erf).
+Forward: each group's rows are divided into tiles that start where the group starts, so the work is sum(ceil(size /
+tile)) visits, and none for an empty group. XLA lists the visits from the sizes, and one program computes one visit and
+one tile of columns. The grid has the most visits that any sizes can need; surplus programs exit at once. No array of E
+times the rows is made. Weight gradient: one program for each tile of each group's matrix, which loops over the group's
+rows. Without atomics, the result is deterministic. jax 0.12 warns that this lowering is deprecated. An activation may
+use only operations that the lowering supports (exp, tanh, logistic, max, products and the like; not erf).
 
-Any M, K and N, and any sizes, by masks; the rows that masks stop are not read. Where K or N is no multiple of 8,
-addresses are not aligned to 16 bytes and loads are narrow.
+M, K, N and the sizes may have any values, thanks to masks. Where K or N is not a multiple of 8, addresses are not
+aligned to 16 bytes and loads are narrow.
 
 Shapes: M rows, E groups, K contraction, G gates, N columns, V visits.
 """
@@ -29,11 +29,11 @@ from pallas_kernels.grouped_matmul import triton_kernels as kernels
 from pallas_kernels.grouped_matmul.spec import Shaped, Spec
 from pallas_kernels.target import target
 
-LEAST_TILE, MOST_GATES = 16, 8
+MIN_TILE, MAX_GATES = 16, 8
 
 
 class Sizes(NamedTuple):
-    """A kernel's tile, warps, and stages of its loop's pipeline."""
+    """A kernel's tile, its warps, and the stages of its loop's pipeline."""
 
     m: int
     n: int
@@ -43,20 +43,20 @@ class Sizes(NamedTuple):
 
 
 def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
-    """Why the call cannot run here, or None."""
+    """Return the reason why the kernels cannot run a call, or None."""
     if target()[0] not in ("gpu", "cuda") and not spec.interpret:
         return f"needs a GPU, not a {target()[0]}; interpret=True runs it there, slowly"
     if lhs.dtype == jnp.float64:
-        return "float64 has no kernel; implementation='xla' takes it"
+        return "float64 is not supported; use implementation='xla'"
     for name, size in vars(spec.tiles).items():
-        if size is not None and size < LEAST_TILE:
-            return f"tiles.{name} = {size}: a matrix product in Triton takes {LEAST_TILE} at least"
-    if rhs.ndim == 4 and rhs.shape[2] > MOST_GATES:
-        return f"{rhs.shape[2]} gates: at most {MOST_GATES}, whose sums fit in a GPU's registers"
+        if size is not None and size < MIN_TILE:
+            return f"tiles.{name} = {size}: must be at least {MIN_TILE}, for Triton's matrix products"
+    if rhs.ndim == 4 and rhs.shape[2] > MAX_GATES:
+        return f"{rhs.shape[2]} gates: at most {MAX_GATES}, so that their sums fit in a GPU's registers"
     for name, x in (("lhs", lhs), ("rhs", rhs)):
-        # Pallas counts in signed 32 bits up to 2**32 bytes, whatever the size of an element.
+        # Pallas indexes arrays of up to 2**32 bytes with signed 32 bits, whatever the size of an element.
         if 2**31 < x.size and x.size * x.dtype.itemsize <= 2**32:
-            return f"{name} of {x.size} elements of 8 bits: between 2**31 and 2**32 their addresses overflow"
+            return f"{name} of {x.size} 8-bit elements: between 2**31 and 2**32 elements their indices overflow"
     return None
 
 
@@ -116,39 +116,44 @@ def _call(
 
 
 def visits(sizes_E: Array, M: int, tile: int) -> Array:
-    """int32 [V, 3]: (group, first row, row after the last) of each tile of rows, in order; first the groups', then, as
-    group E, those of the rows after the last group, then empty ones. V is the most that any sizes can ask for."""
+    """Return (group, first row, row after the last) of each tile of rows, int32 [V, 3].
+
+    The groups' tiles come first, in order, then tiles of the rows after the last group, as group E, then empty ones. V
+    is the most visits that any sizes can need."""
     E = sizes_E.shape[0]
-    ends_X = jnp.append(jnp.minimum(jnp.cumsum(sizes_E), M), M).astype(jnp.int32)  # of E groups and of what is left
+    ends_X = jnp.append(jnp.minimum(jnp.cumsum(sizes_E), M), M).astype(jnp.int32)  # of E groups and the remaining rows
     starts_X = jnp.pad(ends_X[:-1], (1, 0))
     last_X = jnp.cumsum((ends_X - starts_X + tile - 1) // tile)
     first_X = jnp.pad(last_X[:-1], (1, 0))
-    visit_V = jnp.arange(most_visits(M, E, tile), dtype=jnp.int32)
+    visit_V = jnp.arange(max_visits(M, E, tile), dtype=jnp.int32)
     group_V = (visit_V[:, None] >= last_X).sum(1, dtype=jnp.int32)
     at_V = jnp.minimum(group_V, E)
     start_V = jnp.minimum(starts_X[at_V] + (visit_V - first_X[at_V]) * tile, M)
     return jnp.stack([at_V, start_V, jnp.minimum(start_V + tile, ends_X[at_V])], 1)
 
 
-def most_visits(M: int, E: int, tile: int) -> int:
-    """sum(ceil(size / tile)) where as many as can be of E groups and the rest have one row more than whole tiles."""
+def max_visits(M: int, E: int, tile: int) -> int:
+    """Return the largest sum(ceil(size / tile)) of any sizes: as many as possible of the E groups and the remaining
+    rows have one row more than whole tiles."""
     filled = min(E + 1, M)
     return (M + filled * (tile - 1)) // tile
 
 
 def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: int, dtype: Any) -> Sizes:
-    """The tile of 'forward' or of 'weights_gradient', where spec.tiles leaves it open.
+    """Return the tile of 'forward' or of 'weights_gradient', with the sizes that spec.tiles does not set.
 
-    Forward: rows as many as a group has on average, as a power of two from 16 to 128 (a group wastes half a tile); 128
-    columns over all gates; 64 of the contraction. Weight gradient: 128 x 128 of the matrix, 64 rows a step, less where
-    groups are smaller. float32, of twice the bytes and three passes, takes half as much; so does the contraction where
-    K or N leaves addresses unaligned. Chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities
-    8.0 and 9.0 (some for 8.6): nothing spills, at most 96 KiB of shared memory (the least that GPUs have is 99),
-    products on wgmma for 9.0. 128 x 256 tiles, or four warps instead of eight, spill 12 to 300 bytes a thread, the
-    weight gradient for 8.0 12.5 KB.
+    Forward: rows as in an average group, as a power of two from 16 to 128 (a group wastes half a tile on average); 128
+    columns over all gates; 64 elements of the contraction. Weight gradient: 128 x 128 elements of the matrix and 64
+    rows per step, fewer if groups are smaller. float32, with twice the bytes and three passes, gets half of these
+    sizes; so does the contraction if K or N leaves addresses unaligned.
+
+    The sizes were chosen without a GPU, by Triton's compiler and ptxas 13 for compute capabilities 8.0 and 9.0 (some
+    for 8.6): nothing spills, shared memory is at most 96 KiB (supported GPUs have at least 99), and products use wgmma
+    for 9.0. With 128 x 256 tiles, or four warps instead of eight, 12 to 300 bytes per thread spill, and 12.5 KB in the
+    weight gradient for 8.0.
     """
     wide = jnp.dtype(dtype).itemsize == 4
-    rows = max(LEAST_TILE, 1 << (max(M // E, 1).bit_length() - 1))
+    rows = max(MIN_TILE, 1 << (max(M // E, 1).bit_length() - 1))
     if direction == "forward":
         m, n, k = (
             min(rows, 64 if wide else 128),
@@ -157,7 +162,7 @@ def tile_sizes(direction: str, spec: Spec, M: int, E: int, K: int, N: int, G: in
         )
     else:
         m, n, k = min(rows, 32 if wide else 64), 64 if wide else 128, 64 if wide else 128
-    fit = lambda size, length: max(LEAST_TILE, min(size, pl.next_power_of_2(length)))
+    fit = lambda size, length: max(MIN_TILE, min(size, pl.next_power_of_2(length)))
     t = spec.tiles
     m, n, k = t.m or m, t.n or fit(n, N), t.k or fit(k, K)
     sums = m * n * G if direction == "forward" else k * n

@@ -1,8 +1,9 @@
 """The bodies of the Triton kernels: one tile of a group's rows against a tile of its matrix's columns, and one tile of
 a group's weight gradient.
 
-Every ref is a whole array; programs find their tile of it. Rows of a tile beyond its group are read, where there are
-any, and not written: a row of a product depends on no other row. The weight gradient sums over rows, and masks them.
+Every ref is a whole array, in which a program finds its tile. The forward kernel reads rows of a tile beyond its group
+but does not write them, since a row of a product depends on no other row. The weight gradient sums over rows, so it
+masks them.
 
 Shapes: M rows, E groups, K contraction, G gates, N columns; m, k, n: those of a tile.
 """
@@ -19,12 +20,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_matmul.spec import Spec
 
-BAND = 8  # tiles of rows that go over the columns together, so that what they read stays in the second-level cache
+BAND = 8  # tiles of rows that go over the columns together, so that their inputs stay in the L2 cache
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compiled into a kernel, beside the shapes of its refs."""
+    """The static arguments of a kernel, other than the shapes of its refs."""
 
     spec: Spec
     M: int
@@ -35,13 +36,13 @@ class Plan:
     m: int
     k: int
     n: int
-    quantized: str | None = None  # the dtype of weights that come as the bits of 8-bit numbers
+    quantized: str | None = None  # the dtype of 8-bit weights, which the kernel reads as int8 bits
 
 
 def forward(p: Plan, refs: dict[str, Any], out_ref, products_ref=None) -> None:
-    """One visit and one tile of columns: out, and the G products where they are asked for.
+    """Compute out, and the G products if requested, for one visit and one tile of columns.
 
-    A visit is (group, first row, row after the last); in group E, of rows that belong to none, zeros are written.
+    A visit is (group, first row, row after the last). Group E holds the rows that belong to no group and gets zeros.
     """
     visits = refs["visits"].shape[0]
     visit, column = band(pl.program_id(0), visits, pl.cdiv(p.N, p.n))
@@ -84,13 +85,13 @@ def forward(p: Plan, refs: dict[str, Any], out_ref, products_ref=None) -> None:
             )
     out = sums[0]
     if p.spec.activation is not None:
-        out = jnp.where(group < p.E, p.spec.activation(*sums), 0.0)  # of zeros it need not be zero
+        out = jnp.where(group < p.E, p.spec.activation(*sums), 0.0)  # the activation of zeros may not be zero
     plgpu.store(out_ref.at[rows[:, None], columns[None, :]], out.astype(out_ref.dtype), mask=mask)
 
 
 def weights_gradient(p: Plan, refs: dict[str, Any], out_ref) -> None:
-    """One tile of one group's lhs^T dout, [K, N], over all of its rows; zeros of an empty group. p.k and p.n are the
-    tile, p.m the rows of a step."""
+    """Compute one tile of one group's lhs^T dout, [K, N], over all of its rows; zeros for an empty group. p.k and p.n
+    are the tile, p.m the rows per step."""
     group = pl.program_id(1)
     k_tile, n_tile = band(pl.program_id(0), pl.cdiv(p.K, p.k), pl.cdiv(p.N, p.n))
     start, end = refs["bounds"][group], refs["bounds"][group + 1]
@@ -112,7 +113,7 @@ def weights_gradient(p: Plan, refs: dict[str, Any], out_ref) -> None:
 
 
 def band(program, rows: int, columns: int) -> tuple[Any, Any]:
-    """(row, column) of a program: BAND rows go over all columns before the next ones do."""
+    """Return the (row, column) of a program. BAND rows go over all columns before the next rows do."""
     before = lax.div(program, jnp.int32(BAND * columns))
     first = before * BAND
     height = jnp.minimum(rows - first, BAND)
@@ -122,21 +123,21 @@ def band(program, rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def widen(x, quantized: str | None, dtype):
-    """Weights in the dtype of the product. float8 comes as int8 bits, and is read by integer operations: conversions of
-    float8_e4m3fn exist from compute capability 8.9 on, these on every GPU."""
+    """Return weights in the dtype of the product. float8 weights come as int8 bits and are converted by integer
+    operations, which work on every GPU; the hardware converts float8_e4m3fn only from compute capability 8.9 on."""
     if quantized is None or quantized == "int8":
         return x.astype(dtype)
     bits = x.astype(jnp.int32)
     if quantized == "float8_e5m2":  # the upper byte of a float16
         return lax.bitcast_convert_type((bits << 8).astype(jnp.int16), jnp.float16).astype(dtype)
-    magnitude = bits & 0x7F  # exponents of 4 bits, biased by 7 where float16 has 15; what is subnormal there is so here
+    magnitude = bits & 0x7F  # the 4-bit exponent has bias 7, float16's has 15; subnormals stay subnormal
     half = lax.bitcast_convert_type((((bits & 0x80) << 8) | (magnitude << 7)).astype(jnp.int16), jnp.float16)
     wide = half.astype(jnp.float32) * 256.0
     return jnp.where(magnitude == 0x7F, jnp.nan, wide).astype(dtype)
 
 
 def _both(rows, columns):
-    """The mask [r, c] of what both admit; None: all."""
+    """Return the mask [r, c] of elements that both masks admit, or None for all."""
     if rows is None or columns is None:
         return columns[None, :] if rows is None and columns is not None else None if rows is None else rows[:, None]
     return rows[:, None] & columns[None, :]
@@ -147,8 +148,10 @@ def _load(at, mask):
 
 
 def _dot(p: Plan, a, b, a_axis: int, b_axis: int):
-    """A matrix product summed in float32 over an axis of each. float32 takes three passes of TF32 on the tensor cores,
-    which err by about 1e-6, not 1e-3 as one would; the interpreter knows no TF32."""
+    """Return a matrix product summed in float32 over one axis of each operand.
+
+    float32 inputs take three passes of TF32 on the tensor cores, with an error of about 1e-6, where one pass would err
+    by 1e-3. The interpreter has no TF32."""
     three = lax.Precision.HIGHEST if p.spec.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=three if a.dtype == jnp.float32 else None,

@@ -1,10 +1,10 @@
-"""The grouped matmul in plain JAX, for CPUs: a loop over the groups that have rows, in it loops over blocks of their
-rows.
+"""The grouped matmul in plain JAX, for CPUs: a loop over the groups that have rows, with inner loops over blocks of
+their rows.
 
-A group is cut into as many large blocks as fit, then into smaller ones, so that what is computed beyond its end is
-little. The last blocks of a group may reach over its end (or, where the rows end, lie before its start): what they
-compute of other rows is not written. So groups need no alignment, no row is copied to another place, and a group
-without rows is not read.
+A group is divided into as many large blocks as fit, then into smaller ones, so that little is computed beyond its end.
+The last blocks of a group may reach beyond its end (or, at the end of the rows, start before its first row); their
+results for other rows are not written. So groups need no alignment, no row is copied elsewhere, and a group without
+rows is not read.
 
 Shapes: M rows, E groups, K contraction, X = G * N gates by columns, R rows of a block.
 """
@@ -20,22 +20,22 @@ from jaxtyping import Array
 
 from pallas_kernels.grouped_matmul.spec import Shaped, Spec, sum_dtype
 
-BLOCKS = (256, 64, 16)  # rows; a matmul of 16 rows still runs at more than half of the rate of a large one
+BLOCKS = (256, 64, 16)  # rows; a matmul of 16 rows still reaches more than half of the FLOP/s of a large one
 Carry = TypeVar("Carry")
 
 
 def unsupported(spec: Spec, lhs: Shaped, rhs: Shaped, scale: Shaped | None) -> str | None:
-    """Why the call cannot run here; None: it can."""
+    """Return the reason why this implementation cannot run a call, or None."""
     for name in ("n", "k"):
         if getattr(spec.tiles, name) is not None:
-            return f"tiles.{name} = {getattr(spec.tiles, name)}: it cuts rows alone (tiles.m)"
-    return "interpret = True: it is no Pallas kernel" if spec.interpret else None
+            return f"tiles.{name} = {getattr(spec.tiles, name)}: xla divides only rows; set tiles.m instead"
+    return "interpret = True: only Pallas kernels can be interpreted" if spec.interpret else None
 
 
 def forward(
     spec: Spec, lhs_MK: Array, rhs_EKGN: Array, scale_EGN: Array | None, sizes_E: Array, keep: bool
 ) -> tuple[Array, Array | None]:
-    """(out [M, N], products [M, G, N] if `keep` and there is an activation), in the dtype of lhs."""
+    """Return (out [M, N], products [M, G, N] if `keep` and there is an activation, else None), in the dtype of lhs."""
     wide, dtype, M = sum_dtype(lhs_MK.dtype), lhs_MK.dtype, lhs_MK.shape[0]
     E, G = rhs_EKGN.shape[0], 1 if spec.transpose else rhs_EKGN.shape[2]
     rhs = rhs_EKGN if spec.transpose else rhs_EKGN.reshape(E, rhs_EKGN.shape[1], -1)
@@ -73,17 +73,17 @@ def forward(
 
 
 def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) -> Array:
-    """[E, K, N] float32: of each group lhs^T dout; zero of an empty one."""
+    """Return lhs^T dout of each group, [E, K, N] float32; zero for an empty group."""
     wide, (M, K), E, N = sum_dtype(lhs_MK.dtype), lhs_MK.shape, sizes_E.shape[0], dout_MN.shape[1]
 
     def group(e: Array, start: Array, size: Array, drhs_EKN: Array) -> Array:
         def block(first: Array, rows: int, inside_R1: Array | None, drhs_KN: Array) -> Array:
             parts = (jax.lax.dynamic_slice_in_dim(y, first, rows).astype(wide) for y in (lhs_MK, dout_MN))
-            if inside_R1 is not None:  # both, for 0 * NaN is NaN
+            if inside_R1 is not None:  # mask both operands, because 0 * NaN is NaN
                 parts = (jnp.where(inside_R1, y, 0) for y in parts)
             lhs_RK, dout_RN = parts
-            # Written out transposed where that is the smaller side: XLA's CPU matmul contracts first dimensions at half
-            # of its rate (128 x 512: 40 % faster so; 256 x 128: no gain).
+            # Transpose the smaller side in memory: XLA's CPU matmul contracts first dimensions at half of its rate
+            # (128 x 512: 40 % faster with the transpose; 256 x 128: no gain).
             lhs_KR = jax.lax.optimization_barrier(lhs_RK.T) if K < N else lhs_RK.T
             return drhs_KN + jnp.matmul(lhs_KR, dout_RN, precision=jax.lax.Precision.HIGHEST)
 
@@ -94,10 +94,10 @@ def weights_gradient(spec: Spec, lhs_MK: Array, dout_MN: Array, sizes_E: Array) 
 
 
 def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
-    """Rows of the blocks, descending; none exceeds M. `largest`: tiles.m, and smaller ones for what it leaves.
+    """Return the rows of the blocks, descending, none above M. `largest` is tiles.m; smaller blocks take the remainder.
 
-    Where it is None and groups have few rows on average, as in decoding, blocks of as many alone (the next power of
-    two, or M): each further loop over blocks copies the group's weights."""
+    If `largest` is None and groups have few rows on average, as in decoding, return only that number (the next power of
+    two, or M), since each additional loop over blocks copies the group's weights."""
     rows = [size for size in BLOCKS if size < largest] + [largest] if largest else BLOCKS
     average = min(1 << (-(-M // E) - 1).bit_length(), M)
     if largest is None and average < min(rows):
@@ -106,8 +106,8 @@ def _cuts(M: int, E: int, largest: int | None) -> tuple[int, ...]:
 
 
 def _groups(sizes_E: Array, M: int, group: Callable[[Array, Array, Array, Carry], Carry], carry: Carry) -> Carry:
-    """`group(e, start, size, carry)` for the groups that have rows: most have none in decoding."""
-    sizes_E = jnp.asarray(sizes_E)  # NumPy's cannot be indexed by a loop's counter
+    """Run `group(e, start, size, carry)` for the groups that have rows; in decoding, most have none."""
+    sizes_E = jnp.asarray(sizes_E)  # a loop counter cannot index a NumPy array
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     (filled_E,) = jnp.nonzero(sizes_E, size=min(M, sizes_E.shape[0]), fill_value=0)
 
@@ -126,7 +126,8 @@ def _blocks(
     block: Callable[[Array, int, Array | None, Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """`block(first, rows, inside [rows, 1], carry)` over a group's rows; `inside` None: all of them are the group's."""
+    """Run `block(first, rows, inside [rows, 1], carry)` over a group's rows. `inside` is None if all rows are the
+    group's."""
     end = start + size
     for rows in cuts[:-1]:
         count = (end - start) // rows

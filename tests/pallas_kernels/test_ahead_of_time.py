@@ -1,4 +1,4 @@
-"""The compiler of TPUs that are not here: refusals, compiled objects, and its bundle counts."""
+"""Ahead-of-time compilation for TPUs: refusals, compiled objects and bundle counts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ SHAPE = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", ahead_of_time.TOPOLOGIES)
-def test_each_target_compiles_and_is_named_while_traced(name):
+def test_each_target_compiles_and_is_the_target_during_tracing(name):
     seen = []
 
     def product(x):
@@ -24,13 +24,13 @@ def test_each_target_compiles_and_is_named_while_traced(name):
     assert seen[0][0] == "tpu" and "TPU" in seen[0][1]
 
 
-def test_unknown_targets_are_refused_by_name():
+def test_an_unknown_target_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'v3'.*v4, v5e, v5p, v6e, 7x"):
         ahead_of_time.mesh_of("v3")
 
 
 def product():
-    """For `bundles`: a function and its arguments."""
+    """Return a function and its arguments, for `bundles`."""
     return (lambda x: x @ x), (SHAPE,)
 
 
@@ -40,12 +40,12 @@ def test_bundles_of_a_product_have_multiplications():
     assert any(r.occupancy["MATMUL"] > 0 and r.bundles > 16 for r in whole)
 
 
-def test_bundles_says_what_failed():
+def test_bundles_reports_the_error_of_its_process():
     with pytest.raises(RuntimeError, match="no_such_function"):
         ahead_of_time.bundles("v5e", "tests.pallas_kernels.test_ahead_of_time:no_such_function")
 
 
-def test_regions_are_read_with_their_place_and_share(tmp_path):
+def test_read_dump_returns_ranges_occupancy_and_spills_of_regions(tmp_path):
     (tmp_path / "1-kernel.1-00-post-bundle-packing-post-ra.txt").write_text(
         "$region0: #{kernel.1}\n  // region range: [0, 4)\n  $region7: #{kernel.1} parent=0 // loop_body\n"
         "    #allocation5 [shape = 'u8[16]{0}', space=vmem, size = 0x10, offset = 0x20, scoped]\n    // region range: "

@@ -1,4 +1,4 @@
-"""The commands for a device: what they print here, and that an error shows."""
+"""The commands `check` and `bench`: what they print on a CPU, and that they report errors."""
 
 import functools
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import bench, check
 from pallas_kernels.flash_attention import Mask
-from pallas_kernels.flash_attention.bench import _error, seen_pairs
+from pallas_kernels.flash_attention.bench import _error, visible_pairs
 from pallas_kernels.flash_attention.shapes import Case
 from pallas_kernels.grouped_matmul import bench as grouped_bench
 from pallas_kernels.grouped_matmul.shapes import Case as GroupedCase
@@ -18,25 +18,25 @@ from pallas_kernels.grouped_matmul.shapes import Case as GroupedCase
 SMALL = (Case("small", T=32, S=32, H=16, V=16), Case("small_window", T=40, S=40, H=16, V=16, mask=Mask(window=8)))
 
 
-def test_the_check_passes_what_is_right_and_fails_what_is_not(monkeypatch, capsys):
+def test_check_passes_correct_results_and_fails_wrong_ones(monkeypatch, capsys):
     monkeypatch.setattr(check, "FLASH_CASES", SMALL)
     monkeypatch.setattr(check, "GROUPED_CASES", ())
     monkeypatch.setattr(sys, "argv", ["check"])
-    right = functools.cache(check.flash)  # the same in both calls
+    right = functools.cache(check.flash)  # both runs of `main` share its results
     monkeypatch.setattr(check, "flash", right)
     assert check.main() == 0
-    told = capsys.readouterr().out
-    assert told.count("xla") == 2 and "all 2 within bounds" in told and "decode_attention: no kernel for cpu" in told
+    out = capsys.readouterr().out
+    assert out.count("xla") == 2 and "all 2 within bounds" in out and "decode_attention: no kernel for cpu" in out
 
     monkeypatch.setattr(
         check, "flash", lambda case, name: [x * (1.001 if name == "xla" else 1) for x in right(case, name)]
     )
     assert check.main() == 1
-    assert "2 of 2 too large" in capsys.readouterr().out
+    assert "2 of 2 errors exceed their bound" in capsys.readouterr().out
 
 
-def test_the_check_of_the_grouped_matmul_fails_what_is_not_right(monkeypatch, capsys):
-    """The gradients count too, and NaN after the last group."""
+def test_check_of_the_grouped_matmul_fails_a_wrong_gradient(monkeypatch, capsys):
+    """NaN in the rows after the last group does not count as an error."""
     monkeypatch.setattr(check, "GROUPED_CASES", (GroupedCase("small", (3, 0, 8), K=8, N=8, G=2, after=3),))
     monkeypatch.setattr(sys, "argv", ["check", "grouped_matmul"])
     assert check.main() == 0
@@ -47,7 +47,7 @@ def test_the_check_of_the_grouped_matmul_fails_what_is_not_right(monkeypatch, ca
     assert check.main() == 1
 
 
-def test_the_check_knows_its_operations_and_a_defect_from_a_refusal(monkeypatch, capsys):
+def test_check_refuses_an_unknown_operation_and_raises_a_bug(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check", "flash_atention"])
     with pytest.raises(SystemExit):
         check.main()
@@ -57,16 +57,16 @@ def test_the_check_knows_its_operations_and_a_defect_from_a_refusal(monkeypatch,
 
     def broken(case, name):
         if name == "xla":
-            raise ValueError("a defect")
+            raise ValueError("a bug")
         return right(case, name)
 
     monkeypatch.setattr(check, "flash", broken)
     monkeypatch.setattr(sys, "argv", ["check"])
-    with pytest.raises(ValueError, match="a defect"):
+    with pytest.raises(ValueError, match="a bug"):
         check.main()
 
 
-def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
+def test_bench_rows_show_errors_rooflines_and_refusals():
     contest = bench.Contest(
         "add",
         1e9,
@@ -86,20 +86,20 @@ def test_a_bench_row_counts_seen_pairs_and_tells_a_refusal():
     assert f"{share:.0%}" in lines[2] and "refused" in lines[3]
 
 
-def test_a_defect_of_ours_is_no_refusal():
+def test_bench_raises_a_bug_of_our_code_and_lists_one_of_theirs_as_a_refusal():
     def broken(x):
-        raise TypeError("a defect")
+        raise TypeError("a bug")
 
     ways = {"theirs": broken}
-    assert "a defect" in bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), ways), 1, 0.001)[0]["refused"]
-    with pytest.raises(TypeError, match="a defect"):
+    assert "a bug" in bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), ways), 1, 0.001)[0]["refused"]
+    with pytest.raises(TypeError, match="a bug"):
         bench.measure(bench.Contest("", 1, 1, "float32", (jnp.ones(2),), {"ours: xla": broken}), 1, 0.001)
 
 
 @pytest.mark.parametrize(
     "case", [*SMALL, Case("packed", T=32, S=32, segments=3), Case("full", T=8, S=8, mask=Mask(causal=False))]
 )
-def test_the_bench_counts_pairs_and_sees_errors(case):
+def test_bench_counts_visible_pairs_and_measures_errors(case):
     arrays, kwargs = case.arguments()
     segments = kwargs.get("segment_ids")
     t, s = np.arange(case.T)[:, None], np.arange(case.S)
@@ -108,7 +108,7 @@ def test_the_bench_counts_pairs_and_sees_errors(case):
         seen &= t - s < case.mask.window
     if segments is not None:
         seen = seen & (segments[0][0][:, None] == segments[1][0])
-    assert seen_pairs(case, segments) == seen.sum()
+    assert visible_pairs(case, segments) == seen.sum()
     q, k, v = (x[0, :, 0].astype(np.float64) for x in arrays)
     logits = np.where(seen, q @ k.T * case.H**-0.5, -np.inf)
     weights = np.exp(logits - logits.max(1, keepdims=True))
@@ -121,8 +121,8 @@ def test_the_bench_counts_pairs_and_sees_errors(case):
     assert _error(case, inputs, segments, out) > 0.01
 
 
-def test_the_ways_of_the_grouped_matmul_compute_the_same():
-    """All of them against float64; and the error tells one that takes another expert's weights."""
+def test_all_ways_of_the_grouped_matmul_bench_match_float64():
+    """The error is large for a way that uses another expert's weights."""
     size, sizes = grouped_bench.Size("small", 20, 4, 8, 4), np.array([7, 0, 9, 4], np.int32)
     arguments = (*grouped_bench._arrays(size, "float32"), jnp.asarray(sizes))
     ways = dict(grouped_bench._ways("cpu", size, sizes))

@@ -1,4 +1,4 @@
-"""Decode attention against the formula in float64, on caches that are NaN wherever no query looks."""
+"""Decode attention against the formula in float64, on caches that hold NaN wherever no query looks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from pallas_kernels.decode_attention import merge as merge_parts
 from pallas_kernels.decode_attention.shapes import CASES, NOWHERE, Case
 from pallas_kernels.decode_attention.spec import Cache, Spec, block_range, first_slot
 
-# float32: rounding of sums of 300 terms. 16 bits: of the result and of the weights, 2**-9 and 2**-11.
+# float32: rounding of sums of 300 terms. 16 bits: rounding of the result and of the weights, 2**-9 and 2**-11.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1.5e-3}
 KERNELS = ("tpu", "gpu")
 BY_NAME = {case.name: case for case in CASES}
 
-
-# Interpreting costs seconds a case: these, with the tests below, have every feature once.
+# A kernel takes seconds per case in interpret mode. These cases and the tests below cover every feature once.
 QUICK = {
     "tpu": ("slots_innermost", "odd_slots", "int8_pages_of_32_bfloat16"),
     "gpu": ("one_query", "head_dim_80_value_96", "pages_of_128_bfloat16", "float8_e5m2", "all_together"),
@@ -34,12 +33,12 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Of 128 slots, so that rows have several, and the parts of a row begin within it."""
+    """Blocks of 128 slots, so that a row has several and its parts begin inside it."""
     monkeypatch.setattr(tpu, "BLOCK_BYTES", 1)
 
 
 def by_case(*implementations: str) -> list:
-    """Every case with every implementation, slow where it is not quick."""
+    """Return every case with every implementation; those not in QUICK are marked slow."""
     return [
         pytest.param(name, case, id=f"{name}-{case.name}", marks=() if case.name in QUICK[name] else pytest.mark.slow)
         for name in implementations
@@ -57,7 +56,7 @@ def compiled(implementation: str, interpret, **choices):
 
 
 def run(case: Case, implementation: str, seed: int = 0, interpret=True, **others):
-    """(out, lse) of a case."""
+    """Return (out, lse) of a case."""
     if implementation == "reference":
         others["splits"], interpret = None, False
     call = compiled(implementation, interpret, **(case.choices() | others))
@@ -65,7 +64,7 @@ def run(case: Case, implementation: str, seed: int = 0, interpret=True, **others
 
 
 def formula(case: Case, seed: int = 0):
-    """(out, lse) in float64, a query and a head at a time."""
+    """Return (out, lse) in float64, computed for one query and one head at a time."""
     a = {name: np.asarray(x) for name, x in case.arguments(seed).items()}
     wide = lambda x: x.astype(np.float64)
     G = case.N // case.K
@@ -114,19 +113,19 @@ def check(case: Case, implementation: str, seed: int = 0, **others) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "case"), by_case("reference", *KERNELS))
-def test_equals_the_formula(implementation, case):
+def test_matches_the_formula(implementation, case):
     check(case, implementation)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_pages_give_the_bits_of_a_contiguous_cache(implementation):
+def test_pages_give_the_same_bits_as_a_contiguous_cache(implementation):
     paged = BY_NAME["pages_of_16"]
     for ours, theirs in zip(run(paged, implementation), run(replace(paged, page=None), implementation), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-def test_parts_add_up(implementation):
+def test_splits_match_a_single_part_and_are_deterministic(implementation):
     case = BY_NAME["head_dim_128_splits"]
     one, four = (run(case, implementation, splits=splits) for splits in (1, 4))
     np.testing.assert_allclose(one[0], four[0], atol=1e-6)
@@ -135,8 +134,7 @@ def test_parts_add_up(implementation):
     assert all((ours == theirs).all() for ours, theirs in zip(four, again, strict=True))
 
 
-def test_many_groups_of_heads(monkeypatch):
-    """Heads that do not fit together are worked on in turn."""
+def test_heads_that_exceed_vmem_together_run_in_groups(monkeypatch):
     case = Case("groups", N=4, K=4, H=128, V=128, S=384, lengths=(0, 384, 100))
     monkeypatch.setattr(tpu, "VMEM_BUDGET", 1 << 20)
     shapes = case.shapes()
@@ -145,13 +143,13 @@ def test_many_groups_of_heads(monkeypatch):
     check(case, "tpu")
 
 
-def test_no_races_and_no_memory_read_before_it_is_written():
-    """The TPU interpreter fills memory with NaN, lets copies arrive only when waited for, and watches for races."""
+def test_no_races_and_no_reads_of_unwritten_memory():
+    """The TPU interpreter fills memory with NaN, completes a copy only at its wait, and detects races."""
     case = BY_NAME["all_together"]
     check(case, "tpu", interpret=pltpu.InterpretParams(detect_races=True))
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    if hasattr(interpreter, "races"):  # jax 0.10 takes a note, 0.12 raises
+    if hasattr(interpreter, "races"):  # jax 0.10 records a race, 0.12 raises
         assert not interpreter.races.races_found
 
 
@@ -169,7 +167,7 @@ def draw_case(data) -> Case:
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_case(data):
+def test_reference_matches_the_formula_on_random_cases(data):
     check(draw_case(data), "reference")
 
 
@@ -177,12 +175,12 @@ def test_any_case(data):
 @pytest.mark.parametrize("implementation", KERNELS)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_case_of_a_kernel(implementation, data):
+def test_kernels_match_the_formula_on_random_cases(implementation, data):
     check(draw_case(data), implementation)
 
 
-def test_the_caches_of_idle_rows_are_not_read():
-    """A batch of idle rows gives zeros, from caches of NaN and page tables that point nowhere."""
+def test_caches_of_idle_rows_are_not_read():
+    """Idle rows give zeros although their caches hold NaN and their page tables are invalid."""
     case = replace(BY_NAME["pages_of_16"], lengths=(0, 0, 0))
     for implementation in KERNELS:
         out, lse = run(case, implementation)
@@ -197,7 +195,7 @@ def test_the_caches_of_idle_rows_are_not_read():
     block=st.sampled_from((16, 128)),
     parts=st.integers(1, 5),
 )
-def test_parts_cover_what_is_seen_and_nothing_else(length, T, window, block, parts):
+def test_parts_cover_exactly_the_visible_blocks(length, T, window, block, parts):
     spec = Spec(T, 1.0, window, None, parts, False)
     ranges = [tuple(int(x) for x in block_range(spec, np.int32(length), block, part)) for part in range(parts)]
     read = [i for first, end in ranges for i in range(first, end)]
@@ -214,14 +212,14 @@ def _parts():
     return r.normal(size=(3, 4, 8)).astype(np.float32), r.normal(size=(3, 4)).astype(np.float32) * 20
 
 
-def test_merge():
+def test_merge_matches_softmax_over_all_parts():
     outs, lses = _parts()
     merge = jax.jit(merge_parts)
     out, lse = merge(outs, lses)
     weights = np.exp(lses.astype(np.float64))
     np.testing.assert_allclose(out, (weights[..., None] * outs).sum(0) / weights.sum(0)[:, None], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(lse, np.log(weights.sum(0)), rtol=1e-6, atol=1e-6)
-    # In any order and grouping; and a part that sees nothing, whatever it holds, changes nothing.
+    # Order and grouping do not matter, and a part without visible keys changes nothing, whatever its output.
     pair = merge(jnp.stack([outs[2], merge(outs[:2], lses[:2])[0]]), jnp.stack([lses[2], merge(outs[:2], lses[:2])[1]]))
     np.testing.assert_allclose(pair[0], out, rtol=1e-5, atol=1e-6)
     empty = merge(np.concatenate([outs, np.full((1, 4, 8), np.nan)]), np.concatenate([lses, np.full((1, 4), MASKED)]))
@@ -230,8 +228,8 @@ def test_merge():
     assert (nothing[0] == 0).all() and (nothing[1] == np.float32(MASKED)).all()
 
 
-def test_sinks_go_to_one_part_of_a_cache():
-    """A cache that is spread over devices: the first half with the sinks, the second without, merged."""
+def test_sinks_given_to_one_half_of_a_cache_match_the_whole():
+    """As for a cache spread over devices: only the first half gets the sinks, and `merge` joins the halves."""
     case = Case("whole", B=1, T=1, S=64, lengths=(64,), sinks=True)
     whole = run(case, "reference")
     a = case.arguments()
@@ -251,14 +249,14 @@ def test_sinks_go_to_one_part_of_a_cache():
     np.testing.assert_allclose(lse, whole[1][..., 0], rtol=1e-6)
 
 
-def test_parts_asked_of_no_kernel_in_particular_are_the_reference_where_there_is_none():
+def test_without_a_kernel_the_reference_ignores_splits_and_keeps_finite():
     r = np.random.default_rng(0)
     q, k, v = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((2, 1, 2, 8), (2, 1, 16, 8), (2, 1, 16, 8)))
     lengths = jnp.asarray([3, 16])
     np.testing.assert_array_equal(decode_attention(q, k, v, lengths, splits=2), decode_attention(q, k, v, lengths))
-    with pytest.raises(ValueError, match="the reference has no parts"):
+    with pytest.raises(ValueError, match="the reference does not split rows"):
         decode_attention(q, k, v, lengths, splits=2, implementation="reference")
-    dirty = v.at[0, :, 3:].set(1e30)  # finite, unseen: a promise kept gives the same numbers
+    dirty = v.at[0, :, 3:].set(1e30)  # finite and unseen, so `finite=True` must not change the result
     np.testing.assert_array_equal(
         decode_attention(q, k, dirty, lengths, finite=True), decode_attention(q, k, v, lengths)
     )

@@ -1,4 +1,4 @@
-"""Decode attention for devices that are not here: compiled for TPUs, lowered for NVIDIA GPUs; and what is refused."""
+"""Decode attention without a device: compiled for TPUs, lowered for NVIDIA GPUs, and the calls it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pallas_kernels.decode_attention import decode_attention, gpu, tpu
 from pallas_kernels.decode_attention.shapes import SIZES, Case
 from pallas_kernels.decode_attention.spec import Cache, Spec
 
-# An executable for a device that is not here can be written to the cache of programs and not be read from it.
+# JAX's persistent cache can store an executable for an absent device but cannot read it back.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 BY_NAME = {case.name: case for case in SIZES}
 QUICK = {
@@ -33,14 +33,14 @@ TPU_CASES = [
 
 
 @pytest.fixture(autouse=True)
-def no_flags_of_cpus(monkeypatch):
-    """The compiler for TPUs ends the process at a flag that it does not know; the CPU's have been read by now."""
+def no_cpu_flags(monkeypatch):
+    """Unset XLA_FLAGS after the CPU backend has read it. The TPU compiler aborts at a flag that it does not know."""
     jax.devices()
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 def on_gpu(kind: str = "NVIDIA H100 80GB HBM3"):
-    """Traced in this context, jax takes the GPU to be there."""
+    """Return a context in which JAX traces as if this GPU were present."""
     device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("device",), abstract_device=device))
 
@@ -51,8 +51,8 @@ def caches(case: Case) -> Cache:
 
 
 @pytest.mark.parametrize(("target", "case"), TPU_CASES)
-def test_compiles_for_tpus_and_copies_no_cache(target, case):
-    # None: the backend's own choice, which is to be the kernel.
+def test_compiles_for_tpus_without_copying_a_cache(target, case):
+    # No implementation is named: the default for a TPU must be the kernel.
     compiled = compile_for(target, lambda arrays: decode_attention(**arrays, **case.choices()), case.shapes())
     text = compiled.as_text()
     assert "tpu_custom_call" in text
@@ -64,8 +64,8 @@ def test_compiles_for_tpus_and_copies_no_cache(target, case):
 
 
 @pytest.mark.parametrize("H", [128, pytest.param(64, marks=pytest.mark.slow)])
-def test_a_loop_that_writes_and_reads_caches_copies_none(H):
-    """Tokens generated in one program: copies of a cache may stand where the loop is entered and left, not in it."""
+def test_a_decoding_loop_does_not_copy_caches(H):
+    """A program may copy a cache where it enters and leaves the loop, but not inside the loop."""
     small = jax.ShapeDtypeStruct((4, 1, 16, H), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((4, 8, 1 << 15, H), jnp.bfloat16)
 
@@ -89,31 +89,29 @@ def test_a_loop_that_writes_and_reads_caches_copies_none(H):
 
 
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
-def test_vmem_is_within_what_a_kernel_is_given(case):
+def test_plan_stays_within_the_vmem_budget(case):
     q = case.shapes()["q_BTNH"]
     spec = Spec(case.T, 1.0, case.window, case.softcap, 1, False, case.slots_innermost)
     cut = tpu.plan(spec, q, caches(case))
     assert cut is not None
     used = tpu.vmem_bytes(spec, cut.heads, cut.block, q, caches(case))
     assert used <= tpu.VMEM_BUDGET < 16 << 20
-    # Enough in flight to be worth a copy's latency, not so much that short rows read for nothing.
+    # Blocks are large enough to hide a copy's latency, and small enough that short rows read little in vain.
     assert 128 <= cut.block <= tpu.MAX_BLOCK and case.K % cut.heads == 0
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=() if n in (1, 3, 6) else pytest.mark.slow) for n, c in enumerate(SIZES)]
 )
-@pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated"
-)  # jax 0.12; it is there up to 0.12 at least
-def test_lowers_for_nvidia(case):
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # since jax 0.12, which still has it
+def test_lowers_for_nvidia_gpus(case):
     with on_gpu():
         lowered = jax.jit(lambda arrays: decode_attention(**arrays, **case.choices())).trace(case.shapes())
         text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "triton" in text
 
 
-def test_parts_fill_the_device():
+def test_default_splits_fill_the_device():
     one, many = replace(BY_NAME["llama"], B=1), replace(BY_NAME["llama"], B=64)
     for platform, kind, expected in (
         ("tpu", "TPU v5 lite", (1, 1)), ("tpu", "TPU v5p", (2, 2)), ("gpu", "NVIDIA H100 80GB HBM3", (32, 1)),
@@ -133,11 +131,11 @@ def refused(case: Case, match: str, without: tuple[str, ...] = (), given: dict |
 
 
 @pytest.mark.unchecked
-def test_refuses_what_does_not_fit():
+def test_arguments_that_do_not_fit_are_refused():
     small, int8 = Case("small"), Case("int8", cache="int8")
     shape = lambda *dims, dtype="float32": jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
     refused(replace(small, N=3, K=2), "2 heads: must divide the 3 heads")
-    refused(replace(small, T=17), "T = 17 queries a row: at most 16; use flash_attention")
+    refused(replace(small, T=17), "T = 17 queries per row: at most 16; use flash_attention")
     refused(small, r"lengths_B of shape \(2,\): must be \(3,\)", given={"lengths_B": shape(2, dtype="int32")})
     refused(small, "lengths_B is float32: must be int32", given={"lengths_B": shape(3)})
     refused(small, "page_table_BP of shape", given={"page_table_BP": shape(2, 4, dtype="int32")})
@@ -146,8 +144,8 @@ def test_refuses_what_does_not_fit():
     refused(small, "no dimension may be empty", given={"q_BTNH": shape(3, 0, 2, 64)})
     refused(small, "must share one of", given={"v_cache": shape(3, 1, 256, 64, dtype="bfloat16")})
     refused(small, "q is float64|q is int32", given={"q_BTNH": shape(3, 1, 2, 64, dtype="int32")})
-    refused(small, "k_scales go with caches of 8 bits and only those", given={"k_scales": shape(3, 1, 256)})
-    refused(int8, "v_scales go with caches of 8 bits", without=("v_scales",))
+    refused(small, "k_scales: required for 8-bit caches and refused for others", given={"k_scales": shape(3, 1, 256)})
+    refused(int8, "v_scales: required for 8-bit caches", without=("v_scales",))
     refused(int8, r"k_scales \(3, 1, 255\) float32: must be \(3, 1, 256\)", given={"k_scales": shape(3, 1, 255)})
     refused(small, r"alibi_N of shape \(3,\): must be \(2,\)", given={"alibi_N": shape(3)})
     refused(small, "window = 0: must be at least 1", window=0)
@@ -157,29 +155,27 @@ def test_refuses_what_does_not_fit():
     refused(small, "name the kernel to interpret", interpret=True)
 
 
-def test_refuses_what_a_kernel_cannot_run():
+def test_calls_that_a_kernel_cannot_run_are_refused():
     small = Case("small")
-    refused(small, "the reference has no parts", implementation="reference", splits=2)
+    refused(small, "the reference does not split rows", implementation="reference", splits=2)
     refused(replace(small, dtype="float16"), "no float16 arithmetic; use bfloat16", implementation="tpu")
-    refused(replace(small, S=250), "slots of a row = 250: must be a multiple of 8", implementation="tpu")
+    refused(replace(small, S=250), "slots per row = 250: must be a multiple of 8", implementation="tpu")
     refused(replace(small, S=240, page=20), "page_size = 20: must be a multiple of 8", implementation="tpu")
-    refused(
-        replace(small, B=64, S=1 << 15, page=8), "page_table_BP of 1048576 bytes: scalar memory", implementation="tpu"
-    )
+    refused(replace(small, B=64, S=1 << 15, page=8), "page_table_BP of 1048576 bytes: at most", implementation="tpu")
     refused(replace(small, N=2048, T=16, H=256, V=256), "MiB of VMEM", implementation="tpu")
     refused(replace(small, H=320, V=64), "head dimensions of 320 and 64: at most 256", implementation="gpu")
     refused(replace(small, B=48, S=1 << 20, cache="int8"), "between 2\\*\\*31 and 2\\*\\*32", implementation="gpu")
 
 
-def test_a_kernel_that_is_not_for_this_machine_does_not_fall_back():
+def test_a_named_kernel_does_not_fall_back_on_a_cpu():
     case = Case("small")
     for name in ("tpu", "gpu"):
         with pytest.raises(ValueError, match=r"[Oo]nly interpret mode is supported"):
             decode_attention(**case.arguments(), implementation=name, splits=1)
 
 
-def test_a_kernel_that_cannot_run_is_not_chosen():
-    """None is the reference where the backend's kernel refuses, and on CPUs."""
+def test_the_default_is_the_reference_where_no_kernel_can_run():
+    """On CPUs, and for calls that the backend's kernel refuses."""
     case = Case("small", S=250, lengths=(1, 2, 3))
     assert "custom_call" not in jax.jit(lambda arrays: decode_attention(**arrays)).lower(case.shapes()).as_text()
     compiled = compile_for("v5e", lambda arrays: decode_attention(**arrays), case.shapes())

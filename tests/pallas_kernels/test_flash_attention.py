@@ -1,4 +1,4 @@
-"""Flash attention's api, masks and the implementations that run anywhere, against the formula in float64."""
+"""Flash attention's API, masks and the implementations that run on any device, against the formula in float64."""
 
 from dataclasses import replace
 from fractions import Fraction
@@ -35,11 +35,11 @@ TINY += [
     Case("padded_tiles", T=50, S=70, mask=Mask(causal=False)),
 ]
 TILES = Tiles(q=32, k=32)
-TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}  # of the largest entry
+TOLERANCE = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 2e-3}  # relative to the largest entry
 
 
-def seen_pairs(case, kwargs):
-    """bool [B, N, T, S] by the mask's definition, one query at a time."""
+def visible_pairs(case, kwargs):
+    """Return the visible pairs, bool [B, N, T, S], by the mask's definition, one query at a time."""
     mask = case.mask
     seen = np.zeros((case.B, case.N, case.T, case.S), bool)
     offset = np.broadcast_to(np.asarray(case.offset), (case.B,))
@@ -54,13 +54,13 @@ def seen_pairs(case, kwargs):
                 row &= (slot - keys < mask.window) & (keys - slot < mask.window)
             if mask.strided is not None:
                 s = mask.strided
-                place, places = (
+                q_position, k_positions = (
                     (slot, keys)
                     if "positions" not in kwargs
                     else (p[b][i] for p, i in zip(kwargs["positions"], (t, keys), strict=True))
                 )
-                row &= (abs(place // s.size - places // s.size) < s.local) | (
-                    places // s.size % s.stride == s.stride - 1
+                row &= (abs(q_position // s.size - k_positions // s.size) < s.local) | (
+                    k_positions // s.size % s.stride == s.stride - 1
                 )
             if "prefix_BS" in kwargs:
                 row |= kwargs["prefix_BS"][b]
@@ -74,8 +74,8 @@ def seen_pairs(case, kwargs):
 
 
 def formula(case, kwargs, q, k, v, bias, sinks):
-    """Output and log-sum-exp of float64 arrays as the formula says them: a sink is one more key, whose value is
-    zero."""
+    """Return the output, log-sum-exp and blind queries of float64 arrays by the formula; a sink is one more key, whose
+    value is zero."""
     group = case.N // case.K
     logits = case.H**-0.5 * jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, group, axis=2))
     if case.softcap:
@@ -85,12 +85,12 @@ def formula(case, kwargs, q, k, v, bias, sinks):
     if case.alibi:
         slots = np.arange(case.T)[:, None] + np.broadcast_to(np.asarray(case.offset), (case.B,))[:, None, None, None]
         logits -= kwargs["alibi_N"].astype(np.float64)[:, None, None] * abs(slots - np.arange(case.S))
-    seen = seen_pairs(case, kwargs)
+    seen = visible_pairs(case, kwargs)
     logits = jnp.where(seen, logits, -jnp.inf)
     if sinks is not None:
         logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[:, None, None], (*logits.shape[:3], 1))], axis=-1)
     blind = ~(seen.any(-1) | (sinks is not None))
-    logits = jnp.where(blind[..., None], 0.0, logits)  # no infinities left whose gradients would be NaN
+    logits = jnp.where(blind[..., None], 0.0, logits)  # removes infinities, whose gradients would be NaN
     weights = jnp.where(blind[..., None], 0.0, jax.nn.softmax(logits))
     weights = weights[..., : case.S]
     if case.dropout:
@@ -101,12 +101,12 @@ def formula(case, kwargs, q, k, v, bias, sinks):
 
 
 def expected(case):
-    """Float64 (out, lse, blind rows, gradients of q, k, v, bias, sinks) and the cotangents they are for."""
+    """Return [out, lse, gradients of q, k, v, bias and sinks] in float64, the blind queries, and the cotangents."""
     arrays, kwargs = case.arguments()
     r = np.random.default_rng(1)
     dout, dlse = r.normal(size=(case.B, case.T, case.N, case.V)), r.normal(size=(case.B, case.N, case.T))
     with jax.enable_x64(True):
-        # What an implementation gets are the rounded inputs.
+        # Implementations get rounded inputs, so the formula gets the same.
         wide = [jnp.asarray(jnp.asarray(x, case.dtype), jnp.float64) for x in arrays]
         wide += [
             None if (x := kwargs.get(name)) is None else jnp.asarray(x, jnp.float64)
@@ -148,7 +148,7 @@ def actual(case, cotangents, blind, implementation, tiles):
     return [None if x is None else np.asarray(x, np.float64) for x in (out, lse, *gradients)]
 
 
-# Sizes of a head, which these two implementations leave to XLA, and pairs of features that other cases have.
+# Head dimensions, which these two implementations leave to XLA, and combinations of features that other cases cover.
 SLOW = (
     "head_dim_80",
     "head_dim_96",
@@ -163,7 +163,7 @@ SLOW = (
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow if c.name in SLOW else ()) for c in TINY], ids=lambda c: c.name
 )
-def test_output_and_gradients_are_those_of_the_formula_in_float64(case):
+def test_output_and_gradients_match_the_formula_in_float64(case):
     exact, blind, cotangents = expected(case)
     for implementation in ("reference", "xla"):
         found = actual(case, cotangents, blind, implementation, TILES)
@@ -202,21 +202,22 @@ masks = st.builds(
     tile_k=st.sampled_from([8, 16, 24]),
     seed=st.integers(0, 99),
 )
-def test_tiles_called_empty_or_full_are(mask, T, S, offset, segments, prefix, tile_q, tile_k, seed):
+def test_empty_tiles_have_no_visible_pair_and_full_tiles_only_visible_ones(
+    mask, T, S, offset, segments, prefix, tile_q, tile_k, seed
+):
     segments = segments if segments < min(T, S) else 0
     case = Case(
         "", T=T, S=S, N=1, K=1, mask=mask, offset=offset, segments=segments, positions=bool(segments), prefix=prefix
     )
     _, kwargs = case.arguments(seed)
-    ids, places = kwargs.get("segment_ids", (None, None)), kwargs.get("positions", (None, None))
-    data = MaskData(offset, *ids, *places, kwargs.get("prefix_BS"))
-    kinds = np.asarray(
-        jax.jit(lambda: tile_kinds(mask, data, T, S, tile_q, tile_k))()
-    )  # at once, or each step compiles
+    ids, positions = kwargs.get("segment_ids", (None, None)), kwargs.get("positions", (None, None))
+    data = MaskData(offset, *ids, *positions, kwargs.get("prefix_BS"))
+    # Under jit, since without it each operation compiles separately.
+    kinds = np.asarray(jax.jit(lambda: tile_kinds(mask, data, T, S, tile_q, tile_k))())
     if not segments and not prefix:
         assert isinstance(tile_kinds(mask, MaskData(offset), T, S, tile_q, tile_k), np.ndarray)
     padded = np.zeros((-(-T // tile_q) * tile_q, -(-S // tile_k) * tile_k), bool)
-    padded[:T, :S] = seen_pairs(case, kwargs)[0, 0]
+    padded[:T, :S] = visible_pairs(case, kwargs)[0, 0]
     for i, j in np.ndindex(*kinds.shape[2:]):
         rows = slice(i * tile_q, min((i + 1) * tile_q, T))
         tile = padded[rows, j * tile_k : (j + 1) * tile_k]
@@ -224,7 +225,7 @@ def test_tiles_called_empty_or_full_are(mask, T, S, offset, segments, prefix, ti
         assert kinds[0, 0, i, j] != FULL or tile.all()
 
 
-def test_tiles_of_a_plain_mask_are_all_told_apart():
+def test_tile_kinds_of_a_static_window_are_exact():
     kinds = tile_kinds(Mask(window=64), MaskData(0), 256, 256, 32, 32)[0, 0]
     i, j = np.indices(kinds.shape)
     np.testing.assert_array_equal(kinds != EMPTY, (j <= i) & (i - j <= 2))
@@ -232,8 +233,8 @@ def test_tiles_of_a_plain_mask_are_all_told_apart():
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_parts_of_the_keys_give_parts_of_the_gradients(implementation):
-    """What ring attention is made of: with the whole row's out and lse, the parts add up to the whole."""
+def test_gradients_from_parts_of_the_keys_sum_to_the_whole(implementation):
+    """Ring attention relies on this. Each part gets the whole row's out and lse."""
     r = np.random.default_rng(0)
     q, k, v, dout = (jnp.asarray(r.normal(size=(1, 64, n, 16)), jnp.float32) for n in (4, 2, 2, 4))
     (out, lse), pull = jax.vjp(lambda *x: flash_attention(*x, implementation=implementation, return_lse=True), q, k, v)
@@ -253,7 +254,7 @@ def test_parts_of_the_keys_give_parts_of_the_gradients(implementation):
         np.testing.assert_allclose(x, y, atol=3e-6)
 
 
-def test_memory_grows_with_the_length_not_with_its_square():
+def test_memory_grows_linearly_with_length():
     def temporaries(T, implementation):
         x = jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32)
         loss = lambda q, k, v: flash_attention(q, k, v, implementation=implementation).sum()
@@ -263,7 +264,7 @@ def test_memory_grows_with_the_length_not_with_its_square():
     assert temporaries(8192, "xla") < temporaries(8192, "reference") / 50
 
 
-def test_dropout_keeps_the_stated_share_and_is_a_function_of_its_counters():
+def test_dropout_keeps_the_right_fraction_and_depends_only_on_its_counters():
     index = [
         jnp.arange(n, dtype=jnp.int32).reshape(s)
         for n, s in ((4, (4, 1, 1, 1)), (4, (4, 1, 1)), (128, (128, 1)), (128, (1, 128)))
@@ -302,7 +303,7 @@ KV = jnp.zeros((2, 16, 2, 8))
         ({"dropout": 0.5}, "needs seed"),
         ({"segment_ids": jnp.ones((2, 8), jnp.int32)}, "segment_ids of shapes"),
         ({"offset": jnp.zeros(3, jnp.int32)}, "offset of shape"),
-        ({"offset": 1.0}, "dtype float32: an int"),
+        ({"offset": 1.0}, "dtype float32: must be an int"),
         ({"segment_ids": jnp.ones((2, 16))}, "must be integers"),
         ({"dropout": 0.5, "seed": jnp.zeros(2, jnp.int32)}, "needs seed, an int32 scalar"),
         ({"interpret": True}, "name the kernel to interpret"),
@@ -311,29 +312,30 @@ KV = jnp.zeros((2, 16, 2, 8))
         ({"implementation": "cuda"}, "unknown; use one of tpu"),
     ],
 )
-def test_refusals_name_what_does_not_fit(change, words):
+def test_refusals_name_the_argument_and_the_fix(change, words):
     with pytest.raises(ValueError, match=words):
         flash_attention(**{"q_BTNH": X, "k_BSKH": KV, "v_BSKV": KV, **change})
 
 
 @pytest.mark.unchecked
-def test_parts_of_keys_refuse_what_they_cannot_take():
+def test_backward_refuses_block_masks_and_a_transposed_lse():
     lse = jnp.zeros((2, 4, 16))
-    with pytest.raises(ValueError, match="no strided pattern and no blocks"):
+    with pytest.raises(ValueError, match="strided and block_shape need whole rows"):
         flash_attention_backward(X, KV, KV, X, lse, X, mask=Mask(block_shape=(8, 8)))
     with pytest.raises(ValueError, match=r"lse_BNT of shape \(2, 16, 4\)"):
         flash_attention_backward(X, KV, KV, X, lse.transpose(0, 2, 1), X)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
-def test_unseen_logits_vanish_however_a_product_is_rounded(head_dim):
-    """GPUs may contract (unseen / unit) * unit - top into one operation: even then nothing comes near exp2's range."""
+def test_weights_of_unseen_keys_vanish_without_rounding_of_the_product(head_dim):
+    """GPUs may fuse (UNSEEN / unit) * unit - top into one operation. Even then the difference is far below exp2's
+    range."""
     unit = np.float32(head_dim**-0.5 * 1.4426950408889634)
     exact = Fraction(float(np.float32(UNSEEN) / unit)) * Fraction(float(unit))
     assert exact - Fraction(float(np.float32(MASKED))) < -1000
 
 
-def test_the_order_of_implementations_leaves_out_gpus_that_triton_does():
+def test_triton_is_the_default_only_on_supported_gpus():
     assert best_implementation("gpu", "NVIDIA H100 80GB HBM3") == ("triton", "xla")
     assert (
         best_implementation("gpu", "Tesla V100-SXM2-16GB")
@@ -343,6 +345,6 @@ def test_the_order_of_implementations_leaves_out_gpus_that_triton_does():
     assert best_implementation("tpu", "TPU v5 lite") == ("tpu", "xla") and best_implementation("cpu", "cpu") == ("xla",)
 
 
-def test_a_kernel_of_another_device_is_refused():
+def test_a_named_kernel_for_another_device_is_refused():
     with pytest.raises(ValueError, match=r"interpret"):
         jax.jit(lambda q, k: flash_attention(q, k, k, implementation="tpu"))(X, KV).block_until_ready()

@@ -1,7 +1,6 @@
-"""The Hopper kernels: run by jax's Mosaic GPU interpreter against the reference, and lowered for CUDA; neither needs a
-GPU.
+"""The Hopper kernels, run by jax's Mosaic GPU interpreter against the reference and lowered for CUDA. No GPU is needed.
 
-Interpreting costs seconds a block of the grid, so the cases run by default hold many features in few blocks.
+The interpreter takes seconds per block of the grid, so the default cases combine many features in few blocks.
 """
 
 from contextlib import nullcontext
@@ -31,8 +30,8 @@ RUNNABLE = [
 ]
 SMALL = Case("small", T=100, S=180, N=2, K=1, V=128, dtype="bfloat16", mask=Mask(window=110), offset=70, segments=3,
              alibi=True, softcap=5.0, sinks=True, dropout=0.1)  # fmt: skip
-# 64 keys in the last tile, FULL, PARTIAL and EMPTY tiles, rows that see nothing; data that decides beside what is
-# static.
+# PLAIN has 64 keys in the last tile, FULL, PARTIAL and EMPTY tiles, queries that see no key, and a static mask whose
+# offset is data.
 PLAIN = Case("plain", B=1, T=192, S=320, N=1, K=1, dtype="float16", offset=(-40,))
 SPARSE = Case("sparse", T=256, S=256, N=1, K=1, dtype="bfloat16", segments=2, positions=True, prefix=20, blocks=0.6,
               mask=Mask(strided=Strided(16, 2, 4), block_shape=(128, 128)))  # fmt: skip
@@ -40,7 +39,7 @@ SPARSE = Case("sparse", T=256, S=256, N=1, K=1, dtype="bfloat16", segments=2, po
 
 @pytest.fixture(autouse=True)
 def clean_interpreter():
-    """A kernel that fails leaves its memory behind, and the next one would find it."""
+    """Clear the interpreter's memory, which a failed kernel would leave to the next one."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     yield
@@ -48,20 +47,20 @@ def clean_interpreter():
 
 
 def arrays(case, seed=0):
-    """q, k, v in the case's dtype, and its other arguments, as JAX arrays."""
+    """Return q, k, v in the case's dtype, and its other arguments, as JAX arrays."""
     (q, k, v), kwargs = case.arguments(seed)
     as_jax = lambda x: jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, x)
     return tuple(jnp.asarray(x, case.dtype) for x in (q, k, v)), {name: as_jax(x) for name, x in kwargs.items()}
 
 
 def run(case, implementation, gradient, tiles=None, seed=0):
-    """{out, lse} or {dq, dk, dv, dsinks} as float32 NumPy, where `out` and `lse` both have a cotangent; the reference
+    """Return {out, lse} or {dq, dk, dv, dsinks} in float32. Both `out` and `lse` have a cotangent. The reference runs
     in float32 on the same 16-bit inputs."""
     (q, k, v), kwargs = arrays(case, seed)
     if implementation == "reference":
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     r = np.random.default_rng(seed + 1)
-    # A cotangent of 16 bits, or rounding it would count as an error.
+    # The cotangent has 16 bits, so that its rounding does not count as an error.
     dout = jnp.asarray(r.normal(size=(*q.shape[:3], v.shape[3])), case.dtype).astype(jnp.float32)
     dlse = jnp.asarray(r.normal(size=(q.shape[0], q.shape[2], q.shape[1])), jnp.float32)
     inputs = {"q": q, "k": k, "v": v} | {name: kwargs.pop(name) for name in ("sinks_N",) if name in kwargs}
@@ -92,24 +91,24 @@ def assert_close(case, gradient, tiles=None, seed=0):
         assert error <= bound, f"{case.name}: {name} off by {error:.2e} of the largest entry"
 
 
-def test_forward_with_data_dependent_tiles_and_rows_that_see_nothing():
+def test_forward_matches_with_data_dependent_tiles_and_queries_without_keys():
     assert_close(PLAIN, gradient=False, tiles=Tiles(k=64))
 
 
-def test_gradients_with_many_features_at_once():
+def test_gradients_match_with_many_features_at_once():
     assert_close(SMALL, gradient=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("case", [*RUNNABLE, SMALL, PLAIN, SPARSE], ids=lambda case: case.name)
-def test_every_case(case, gradient):
+def test_every_case_matches_the_reference(case, gradient):
     assert_close(case, gradient)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tile_k", [64, 128, 192, 256])
-def test_any_tile_of_keys(tile_k):
+def test_every_tile_size_of_keys_matches_the_reference(tile_k):
     case = Case("keys", T=128, S=384, N=1, K=1, dtype="float16", mask=Mask(causal=False), segments=2)
     assert_close(case, gradient=False, tiles=Tiles(k=tile_k))
 
@@ -121,14 +120,14 @@ def test_any_tile_of_keys(tile_k):
     causal=st.booleans(), window=st.sampled_from([None, 1, 70]), segments=st.sampled_from([0, 3]), sinks=st.booleans(),
     softcap=st.sampled_from([None, 3.0]), gradient=st.booleans(),
 )  # fmt: skip
-def test_any_shape(T, S, offset, group, causal, window, segments, sinks, softcap, gradient):
+def test_random_shapes_match_the_reference(T, S, offset, group, causal, window, segments, sinks, softcap, gradient):
     case = Case("any", T=T, S=max(S, segments), N=group, K=1, dtype="float16", mask=Mask(causal, window), offset=offset,
                 segments=segments, sinks=sinks, softcap=softcap)  # fmt: skip
     assert_close(case, gradient)
 
 
 @pytest.mark.slow
-def test_the_same_bits_each_time():
+def test_results_are_deterministic():
     for gradient in (False, True):
         first, second = run(SMALL, "hopper", gradient), run(SMALL, "hopper", gradient)
         assert all((first[name] == second[name]).all() for name in first)
@@ -136,7 +135,7 @@ def test_the_same_bits_each_time():
 
 @pytest.mark.slow
 def test_no_two_warpgroups_race(monkeypatch):
-    """The ring wraps: more tiles than slots, which differ in number. Without one of the waits this raises."""
+    """The ring wraps around, since there are more tiles than slots. If a wait is missing, this test fails."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
@@ -147,7 +146,7 @@ def test_no_two_warpgroups_race(monkeypatch):
 
 
 def lowered(case, gradient):
-    """The program for CUDA as text."""
+    """Return the text of the program for CUDA."""
     inputs, kwargs = arrays(case)
     call = partial(flash_attention, implementation="hopper", **kwargs)
     if gradient:
@@ -155,7 +154,7 @@ def lowered(case, gradient):
     else:
         function = call
     described = nullcontext()
-    if hasattr(jax.sharding, "AbstractDevice"):  # from jax 0.12 on, where Mosaic GPU asks for the device
+    if hasattr(jax.sharding, "AbstractDevice"):  # since jax 0.12, where Mosaic GPU needs the device
         device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
         auto = (jax.sharding.AxisType.Auto,)
         described = jax.sharding.use_abstract_mesh(
@@ -183,7 +182,7 @@ def test_every_case_lowers_for_cuda(case):
 
 @given(seed=st.integers(0, 999))
 @settings(max_examples=20, deadline=None)
-def test_the_schedule_visits_full_tiles_then_partial_ones_and_no_other(seed):
+def test_the_schedule_visits_full_tiles_first_then_partial_ones_only(seed):
     I, J = 3, 6
     kinds = np.random.default_rng(seed).integers(0, 3, size=(1, 2, I, J))
     found = {name: np.asarray(x) for name, x in hopper_parts.schedule(kinds).items()}
@@ -207,8 +206,8 @@ def test_plans_fit_shared_memory_and_registers():
                 continue
             assert planned is not None, f"H {H}, V {V}: no plan"
             keys, slots = planned
-            held = 2 * 128 * (H + (V if V != H else 0)) + 2 * slots * keys * (H + V)
-            assert held < hopper_parts.SHARED_MEMORY and slots >= 2 and keys in (64, 128)
+            used = 2 * 128 * (H + (V if V != H else 0)) + 2 * slots * keys * (H + V)
+            assert used < hopper_parts.SHARED_MEMORY and slots >= 2 and keys in (64, 128)
     assert plan(128, 128, 4096, None, None) == (128, 2)
 
 
@@ -218,8 +217,8 @@ def test_plans_fit_shared_memory_and_registers():
         (Case("float32"), Tiles(), "implementation='triton'"),
         (Case("bias", dtype="bfloat16", bias=True), Tiles(), "alibi_N"),
         (Case("width", dtype="bfloat16", H=80, V=80), Tiles(), "head dimensions 80 and 80"),
-        (Case("rows", dtype="bfloat16"), Tiles(q=64), "tiles.q = 64: is 128"),
-        (Case("step", dtype="bfloat16"), Tiles(k_dkv=64), "tiles.k_dkv = 64: is 128"),
+        (Case("rows", dtype="bfloat16"), Tiles(q=64), "tiles.q = 64: must be 128"),
+        (Case("step", dtype="bfloat16"), Tiles(k_dkv=64), "tiles.k_dkv = 64: must be 128"),
         (Case("keys", dtype="bfloat16"), Tiles(k=96), "tiles.k = 96"),
         (Case("memory", dtype="bfloat16", H=256, V=256), Tiles(k=128), "shared memory"),
         (Case("widths", dtype="bfloat16", H=192, V=256), Tiles(), "head dimensions 192 and 256"),
@@ -227,7 +226,7 @@ def test_plans_fit_shared_memory_and_registers():
     ],
     ids=lambda x: x.name if isinstance(x, Case) else None,
 )
-def test_refusals_name_what_is_wrong(case, tiles, named):
+def test_refusals_name_the_reason(case, tiles, named):
     (q, k, v), kwargs = arrays(case)
     with pytest.raises(ValueError, match="implementation = 'hopper'") as refused:
         flash_attention(q, k, v, tiles=tiles, implementation="hopper", **kwargs)

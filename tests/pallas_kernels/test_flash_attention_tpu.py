@@ -1,5 +1,5 @@
-"""The TPU kernels of flash attention: interpreted against the formula, compiled for every generation, races looked
-for."""
+"""The TPU kernels of flash attention: interpreted against the reference, checked for races, and compiled for every
+generation."""
 
 import functools
 import itertools
@@ -19,17 +19,17 @@ from pallas_kernels.flash_attention.shapes import CASES, Case
 from pallas_kernels.flash_attention.spec import Extra, Spec
 
 SMALL = Tiles(q=128, k=128, q_dkv=128, k_dkv=128)
-# Largest error relative to the largest entry. bfloat16: out and gradients are rounded to 2^-9 of themselves, weights
-# before they meet the values, and so is what the gradients are made of.
+# Largest error relative to the largest entry, of (out and lse, gradients). bfloat16 has a relative rounding error of
+# 2^-9, which applies to results, to weights before they multiply values, and to the factors of gradients.
 BOUNDS = {"float32": (2e-5, 2e-5), "float16": (1e-3, 2e-3), "bfloat16": (8e-3, 2e-2)}
 FAST = ("causal", "strided_packed", "multi_query", "head_dim_80", "all_together_bfloat16")
 RUNNABLE = [case for case in CASES if not case.bias]
 
 
 def outputs(case: Case, implementation: str, dtype: str, tiles=SMALL, interpret=True):
-    """out, lse and the gradients of q, k, v (and sinks), of random cotangents of out and lse."""
+    """Return out, lse and the gradients of q, k, v (and sinks) for random cotangents of out and lse."""
     (q, k, v), kwargs = case.arguments()
-    # Rounded to the case's dtype on both sides: the reference computes on what the kernel was given.
+    # Inputs are rounded to the case's dtype, so that the reference gets the kernel's inputs.
     q, k, v = (jnp.asarray(x, case.dtype).astype(dtype) for x in (q, k, v))
     kwargs = {
         name: jax.tree.map(jnp.asarray, x) if isinstance(x, np.ndarray | tuple) else x for name, x in kwargs.items()
@@ -64,13 +64,13 @@ def assert_equal_to_reference(case: Case, tiles=SMALL, interpret=True):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_forward_and_gradients_equal_the_reference(name):
+def test_forward_and_gradients_match_the_reference(name):
     assert_equal_to_reference(next(case for case in CASES if case.name == name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in RUNNABLE if c.name not in FAST], ids=lambda case: case.name)
-def test_every_feature_equals_the_reference(case):
+def test_every_feature_matches_the_reference(case):
     assert_equal_to_reference(case)
 
 
@@ -85,7 +85,7 @@ def test_every_feature_equals_the_reference(case):
     ],
     ids=lambda x: x.name if isinstance(x, Case) else "",
 )
-def test_tiles_of_several_pieces_equal_the_reference(case, tiles):
+def test_tiles_of_several_pieces_match_the_reference(case, tiles):
     assert_equal_to_reference(case, tiles)
 
 
@@ -95,7 +95,7 @@ def test_tiles_of_several_pieces_equal_the_reference(case, tiles):
     offset=st.integers(-150, 150), groups=st.sampled_from([(1, 1), (2, 1)]), segments=st.integers(0, 2),
 )  # fmt: skip
 @pytest.mark.slow
-def test_any_lengths_and_masks_equal_the_reference(T, S, causal, window, offset, groups, segments):
+def test_random_lengths_and_masks_match_the_reference(T, S, causal, window, offset, groups, segments):
     N, K = groups
     segments = min(segments, S)
     case = Case("drawn", T=T, S=S, N=N, K=K, mask=Mask(causal, window), offset=offset, segments=segments)
@@ -103,16 +103,17 @@ def test_any_lengths_and_masks_equal_the_reference(T, S, causal, window, offset,
 
 
 @pytest.mark.slow
-def test_rows_run_one_after_the_other_when_their_lists_are_too_long(monkeypatch):
+def test_rows_run_one_by_one_if_their_lists_are_too_long(monkeypatch):
     case = Case("long_list", B=2, T=256, S=256, N=1, K=1, segments=2, dropout=0.3)
     together = outputs(case, "tpu", "float32")
-    monkeypatch.setattr(tpu, "MOST_WORDS", 5)  # one row's list is three entries, two rows' six
+    monkeypatch.setattr(tpu, "MAX_WORDS", 5)  # one row's list is three entries, two rows' six
     for a, b in zip(together, outputs(case, "tpu", "float32"), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def strict_interpreter():
-    """Memory begins as NaN and transfers happen as late as they may: what is not written or not waited for shows."""
+    """Return an interpreter that exposes missing writes and waits: memory starts as NaN, and a transfer only happens
+    at its wait."""
     return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
 
 
@@ -120,7 +121,7 @@ def strict_interpreter():
 @pytest.mark.parametrize(
     "case",
     [
-        # Grouped heads, tiles of dq that are visited twice in a row, and tiles of either side that see nothing.
+        # Grouped heads, tiles of dq that are visited twice in a row, and tiles of both sides without visible pairs.
         Case("grouped", T=300, S=300, N=2, K=1, H=128, V=128),
         Case("window", T=512, S=512, N=1, K=1, H=128, V=128, mask=Mask(window=100)),
         Case("sees_nothing", T=384, S=384, N=1, K=1, H=128, V=128, offset=-200),
@@ -128,17 +129,17 @@ def strict_interpreter():
     ],
     ids=lambda case: case.name,
 )
-def test_no_races_and_nothing_unwritten_in_the_tpu_interpreter(case):
+def test_no_races_and_no_unwritten_results_in_the_tpu_interpreter(case):
     assert_equal_to_reference(case, interpret=strict_interpreter())
     try:
         from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
     except ImportError:
         return
-    races = getattr(interpreter, "races", None)  # jax 0.10 notes them, 0.12 raises
+    races = getattr(interpreter, "races", None)  # jax 0.10 records races, 0.12 raises
     assert races is None or not races.races_found
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_results_are_deterministic():
     case = Case("again", T=140, S=140, N=1, K=1)
     for a, b in zip(outputs(case, "tpu", "float32"), outputs(case, "tpu", "float32"), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -153,7 +154,7 @@ MASKS = [
 @pytest.mark.parametrize("mask, offset", MASKS)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("known", [True, False])
-def test_lists_hold_each_seen_tile_once_and_each_result(mask, offset, backward, known):
+def test_lists_contain_each_visible_tile_once_and_every_result(mask, offset, backward, known):
     T, S, tile_q, tile_k = 1000, 900, 128, 256
     kinds = np.asarray(tile_kinds(mask, MaskData(offset), T, S, tile_q, tile_k))[0, 0]
     data = MaskData(offset if known else jnp.full((2,), offset))
@@ -168,14 +169,14 @@ def test_lists_hold_each_seen_tile_once_and_each_result(mask, offset, backward, 
         for index, name in ((0, "first"), (1, "last")):
             flagged = [m for m, w in zip(majors, words, strict=True) if tpu_pairs.flag(w, index)]
             assert flagged == sorted(set(majors)), name
-        if known:  # nothing beside what is seen, but one entry for each result that sees nothing
+        if known:  # only visible tiles, and one entry for each result without any
             assert len(words) == (kinds > EMPTY).sum() + (~(kinds > EMPTY).any(0 if backward else 1)).sum()
-        else:  # the surplus moves nothing: it stays at the last tiles
+        else:  # surplus entries repeat the last tiles, so they move no data
             count = len(work) + (~(kinds > EMPTY).any(0 if backward else 1)).sum()
             assert set(entries[count - 1 :]) == {entries[count - 1]}
 
 
-def test_a_window_visits_tiles_in_proportion_to_the_length():
+def test_the_list_of_a_window_is_linear_in_length():
     count = lambda T: tpu_pairs.pairs(Mask(window=1024), MaskData(), T, T, 1024, 1024).words_RCP.size
     assert (count(32768), count(131072)) == (63, 255)
 
@@ -183,7 +184,7 @@ def test_a_window_visits_tiles_in_proportion_to_the_length():
 @pytest.mark.parametrize(
     "mask, shift", [(Mask(), 0), (Mask(), -100), (Mask(window=512), 512), (Mask(causal=False, window=64), 30)]
 )
-def test_pieces_of_edge_tiles_hold_all_that_is_seen(mask, shift):
+def test_pieces_of_edge_tiles_cover_all_visible_pairs(mask, shift):
     inside = np.zeros((512, 512), bool)
     for q0, q1, k0, k1 in tpu_pairs.steps(mask, shift, 512, 512, 512, 512, 128):
         assert not inside[q0:q1, k0:k1].any() and all(x % 128 == 0 for x in (q0, q1, k0, k1))
@@ -225,14 +226,14 @@ def test_compiles_with_default_tiles(target):
 @pytest.mark.parametrize("target", ["v4", "v5e", "v5p", "v6e", "7x"])
 @pytest.mark.parametrize("H, V", [(64, 64), (80, 80), (96, 96), (192, 128), (256, 256)])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_head_dim_fits_in_the_memory_stated(target, H, V, dtype):
-    """The estimate of tpu_tiles is the limit given to the compiler, which refuses a kernel that needs more."""
+def test_every_head_dim_fits_in_the_estimated_memory(target, H, V, dtype):
+    """The estimate of tpu_tiles is the limit passed to the compiler, which refuses a kernel that needs more."""
     pytest.importorskip("libtpu")
     ahead_of_time.compile_for(target, gradients, *arguments(2048, 2, 1, H, V, dtype))
 
 
 def segmented(q, k, v, segments, sinks, seed):
-    """Every feature that the kernels take beside shapes."""
+    """Use every feature that the kernels support, apart from shapes."""
     return gradients(
         q, k, v, segment_ids=segments, positions=segments, prefix_BS=segments > 1, sinks_N=sinks, softcap=30.0,
         alibi_N=sinks, dropout=0.1, seed=seed, mask=Mask(window=700, strided=Strided(64, 4, 8)),
@@ -263,7 +264,7 @@ def reason(tiles=DEFAULT_TILES, mask=CAUSAL, dtype="bfloat16", T=4096, H=128, in
     return tpu.unsupported(Spec(mask, 0.1, tiles=tiles, interpret=interpret), q, k, v, Extra(**extra))
 
 
-def test_what_cannot_run_is_refused_with_the_reason():
+def test_refusals_give_the_reason():
     assert reason() is None
     assert "needs a TPU" in reason(interpret=False)
     assert "xla" in reason(bias_BNTS=jnp.zeros((1, 1, 8, 8)))
@@ -280,7 +281,7 @@ def test_what_cannot_run_is_refused_with_the_reason():
     assert "larger tiles" in reason(Tiles(128, 128), T=1 << 19)
 
 
-def test_memory_grows_with_tiles_and_shrinks_to_what_there_is(monkeypatch):
+def test_vmem_grows_with_the_head_dim_and_tiles_shrink_to_the_device(monkeypatch):
     spec = Spec(Mask(), 1.0)
     cuts = [tpu_tiles.forward_cut(spec, 8192, 8192, H, H, 2, 0, 0) for H in (64, 128, 256, 512)]
     assert all(a.vmem <= b.vmem for a, b in itertools.pairwise(cuts))

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU against the reference; and lowered for CUDA, which needs no GPU."""
+"""The Triton kernels, interpreted on the CPU against the reference and lowered for CUDA. No GPU is needed."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -40,14 +40,14 @@ QUICK = {
 
 
 def arrays(case, seed=0):
-    """q, k, v in the case's dtype, and its other arguments, as JAX arrays."""
+    """Return q, k, v in the case's dtype, and its other arguments, as JAX arrays."""
     (q, k, v), kwargs = case.arguments(seed)
     as_jax = lambda x: jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, x)
     return tuple(jnp.asarray(x, case.dtype) for x in (q, k, v)), {name: as_jax(x) for name, x in kwargs.items()}
 
 
 def outcome(case, implementation, tiles=SMALL, seed=0):
-    """{out, lse, gradient of q, k, v and sinks} as float32 NumPy, where `out` and `lse` both have a cotangent."""
+    """Return {out, lse, gradients of q, k, v and sinks} in float32. Both `out` and `lse` have a cotangent."""
     (q, k, v), kwargs = arrays(case, seed)
     r = np.random.default_rng(seed + 1)
     dout = jnp.asarray(r.normal(size=(*q.shape[:3], v.shape[3])), jnp.float32)
@@ -69,28 +69,29 @@ def outcome(case, implementation, tiles=SMALL, seed=0):
 
 
 def agree(found, wanted, dtype, terms=0.0):
-    """`terms`: the size of what is summed for a gradient, where that may cancel to less."""
+    """Assert closeness. `terms`: the size of the terms of a gradient's sum, in case they cancel."""
     for name, x in wanted.items():
-        # What a masked row's lse is, all agree on exactly; it must not set the scale for the others.
-        told = np.abs(x) < 1e29
-        np.testing.assert_array_equal(found[name][~told], x[~told])
+        # The lse of a masked row must match exactly, and must not set the scale for the others.
+        unmasked = np.abs(x) < 1e29
+        np.testing.assert_array_equal(found[name][~unmasked], x[~unmasked])
         forward = name in ("out", "lse")
-        scale = max(np.abs(x[told]).max(initial=0.0), 1e-6 if forward else terms, 1e-6)
-        assert_close(found[name][told], x[told], (FORWARD if forward else BACKWARD)[dtype], scale=scale, what=name)
+        scale = max(np.abs(x[unmasked]).max(initial=0.0), 1e-6 if forward else terms, 1e-6)
+        bound = (FORWARD if forward else BACKWARD)[dtype]
+        assert_close(found[name][unmasked], x[unmasked], bound, scale=scale, what=name)
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in RUN]
 )
-def test_equals_the_reference(case):
-    """Every entry is written: the interpreter's outputs are NaN before."""
+def test_matches_the_reference(case):
+    """The interpreter's outputs start as NaN, so an entry that is not written fails."""
     tiles = Tiles() if case.mask.block_shape else SMALL
     agree(outcome(case, "triton", tiles), outcome(case, "reference"), case.dtype)
 
 
 @st.composite
 def calls(draw):
-    """A small call of any shape and mask."""
+    """Draw a small call of any shape and mask."""
     T, S, K, G = draw(st.integers(1, 70)), draw(st.integers(1, 70)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     strided = draw(st.none() | st.builds(Strided, st.integers(1, 9), st.integers(1, 3), st.integers(1, 4)))
     mask = Mask(draw(st.booleans()), draw(st.none() | st.integers(1, 40)), strided)
@@ -116,13 +117,13 @@ def calls(draw):
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(calls(), st.sampled_from((Tiles(q=16, k=16, q_dkv=16, k_dkv=16, q_dq=16, k_dq=32), Tiles(k=16, q_dkv=16))))
-def test_equals_the_reference_whatever_the_call(case, tiles):
-    """The gradient of a logit is p * (dout @ v - delta). For a query that sees one key the two cancel to rounding
-    errors of dout @ v, however small the result: a sum of V products of numbers of the order of one, about sqrt(V)."""
+def test_random_calls_match_the_reference(case, tiles):
+    """The gradient of a logit is p * (dout @ v - delta). For a query that sees one key, the two terms cancel, and the
+    result is the rounding error of dout @ v, a sum of V products of order one, so of size sqrt(V)."""
     agree(outcome(case, "triton", tiles), outcome(case, "reference"), case.dtype, terms=(case.V / case.H) ** 0.5)
 
 
-def test_is_the_same_each_time():
+def test_results_are_deterministic():
     case = Case("twice", T=70, S=70, N=4, K=2, H=32, V=32, dtype="bfloat16", dropout=0.3)
     qkv, kwargs = arrays(case)
     attend = partial(flash_attention, **kwargs, tiles=SMALL, implementation="triton", interpret=True)
@@ -131,8 +132,8 @@ def test_is_the_same_each_time():
         np.testing.assert_array_equal(first, second)
 
 
-def test_unseen_tiles_are_not_touched():
-    """NaN in keys and values of tiles that no query sees reaches nothing; nor does NaN in queries that see no key."""
+def test_nan_in_unseen_tiles_does_not_spread():
+    """Neither NaN in keys and values of tiles that no query sees, nor NaN in queries that see no key."""
     case = Case("poison", T=96, S=128, H=16, V=16, mask=Mask(window=32), offset=0)
     (q, k, v), _ = arrays(case)
     k, v = k.at[:, 96:].set(jnp.nan), v.at[:, 96:].set(jnp.nan)
@@ -154,8 +155,8 @@ def test_unseen_tiles_are_not_touched():
     assert all(bool(jnp.isfinite(x).all()) for x in (out, *grads))
 
 
-def test_gradients_of_keys_in_parts():
-    """Two halves of the keys, each with the whole rows' out and lse, as devices of a ring hold them."""
+def test_gradients_from_halves_of_the_keys_match_the_whole():
+    """Each half gets the whole rows' out and lse, as on the devices of a ring."""
     case = Case("ring", T=64, S=128, N=4, K=2, H=16, V=16, offset=64, softcap=4.0)
     (q, k, v), kwargs = arrays(case)
     dout = jnp.asarray(np.random.default_rng(3).normal(size=q.shape), jnp.float32)
@@ -171,7 +172,7 @@ def test_gradients_of_keys_in_parts():
     def both(k, v):
         out, lse = flash_attention(q, k, v, **kwargs, offset=64, implementation="reference", return_lse=True)
         part = lambda k, v, offset: of_part(k, v, out, lse, offset, "triton")
-        # The offset as data: both halves are one program.
+        # The offset is data, so that both halves share one program.
         dq, dk, dv = jax.lax.map(lambda x: part(*x), (halves(k), halves(v), jnp.array([64, 0])))
         whole = of_part(k, v, out, lse, 64, "reference")
         return (dq.sum(0), joined(dk), joined(dv)), whole
@@ -185,8 +186,8 @@ def test_gradients_of_keys_in_parts():
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from((EMPTY, PARTIAL, FULL)), min_size=5, max_size=5), min_size=3, max_size=3))
-def test_lists_meet_each_tile_once(kinds):
-    """Decoded as the kernel does: FULL tiles first, then PARTIAL ones, no EMPTY one."""
+def test_lists_contain_each_visible_tile_once(kinds):
+    """Decoded like the kernel does: FULL tiles first, then PARTIAL ones, and no EMPTY ones."""
     kinds = np.array(kinds)[None, None]
     for made in (list_tiles(kinds, False), list_tiles(jnp.asarray(kinds), False)):
         for line, row in zip(np.asarray(made)[0, 0], kinds[0, 0], strict=True):
@@ -197,9 +198,9 @@ def test_lists_meet_each_tile_once(kinds):
 
 @settings(deadline=None)
 @given(*[st.integers(0, 3)] * 5)
-def test_ranges_meet_each_tile_once(before, left, full, right, after):
+def test_ranges_contain_each_visible_tile_once(before, left, full, right, after):
     row = np.repeat([EMPTY, PARTIAL, FULL, PARTIAL, EMPTY], [before, left, full, right, 1 + after])
-    row = np.pad(row, (0, 16 - len(row)))  # of one length, or JAX would compile anew for each
+    row = np.pad(row, (0, 16 - len(row)))  # a fixed length, so that JAX compiles once
     for made in (list_tiles(row[None, None, None], True), list_tiles(jnp.asarray(row)[None, None, None], True)):
         full, partial, start, left = np.asarray(made)[0, 0, 0]
         assert [start + left + j for j in range(full)] == list(np.flatnonzero(row == FULL))
@@ -211,10 +212,10 @@ def test_ranges_meet_each_tile_once(before, left, full, right, after):
     st.booleans(), st.none() | st.integers(1, 90), st.integers(-90, 90), st.integers(1, 90), st.integers(1, 90),
     st.sampled_from((8, 16, 32)), st.sampled_from((8, 16, 32)), st.booleans(),
 )  # fmt: skip
-def test_ranges_hold_every_mask_they_are_used_for(causal, window, offset, T, S, tile_q, tile_k, turned):
-    """causal and window at any offset leave one stretch of tiles, FULL in the middle, by queries and by keys."""
+def test_causal_and_window_masks_have_ranges_of_tiles(causal, window, offset, T, S, tile_q, tile_k, transpose):
+    """At any offset, a tile of queries or keys has one range of visible tiles, with the FULL ones in the middle."""
     kinds = tile_kinds(Mask(causal, window), MaskData(offset), T, S, tile_q, tile_k)[0, 0]
-    kinds = kinds.T if turned else kinds
+    kinds = kinds.T if transpose else kinds
     for line, row in zip(list_tiles(kinds[None, None], True)[0, 0], kinds, strict=True):
         full, partial_, start, left = line
         assert [start + left + j for j in range(full)] == list(np.flatnonzero(row == FULL))
@@ -243,7 +244,7 @@ def test_parts_cover_a_dimension(size, most):
         ({"H": 320}, "at most 256"),
     ],
 )
-def test_refuses_what_it_cannot_run(change, wanted):
+def test_calls_that_the_kernel_cannot_run_are_refused(change, wanted):
     q = jnp.zeros((1, 32, 2, change.get("H", 16)))
     kwargs = {name: x for name, x in change.items() if name != "H"}
     with pytest.raises(ValueError, match=wanted):
@@ -284,7 +285,7 @@ LOWERED = [
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_lowers_for_cuda(case):
-    """Three Triton programs, forward and backward, for a GPU that is not here."""
+    """Forward and backward lower to three Triton programs for a GPU that this machine lacks."""
     (q, k, v), kwargs = arrays(case)
     attend = lambda q, k, v: flash_attention(q, k, v, **kwargs, implementation="triton").astype(jnp.float32).sum()
     step = jax.jit(jax.value_and_grad(attend, argnums=(0, 1, 2)))

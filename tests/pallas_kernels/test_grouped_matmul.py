@@ -1,4 +1,4 @@
-"""The grouped matmul's api: what it computes, by float64 NumPy, and what it refuses."""
+"""The grouped matmul's API: its results against float64 NumPy, and its refusals."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul.shapes import Case, swiglu
 
 
 def exactly(case: Case, arrays: dict, dout: np.ndarray) -> dict[str, np.ndarray]:
-    """{out, dlhs, drhs} in float64, row by row as the docstring says, for float32 weights and swiglu or none."""
+    """Return {out, dlhs, drhs} in float64, row by row, for float32 weights, with swiglu or without an activation."""
     lhs, rhs = (np.asarray(arrays[name], np.float64) for name in ("lhs", "rhs"))
     made = {"out": np.zeros((case.M, case.N)), "dlhs": np.zeros_like(lhs), "drhs": np.zeros_like(rhs)}
     for m, e in enumerate(np.repeat(np.arange(len(case.sizes)), case.sizes)):
@@ -68,7 +68,7 @@ UNEVEN = (7, 0, 1, 20, 0)
     ],
     ids=lambda case: case.name,
 )
-def test_is_each_row_times_the_matrix_of_its_group(case, implementation):
+def test_each_row_is_multiplied_by_the_matrix_of_its_group(case, implementation):
     agree(case, implementation)
 
 
@@ -82,14 +82,14 @@ def test_rows_after_the_last_group_are_not_read():
     st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 10), st.integers(1, 20), st.integers(1, 20),
     st.sampled_from((None, 2)), st.booleans(), st.sampled_from(("reference", "xla")),
 )  # fmt: skip
-def test_is_so_whatever_the_call(sizes, after, K, N, G, transpose, implementation):
+def test_random_calls_match_float64(sizes, after, K, N, G, transpose, implementation):
     case = Case(
         "drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None
     )
     agree(case, implementation, poison=implementation == "xla")
 
 
-def test_none_takes_what_can_run_here():
+def test_the_default_on_a_cpu_is_xla():
     case = Case("default", (3, 5), K=8, N=8)
     arrays = case.arguments()
     np.testing.assert_array_equal(case.call(**arrays), case.call(**arrays, implementation="xla"))
@@ -108,7 +108,7 @@ def test_none_takes_what_can_run_here():
         ("cpu", "cpu", "xla"),
     ],
 )
-def test_the_best_implementation_of_a_device(platform, kind, first):
+def test_best_implementation_by_device(platform, kind, first):
     names = best_implementation(platform, kind)
     assert names[0] == first and names[-1] == "xla" and set(names) <= set(IMPLEMENTATIONS)
 
@@ -121,25 +121,25 @@ LHS, RHS, SIZES = jnp.zeros((8, 4)), jnp.zeros((2, 4, 6)), jnp.array([3, 5])
     ("arguments", "options", "wanted"),
     [
         ((LHS, RHS[0], SIZES), {}, r"rhs of shape \(4, 6\)"),
-        ((LHS, RHS[:, :3], SIZES), {}, "of one K"),
-        ((LHS, RHS, SIZES), {"transpose": True}, "of one K"),
+        ((LHS, RHS[:, :3], SIZES), {}, "with the same K"),
+        ((LHS, RHS, SIZES), {"transpose": True}, "with the same K"),
         ((LHS[:0], RHS, SIZES), {}, "no dimension may be empty"),
         ((LHS, RHS.astype(jnp.bfloat16), SIZES), {}, "must share one of"),
         ((LHS.astype(int), RHS.astype(int), SIZES), {}, "must share one of"),
         ((LHS, RHS, SIZES[:1]), {}, r"sizes of shape \(1,\)"),
-        ((LHS, RHS, SIZES.astype(float)), {}, "one integer a group"),
-        ((LHS, RHS, SIZES), {"scale_EN": jnp.ones((2, 6))}, "a scale belongs to"),
+        ((LHS, RHS, SIZES.astype(float)), {}, "one integer per group"),
+        ((LHS, RHS, SIZES), {"scale_EN": jnp.ones((2, 6))}, "other dtypes take none"),
         ((LHS, RHS.astype(jnp.int8), SIZES), {}, "without a scale"),
         ((LHS, RHS.astype(jnp.int8), SIZES), {"scale_EN": jnp.ones((2, 4))}, r"must be \(2, 6\)"),
         ((LHS, RHS, SIZES), {"tiles": Tiles(m=48)}, "tiles.m = 48"),
         ((LHS, RHS, SIZES), {"tiles": Tiles(n=128)}, "implementation = None: .*'xla': tiles.n = 128"),
         ((LHS, RHS, SIZES), {"implementation": "gpu"}, "'gpu': unknown; use one of tpu, triton, xla, reference"),
         ((LHS, RHS, SIZES), {"interpret": True}, "name the kernel to interpret"),
-        ((LHS, RHS, SIZES), {"implementation": "reference", "interpret": True}, "no Pallas kernel"),
+        ((LHS, RHS, SIZES), {"implementation": "reference", "interpret": True}, "only Pallas kernels"),
         ((LHS, RHS, SIZES), {"implementation": "reference", "tiles": Tiles(m=16)}, "implementation = 'reference'"),
     ],
 )  # fmt: skip
-def test_refuses_what_does_not_fit(arguments, options, wanted):
+def test_refusals_name_the_argument_and_the_fix(arguments, options, wanted):
     with pytest.raises(ValueError, match=wanted):
         grouped_matmul(*arguments, **options)
 
@@ -147,16 +147,16 @@ def test_refuses_what_does_not_fit(arguments, options, wanted):
 @pytest.mark.parametrize(
     ("platform", "kind", "name"), [("gpu", "NVIDIA A100-SXM4-80GB", "triton"), ("tpu", "TPU v5 lite", "tpu")]
 )
-def test_says_why_none_of_a_device_takes_the_call(platform, kind, name):
+def test_the_default_lists_the_reasons_if_no_implementation_can_run(platform, kind, name):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
-    wanted = rf"for a {platform} none takes the call. '{name}': .*tiles.n = 8\b.*; 'xla': tiles.n = 8\b"
+    wanted = rf"for a {platform} can run the call. '{name}': .*tiles.n = 8\b.*; 'xla': tiles.n = 8\b"
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=wanted):
         jax.eval_shape(partial(grouped_matmul, tiles=Tiles(n=8)), LHS, RHS, SIZES)
 
 
 @pytest.mark.unchecked
-def test_the_glu_refuses_what_does_not_fit():
+def test_the_glu_refuses_wrong_shapes():
     with pytest.raises(ValueError, match=r"must be \[E, K, G, N\]"):
         grouped_glu(LHS, RHS, SIZES, swiglu)
     with pytest.raises(ValueError, match=r"must be \(2, 2, 6\)"):

@@ -1,4 +1,4 @@
-"""The TPU kernels of the grouped matmul: interpreted against the reference, compiled for every generation."""
+"""The TPU kernels of the grouped matmul, interpreted against the reference and compiled for every generation."""
 
 import functools
 
@@ -17,25 +17,25 @@ from pallas_kernels.grouped_matmul.spec import Spec
 from pallas_kernels.grouped_matmul.tpu_tiles import Call, Cut
 
 SMALL = Tiles(m=128, n=128, k=128)
-PARTS = Tiles(m=256, n=128, k=128)  # of a tile of rows: 128 and 256
-# Largest error relative to the largest entry: bfloat16 rounds results to 2^-9 of themselves, and the products on the
-# way back.
+PARTS = Tiles(m=256, n=128, k=128)  # a tile of rows has parts of 128 and 256
+# Largest error relative to the largest entry. bfloat16 has a relative rounding error of 2^-9, which applies to results
+# and to the products that the backward pass reads.
 BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 2e-3}
 TARGETS = ("v4", "v5e", "v5p", "v6e", "7x")
 
 
-def swiglu(gate, up):
-    return jax.nn.silu(gate) * up
+def swiglu(gate, round_up):
+    return jax.nn.silu(gate) * round_up
 
 
 def shifted(h):
-    """Not zero at zero."""
+    """Return an activation that is not zero at zero."""
     return jnp.cos(h)
 
 
 @functools.cache
 def compiled(implementation: str, activation, transpose: bool, tiles: Tiles, interpret, quantized: bool):
-    """out and the gradients of lhs and, unless they are quantized, the weights: one program for each shape."""
+    """Return a program for out and the gradients of lhs and, unless they are quantized, the weights."""
 
     @jax.jit
     def run(lhs, rhs, scale, sizes, dout):
@@ -56,8 +56,8 @@ def assert_equal_to_reference(
     M, sizes, K=128, G=1, N=128, activation=None, transpose=False, dtype="float32", quantize=None, tiles=SMALL,
     interpret=True, poison=True, seed=0,
 ):  # fmt: skip
-    """Rows after the last group hold NaN where the kernel sees them, zeros where the reference does. Returns the
-    errors."""
+    """Assert that the kernel matches the reference, and return the errors. Rows after the last group hold NaN for the
+    kernel if `poison`, and zeros for the reference."""
     r = np.random.default_rng(seed)
     E, used = len(sizes), sum(sizes)
     draw = lambda *shape: jnp.asarray(r.normal(size=shape), dtype)
@@ -92,7 +92,7 @@ def assert_equal_to_reference(
 
 @st.composite
 def group_sizes(draw, groups=5):
-    """Sizes whose sum is at most 300."""
+    """Draw sizes whose sum is at most 300."""
     cuts = sorted(draw(st.lists(st.integers(0, 300), min_size=groups, max_size=groups)))
     return tuple(b - a for a, b in zip([0, *cuts], cuts, strict=False))
 
@@ -104,18 +104,18 @@ def group_sizes(draw, groups=5):
 @example(sizes=(1, 127, 128, 1, 1))
 @example(sizes=(128, 128, 0, 0, 44))
 @example(sizes=(0, 1, 0, 1, 0))
-def test_any_sizes_forward_and_gradients(sizes):
+def test_glu_and_gradients_match_for_any_sizes(sizes):
     assert_equal_to_reference(300, sizes, G=2, N=128, activation=swiglu, tiles=PARTS)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(sizes=group_sizes())
-def test_any_sizes_in_bfloat16_transposed(sizes):
+def test_transposed_bfloat16_matches_for_any_sizes(sizes):
     assert_equal_to_reference(300, sizes, transpose=True, dtype="bfloat16", tiles=PARTS)
 
 
-def test_weight_gradients_at_every_alignment():
-    """The error against where the groups begin: the public pain is that it grows, unsaid, off the tiles' alignment."""
+def test_the_error_of_weight_gradients_does_not_depend_on_alignment():
+    """Other kernels are known to lose accuracy silently if groups are not aligned to tiles."""
     table = {
         at: assert_equal_to_reference(300, (at, 100, 60), tiles=PARTS)["drhs"]
         for at in (0, 1, 7, 8, 15, 16, 17, 64, 127, 128)
@@ -137,11 +137,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_features_equal_the_reference(name):
+def test_features_match_the_reference(name):
     assert_equal_to_reference(**CASES[name])
 
 
-def test_nan_of_one_group_stays_there():
+def test_nan_stays_in_its_row_and_group():
     x = jnp.ones((40, 128)).at[12].set(jnp.nan)
     w = jnp.ones((3, 128, 128))
     sizes = jnp.array([10, 20, 10])
@@ -153,8 +153,8 @@ def test_nan_of_one_group_stays_there():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tiles", [SMALL, Tiles(m=32, n=128, k=128), Tiles(k=256)], ids=str)
-def test_no_races_and_nothing_unwritten_in_the_tpu_interpreter(tiles):
-    """Memory begins as NaN and transfers happen as late as they may."""
+def test_no_races_and_no_unwritten_results_in_the_tpu_interpreter(tiles):
+    """Memory starts as NaN, and a transfer only happens at its wait."""
     strict = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait")
     assert_equal_to_reference(
         200, (30, 0, 99, 5), K=256, G=2, N=256, activation=swiglu, tiles=tiles, interpret=strict, poison=False
@@ -163,7 +163,7 @@ def test_no_races_and_nothing_unwritten_in_the_tpu_interpreter(tiles):
         from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
     except ImportError:
         return
-    races = getattr(interpreter, "races", None)  # jax 0.10 notes them, 0.12 raises
+    races = getattr(interpreter, "races", None)  # jax 0.10 records races, 0.12 raises
     assert races is None or not races.races_found
 
 
@@ -177,17 +177,17 @@ def test_the_walk_visits_each_row_once(sizes, tile, empty):
     words, count = jax.jit(tpu_walk.walk, static_argnums=(1, 2), static_argnames="empty")(
         jnp.asarray(sizes), M, tile, empty=empty
     )
-    most = tpu_walk.most_visits(M, len(sizes), tile)
+    most = tpu_walk.max_visits(M, len(sizes), tile)
     assert words.shape == (4 * most,) and 0 <= int(count) <= most
     visits = np.asarray(words).reshape(4, -1)[:, : int(count)].T
     rows = [(group, tile * t + row) for t, group, start, stop in visits for row in range(start, stop)]
     assert rows == list(enumerate_rows(sizes))
     tiles, groups = visits[:, 0].tolist(), visits[:, 1].tolist()
     assert groups == sorted(groups)  # a group's visits are consecutive
-    if empty:  # every group's result is written
+    if empty:  # each group has a visit, which writes its result
         assert set(groups) == set(range(len(sizes)))
         assert all(sizes[g] == 0 for g, start, stop in visits[:, 1:] if start == stop)
-    else:  # every tile of the result is, its visits are consecutive, and no empty group costs one
+    else:  # each tile has a visit, its visits are consecutive, and no empty group has one
         assert tiles == sorted(tiles) and set(tiles) == set(range(-(-M // tile)))
         filled = sum(start < stop for _, _, start, stop in visits)
         assert filled == sum(
@@ -203,9 +203,9 @@ def enumerate_rows(sizes):
             row += 1
 
 
-def test_parts_are_whole_tiles_of_rows():
+def test_parts_are_multiples_of_sixteen_rows():
     assert Cut(512, 128, 128, 128, 64, 0, 0).parts() == [64, 128, 256, 512]
-    assert Cut(48, 128, 128, 128, 16, 0, 0).parts() == [48]  # 24 is no multiple of 16
+    assert Cut(48, 128, 128, 128, 16, 0, 0).parts() == [48]  # 24 is not a multiple of 16
 
 
 CALLS = [
@@ -217,20 +217,20 @@ CALLS = [
 
 @pytest.mark.parametrize("device", GENERATIONS.values(), ids=lambda device: device.name)
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_tiles_fit_and_divide(device, call):
+def test_tiles_fit_in_vmem_and_divide_the_dimensions(device, call):
     cut = tpu_tiles.forward_cut(device, call, Tiles())
     assert cut.vmem <= device.vmem and cut.m % 16 == 0
-    assert tpu_tiles.up(call.K) % cut.k == 0 and tpu_tiles.up(call.N) % cut.n == 0
+    assert tpu_tiles.round_up(call.K) % cut.k == 0 and tpu_tiles.round_up(call.N) % cut.n == 0
     assert tpu_tiles.gradient_cut(device, call, Tiles()).vmem <= device.vmem
 
 
-def test_weights_stay_in_memory_of_the_core_where_they_fit():
-    """K whole: else a group's weights are read at every visit."""
+def test_a_tile_holds_all_of_k_where_it_fits():
+    """Otherwise a group's weights are read at every visit."""
     for name in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
         assert tpu_tiles.forward_cut(GENERATIONS[name], CALLS[0], Tiles()).k == 4096
 
 
-def test_what_cannot_run_is_refused_with_the_reason():
+def test_refusals_give_the_reason():
     def reason(M=256, K=256, N=256, E=4, dtype="bfloat16", tiles=Tiles(), interpret=True):  # noqa: B008
         shape = lambda *x: jax.ShapeDtypeStruct(x, jnp.dtype(dtype))
         return tpu.unsupported(Spec(False, None, tiles, interpret), shape(M, K), shape(E, K, 1, N), None)
@@ -246,7 +246,7 @@ def test_what_cannot_run_is_refused_with_the_reason():
 
 
 def both(activation, **how):
-    """Forward and every gradient."""
+    """Return a function that computes out and every gradient."""
 
     def run(lhs, rhs, sizes, dout, scale=None):
         call = lambda lhs, rhs: grouped_glu(lhs, rhs, sizes, activation, scale_EGN=scale, implementation="tpu", **how)
@@ -289,14 +289,14 @@ def test_quantized_weights_compile(target, quantize):
     "shape", [(300, 5, 200, 200), (8192, 8, 4096, 14336), (8192, 8, 14336, 4096), (16384, 256, 2048, 512)], ids=str
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_default_tiles_fit_in_the_memory_stated(target, shape, dtype):
-    """The estimate of tpu_tiles is the limit given to the compiler, which refuses a kernel that needs more."""
+def test_default_tiles_fit_in_the_estimated_memory(target, shape, dtype):
+    """The estimate of tpu_tiles is the limit passed to the compiler, which refuses a kernel that needs more."""
     pytest.importorskip("libtpu")
     compile_both(target, *shape, dtype=dtype)
 
 
-def test_the_compiler_refuses_what_does_not_fit(monkeypatch):
-    """That the limit is what is tested above."""
+def test_the_compiler_refuses_a_kernel_above_its_limit(monkeypatch):
+    """The test above relies on this."""
     pytest.importorskip("libtpu")
     real = tpu_tiles.forward_cut
     monkeypatch.setattr(tpu_tiles, "forward_cut", lambda *given: Cut(**(vars(real(*given)) | {"vmem": MIB // 4})))

@@ -1,4 +1,4 @@
-"""The Triton kernels of the grouped matmul, interpreted on the CPU against the reference; and lowered for CUDA."""
+"""The Triton kernels of the grouped matmul, interpreted on the CPU against the reference and lowered for CUDA."""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import Tiles, grouped_matmul
 from pallas_kernels.grouped_matmul.shapes import CASES, Case
 from pallas_kernels.grouped_matmul.spec import Spec
-from pallas_kernels.grouped_matmul.triton import most_visits, tile_sizes, visits
+from pallas_kernels.grouped_matmul.triton import max_visits, tile_sizes, visits
 from pallas_kernels.grouped_matmul.triton_kernels import band, widen
 
-OWN, SMALL = Tiles(), Tiles(m=16, n=16, k=16)
-# Relative to the largest entry; the reference sums in another order. 16-bit: one rounding of the result, and of the
-# products that the backward reads.
+DEFAULT, SMALL = Tiles(), Tiles(m=16, n=16, k=16)
+# Relative to the largest entry. The reference sums in another order; 16-bit types also round the result and the
+# products that the backward pass reads.
 BOUNDS = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 QUICK = {"rows_after", "transpose_odd", "glu_rows_after", "plain_activation", "int8_glu", "bfloat16_glu"}
 
 
-def outcome(case: Case, implementation: str, tiles: Tiles = OWN, poison: bool = False) -> dict[str, np.ndarray]:
-    """The result and the gradients of lhs and rhs, float32. `poison`: NaN in the rows after the last group."""
+def outcome(case: Case, implementation: str, tiles: Tiles = DEFAULT, poison: bool = False) -> dict[str, np.ndarray]:
+    """Return out and the gradients of lhs and rhs, in float32. `poison`: NaN in the rows after the last group."""
     arrays = case.arguments()
     dout = jnp.asarray(np.random.default_rng(1).normal(size=(case.M, case.N)), case.dtype)
     if poison:
@@ -39,7 +39,7 @@ def outcome(case: Case, implementation: str, tiles: Tiles = OWN, poison: bool = 
 
 
 def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], dtype: str, least: float = 1e-6) -> None:
-    """`least`: what errors are relative to where the largest entry is less."""
+    """Assert closeness relative to the largest entry, or to `least` if that is larger."""
     assert found.keys() == wanted.keys()
     for name, x in wanted.items():
         np.testing.assert_allclose(found[name], x, atol=BOUNDS[dtype] * max(abs(x).max(), least), rtol=0, err_msg=name)
@@ -48,8 +48,8 @@ def agree(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], dtype: st
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.slow) for c in CASES]
 )
-def test_equals_the_reference_and_keeps_poison_out(case):
-    """Every entry is written, zeros too: the interpreter's outputs are NaN before."""
+def test_matches_the_reference_and_ignores_nan_after_the_last_group(case):
+    """The interpreter's outputs start as NaN, so an entry that is not written fails."""
     agree(outcome(case, "triton", SMALL, poison=True), outcome(case, "reference"), case.dtype)
 
 
@@ -57,7 +57,7 @@ def test_equals_the_reference_and_keeps_poison_out(case):
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("unaligned", "glu_rows_after", "bfloat16_transpose")], ids=str
 )
-def test_equals_the_reference_in_its_own_tiles(case):
+def test_matches_the_reference_with_default_tiles(case):
     agree(outcome(case, "triton", poison=True), outcome(case, "reference"), case.dtype)
 
 
@@ -67,23 +67,23 @@ def test_equals_the_reference_in_its_own_tiles(case):
     st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 20), st.integers(1, 40), st.integers(1, 40),
     st.sampled_from((None, 1, 2)), st.sampled_from((Tiles(16, 16, 16), Tiles(32, 16, 32))), st.booleans(),
 )  # fmt: skip
-def test_equals_the_reference_whatever_the_call(sizes, after, K, N, G, tiles, transpose):
+def test_random_calls_match_the_reference(sizes, after, K, N, G, tiles, transpose):
     case = Case(
         "drawn", tuple(sizes), K=K, N=N, G=G, after=after + (sum(sizes) + after == 0), transpose=transpose and G is None
     )
-    # Of a single entry, a sum of products of order one that cancel, the rounding is not of the order of the result.
+    # With few entries, products of order one may cancel, so rounding errors are relative to 1, not to the result.
     agree(outcome(case, "triton", tiles, poison=True), outcome(case, "reference"), case.dtype, least=1.0)
 
 
-def test_is_the_same_each_time():
+def test_results_are_deterministic():
     case = next(c for c in CASES if c.name == "bfloat16_glu")
     first, second = (outcome(case, "triton", SMALL) for _ in range(2))
     for name, x in first.items():
         np.testing.assert_array_equal(x, second[name])
 
 
-def test_sizes_beyond_the_rows_stay_in_the_array():
-    """A caller's mistake, but no program may read or write outside."""
+def test_sizes_beyond_the_rows_do_not_access_memory_outside_the_array():
+    """Such sizes are a caller's bug, but no program may read or write outside the array."""
     lhs, rhs = jnp.ones((20, 8)), jnp.ones((3, 8, 8))
     out = grouped_matmul(lhs, rhs, jnp.array([10, 300, 5]), implementation="triton", interpret=True, tiles=SMALL)
     np.testing.assert_array_equal(out, np.full((20, 8), 8.0))
@@ -93,10 +93,10 @@ def test_sizes_beyond_the_rows_stay_in_the_array():
 
 @given(st.lists(st.integers(0, 50), min_size=5, max_size=5), st.integers(0, 30), st.sampled_from((16, 32)))
 @settings(deadline=None)
-def test_visits_hold_each_row_once(sizes, after, tile):
-    """Each row lies in one visit, of its group; an empty group has none; the bound is kept."""
+def test_visits_contain_each_row_once(sizes, after, tile):
+    """Each row is in one visit, of its group. An empty group has no visit, and `max_visits` is an upper bound."""
     M, E = 300, len(sizes)
-    sizes[-1] += max(M - after - sum(sizes), 0)  # of one length, or JAX would compile anew for each
+    sizes[-1] += max(M - after - sum(sizes), 0)  # a fixed M, so that JAX compiles once
     listed = np.asarray(jax.jit(visits, static_argnums=(1, 2))(jnp.array(sizes), M, tile))
     group_M = np.repeat(np.arange(E + 1), [*sizes, M - sum(sizes)])
     seen = np.zeros(M, int)
@@ -107,26 +107,26 @@ def test_visits_hold_each_row_once(sizes, after, tile):
     assert (seen == 1).all()
     used = listed[listed[:, 1] < listed[:, 2]]
     assert len(used) == sum(-(-n // tile) for n in (*sizes, M - sum(sizes)))
-    assert len(listed) == most_visits(M, E, tile)
+    assert len(listed) == max_visits(M, E, tile)
     in_groups = used[used[:, 0] < E]
     assert len(in_groups) <= -(-sum(sizes) // tile) + E - 1
 
 
 @settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(1, 64))
-def test_no_sizes_ask_for_more_visits(M, E, tile):
-    """The bound is met by the worst sizes: as many groups as there are with one row over whole tiles."""
+def test_the_bound_on_visits_is_tight(M, E, tile):
+    """The worst sizes reach it: as many groups as possible have one row more than whole tiles."""
     filled = min(E + 1, M)
     worst = [1] * filled
     worst[0] += (M - filled) // tile * tile
     worst[-1] += (M - filled) % tile
     assert sum(worst) == M
-    assert sum(-(-n // tile) for n in worst) == most_visits(M, E, tile)
+    assert sum(-(-n // tile) for n in worst) == max_visits(M, E, tile)
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
 @settings(deadline=None, max_examples=20)
-def test_a_band_meets_every_tile_once(rows, columns):
+def test_bands_visit_every_tile_once(rows, columns):
     found = [tuple(int(x) for x in band(jnp.int32(i), rows, columns)) for i in range(min(rows * columns, 60))]
     assert len(set(found)) == len(found)
     assert all(0 <= row < rows and 0 <= column < columns for row, column in found)
@@ -135,8 +135,8 @@ def test_a_band_meets_every_tile_once(rows, columns):
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_float8_is_read_as_jax_reads_it(name, dtype):
-    """All 256, with subnormals, infinities and NaN."""
+def test_float8_conversion_matches_jax(name, dtype):
+    """All 256 values, with subnormals, infinities and NaN."""
     bits = jnp.arange(256, dtype=jnp.uint8)
     wanted = np.asarray(jax.lax.bitcast_convert_type(bits, jnp.dtype(name)).astype(dtype), np.float32)
     found = np.asarray(widen(jax.lax.bitcast_convert_type(bits, jnp.int8), name, jnp.dtype(dtype)), np.float32)
@@ -149,7 +149,7 @@ def test_float8_is_read_as_jax_reads_it(name, dtype):
     st.integers(1, 10**4), st.integers(1, 8), st.sampled_from(("float32", "bfloat16")),
 )  # fmt: skip
 def test_tiles_fit_the_smallest_gpus(direction, M, E, K, N, G, dtype):
-    """Powers of two of 16 or more; a pipeline of operands within 99 KiB of shared memory, sums within the registers."""
+    """Sizes are powers of two of at least 16, pipelined operands fit in 99 KiB of shared memory, sums in registers."""
     s = tile_sizes(direction, Spec(), M, E, K, N, G, dtype)
     assert all(size >= 16 and size & (size - 1) == 0 for size in (s.m, s.n, s.k))
     operands = s.m * s.k + s.k * s.n * G if direction == "forward" else s.m * (s.k + s.n)
@@ -162,13 +162,13 @@ def test_tiles_fit_the_smallest_gpus(direction, M, E, K, N, G, dtype):
     ("change", "wanted"),
     [({"tiles": Tiles(k=8)}, "tiles.k = 8"), ({"dtype": "float64"}, "float64"), ({"G": 9}, "9 gates")],
 )
-def test_refuses_what_it_cannot_run(change, wanted):
+def test_calls_that_the_kernel_cannot_run_are_refused(change, wanted):
     case = Case("refused", (16,), dtype=change.get("dtype", "float32"), G=change.get("G"))
     with jax.enable_x64(True), pytest.raises(ValueError, match=f"implementation = 'triton': .*{wanted}"):
-        case.call(**case.arguments(), tiles=change.get("tiles", OWN), implementation="triton", interpret=True)
+        case.call(**case.arguments(), tiles=change.get("tiles", DEFAULT), implementation="triton", interpret=True)
 
 
-def test_refuses_what_is_no_gpu():
+def test_a_cpu_is_refused():
     case = Case("refused", (16,))
     with pytest.raises(ValueError, match="implementation = 'triton': needs a GPU, not a cpu"):
         case.call(**case.arguments(), implementation="triton")
@@ -186,11 +186,12 @@ LOWERED = [
 @pytest.mark.parametrize("case", LOWERED, ids=lambda case: case.name)
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 def test_lowers_for_cuda(case, monkeypatch):
-    """The Triton programs, forward and backward, for a GPU that is not here; Triton's own dialect accepts them."""
+    """Forward and backward lower to Triton programs for a GPU that this machine lacks, and Triton's verifier accepts
+    them."""
     from jax._src.pallas.triton import lowering
 
     modules, lower = [], lowering.lower_jaxpr_to_triton_module
-    # Pallas hands the module on unverified, and so a loop over an i1, which Triton would refuse on the device.
+    # Pallas does not verify the module, so a loop over an i1, which Triton refuses on the device, would pass here.
     keep = lambda *args, **kwargs: modules.append(lower(*args, **kwargs)) or modules[-1]
     monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", keep)
     learned = ("lhs",) if case.weights else ("lhs", "rhs")

@@ -1,4 +1,4 @@
-"""The grouped matmul in plain JAX: the reference's values and gradients wherever blocks and groups meet."""
+"""The grouped matmul in plain JAX matches the reference's values and gradients however blocks and groups overlap."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def same(found, expected, tolerance: float = 1e-5):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
 
 
-# Blocks of 4 and 2 rows: groups end at, before and behind the border of a block and of the array.
+# Blocks of 4 and 2 rows: groups end at, before and after the border of a block and of the array.
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=E, max_size=E), st.integers(0, 99), st.booleans())
-def test_groups_of_any_size(sizes, seed, poisoned):
+def test_groups_of_any_size_match_the_reference(sizes, seed, poisoned):
     M = 23
     sizes = np.minimum(sizes, np.maximum(M - np.cumsum(sizes) + sizes, 0)).astype(np.int32)
     lhs, rhs, gates, dout = numbers(seed, (M, K), (E, N, K), (E, K, 2, N), (M, N))
@@ -73,13 +73,13 @@ def test_groups_of_any_size(sizes, seed, poisoned):
 @pytest.mark.parametrize(
     "M, sizes", [(600, (0, 300, 1, 290)), (1, (0, 0, 1, 0)), (37, (0, 0, 0, 0)), (352, (16, 256, 64, 16))]
 )
-def test_blocks_of_real_size(M, sizes):
+def test_default_blocks_match_the_reference(M, sizes):
     lhs, rhs, dout = numbers(M, (M, K), (E, K, 1, N), (M, N))
     given = (lhs, rhs, np.array(sizes, np.int32), dout)
     same(glu_and_gradients(*given, "xla"), glu_and_gradients(*given, "reference"))
 
 
-def test_tiles_say_the_rows_of_a_block():
+def test_tiles_set_the_rows_of_a_block():
     lhs, rhs, dout = map(jnp.asarray, numbers(0, (50, K), (E, K, N), (50, N)))
     sizes = jnp.array([20, 0, 13, 17])
     assert [xla._cuts(50, 2, rows) for rows in (None, 8, 32)] == [(50, 16), (8,), (32, 16)]
@@ -92,12 +92,12 @@ def test_tiles_say_the_rows_of_a_block():
         matmul_and_gradients(lhs, rhs, sizes, dout, "reference"),
     )
     for tiles in (Tiles(n=8), Tiles(k=8)):
-        with pytest.raises(ValueError, match=r"tiles\.[nk] = 8: .*rows alone"):
+        with pytest.raises(ValueError, match=r"tiles\.[nk] = 8: xla divides only rows"):
             grouped_matmul(lhs, rhs, sizes, tiles=tiles, implementation="xla")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 1e-2), ("float16", 1e-3)])
-def test_half_precision_sums_in_float32(dtype, tolerance):
+def test_half_precision_is_summed_in_float32(dtype, tolerance):
     lhs, rhs, dout = (jnp.asarray(y, dtype) for y in numbers(1, (40, 64), (E, 64, N), (40, N)))
     given = (lhs, rhs, np.array([3, 0, 30, 5], np.int32), dout)
     found = matmul_and_gradients(*given, "xla")
@@ -113,7 +113,7 @@ def test_half_precision_sums_in_float32(dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("gates", [1, 2])
-def test_quantized_weights(dtype, gates):
+def test_quantized_weights_match_the_reference(dtype, gates):
     M, sizes = 30, jnp.array([7, 0, 11, 9])
     lhs, rhs, scale, dout = map(jnp.asarray, numbers(2, (M, K), (E, K, gates, N), (E, gates, N), (M, N)))
     weights = jnp.round(20 * rhs).astype(dtype)
@@ -131,15 +131,15 @@ def test_quantized_weights(dtype, gates):
 
 
 def test_experts_without_rows_are_not_read():
-    """In decoding most have none: their weights, here not finite, must cost nothing, not even a product with zero."""
+    """In decoding most experts have no rows. Their weights, here NaN, must not even be multiplied by zero."""
     lhs, rhs = numbers(3, (2, K), (E, K, N))
     rhs[[0, 2]] = np.nan
     out = jax.jit(partial(grouped_matmul, implementation="xla"))(lhs, rhs, jnp.array([0, 1, 0, 1]))
     np.testing.assert_allclose(out, np.stack([lhs[0] @ rhs[1], lhs[1] @ rhs[3]]), rtol=1e-5)
 
 
-def test_work_grows_with_the_rows_and_not_with_the_groups():
-    """No product of all groups: the compiled program's largest matmul has one group's weights."""
+def test_work_grows_with_rows_and_not_with_groups():
+    """The compiled program's largest matmul has the weights of one group."""
     groups = 64
     lhs, rhs = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, K), (groups, K, N)))
     sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
