@@ -1,4 +1,4 @@
-"""Speed beside PyTorch and transformers, as ratios in one run: python -m experiments.bench [--rounds N]
+"""Speed compared with PyTorch and transformers, as ratios in one run: python -m experiments.bench [--rounds N]
 
 Prints a table and saves its figures under experiments/bench/results/.
 """
@@ -48,7 +48,7 @@ def _train_rows(kind: str, rivals: Mapping[str, tuple[str, ...]], rounds: int) -
     contestants = [Contestant("experiments.bench.train_step", kind), *(Contestant(*args) for args in rivals.values())]
     ours, facts = contestants[0], contestants[0].facts
     for name, result in zip(rivals, compete(*contestants, rounds=rounds), strict=True):
-        yield _contest_row(f"{kind} train step, {BATCH} x {LENGTH} tokens, beside {name}", result, "s")
+        yield _contest_row(f"{kind} train step, {BATCH} x {LENGTH} tokens, compared with {name}", result, "s")
     for contestant in contestants:
         contestant.close()
     yield Row(f"{kind} train step: first compilation", facts["compile_seconds"], None, None, "s")
@@ -72,7 +72,7 @@ def _decode_rows(rounds: int) -> Iterator[Row]:
                 raise RuntimeError(f"logits differ by {difference:.1e}: the two are not the same network")
             (result,) = compete(ours, theirs, rounds=rounds)
             yield _contest_row(
-                f"decode, batch {batch}, beside transformers generate", result, "tokens/s", batch * NEW_TOKENS
+                f"decode, batch {batch}, compared with transformers generate", result, "tokens/s", batch * NEW_TOKENS
             )
             ours.close()
             theirs.close()
@@ -81,7 +81,7 @@ def _decode_rows(rounds: int) -> Iterator[Row]:
 def _layer_rows(rounds: int) -> Iterator[Row]:
     contestants = Contestant("experiments.bench.layer", "moe"), Contestant("experiments.bench.layer", "dense")
     (result,) = compete(*contestants, rounds=rounds)
-    yield _contest_row("MoE layer, forward + backward, beside an MLP of equal active FLOPs", result, "s")
+    yield _contest_row("MoE layer, forward + backward, compared with an MLP of equal active FLOPs", result, "s")
     for contestant in contestants:
         contestant.close()
 
@@ -103,7 +103,7 @@ def _start_rows() -> Iterator[Row]:
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it, and the cores this process may use."""
+    """Return the name of the processor and the number of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -120,7 +120,7 @@ def line(row: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)"
+        "--rounds", type=int, default=7, help="turns of each contestant; the medians are reported (default 7)"
     )
     parser.add_argument(
         "--processor-time",

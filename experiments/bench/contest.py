@@ -39,14 +39,14 @@ class Contestant:
         self.facts: dict = self._answer()
 
     def seconds(self) -> float:
-        """Seconds of one piece of work."""
+        """Do one piece of work and return its seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return self._answer()[self.clock]
 
     def close(self) -> None:
-        """Ends the process by the end of its input."""
+        """End the process by closing its input."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -60,7 +60,7 @@ class Contestant:
 
 
 def serve(work: Callable[[], object], facts: dict) -> None:
-    """The other side of Contestant: does `work` once untimed, tells `facts`, then does it timed for each line of
+    """Be the process of a Contestant: do `work` once untimed, print `facts`, then time `work` for each line of
     input."""
     work()
     print(json.dumps(facts), flush=True)
@@ -72,7 +72,7 @@ def serve(work: Callable[[], object], facts: dict) -> None:
 
 
 def compete(ours: Contestant, *theirs: Contestant, rounds: int) -> list[Contest]:
-    """Rounds of one turn each; a turn's first piece of work warms the caches and is not counted."""
+    """Time the contestants in turns. The first piece of work of a turn warms the caches and is not counted."""
 
     def turn(contestant: Contestant) -> float:
         contestant.seconds()

@@ -1,7 +1,7 @@
 """Our greedy decoding as a contestant, 32-token prompts and 128 new tokens: python -m experiments.bench.decode BATCH
 FOLDER
 
-FOLDER becomes the model as transformers reads it, with the logits of the prompts beside it, so that the other side
+FOLDER becomes the model as transformers reads it, with the logits of the prompts in it, so that the rival
 decodes the same network and can prove it.
 """
 

@@ -30,7 +30,7 @@ def cases() -> dict[str, tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.experts", description=__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=7, help="turns of each contestant; medians over them are told (default 7)"
+        "--rounds", type=int, default=7, help="turns of each contestant; the medians are reported (default 7)"
     )
     parser.add_argument(
         "--processor-time", action="store_true", help="compare processor seconds, on a machine that others use"

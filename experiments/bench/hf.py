@@ -16,7 +16,7 @@ from model.config import ModelConfig
 
 
 def shape(config: ModelConfig) -> dict:
-    """Of a MixtralConfig, what is no expert's."""
+    """Return the fields of a MixtralConfig that do not concern experts."""
     a = config.attention
     return dict(
         vocab_size=config.vocab_size, hidden_size=config.embed_dim, num_hidden_layers=config.num_layers,

@@ -1,4 +1,4 @@
-"""Several seeds of `smoke` under one vmap beside the same runs one after the other.
+"""Several seeds of `smoke` under one vmap, compared with the same runs one after the other.
 
     python -m experiments.bench.seeds [SEEDS] [STEPS]
 
