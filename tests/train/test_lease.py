@@ -97,7 +97,7 @@ def test_a_job_is_refused_once_a_holder_elsewhere_sends_a_heartbeat(run):
         for count in itertools.count(1):
             if refused.wait(0.1):
                 return
-            run.lock.write_text(json.dumps(record | {"beat": count}))
+            replace_record(run, record | {"beat": count})
 
     heart = threading.Thread(target=beat)
     heart.start()
