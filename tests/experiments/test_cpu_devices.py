@@ -129,7 +129,7 @@ def test_a_resumed_run_keeps_its_devices_bit_for_bit(tmp_path):
     train(tmp_path, 3, "parts")
     assert "note:" not in train(tmp_path, 6, "parts")
     losses = [
-        [row["loss"] for row in read_metrics(RunFolder(tmp_path / run)) if row["kind"] == "train"]
+        [row["loss"] for row in read_metrics(RunFolder(tmp_path / run).metrics) if row["kind"] == "train"]
         for run in ("whole", "parts")
     ]
     assert len(losses[0]) >= 2 and losses[0][-1] == losses[1][-1]
