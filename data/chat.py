@@ -51,7 +51,7 @@ class ChatTemplate:
     def __init__(self, source: str, names: Mapping[str, str] | None = None, *, seconds: float = MAX_SECONDS):
         if importlib.util.find_spec("jinja2") is None:
             raise DataError(
-                "chat templates require the package jinja2, which is not installed: pip install 'meshwork[hf]'"
+                "chat templates require the package jinja2, which is not installed: pip install 'meshwork[interop]'"
             )
         if len(source) > MAX_SOURCE:
             raise DataError(
@@ -177,7 +177,7 @@ def _start(source: str, seconds: float) -> subprocess.Popen[str]:
     raise DataError(
         f"the process that renders chat templates did not start: "
         f"{lines[-1] if lines else f'it ended with code {code}'}. It runs with "
-        f"{sys.executable} and requires jinja2: pip install 'meshwork[hf]'"
+        f"{sys.executable} and requires jinja2: pip install 'meshwork[interop]'"
     )
 
 

@@ -248,5 +248,5 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise ModelFilesError("GGUF files require the gguf package: pip install 'meshwork[hf]'") from error
+        raise ModelFilesError("GGUF files require the gguf package: pip install 'meshwork[interop]'") from error
     return gguf

@@ -13,7 +13,7 @@ def needed(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        extra = package if package == "sentencepiece" else "'meshwork[hf]'"
+        extra = package if package == "sentencepiece" else "'meshwork[interop]'"
         raise DataError(
             f"this tokenizer requires the package {package}, which is not installed: pip install {extra}"
         ) from error

@@ -208,7 +208,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     try:
         import gguf
     except ImportError as error:
-        raise DataError(f"{path}: GGUF files require the gguf package: pip install 'meshwork[hf]'") from error
+        raise DataError(f"{path}: GGUF files require the gguf package: pip install 'meshwork[interop]'") from error
 
     class Reader(gguf.GGUFReader):
         """A reader of whole lists. The package's reader makes several arrays per string, which takes seconds for a
