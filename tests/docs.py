@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 START = re.compile(r"(\$ )?([A-Z_]+=\S+ )*(taskset -c \S+ )?(python -m|make) \S")
 MARK = re.compile(r"<!-- run(?:: (\w+))? -->")
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"  # speed is not tested
 NUMBER = re.compile(r"\d[\d.,]*(e[+-]?\d+)?|[▁-█]+")
 
 
@@ -155,8 +156,8 @@ def marked(page: Path) -> list[Command]:
 def run(command: Command, folder: Path) -> str:
     """Run a command in `folder` and return what it prints. Raises AssertionError unless it ends as its page shows."""
     variables, words = command.words()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
-    environment = inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | variables
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | variables
+    environment["XLA_FLAGS"] = f"{QUICK_COMPILATION} {variables.get('XLA_FLAGS', '')}".strip()
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
