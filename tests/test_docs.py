@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import _parser
+from experiments.__main__ import COMMANDS as SUBCOMMANDS
+from experiments.command_help import make_parser
 from experiments.named import EXPERIMENTS
 from experiments.resolve import fill_vocabulary, resolve
 from pallas_kernels.bench import OPERATIONS
@@ -59,7 +60,7 @@ def check_experiments(command: Command, variables: dict[str, str], words: list[s
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            args = _parser().parse_args(words)
+            args = make_parser(SUBCOMMANDS, "", "").parse_args(words)
     except SystemExit:
         pytest.fail(f"{command}: {errors.getvalue()}")
     subject, overrides = getattr(args, "subject", None), getattr(args, "overrides", [])
