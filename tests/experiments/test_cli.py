@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -197,22 +199,94 @@ def test_a_command_line_that_cannot_be_parsed_exits_2(arguments, capsys):
     assert exit.value.code == 2 and "usage" in capsys.readouterr().err
 
 
-def test_list_names_every_experiment_with_its_question(capsys):
-    from experiments.quickstart import EXPERIMENTS
+def test_list_prints_one_line_for_each_experiment_into_a_pipe(capsys):
+    from experiments.named import EXPERIMENTS
 
     code, out, _ = call(capsys, "list")
-    words = " ".join(out.split())
-    assert code == 0 and all(name in words for name in EXPERIMENTS) and "Does everything run?" in words
+    head, *lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines] == list(EXPERIMENTS) and "question" in head
+    for line, make in zip(lines, EXPERIMENTS.values(), strict=True):
+        assert make().question in line and make().cost in line
+    assert out.isascii() and all(line == line.rstrip() for line in lines)
+
+
+def test_list_and_help_start_without_jax():
+    code = """
+import sys
+from experiments.__main__ import main
+main(["list"])
+try:
+    main(["train", "--help"])
+except SystemExit:
+    pass
+heavy = {"jax", "flax", "numpy", "matplotlib", "orbax", "grain"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_help_fits_its_terminal_and_has_an_example(capsys, monkeypatch):
+    """Usage and examples, which are copied, are never wrapped."""
+    from experiments.__main__ import COMMANDS
+
+    for columns in ("80", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        out = capsys.readouterr().out
+        assert all(
+            re.search(rf"^  {name} +{re.escape(each.summary)}$", out, re.MULTILINE) for name, each in COMMANDS.items()
+        )
+        assert all(len(line) <= 80 for line in out.splitlines())
+        for name, each in COMMANDS.items():
+            with pytest.raises(SystemExit) as exit:
+                main([name, "--help"])
+            out = capsys.readouterr().out
+            assert exit.value.code == 0 and each.summary in out and "--help" in out
+            for example in each.examples:
+                assert f"\n  python -m experiments {example}\n" in out and example.split()[0] == name
+            assert all(len(line) <= int(columns) or line.startswith(("usage", "  python")) for line in out.splitlines())
+
+
+def test_the_examples_of_the_help_can_be_parsed():
+    from experiments.__main__ import COMMANDS, DESCRIPTION, EPILOGUE
+    from experiments.command_help import make_parser
+
+    parser = make_parser(COMMANDS, DESCRIPTION, EPILOGUE)
+    for name, command in COMMANDS.items():
+        for example in command.examples:
+            assert parser.parse_args(shlex.split(example)).command == name
+
+
+def test_every_option_with_a_default_states_it(capsys):
+    from experiments.__main__ import COMMANDS
+
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        options = capsys.readouterr().out.partition("options:")[2].partition("example")[0]
+        for text in re.split(r"\n(?=  -)", options)[1:]:
+            words = " ".join(text.split())
+            flag = not re.match(r"--[a-z-]+ [A-Z{]", words)
+            optional = words.startswith(("-h", "--set", "--resume", "--system", "--run NEW"))
+            assert flag or optional or "default:" in words or "required" in words, words
 
 
 def test_show_prints_config_parameters_and_costs(capsys):
     """The config for 4 devices, which need not exist; the bytes per device add up."""
     code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4"))
     assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "fsdp=4" in out
-    rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+([\d,]+)\s*$", out, re.MULTILINE)
+    rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+[\d,]+\s+([\d,]+)$", out, re.MULTILINE)
     assert {"embedding", "stacks/0/0/mlp/up", "final_norm/scale"} <= {name for name, *_ in rows}
     total = sum(int(size.replace(",", "")) for *_, size in rows)
     assert f"weights per device: {total:,} bytes" in out and "FLOPs per token" in out
+    sizes = {name: int(size.replace(",", "")) for name, *_, size in rows}
+    for module, parameters, size in re.findall(r"^(\S+) +([\d,]+) +([\d,]+)$", out, re.MULTILINE):
+        below = [each for each in sizes if module == "total" or each.rpartition("/")[0] == module]
+        assert int(size.replace(",", "")) == sum(sizes[each] for each in below), module
+        numbers = [math.prod(map(int, re.findall(r"\d+", shape))) for name, shape, *_ in rows if name in below]
+        assert int(parameters.replace(",", "")) == sum(numbers), module
 
 
 def test_a_refusal_from_a_shell_exits_1(tmp_path):

@@ -1,26 +1,36 @@
-"""What the command line makes of odd arguments, foreign folders, signals and hidden accelerators."""
+"""The command line with odd arguments, foreign folders, signals and hidden accelerators; its tables and last lines."""
 
 from __future__ import annotations
 
 import gc
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
 
-from experiments.__main__ import main
+from experiments.__main__ import COMMANDS, DESCRIPTION, EPILOGUE, main
 from experiments.backend import backend_lines, describe_backend
+from experiments.command_help import make_parser
+from experiments.differences import differing, differing_json, written
+from experiments.next_steps import next_steps
+from experiments.quickstart import quickstart
 from experiments.report import write_report
 from experiments.resolve import find_run, is_run, new_local_run_path, new_run_path, resolve
-from experiments.show import differing
 from experiments.stopping import Stopped, stopped_by_sigterm
+from experiments.terminal import Column, Line, print_table
 from tests.experiments.command_line import call, refusal, tiny_overrides, write_folder
 from tests.fake_bucket import use_fake_bucket
+from train.config_io import apply_overrides, to_dict
 from train.records import MetricsWriter, RunFolder, RunFolderError, open_run
 from train.signals import StopSignal
 
@@ -161,7 +171,7 @@ def test_system_requires_chat(capsys):
     ],
 )
 def test_distributed_without_its_variables_is_a_clear_error(variables, expected):
-    """In processes of their own, which leave at once."""
+    """Each in a process, which exits at once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "train", "smoke", "--distributed"],
@@ -186,7 +196,7 @@ def test_a_topology_of_impossible_sizes_is_refused(capsys, topology):
 
 def test_show_prints_what_differs_from_the_defaults_unless_asked_for_all(capsys):
     code, short, _ = call(capsys, "show", "smoke", "--devices", "1")
-    assert code == 0 and re.search(r"data\.batch_size\s+8", short) and "--all prints them" in short
+    assert code == 0 and re.search(r"data\.batch_size\s+8", short) and "--all prints every field" in short
     assert "model.dropout" not in short and re.search(r"model\.moe\.num_experts\s+4", short)
     code, long, _ = call(capsys, "show", "smoke", "--devices", "1", "--all")
     assert code == 0 and re.search(r"model\.dropout\s+0\.0", long) and "--all" not in long
@@ -196,8 +206,100 @@ def test_a_part_that_equals_its_defaults_is_named():
     experiment = resolve("smoke", ["model.moe=none"], 1)
     assert not any(name.startswith("model.moe") for name in differing(experiment))
     experiment = resolve("quickstart", [], 1)
-    assert differing(experiment)["model.moe"] == experiment.model.moe  # 8 experts, top-2, as MoEConfig() has it
+    assert differing(experiment)["model.moe"].value == experiment.model.moe  # 8 experts, top-2, as MoEConfig() has it
     assert "model.moe.top_k" in differing(resolve("quickstart", ["model.moe.top_k=3"], 1))
+
+
+@given(st.integers(1, 9), st.floats(0, 1), st.booleans(), st.sampled_from(["adamw", "lion"]))
+def test_a_written_difference_is_an_override_that_makes_it(top_k, rate, tied, name):
+    values = {"model.moe.top_k": top_k, "optimizer.weight_decay": rate, "model.tied_embeddings": tied,
+              "optimizer.name": name, "optimizer.betas": (rate / 2, 0.5)}  # fmt: skip
+    base = quickstart()
+    experiment = apply_overrides(base, [f"{field}={written(value)}" for field, value in values.items()])
+    found = {field: each for field, each in differing(experiment).items() if field in values}
+    assert all(each.value == values[field] for field, each in found.items())
+    again = apply_overrides(base, [f"{field}={written(each.value)}" for field, each in found.items()])
+    assert {field: each.value for field, each in differing(again).items() if field in found} == {
+        field: each.value for field, each in found.items()
+    }
+    assert differing_json(to_dict(experiment)) == differing(experiment)
+
+
+# ---- tables ----
+
+
+cells = st.text(st.characters(codec="ascii", exclude_categories=("Cc", "Cs")), max_size=40)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
+def test_a_pipe_gets_every_row_whole_on_one_line(rows):
+    out = StringIO()
+    console = Console(file=out, highlight=False, emoji=False, markup=False, width=100_000)
+    print_table(console, (Column("a"), Column("b", fold=True, drop=1)), [Line(row, style="bold") for row in rows])
+    lines = out.getvalue().split("\n")
+    assert len(lines) == len(rows) + 2 and not any(line.endswith(" ") for line in lines)
+    for line, (first, second) in zip(lines[1:], rows, strict=False):
+        assert first.rstrip() in line and line.endswith(second.rstrip())
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_gets_the_columns_that_fit_and_the_names_of_the_others(width):
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=width, highlight=False, emoji=False, markup=False)
+    columns = (Column("first"), Column("second", drop=1), Column("third", fold=True))
+    print_table(console, columns, [Line(("a" * 40, "b" * 40, "word " * 12))])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    assert all(len(line) <= width for line in plain.splitlines()) and "a" * 40 in plain
+    assert ("b" * 40 in plain) == (width == 160) and ("also shows second" in plain) == (width == 80)
+
+
+# ---- the end of a run ----
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "first"),
+    [
+        ("quickstart", [], "generate mine --prompt 'def fib(n):' --stream"),
+        (
+            "smoke",
+            ["model.max_length=128", "samples.count=0"],
+            "generate mine --prompt 'def fib(n):' --max-new-tokens 112",
+        ),
+        (
+            "smoke",
+            ["train.objective=masked", "model.attention.mask=bidirectional"],
+            "export mine --to mine-hf --dry-run",
+        ),
+    ],
+)
+def test_a_run_ends_with_three_commands_that_can_be_parsed(name, overrides, first):
+    experiment = resolve(name, overrides, 1)
+    lines = next_steps(experiment, RunFolder("runs/mine"))
+    assert len(lines) == 3 and lines[0].startswith(f"python -m experiments {first}")
+    assert lines[1].startswith("python -m experiments report mine ")
+    parser = make_parser(COMMANDS, DESCRIPTION, EPILOGUE)
+    for line in lines:
+        parser.parse_args(shlex.split(line, comments=True)[3:])
+
+
+def test_the_end_of_a_run_compares_it_with_the_newest_other_run(tmp_path):
+    for age, name in enumerate(("mine", "old", "new run", "elsewhere")):
+        with open_run(tmp_path / "runs" / name, resolve("smoke", [], 8)) as run, MetricsWriter(run) as metrics:
+            metrics.write({"kind": "train", "step": 1, "loss": 1.0})
+        os.utime(run.metrics, (1e9 + age, 1e9 + age))
+    (tmp_path / "runs" / "elsewhere").rename(tmp_path / "elsewhere")
+    experiment = resolve("smoke", [], 8)
+    assert "compare mine 'new run' " in next_steps(experiment, RunFolder("runs/mine"))[1]
+    assert "compare 'new run' old " in next_steps(experiment, RunFolder(tmp_path / "runs" / "new run"))[1]
+    assert f"report {tmp_path}/elsewhere" not in (line := next_steps(experiment, RunFolder(tmp_path / "elsewhere"))[1])
+    assert f"compare {tmp_path}/elsewhere 'new run'" in line
+
+
+def test_training_prints_the_three_commands_last(capsys, monkeypatch):
+    monkeypatch.setattr("experiments.run.run_experiment", lambda *_, **__: True)
+    code, out, _ = call(capsys, "train", "smoke")
+    assert code == 0 and [line.split()[3] for line in out.splitlines()[1:]] == ["generate", "report", "train"]
 
 
 # ---- the backend ----
@@ -244,7 +346,7 @@ def test_a_signal_outside_the_loop_ends_the_command_with_a_word(capsys, monkeypa
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_during_garbage_collection_is_not_lost(number, error):
-    """Python drops what a handler raises there; a run would go on to its end and exit 0."""
+    """Python drops what a handler raises there, and the run would continue to its end and exit 0."""
     calls = []
 
     def collecting(phase: str, info: dict) -> None:

@@ -1,4 +1,4 @@
-"""The report shows what the folder holds, whatever is missing, and nothing of it as markup."""
+"""A report shows the files of a run, whichever of them are missing, and none of their text as markup."""
 
 import json
 import re
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from experiments.plot_style import smooth, thin
 from experiments.report import write_report
+from experiments.report_account import accounts, run_link, seconds_by_phase
 from experiments.routing import study
 from tests.experiments.synthetic_run import make_run
-from train.records import MetricsWriter, RunFolder, RunFolderError, write_environment, write_samples
+from train.records import MetricsWriter, RunFolder, RunFolderError, read_metrics, write_environment, write_samples
 
 VOID = {"meta", "img", "source"}
 
@@ -26,15 +27,18 @@ class Checker(HTMLParser):
 
     def __init__(self, page: str):
         super().__init__()
-        self.stack, self.tags, self.text = [], [], ""
+        self.stack, self.tags, self.links, self.text = [], [], [], ""
         self.feed(page)
         assert self.stack == []
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         for name, value in attributes:
-            if name in ("src", "srcset", "href"):
+            if name in ("src", "srcset"):
                 assert value.startswith("data:image/png;base64,")
+            if name == "href":  # of a run beside this one: a relative path, in characters that name no scheme
+                assert re.fullmatch(r"[A-Za-z0-9._~/%-]+", value) and not value.startswith("/")
+                self.links.append(value)
         if tag not in VOID:
             self.stack.append(tag)
 
@@ -51,7 +55,7 @@ def checked(run, **options) -> Checker:
     return Checker(page)
 
 
-def test_a_whole_run_tells_everything(tmp_path):
+def test_the_report_of_a_whole_run_has_every_part(tmp_path):
     run = make_run(tmp_path, steps=120)
     began = time.process_time()
     page = checked(run)
@@ -70,6 +74,9 @@ def test_a_whole_run_tells_everything(tmp_path):
         "2 x TPU v5p",
         "with uncommitted changes",
         "model.num_layers",
+        "Goodput",
+        "47.0 MB",
+        "What differs from the defaults",
     ):
         assert word in page.text, word
     assert page.tags.count("img") == page.tags.count("source") == 11
@@ -91,6 +98,70 @@ def test_a_whole_run_tells_everything(tmp_path):
     }
     raw = run.report.read_text()
     assert re.search(r'class="set"><td>model.num_layers<', raw) and not re.search(r'class="set"><td>name<', raw)
+
+
+# ---- records of the trainer ----
+
+
+durations = st.dictionaries(st.sampled_from(["steps", "evaluation", "checkpoints", "compilation", "new"]),
+                            st.floats(0, 1e6))  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100), durations), max_size=5))
+def test_no_second_of_any_start_is_lost_or_counted_twice(starts):
+    rows = [
+        {"kind": "goodput", "step": last, "start": {"time": i, "step": first}, "seconds": {"wall": 0.0, **seconds}}
+        for i, (first, last, seconds) in enumerate(starts)
+    ]
+    total = seconds_by_phase(accounts([*rows, *rows]))
+    assert sum(total.values()) == pytest.approx(sum(sum(seconds.values()) for *_, seconds in starts))
+    assert all(seconds >= -1e-9 for seconds in total.values())
+
+
+def test_steps_that_a_crash_lost_are_not_goodput(tmp_path):
+    """The synthetic run crashed at step 110 of 120 and resumed at step 100: 10 of its 110 steps were lost."""
+    run = make_run(tmp_path, steps=120)
+    text = checked(run, themes=()).text
+    assert "over 2 starts" in text and "steps lost to a crash2s" in text.replace("\n", "")
+    total = seconds_by_phase(accounts(read_metrics(run.metrics)))
+    assert total["repeated"] == pytest.approx(0.17 * 10) and total["steps"] == pytest.approx(0.17 * 120)
+
+
+def test_a_run_of_older_code_has_a_report_without_the_newer_records(tmp_path):
+    page = checked(make_run(tmp_path, steps=20, goodput=False), themes=())
+    assert "Goodput" not in page.text and "Memory" not in page.text and "Note:" not in page.text
+    assert "Summary" in page.text and page.links == []
+
+
+def test_a_report_links_to_the_run_that_its_weights_came_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dense: 1", "new"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    parent = make_run(tmp_path / "runs" / "dense: 1", steps=4)
+    new = make_run(tmp_path / "runs" / "new", steps=4)
+    with MetricsWriter(new) as writer:
+        origin = {"run": "runs/dense: 1", "step": 4}
+        writer.write({"kind": "event", "step": 0, "event": "started", "upcycled_from": origin})
+        writer.write({"kind": "event", "step": 0, "event": "started", "imported_from": "model.gguf"})
+    page = checked(new, themes=())
+    assert "Upcycled from the run runs/dense: 1 at step 4." in page.text and "Imported from model.gguf." in page.text
+    assert page.links == ["../dense%3A%201"]
+    write_report(parent.path, themes=())
+    assert checked(new, themes=()).links == ["../dense%3A%201/report.html"]
+    assert run_link("runs/absent", new.path) is None and run_link("gs://bucket/dense", new.path) is None
+    assert run_link("x" * 9999, new.path) is None and run_link("a\0b", new.path) is None
+
+
+def test_the_fields_that_differ_are_those_of_the_config_and_of_no_other(tmp_path):
+    """Also of a config that this code cannot read."""
+    run = make_run(tmp_path, steps=0, finished=False)
+    for more in ({}, {"removed_field": 7}):
+        run.config.write_text(json.dumps({**json.loads(run.config.read_text()), **more}))
+        checked(run, themes=())
+        table = re.search(r"<h2>What differs.*?</table>", run.report.read_text(), re.DOTALL)[0]
+        fields = re.findall(r"<tr><td>([^<]*)</td>", table)
+        assert "train.steps" in fields and "name" not in fields and "model.num_layers" not in fields  # 4, as by default
+        assert ("removed_field" in fields) == bool(more)
 
 
 def test_what_routers_chose_is_studied_against_the_last_step(tmp_path):
@@ -117,7 +188,7 @@ def test_a_run_without_experts_evaluations_or_end(tmp_path, steps):
     assert page.tags.count("img") == (4 if steps else 0)
 
 
-def test_an_unfinished_run_tells_its_last_evaluation(tmp_path):
+def test_the_report_of_an_unfinished_run_shows_its_last_evaluation(tmp_path):
     run = make_run(tmp_path, steps=60, experts=0, finished=False)
     assert re.search(r"Not finished. Held-out bits per byte so far: stdlib \d\.\d+ at step 56", checked(run).text)
 
@@ -132,7 +203,7 @@ def test_only_a_config_is_enough_and_without_one_it_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "words"), [(1.65, "better than gzip -9, not as good as xz -9e"), (2.0, "not as good")]
 )
-def test_a_model_that_does_not_win_is_told_so(tmp_path, ours, words):
+def test_the_verdict_names_the_compressors_that_are_better(tmp_path, ours, words):
     (tmp_path / "config.json").write_text("{}")
     with MetricsWriter(RunFolder(tmp_path)) as writer:
         compressors = {"gzip -9": 1.71, "xz -9e": 1.62}
@@ -155,6 +226,8 @@ def test_nothing_a_run_says_becomes_markup(tmp_path_factory, a, b, c):
     with MetricsWriter(run) as writer:
         writer.write({"kind": "event", "step": c, "event": a, "message": b})
         writer.write({"kind": "eval", "step": 1, "set": a, "bits_per_byte": 1.0, "loss": None})
+        origin = {"run": a, "step": c}
+        writer.write({"kind": "event", "step": 0, "event": "started", "upcycled_from": origin, "study": {"name": b}})
     write_environment(run, {"devices": {a: b}, "command": [c, 1], "start_time": a, "git_commit": b})
     page = checked(run, themes=())
     assert "script" not in page.tags and "img" not in page.tags
@@ -162,7 +235,7 @@ def test_nothing_a_run_says_becomes_markup(tmp_path_factory, a, b, c):
 
 
 @given(st.lists(st.floats(-100, 100) | st.just(float("nan")), max_size=50), st.floats(1, 20))
-def test_the_average_stays_within_what_it_has_seen(values, span):
+def test_the_moving_average_stays_between_the_smallest_and_the_largest_value(values, span):
     values = np.array(values, np.float64)
     averaged = smooth(values, span)
     for i in range(len(values)):
@@ -273,6 +346,9 @@ def test_no_bytes_in_any_file_end_the_figures_with_another_error(small_run, tmp_
         {"kind": "final", "step": 5, "wall_seconds": "long"},
         {"kind": "event", "step": {"a": "<script>"}, "event": ["<script>"], "time": {}},
         {"kind": ["<b>"], "step": 1},
+        {"kind": "goodput", "step": 5},
+        {"kind": "goodput", "step": 5, "start": {"time": "<i>", "step": 0}, "seconds": {"steps": 1.0}},
+        {"kind": "goodput", "step": 5, "start": {"time": 1, "step": 0}, "seconds": {"steps": 1.0}, "memory": ["<i>"]},
     ],
 )
 def test_rows_of_other_types_cost_what_they_would_have_shown(small_run, tmp_path, row):
