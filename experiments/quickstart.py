@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from data.config import DataConfig, TokenizerConfig
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
-from sharding.mesh import MeshConfig
+from sharding.config import MeshConfig
 from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 
 
