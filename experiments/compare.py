@@ -286,8 +286,8 @@ def _axis(compared: Sequence[Compared]) -> tuple[str, list[float]]:
     per_step = []
     for each in compared:
         fields = flatten(each.config)
-        sizes = [fields.get("data.batch_size"), fields.get("data.sequence_length")]
-        if not all(type(size) is int and size > 0 for size in sizes):
+        rows, length = fields.get("data.batch_size"), fields.get("data.sequence_length")
+        if type(rows) is not int or type(length) is not int or rows < 1 or length < 1:
             return "step", [1.0] * len(compared)
-        per_step.append(float(sizes[0] * sizes[1]))
+        per_step.append(float(rows * length))
     return ("step", [1.0] * len(compared)) if len(set(per_step)) == 1 else ("tokens trained on", per_step)

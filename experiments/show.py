@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The name without its last part; a weight outside of modules counts as a module."""
+        """Return the name without its last part; a weight outside of modules counts as a module."""
         return self.name.rpartition("/")[0] or self.name
 
 

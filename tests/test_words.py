@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 AVOIDED = (
     r"\btold\b",
-    r"\btells?\b(?! apart)(?! it from)",
+    r"\btells?\b(?! apart)(?! it from)(?!\()",
     r"\bas seen\b",
     r"\bat hand\b",
     r"\b(it|that|which|what|code|work|text|file|row|list|they|there|here) stands?\b(?! for)",
@@ -50,7 +48,6 @@ def findings() -> list[str]:
     return found
 
 
-@pytest.mark.xfail(strict=False, reason="the pass over all texts is under way")
 def test_texts_avoid_the_list():
     found = findings()
     assert not found, "\n".join(found)
