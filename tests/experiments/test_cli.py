@@ -56,7 +56,7 @@ def settings(*pairs: str) -> list[str]:
         ),
         (["model.moe.router=expert_choice"], ["model.moe.router = 'expert_choice'", "later ones", "bidirectional"]),
         (["model.moe.groups=4,1"], ["model.moe.groups = (4, 1)", "top_k = 2", "2 groups or more"]),
-        (["mesh.fsdp=3"], ["fsdp=3", "needs 3 devices", "8"]),
+        (["mesh.fsdp=3"], ["fsdp=3", "needs a multiple of 3 devices", "8"]),
         (["mesh.data=16"], ["data=16", "16", "8"]),
         (
             ["mesh.fsdp=4", "mesh.tensor=2"],
@@ -275,8 +275,8 @@ def test_every_option_with_a_default_states_it(capsys):
 
 def test_show_prints_config_parameters_and_costs(capsys):
     """The config for 4 devices, which need not exist; the bytes per device add up."""
-    code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4"))
-    assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "fsdp=4" in out
+    code, out, _ = call(capsys, "show", "smoke", "--devices", "4", *settings("data.batch_size=4", "mesh.fsdp=2"))
+    assert code == 0 and re.search(r"data\.batch_size\s+4", out) and "mesh: data=2 x fsdp=2;" in out
     rows = re.findall(r"^(\S+)\s+\((\d[\d, ]*)\)\s+float32\s+\((.*)\)\s+[\d,]+\s+([\d,]+)$", out, re.MULTILINE)
     assert {"embedding", "stacks/0/0/mlp/up", "final_norm/scale"} <= {name for name, *_ in rows}
     total = sum(int(size.replace(",", "")) for *_, size in rows)
