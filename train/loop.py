@@ -212,7 +212,7 @@ def train(
     stays in every case.
     """
     experiment, config = program.experiment, program.experiment.train
-    process, processes = jax.process_index(), jax.process_count()
+    process, processes, goodput = jax.process_index(), jax.process_count(), goodput or Goodput()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         recorder = Recorder(enter(MetricsWriter(run, sinks=config.sinks, process_index=process)), log)
@@ -228,7 +228,6 @@ def train(
         enter(batches)
         enter(use_mesh(program.mesh))
         rows = Rows(experiment, prepared)
-        goodput = Goodput() if goodput is None else goodput
         with goodput.phase("initialization"):
             start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
         goodput.start_step = start.step
