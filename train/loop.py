@@ -156,7 +156,8 @@ class Trainer:
             return
         began = time.monotonic()
         batch = put_batch(self._batches.batch_at(self.first), self.program.mesh, self.program.batch_spec)
-        compiled = jax.jit(self.program.step, donate_argnums=0).lower(self.state, batch, self._hyper).compile()
+        with self._goodput.phase("compilation"):
+            compiled = jax.jit(self.program.step, donate_argnums=0).lower(self.state, batch, self._hyper).compile()
         memory, text = compiled.memory_analysis(), ""
         if memory is not None:
             self._goodput.memory = {
@@ -246,8 +247,7 @@ def train(
             evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
         )  # fmt: skip
         del start  # its state is donated to the first step
-        with goodput.phase("compilation"):
-            trainer.compile(log)
+        trainer.compile(log)
         enter(progress)
         return trainer.fit()
 

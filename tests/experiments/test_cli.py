@@ -282,7 +282,8 @@ def test_show_prints_config_parameters_and_costs(capsys):
     total = sum(int(size.replace(",", "")) for *_, size in rows)
     assert f"weights per device: {total:,} bytes" in out and "FLOPs per token" in out
     sizes = {name: int(size.replace(",", "")) for name, *_, size in rows}
-    for module, parameters, size in re.findall(r"^(\S+) +([\d,]+) +([\d,]+)$", out, re.MULTILINE):
+    table = out.partition("\nparameter ")[2]
+    for module, parameters, size in re.findall(r"^(\S+) +([\d,]+) +([\d,]+)$", table, re.MULTILINE):
         below = [each for each in sizes if module == "total" or each.rpartition("/")[0] == module]
         assert int(size.replace(",", "")) == sum(sizes[each] for each in below), module
         numbers = [math.prod(map(int, re.findall(r"\d+", shape))) for name, shape, *_ in rows if name in below]
