@@ -144,7 +144,7 @@ def test_missing_templates_and_packages_are_named(monkeypatch):
     with pytest.raises(DataError, match="more than the maximum of"):
         ChatTemplate("x" * (1 << 20) + "x")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'meshwork\[hf\]'"):
+    with pytest.raises(DataError, match=r"pip install 'meshwork\[interop\]'"):
         ChatTemplate("x")
 
 

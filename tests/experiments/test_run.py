@@ -95,7 +95,7 @@ def test_eval_on_another_mesh_gives_the_same_result(place, capsys):
     assert printed_bits(out) == pytest.approx(
         final_row(place / "runs" / "mine")["sets"]["folder"]["bits_per_byte"], abs=1.5e-4
     )
-    assert "mesh = (fsdp=3)" in refusal(capsys, "eval", "mine", "--set", "mesh.fsdp=3")
+    assert "mesh = (data=-1 x fsdp=3)" in refusal(capsys, "eval", "mine", "--set", "mesh.fsdp=3")
 
 
 @pytest.mark.unchecked
@@ -134,7 +134,7 @@ def test_streamed_text_equals_the_whole_text(capsys):
 
 def test_generate_refuses_invalid_prompts_and_settings(capsys):
     message = refusal(capsys, "generate", "mine", "--prompt", "x = 1\n" * 200, "--max-new-tokens", "16")
-    assert "model.max_length = 96" in message and "shorten" in message
+    assert "model.max_length = 96" in message and "Shorten" in message
     message = refusal(capsys, "generate", "mine", "--prompt", "x", "--max-new-tokens", "200")
     assert "200" in message and "model.max_length = 96" in message
     assert "top_p" in refusal(capsys, "generate", "mine", "--prompt", "x", "--top-p", "2")
