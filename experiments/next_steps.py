@@ -6,14 +6,18 @@ import shlex
 from pathlib import Path
 
 from experiments.command_help import PROGRAM
-from experiments.named import EXPERIMENTS
 from train.config import Experiment
 from train.records import RunFolder
 
 NEW_TOKENS = 128  # of `generate`, unless it is asked for fewer
 PROMPTS = {"stdlib": "def fib(n):"}  # by source; the prompt of other text is a word
 PROMPT_TOKENS = 16  # room for a prompt
-NEXT = {"quickstart": "quickstart_dense", "quickstart_dense": "quickstart"}  # and its ablation
+# What to train next, by experiment; "" is any other.
+NEXT = {
+    "quickstart": ("quickstart_dense", "the same network without experts"),
+    "quickstart_dense": ("quickstart", "the same network with experts"),
+    "": ("quickstart", "a mixture of experts, minutes on a CPU"),
+}
 
 
 def next_steps(experiment: Experiment, run: RunFolder) -> list[str]:
@@ -24,12 +28,12 @@ def next_steps(experiment: Experiment, run: RunFolder) -> list[str]:
     if other is not None:
         look = (f"compare {name} {_name_of(other)}", "overlay the curves of both runs")
     else:
-        look = (f"report {name}", "write report.html again")
-    another = NEXT.get(experiment.name, "quickstart")
+        look = (f"report {name}", "write its report.html again")
+    another, what = NEXT.get(experiment.name, NEXT[""])
     steps = [
         _use(experiment, name),
         look,
-        (f"train {another}", EXPERIMENTS[another]().question),
+        (f"train {another}", what),
     ]
     commands = [f"{PROGRAM} {command}" for command, _ in steps]
     width = max(map(len, commands))
