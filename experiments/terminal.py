@@ -38,9 +38,8 @@ class Line:
 
 
 def open_console() -> Console:
-    """Return a console as wide as the terminal; elsewhere as wide as its longest line, without colours."""
-    console = Console(highlight=False, emoji=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, emoji=False, markup=False, width=100_000)
+    """Return a console that prints text unchanged, with colours on a terminal alone."""
+    return Console(highlight=False, emoji=False, markup=False)
 
 
 def print_table(console: Console, columns: Sequence[Column], lines: Sequence[Line]) -> None:

@@ -225,6 +225,13 @@ def test_a_written_difference_is_an_override_that_makes_it(top_k, rate, tied, na
     assert differing_json(to_dict(experiment)) == differing(experiment)
 
 
+def test_values_are_written_as_the_help_and_the_errors_write_them():
+    values = (None, True, 0.1, (0.9, 0.95), (), "", "adamw", quickstart().model.moe)
+    assert [written(value) for value in values] == [
+        "none", "true", "0.1", "0.9,0.95", "()", '""', "adamw", "MoEConfig with its defaults",
+    ]  # fmt: skip
+
+
 # ---- tables ----
 
 
@@ -235,7 +242,7 @@ cells = st.text(st.characters(codec="ascii", exclude_categories=("Cc", "Cs")), m
 @given(st.lists(st.tuples(cells, cells), min_size=1, max_size=4))
 def test_a_pipe_gets_every_row_whole_on_one_line(rows):
     out = StringIO()
-    console = Console(file=out, highlight=False, emoji=False, markup=False, width=100_000)
+    console = Console(file=out, highlight=False, emoji=False, markup=False, width=20)
     print_table(console, (Column("a"), Column("b", fold=True, drop=1)), [Line(row, style="bold") for row in rows])
     lines = out.getvalue().split("\n")
     assert len(lines) == len(rows) + 2 and not any(line.endswith(" ") for line in lines)
