@@ -120,7 +120,19 @@ def test_every_generation_has_its_memory_in_the_table():
 def test_a_step_compiles_without_a_tpu(capsys, tmp_path):
     saved = tmp_path / "smoke.json"
     code, out, _ = call(
-        capsys, "compile", "smoke", "--topology", "v5e:2x2", "--set", "model.remat=full", "--save", saved
+        capsys,
+        "compile",
+        "smoke",
+        "--topology",
+        "v5e:2x2",
+        "--set",
+        "model.remat=full",
+        "--set",
+        "mesh.data=1",
+        "--set",
+        "mesh.fsdp=-1",
+        "--save",
+        saved,
     )
     figures = json.loads(saved.read_text())
     assert code == 0 and "fits" in out and figures["devices"] == 4 and figures["mesh"] == {"fsdp": 4}

@@ -71,5 +71,5 @@ def test_token_ids_match_transformers(tokenizer):
         ids = WRITTEN[name]["ids"]
         assert tokenizer.encode(tokenizer.decode(ids)).tolist() == ids
     # The model's tokenizer first splits off digits, so that the spaces before one are a separate token.
-    assert [tokenizer.token_bytes(i) for i in tokenizer.encode("x =  42")] == [b"x", b" =", b"  ", b"4", b"2"]
+    assert [tokenizer.token_bytes(i) for i in tokenizer.encode("x =  42").tolist()] == [b"x", b" =", b"  ", b"4", b"2"]
     assert len(tokenizer.encode("<|im_start|>")) > 1 and tokenizer.encode_marked("<|im_start|>").tolist() == [1]
