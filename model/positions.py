@@ -6,10 +6,13 @@ Shapes: B batch, T time, N heads, H head dimension, R half of the rotated dimens
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Int
 
 from model.config import ModelConfig, RopeScalingConfig, rotary_dim
@@ -147,7 +150,20 @@ def apply_rope(
     unchanged if the model has no RoPE."""
     if config.position.kind != "rope":
         return x_BTNH
-    tables = rope_tables(config, positions_BT, length_B, local=kind == "sliding")
-    # The barrier keeps XLA from computing the sines again for every head and every use.
-    cos_BTR, sin_BTR = jax.lax.optimization_barrier(tables)
+    tables = partial(rope_tables, config, local=kind == "sliding")
+    cos_BTR, sin_BTR = compute_once(tables)(positions_BT, length_B)
     return rotate(x_BTNH, cos_BTR, sin_BTR, config.position.interleaved)
+
+
+def compute_once(function: Callable) -> Callable:
+    """Return `function` such that XLA computes its result once, rather than again in each fusion that reads it.
+
+    XLA's CPU backend drops an optimization barrier before it fuses, but does not fuse with a call that it may not
+    inline. Without this, each head's rotation computes the sines again, which takes most of its time.
+    """
+
+    def once(*args):
+        with set_xla_metadata(inlineable="false"):
+            return jax.lax.optimization_barrier(jax.jit(function)(*args))
+
+    return once
