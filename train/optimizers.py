@@ -6,14 +6,17 @@ it is treated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
-from model.weights import Weight, map_weights
+from model.weights import Weight, is_weight, map_weights
 from sharding.rules import no_mesh
 from train.config import OptimizerConfig
 from train.hyper import Hyper
@@ -120,24 +123,54 @@ def _scaled_by_weight(factor: Callable[[Weight], float]) -> optax.GradientTransf
     return optax.stateless(lambda updates, _: map_weights(scaled, updates))
 
 
+def _muon_dims(weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the (input, output) dimensions of the matrices that Muon orthogonalizes; None if Adam updates the weight,
+    where optax puts a marker in place of the value."""
+    return weight.matrix_dims() if weight.role == "matrix" and hasattr(weight.value, "ndim") else None
+
+
 def _muon_dimensions(weight: Weight) -> Weight:
     """Return the matrix dimensions of a weight that Muon updates, and None for others, in the weight's tree."""
-    stored_here = hasattr(weight.value, "ndim")  # optax puts a marker in place of a value that Adam updates
-    dims = weight.matrix_dims() if weight.role == "matrix" and stored_here else None
+    dims = _muon_dims(weight)
     numbers = None if dims is None else optax.contrib.MuonDimensionNumbers(*dims)
     return jax.tree.map(lambda x: numbers if x is weight.value else None, weight)
+
+
+def _with_whole_matrices(weight: Weight) -> Weight:
+    """Return a gradient, or its average, with its matrices divided over the devices, rather than split or repeated.
+
+    Each mesh axis moves to a dimension that counts matrices (layers, experts); it stays where it is if it divides none.
+    """
+    dims = _muon_dims(weight)
+    if dims is None:
+        return weight
+    shape, mesh = weight.value.shape, jax.typeof(weight.value).sharding.mesh
+    spec = [p if isinstance(p, tuple) else () if p is None else (p,) for p in jax.typeof(weight.value).sharding.spec]
+    for axis, size in mesh.shape.items():
+        counts = [d for d in range(len(shape)) if d not in (*dims[0], *dims[1])]
+        if size == 1 or any(axis in spec[d] for d in counts):
+            continue
+        for d in counts:
+            if shape[d] % (math.prod(mesh.shape[a] for a in spec[d]) * size) == 0:
+                spec = [tuple(a for a in part if a != axis) for part in spec]
+                spec[d] = (*spec[d], axis)
+                break
+    return replace(weight, value=jax.sharding.reshard(weight.value, PartitionSpec(*spec)))
 
 
 def _partitioned_by_compiler(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Return `inner` run with automatic mesh axes, with the shardings of its outputs equal to those of its inputs.
 
     optax's Newton-Schulz iterations do not specify the sharding of their matrix products, as explicit axes require.
+    Each device computes those of some layers and experts, where the mesh divides their numbers.
     """
 
     def update(grads, state, params=None):
         if no_mesh():
             return inner.update(grads, state, params)
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (grads, state))
+        whole = lambda x: _with_whole_matrices(x) if is_weight(x) else x  # the state has other leaves, too
+        grads, state = map_weights(whole, (grads, state))
         return jax.sharding.auto_axes(inner.update, out_sharding=shardings)(grads, state, params)
 
     return optax.GradientTransformation(inner.init, update)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ import pytest
 from model.config import AttentionConfig, MoEConfig, NormConfig, PositionConfig
 from model.transformer import Transformer, forward
 from model.weights import named_weights
+from sharding.config import MeshConfig
+from sharding.mesh import make_mesh, use_mesh
 from sharding.rules import ShardingRules
 from tests.models import random_model, tiny_config, weight_names
 from tests.train.batches import whole_rows
@@ -226,6 +230,25 @@ def test_muon_updates_layers_and_experts_independently(full):
     c = one_update(constant_rate("muon"), FULL, full, jax.tree.unflatten(jax.tree.structure(full), leaves))
     np.testing.assert_allclose(a[up][:, 0], c[up][:, 0], rtol=1e-4, atol=1e-7)
     assert np.abs(a[up][:, 1:] - c[up][:, 1:]).max() > 1e-4
+
+
+def test_muon_divides_its_matrices_over_the_devices():
+    """On replicas, and on devices that store parts of each matrix, a device multiplies those of half of the layers."""
+    optimizer = make_optimizer(constant_rate("muon"), FULL, steps=10)
+    flops = {}
+    for name, config in {"one": MeshConfig(), "data": MeshConfig(2, 1), "fsdp": MeshConfig(1, 2)}.items():
+        mesh = make_mesh(config, jax.devices()[: 1 if name == "one" else 2])
+        with use_mesh(mesh):
+            model = jax.jit(lambda: Transformer(jax.random.key(0), FULL, ShardingRules()))()
+            update = jax.jit(lambda g, s, m: optimizer.update(g, s, m)[0])
+            compiled = update.lower(model, jax.jit(optimizer.init)(model), model).compile()
+        flops[name] = sum_of_matmuls(compiled.as_text())
+    assert flops["data"] == flops["fsdp"] == flops["one"] / 2 > 0
+
+
+def sum_of_matmuls(hlo: str) -> int:
+    """Return the number of results of all matmuls of a compiled program without loops."""
+    return sum(math.prod(map(int, dims.split(","))) for dims in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", hlo))
 
 
 # ---------------------------------------------------------------------------------------------------- muP
