@@ -32,7 +32,7 @@ from data.storage import checksum, discard, enough_space, open_array, remove_lef
 from data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1  # version of the folder's format: raise it when the meaning of files changes
+_FORMAT = 2  # version of the folder's format: raise it when the meaning of files changes
 _ENCODE_DOCUMENTS = 256
 
 

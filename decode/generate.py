@@ -100,7 +100,7 @@ def _stream(model: Transformer, prompt: Sequence[int], params: SamplingParams) -
             state = advance(model, request, state, np.int32(1))
         token, logprob = (value[0].item() for value in jax.device_get(newest(state)))
         yield token, logprob
-        if token in params.stop_ids:
+        if token in params.stop_token_ids:
             return
 
 
@@ -134,7 +134,7 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
                 + (f"Shorten the prompt to {shorter} tokens or fewer" if shorter > 0 else "Request fewer new tokens")
                 + (f", or set max_new_tokens to {fewer} or less" if fewer > 0 else "")
             )
-        for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_ids", p.stop_ids)):
+        for name, ids in ((f"prompts[{i}]", prompt), ("sampling.stop_token_ids", p.stop_token_ids)):
             wrong = [t for t in ids if not 0 <= t < config.vocab_size]
             if wrong:
                 raise ValueError(
@@ -167,8 +167,8 @@ def start(model: Transformer, prompts, params: Sequence[SamplingParams]) -> tupl
     tokens_BS = np.zeros((len(prompts) + empty, capacity), np.int32)
     for b, prompt in enumerate(prompts):
         tokens_BS[b, : len(prompt)] = prompt
-    stops = max(4, 1 << (max(len(p.stop_ids) for p in params) - 1).bit_length())
-    stop_BE = [(*p.stop_ids, *(-1,) * (stops - len(p.stop_ids))) for p in params]
+    stops = max(4, 1 << (max(len(p.stop_token_ids) for p in params) - 1).bit_length())
+    stop_BE = [(*p.stop_token_ids, *(-1,) * (stops - len(p.stop_token_ids))) for p in params]
     request = Request(
         sampler_arrays([*params, *[SamplingParams(temperature=0.0)] * empty]),
         np.asarray(lengths + [1] * empty, np.int32),

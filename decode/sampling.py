@@ -35,7 +35,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted from the logit for each time the token was generated
     presence_penalty: float = 0.0  # subtracted from the logit once if the token was generated
     max_new_tokens: int = 128  # maximum number of generated tokens
-    stop_ids: tuple[int, ...] = ()  # ids that end the generation; the stop id is the last returned token
+    stop_token_ids: tuple[int, ...] = ()  # ids that end the generation; the stop id is the last returned token
     seed: int = 0  # the same seed, prompt and parameters give the same text in any batch
 
     def validate(self) -> None:

@@ -108,15 +108,15 @@ def train_command(args: argparse.Namespace) -> int:
         from experiments.run import run_experiment
         from train.signals import StopSignal
 
-        say = print if jax.process_index() == 0 else lambda text: None
+        log = print if jax.process_index() == 0 else lambda text: None
         for line in backend_lines():
-            say(line)
-        finished = run_experiment(experiment, path, overrides=args.overrides, override=args.override, say=say)
+            log(line)
+        finished = run_experiment(experiment, path, overrides=args.overrides, override=args.override, log=log)
         if finished:
             from experiments.next_steps import next_steps
 
             for line in next_steps(experiment, RunFolder(path)):
-                say(line)
+                log(line)
         return 0 if finished else 128 + (StopSignal.last_number or signal.SIGTERM)
 
 
@@ -212,7 +212,8 @@ def generate_command(args: argparse.Namespace) -> int:
     params = SamplingParams(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
         repetition_penalty=args.repetition_penalty, frequency_penalty=args.frequency_penalty,
-        presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens, stop_ids=tokenizer.stops,
+        presence_penalty=args.presence_penalty, max_new_tokens=args.max_new_tokens,
+        stop_token_ids=tokenizer.stop_token_ids,
     )  # fmt: skip
     _checked(params.validate)
     if args.chat:

@@ -26,7 +26,7 @@ from experiments.memory import Memory as DeviceMemory
 from model.cost import CONVENTION, count_parameters, train_flops_per_token
 from pallas_kernels.ahead_of_time import devices_of, uncached
 from sharding.collectives import Traffic, read_collectives
-from sharding.mesh import lay_out, use_mesh
+from sharding.mesh import create_mesh, use_mesh
 from sharding.peak import peak_flops
 from train.config import Experiment
 from train.config_io import ConfigError
@@ -90,7 +90,7 @@ class Compiled:
     def to_json(self) -> dict:
         """Return the figures as JSON values, in bytes and seconds."""
         kinds = {
-            kind: {"count": n, "bytes_put_out": out, "bytes_sent": round(sent)}
+            kind: {"count": n, "output_bytes": out, "bytes_sent": round(sent)}
             for kind, (n, out, sent) in self.traffic.by_kind().items()
         }
         keys = ("topology", "device_kind", "devices", "mesh", "parameters", "tokens", "available", "flops", "buffers")
@@ -99,9 +99,9 @@ class Compiled:
             "seconds_to_compile": round(self.seconds_to_compile, 1),
             "memory": asdict(self.memory) | {"total": self.memory.total},
             "collectives": kinds,
-            "bytes_put_out": self.traffic.put_out,
-            "bytes_put_out_at_most": self.traffic.most,
-            "bytes_put_out_by_a_round_of_open_loops": self.traffic.a_round,
+            "output_bytes": self.traffic.output_bytes,
+            "output_bytes_at_most": self.traffic.most,
+            "output_bytes_of_a_round_of_open_loops": self.traffic.a_round,
             "bytes_sent": round(self.traffic.sent),
             "versions": {name: version(name) for name in ("jax", "jaxlib", "libtpu")},
         }
@@ -130,7 +130,7 @@ def compile_step(experiment: Experiment, topology: str) -> Compiled:
     devices = topology_devices(topology)
     if experiment.model.dtype == "auto":  # would choose by the backend of this machine
         experiment = replace(experiment, model=replace(experiment.model, dtype="bfloat16"))
-    mesh = lay_out(experiment.mesh.sizes(len(devices)), devices)
+    mesh = create_mesh(experiment.mesh.sizes(len(devices)), devices)
     device = mesh.devices.flat[0]
     start = time.monotonic()
     program = build(experiment, mesh)
@@ -240,7 +240,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
     table = Table("\ncollective", "\ncount", "\noutput", "\nsent", box=None, pad_edge=False)
     for kind, (n, out, sent) in c.traffic.by_kind().items():
         table.add_row(kind, f"{n:,}", _size(out), _size(sent))
-    table.add_row("total", "", _size(c.traffic.put_out), _size(c.traffic.sent))
+    table.add_row("total", "", _size(c.traffic.output_bytes), _size(c.traffic.sent))
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -249,7 +249,7 @@ def print_compiled(compiled: Compiled, console: Console) -> None:
         "Loop bodies count once per iteration",
         soft_wrap=True,
     )
-    if c.traffic.most > 1.01 * c.traffic.put_out:
+    if c.traffic.most > 1.01 * c.traffic.output_bytes:
         console.print(
             f"where the step branches, these figures take the branch with the smallest output; with the largest, the "
             f"output is {_size(c.traffic.most)}",

@@ -124,7 +124,7 @@ def import_run(
         tokenizer.save(run.tokenizer)
         with _progress(console, "reading", count_parameters(experiment.model).total) as advance:
             model = load(
-                published.source, published.pieces, experiment.model, experiment.sharding, mesh, dtype=dtype,
+                published.source, published.tensor_map, experiment.model, experiment.sharding, mesh, dtype=dtype,
                 progress=lambda piece, size: advance(size),
             )  # fmt: skip
         _write(run, model, experiment, tokenizer, dtype, str(path))

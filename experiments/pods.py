@@ -46,7 +46,9 @@ def mixtral_8x7b() -> Experiment:
             attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128),
             position=PositionConfig(theta=1e6),
             norm=NormConfig(epsilon=1e-5),
-            moe=MoEConfig(num_experts=8, top_k=2, hidden_dim=14_336, load_balance=0.00125, exchange=1.125),
+            moe=MoEConfig(
+                num_experts=8, top_k=2, hidden_dim=14_336, load_balance=0.00125, all_to_all_buffer_factor=1.125
+            ),
             init=InitConfig(scheme="normal", scale=0.02),
             dtype="bfloat16",
             remat="full",
@@ -99,7 +101,7 @@ def deepseek_v3_like() -> Experiment:
                 load_balance=1e-4,
                 balance_scope="sequence",
                 z_loss=0.0,
-                exchange=1.25,
+                all_to_all_buffer_factor=1.25,
             ),
             init=InitConfig(scheme="normal", scale=0.006, embedding_std=0.006),
             dtype="bfloat16",

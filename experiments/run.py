@@ -54,33 +54,33 @@ def run_experiment(
     *,
     overrides: Sequence[str],
     override: bool,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> bool:
     """Train or resume the experiment in its folder, and finish it. Return False if a signal stopped it before its end.
 
     Raises ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
     """
     started, goodput = time.monotonic(), Goodput()
-    with _shared_run(path, experiment, overrides, override, say) as run:
+    with _shared_run(path, experiment, overrides, override, log) as run:
         if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
-            say(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
+            log(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
         with goodput.phase("data"):
-            prepared = prepare_data(experiment, say)
+            prepared = prepare_data(experiment, log)
         if jax.process_index() == 0:
             with _written(run):
                 write_environment(run, describe_environment())
                 _keep_tokenizer(run, prepared.tokenizer)
         program = build(experiment)
         with StopSignal() as stop:
-            trained = train(program, prepared, run, log=say, stop=stop, goodput=goodput)
+            trained = train(program, prepared, run, log=log, stop=stop, goodput=goodput)
             with goodput.phase("evaluation"):
-                finished = trained.finished and finish(program, prepared, run, trained, say, stop)
+                finished = trained.finished and finish(program, prepared, run, trained, log, stop)
         with _written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
             metrics.write(goodput.row(trained.step))
         if jax.process_index() == 0:
             report = write_report(run.path)
-            say(f"report: {report}  (after {duration(time.monotonic() - started)})")
+            log(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return finished
 
 
@@ -107,10 +107,10 @@ def _keep_tokenizer(run: RunFolder, tokenizer: Tokenizer) -> None:
     tokenizer.save(run.tokenizer)
 
 
-def prepare_data(experiment: Experiment, say: Callable[[str], None]) -> Prepared:
+def prepare_data(experiment: Experiment, log: Callable[[str], None]) -> Prepared:
     """Return the prepared data of an experiment, identical on every process. Raises DataError or ConfigError."""
     try:
-        prepared = prepare(experiment.data, log=say, processes=all_processes())
+        prepared = prepare(experiment.data, log=log, processes=all_processes())
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir = {experiment.data.cache_dir!r}: the prepared data cannot be stored there ({error}); free "
@@ -126,7 +126,7 @@ def _shared_run(
     experiment: Experiment,
     overrides: Sequence[str],
     override: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Iterator[RunFolder]:
     """Yield the run folder, which process 0 opens for all. Raises ConfigError if the processes' configs differ."""
     fix = "start every one with the same experiment and the same --set"
@@ -138,7 +138,7 @@ def _shared_run(
             overrides=overrides,
             may_differ=_may_differ(path, experiment),
             override=override,
-            notice=say,
+            log=log,
         ) as run:
             barrier()
             yield run
@@ -176,13 +176,13 @@ class _StoppedError(Exception):
 
 
 def finish(
-    program: Program, prepared: Prepared, run: RunFolder, trained: Trained, say: Callable[[str], None], stop: StopSignal
+    program: Program, prepared: Prepared, run: RunFolder, trained: Trained, log: Callable[[str], None], stop: StopSignal
 ) -> bool:
     """Evaluate and sample at the end of a run, and record the results. Return False if `stop` ended that.
 
     The results are held-out bits per byte, compared with compressors, and completions of held-out files.
     """
-    say("evaluating on all held-out files")
+    log("evaluating on all held-out files")
     asked = itertools.count(trained.step + 1)  # every process asks after each batch, and all stop after the same one
 
     def poll() -> None:
@@ -195,20 +195,20 @@ def finish(
         except _StoppedError:
             message = "stopped in the evaluation after the last step; the same command continues with it"
             metrics.write({"kind": "event", "step": trained.step, "event": "stopped", "message": message})
-            say(message)
+            log(message)
             return False
         sets = {}
         for name, result in results.items():
             compressors = compressed_sizes([text.encode() for _, text in heldout_files(prepared, name)])
             sets[name] = {**result.row(), "compressors": compressors}
             metrics.write({"kind": "eval", "step": trained.step, "set": name, **result.row()})
-            say(heldout_table(name, sets[name]))
+            log(heldout_table(name, sets[name]))
         rows = complete_heldout(program, trained.model, prepared)
         if jax.process_index() == 0:
             write_samples(run, rows)
         metrics.write(final_row(program.experiment, trained, sets))
     for row in rows:
-        say(f"\n--- {row['file']}\n{row['prompt']}\n>>> the model continues:\n{row['completion']}")
+        log(f"\n--- {row['file']}\n{row['prompt']}\n>>> the model continues:\n{row['completion']}")
     return True
 
 
@@ -248,7 +248,7 @@ def complete_heldout(network: Network, model: Transformer, prepared: Prepared) -
     params = [
         SamplingParams(
             temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.new_tokens, seed=i,
-            stop_ids=tokenizer.stops,
+            stop_token_ids=tokenizer.stop_token_ids,
         )
         for i in range(len(cases))
     ]  # fmt: skip
@@ -302,8 +302,8 @@ def open_trained(
     does. Raises CheckpointError.
     """
     network = build_network(fit_mesh(experiment, log=log))
-    with Checkpointer(run.checkpoints, read_only=True, warn=log) as checkpoints, use_mesh(network.mesh):
-        weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.frozen, warn=log)
+    with Checkpointer(run.checkpoints, read_only=True, log=log) as checkpoints, use_mesh(network.mesh):
+        weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.frozen, log=log)
     if weights is None:
         raise CheckpointError(
             f"{run.path} has no checkpoint yet; train it: python -m experiments train {experiment.name}"

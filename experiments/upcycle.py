@@ -71,7 +71,7 @@ def upcycle_run(
     *,
     overrides: Sequence[str],
     step: int | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> float:
     """Write the run folder `path` of `experiment` (from `with_experts`) with the weights of `run`.
 
@@ -84,7 +84,7 @@ def upcycle_run(
     """
     if path.exists():
         raise RunFolderError(f"run folder {path} exists already; choose another name with --run, or delete it")
-    prepared = prepare_data(experiment, say)
+    prepared = prepare_data(experiment, log)
     # Load the dense run on the new run's mesh, to compare both there.
     dense = replace(dense, mesh=experiment.mesh, sharding=experiment.sharding)
     _, trained = open_trained(run, dense, prepared.tokenizer, step)
@@ -93,9 +93,9 @@ def upcycle_run(
     with staged(path) as partial, open_run(partial, experiment, overrides=overrides) as new:
         write_environment(new, describe_environment())
         prepared.tokenizer.save(new.tokenizer)
-        _write(experiment, trained, prepared, new, origin, say)
-        difference = _compare(experiment, dense, run, trained.step, new, prepared, say)
-    say(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
+        _write(experiment, trained, prepared, new, origin, log)
+        difference = _compare(experiment, dense, run, trained.step, new, prepared, log)
+    log(f"{path} is ready: python -m experiments train {experiment.name} --resume {path}")
     return difference
 
 
@@ -105,7 +105,7 @@ def _write(
     prepared: Prepared,
     new: RunFolder,
     origin: dict,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Write the checkpoint at step 0, and the event that the report reads."""
     moe, mlp, counts = experiment.model.moe, experiment.model.mlp, count_parameters(experiment.model)
@@ -116,8 +116,8 @@ def _write(
         f"{origin['step']}: {moe.num_experts} experts, each {'a copy' if shards == 1 else f'1/{shards}'} of its "
         "layer's MLP"
     )
-    say(summary)
-    with Checkpointer(str(new.checkpoints), warn=say) as checkpoints, MetricsWriter(new) as metrics:
+    log(summary)
+    with Checkpointer(str(new.checkpoints), log=log) as checkpoints, MetricsWriter(new) as metrics:
         with train_batches(prepared, experiment.data) as batches:
             position = batches.get_state()
         metadata = {
@@ -128,7 +128,7 @@ def _write(
         }
         state = _state(experiment, trained.model)
         if state.frozen is not None:
-            metadata["frozen"] = keep_frozen(new.frozen, state.frozen, say)
+            metadata["frozen"] = keep_frozen(new.frozen, state.frozen, log)
         if not checkpoints.save(0, state._replace(frozen=None), metadata=metadata, wait=True):
             raise CheckpointError(
                 f"{new.path}: the checkpoint was not written (the warning above says why); free the disk"
@@ -155,7 +155,7 @@ def _state(experiment: Experiment, dense: Transformer) -> TrainState:
 
 def _compare(
     experiment: Experiment, dense: Experiment, old: RunFolder, step: int, new: RunFolder, prepared: Prepared,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> float:  # fmt: skip
     """Return the largest difference of the logits of both runs' checkpoints, in float32, on held-out windows."""
 
@@ -180,7 +180,7 @@ def _compare(
         difference, largest = map(
             float, differences((before.model, sparse.model), put_batch(batch, mesh, program.batch_spec))
         )
-    say(
+    log(
         f"largest difference of the logits from the dense run's, {rows} {what} windows: {difference:.1e} (logits up to "
         f"{largest:.3g})"
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from interop.load import ModelFilesError, Source, TensorInfo
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from model.config import ModelConfig
 
 ROWS = 20  # rows of the table that are shown
@@ -33,9 +33,9 @@ class Mismatch(NamedTuple):
         return any(self)
 
 
-def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callable[[str], bool]) -> Mismatch:
+def compare(tensor_map: list[TensorEntry], tensors: dict[str, TensorInfo], ignored: Callable[[str], bool]) -> Mismatch:
     """Compare required tensors with those found; `ignored(name)` is true for a tensor that the network doesn't need."""
-    wanted = {piece.name: piece.shape for piece in pieces}
+    wanted = {entry.name: entry.shape for entry in tensor_map}
     return Mismatch(
         {n: shape for n, shape in wanted.items() if n not in tensors},
         {n: t.shape for n, t in tensors.items() if n not in wanted and not ignored(n)},
@@ -45,15 +45,20 @@ def compare(pieces: list[Piece], tensors: dict[str, TensorInfo], ignored: Callab
 
 
 def check(
-    pieces: list[Piece], source: Source, config: ModelConfig, head: str, ignored: Callable[[str], bool], where: str
+    tensor_map: list[TensorEntry],
+    source: Source,
+    config: ModelConfig,
+    head: str,
+    ignored: Callable[[str], bool],
+    where: str,
 ) -> None:
-    """Raise ModelFilesError, with a table, unless every tensor of `pieces` exists with its shape and none is left over.
+    """Raise ModelFilesError, with a table, unless the files hold exactly the tensors of `tensor_map` and their shapes.
 
     `head`: the name on disk of a separate output matrix. If the config ties the output to the embedding but the files
     hold this matrix anyway, it must equal the embedding. Only this comparison reads more than headers.
     """
-    found = compare(pieces, source.tensors, ignored)
-    embedding = next(piece for piece in pieces if piece.leaf == "embedding")
+    found = compare(tensor_map, source.tensors, ignored)
+    embedding = next(entry for entry in tensor_map if entry.leaf == "embedding")
     if config.tied_embeddings and head in found.unexpected and embedding.name in source.tensors:
         if found.unexpected[head] == embedding.shape == source.tensors[embedding.name].shape:
             _check_equal(source, head, embedding.name, where)
@@ -62,10 +67,10 @@ def check(
         raise ModelFilesError("\n".join([*_advice(found, embedding, config, head, where), *_table(found)]))
 
 
-def head_name(pieces_of: Callable[[ModelConfig], list[Piece]], config: ModelConfig) -> str:
+def head_name(tensor_map_of: Callable[[ModelConfig], list[TensorEntry]], config: ModelConfig) -> str:
     """Return a family's name on disk for a separate output matrix."""
-    untied = pieces_of(replace(config, tied_embeddings=False))
-    return next((piece.name for piece in untied if piece.leaf == "head"), "lm_head.weight")
+    untied = tensor_map_of(replace(config, tied_embeddings=False))
+    return next((entry.name for entry in untied if entry.leaf == "head"), "lm_head.weight")
 
 
 def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
@@ -83,7 +88,7 @@ def _check_equal(source: Source, head: str, embedding: str, where: str) -> None:
         source.release()
 
 
-def _advice(found: Mismatch, embedding: Piece, config: ModelConfig, head: str, where: str) -> list[str]:
+def _advice(found: Mismatch, embedding: TensorEntry, config: ModelConfig, head: str, where: str) -> list[str]:
     """Return the paragraph above the table: counts, and the cause if it is clear."""
     sizes = len(found.missing), len(found.unexpected), len(found.misshaped), len(found.undecoded)
     kinds = "missing", "unexpected", "of another shape", "not floating-point"

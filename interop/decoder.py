@@ -7,33 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from interop.pieces import ALL, Layer, Piece, layers
+from interop.tensor_map import ALL, Layer, TensorEntry, layers
 from model.config import ModelConfig, layer_specs
 from model.mlp import gates
 
-Pieces = Iterable[Piece]
+TensorMap = Iterable[TensorEntry]
 
 
 def decoder(
     config: ModelConfig,
     *,
     norms: dict[str, str],
-    attention: Callable[[ModelConfig, Layer], Pieces] | None = None,
-    experts: Callable[[ModelConfig, Layer], Pieces] | None = None,
+    attention: Callable[[ModelConfig, Layer], TensorMap] | None = None,
+    experts: Callable[[ModelConfig, Layer], TensorMap] | None = None,
     prefix: str = "model.",
-) -> list[Piece]:
-    """Return every piece of a decoder.
+) -> list[TensorEntry]:
+    """Return every entry of a decoder.
 
     `norms`: the Block's norms, as {name on disk: attribute}. `attention`: default `llama_attention`. `experts`: needed
     if a layer has experts.
     """
     V, D = config.vocab_size, config.embed_dim
     found = [
-        Piece(f"{prefix}embed_tokens.weight", (V, D), "embedding"),
-        Piece(f"{prefix}norm.weight", (D,), "final_norm/scale"),
+        TensorEntry(f"{prefix}embed_tokens.weight", (V, D), "embedding"),
+        TensorEntry(f"{prefix}norm.weight", (D,), "final_norm/scale"),
     ]
     if not config.tied_embeddings:
-        found.append(Piece("lm_head.weight", (V, D), "head", order=(1, 0)))
+        found.append(TensorEntry("lm_head.weight", (V, D), "head", order=(1, 0)))
     for layer, spec in zip(layers(config, f"{prefix}layers."), layer_specs(config), strict=True):
         found += [layer.vector(f"{theirs}.weight", f"{ours}/scale", (D,)) for theirs, ours in norms.items()]
         found += (attention or llama_attention)(config, layer)
@@ -41,12 +41,12 @@ def decoder(
     return found
 
 
-def _experts(experts: Callable[[ModelConfig, Layer], Pieces] | None, config: ModelConfig, layer: Layer) -> Pieces:
+def _experts(experts: Callable[[ModelConfig, Layer], TensorMap] | None, config: ModelConfig, layer: Layer) -> TensorMap:
     assert experts is not None, "a family with experts must pass a function that maps them"
     return experts(config, layer)
 
 
-def llama_attention(config: ModelConfig, layer: Layer) -> Pieces:
+def llama_attention(config: ModelConfig, layer: Layer) -> TensorMap:
     """Yield q, k, v and o, their biases, query and key norms, and attention sinks."""
     a, D = config.attention, config.embed_dim
     N, K, H = a.num_heads, a.num_kv_heads, a.head_dim
@@ -67,7 +67,7 @@ def llama_attention(config: ModelConfig, layer: Layer) -> Pieces:
 def mlp(
     config: ModelConfig, layer: Layer, *, theirs: str = "mlp.", ours: str = "mlp/", hidden: int | None = None,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> Pieces:  # fmt: skip
+) -> TensorMap:  # fmt: skip
     """Yield the gate, up and down projections and biases of an MLP of width `hidden` (default: mlp.hidden_dim)."""
     D, F, bias = config.embed_dim, hidden or config.mlp.hidden_dim, config.mlp.bias
     *first, down = names

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from interop.decoder import decoder, mlp
-from interop.pieces import ALL, Layer, Piece
+from interop.tensor_map import ALL, Layer, TensorEntry
 from interop.translate import (
     Keys,
     UnsupportedModelError,
@@ -217,12 +217,12 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, attention=_attention, experts=_experts)
 
 
-def _attention(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+def _attention(config: ModelConfig, layer: Layer) -> Iterable[TensorEntry]:
     a, D = config.attention, config.embed_dim
     assert a.latent is not None
     N, H, P, V, R = a.num_heads, a.head_dim, a.latent.rope_dim, a.latent.value_dim, a.latent.kv_rank
@@ -236,7 +236,7 @@ def _attention(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
     yield layer.vector("self_attn.kv_a_layernorm.weight", "attention/kv_down_norm/scale", (R,))
     K = H - P
     for leaf, part in (("k_up", slice(0, K)), ("v_up", slice(K, K + V))):
-        yield Piece(
+        yield TensorEntry(
             f"{layer.theirs}self_attn.kv_b_proj.weight",
             (N * (K + V), R),
             f"{layer.ours}attention/{leaf}",
@@ -254,7 +254,7 @@ def _attention(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
         yield layer.vector("self_attn.o_proj.bias", "attention/out_bias", (D,))
 
 
-def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+def _experts(config: ModelConfig, layer: Layer) -> Iterable[TensorEntry]:
     moe, D = config.moe, config.embed_dim
     assert moe is not None
     E, F = moe.num_experts, moe.hidden_dim

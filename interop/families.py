@@ -25,9 +25,10 @@ from interop.translate import Keys, UnsupportedModelError, architecture, differe
 from model.config import ModelConfig
 
 # A family is a module with ARCHITECTURES (in config.json), IGNORED (name patterns of tensors that are not needed),
-# to_config(keys), to_json(config) and pieces(config). Optional: ignored(config, name), if the pattern is not enough;
-# empty(config) -> {name: shape}, if transformers expects tensors without elements; rename(names) -> {name on disk: name
-# in pieces}, if releases differ in names. The first family that can express every field of a config writes it.
+# to_config(keys), to_json(config) and tensor_map(config). Optional: ignored(config, name), if the pattern is not
+# enough; empty(config) -> {name: shape}, if transformers expects tensors without elements; rename(names) -> {name on
+# disk: name in the tensor map}, if releases differ in names. The first family that can express every field of a
+# config writes it.
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,

@@ -9,11 +9,11 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, base_config, base_json
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, UnsupportedModelError, gated_json, sliding_json, windowed
 from model.config import ModelConfig, PositionConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 NORMS = {
@@ -96,6 +96,6 @@ def gemma_json(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

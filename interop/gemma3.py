@@ -11,7 +11,7 @@ from interop.decoder import decoder
 from interop.gemma2 import DEFAULTS as GEMMA2
 from interop.gemma2 import NORMS, gemma_config, gemma_json
 from interop.llama import IGNORED as LLAMA
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, UnsupportedModelError, rope
 from model.config import ModelConfig, PositionConfig
 
@@ -77,13 +77,13 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """Return {name on disk: name in `pieces`} for the text tensors of a model that takes images."""
+    """Return {name on disk: name in `tensor_map`} for the text tensors of a model that takes images."""
     prefixes = (
         ("language_model.model.", "model."),
         ("model.language_model.", "model."),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from interop.pieces import ALL, Index, Layer, Piece, layers
+from interop.tensor_map import ALL, Index, Layer, TensorEntry, layers
 from interop.translate import Keys, UnsupportedModelError
 from model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig
 
@@ -60,36 +60,36 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     V, D, T = config.vocab_size, config.embed_dim, config.max_length
     found = [
-        Piece(f"{PREFIX}wte.weight", (V, D), "embedding"),
-        Piece(f"{PREFIX}wpe.weight", (T, D), "positions"),
-        Piece(f"{PREFIX}ln_f.weight", (D,), "final_norm/scale"),
-        Piece(f"{PREFIX}ln_f.bias", (D,), "final_norm/bias"),
+        TensorEntry(f"{PREFIX}wte.weight", (V, D), "embedding"),
+        TensorEntry(f"{PREFIX}wpe.weight", (T, D), "positions"),
+        TensorEntry(f"{PREFIX}ln_f.weight", (D,), "final_norm/scale"),
+        TensorEntry(f"{PREFIX}ln_f.bias", (D,), "final_norm/bias"),
     ]
     if not config.tied_embeddings:
-        found.append(Piece("lm_head.weight", (V, D), "head", order=(1, 0)))
+        found.append(TensorEntry("lm_head.weight", (V, D), "head", order=(1, 0)))
     for layer in layers(config, f"{PREFIX}h."):
         found += _layer(config, layer)
     return found
 
 
-def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+def _layer(config: ModelConfig, layer: Layer) -> Iterable[TensorEntry]:
     D, N, H, F = config.embed_dim, config.attention.num_heads, config.attention.head_dim, config.mlp.hidden_dim
 
     def matrix(
         name: str, leaf: str, split: tuple[int, ...], shape: tuple[int, int], at: Index = (), take: Index = ()
-    ) -> Piece:
-        return Piece(f"{layer.theirs}{name}.weight", shape, layer.ours + leaf, (layer.repeat, *at), split, take)
+    ) -> TensorEntry:
+        return TensorEntry(f"{layer.theirs}{name}.weight", shape, layer.ours + leaf, (layer.repeat, *at), split, take)
 
     for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
         yield layer.vector(f"{theirs}.weight", f"{ours}/scale", (D,))
         yield layer.vector(f"{theirs}.bias", f"{ours}/bias", (D,))
     for i, ours in enumerate("qkv"):
         yield matrix("attn.c_attn", f"attention/{ours}", (D, 3, N, H), (D, 3 * D), take=(ALL, i))
-        yield Piece(
+        yield TensorEntry(
             f"{layer.theirs}attn.c_attn.bias",
             (3 * D,),
             f"{layer.ours}attention/{ours}_bias",
@@ -106,5 +106,5 @@ def _layer(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """Return {name on disk: name in `pieces`} for tensors of the first releases, which lack the prefix."""
+    """Return {name on disk: name in `tensor_map`} for tensors of the first releases, which lack the prefix."""
     return {name: PREFIX + name for name in names if name.split(".")[0] in ("wte", "wpe", "ln_f", "h")}

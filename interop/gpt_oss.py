@@ -13,11 +13,11 @@ from typing import Any
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
 from interop.mixtral import moe_config, moe_json, needed, one_of
-from interop.pieces import Layer, Piece
+from interop.tensor_map import Layer, TensorEntry
 from interop.translate import Keys, sliding_json, windowed
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 THETA = 150_000.0
@@ -72,19 +72,21 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 
-def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+def _experts(config: ModelConfig, layer: Layer) -> Iterable[TensorEntry]:
     """Yield the router and the experts. Columns of gate and up alternate: gate 0, up 0, gate 1, up 1, ..."""
     moe, D, G = config.moe, config.embed_dim, 2
     assert moe is not None
     E, F = moe.num_experts, moe.hidden_dim
 
-    def experts(name: str, leaf: str, shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Piece:
-        return Piece(
+    def experts(
+        name: str, leaf: str, shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...]
+    ) -> TensorEntry:
+        return TensorEntry(
             f"{layer.theirs}mlp.{name}", shape, f"{layer.ours}mlp/{leaf}", (layer.repeat,), split=split, order=order
         )
 

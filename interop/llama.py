@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from interop.decoder import decoder
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, UnsupportedModelError, gated, gated_json, rope, rope_json
 from model.config import AttentionConfig, MLPConfig, ModelConfig, NormConfig, PositionConfig
 
@@ -89,6 +89,6 @@ def base_json(config: ModelConfig) -> dict[str, Any]:
     } | rope_json(config)
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from interop.pieces import Piece
 from interop.slabs import Box, Slab, check_cover, elements, slabs
+from interop.tensor_map import TensorEntry
 from model.config import ModelConfig, layer_specs
 from model.cost import abstract_model
 from model.transformer import Transformer
@@ -99,7 +99,7 @@ def _divisors(size: int, most: int) -> str:
 
 
 def named(model: Transformer) -> dict[str, Any]:
-    """Return the weights' values by `Piece.leaf` path: 'stacks/0/0/attention/q'.
+    """Return the weights' values by `TensorEntry.leaf` path: 'stacks/0/0/attention/q'.
 
     Raises ValueError for a quantised or adapted weight, whose value alone is not the weight.
     """
@@ -112,28 +112,29 @@ def named(model: Transformer) -> dict[str, Any]:
 
 
 def load(
-    source: Source, pieces: list[Piece], config: ModelConfig, rules: ShardingRules, mesh: Mesh | None = None, *,
-    dtype: str = "float32", progress: Callable[[Piece, int], object] = lambda piece, size: None,
+    source: Source, tensor_map: list[TensorEntry], config: ModelConfig, rules: ShardingRules,
+    mesh: Mesh | None = None, *,
+    dtype: str = "float32", progress: Callable[[TensorEntry, int], object] = lambda entry, size: None,
 ) -> Transformer:  # fmt: skip
     """Return the network with its weights in `dtype` on `mesh`, or on the default device.
 
-    `source` must hold all `pieces` with their shapes (`check.py` checks this). `progress` is called after each piece
-    with its number of elements. Raises ModelFilesError if a weight is not finite.
+    `source` must hold all tensors of `tensor_map` with their shapes (`check.py` checks this). `progress` is called
+    after each entry with its number of elements. Raises ModelFilesError if a weight is not finite.
     """
     model = abstract(config, rules, mesh, dtype)
     weights = named(model)
-    check_cover(pieces, weights)
+    check_cover(tensor_map, weights)
     large = {path: leaf for path, leaf in weights.items() if leaf.size * leaf.dtype.itemsize > SMALL_BYTES}
     filling: dict[str, _Large | _Small] = {path: _Large(array) for path, array in _zeros(large).items()}
     filling |= {path: _Small(leaf) for path, leaf in weights.items() if path not in large}
-    ordered = sorted(pieces, key=lambda p: (source.tensors[p.name].file, p.name))
+    ordered = sorted(tensor_map, key=lambda p: (source.tensors[p.name].file, p.name))
     for name, group in groupby(ordered, key=lambda p: p.name):
         tensor = source.read(name)
-        for piece in group:
-            for slab in slabs(piece, tensor, weights[piece.leaf].shape, SLAB_BYTES, np.dtype(dtype).itemsize):
-                filling[piece.leaf].put(slab, name)
+        for entry in group:
+            for slab in slabs(entry, tensor, weights[entry.leaf].shape, SLAB_BYTES, np.dtype(dtype).itemsize):
+                filling[entry.leaf].put(slab, name)
                 source.release()
-            progress(piece, elements(piece))
+            progress(entry, elements(entry))
         del tensor, slab
         source.release()
     return jax.tree.unflatten(jax.tree.structure(model), [filling.pop(path).finish() for path in weights])

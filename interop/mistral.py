@@ -7,11 +7,11 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, UnsupportedModelError, attention_layers, layer_types
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("MistralForCausalLM",)
 DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
@@ -42,6 +42,6 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -12,12 +12,12 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
-from interop.pieces import ALL, Layer, Piece
+from interop.tensor_map import ALL, Layer, TensorEntry
 from interop.translate import Keys, UnsupportedModelError, layer_types, pattern
 from model.config import ModelConfig, layer_specs
 from model.moe_config import MoEConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 DEFAULTS = {
@@ -119,7 +119,7 @@ def expert_pieces(
     layer: Layer,
     theirs: str = "mlp.",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-) -> Iterable[Piece]:
+) -> Iterable[TensorEntry]:
     """Yield the router and each expert's gate, up and down projections."""
     moe, D = config.moe, config.embed_dim
     assert moe is not None
@@ -131,10 +131,10 @@ def expert_pieces(
         yield layer.linear(f"{theirs}experts.{e}.{names[2]}.weight", "mlp/down", (D,), (F,), at=(e,))
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=_experts)
 
 
-def _experts(config: ModelConfig, layer: Layer) -> Iterable[Piece]:
+def _experts(config: ModelConfig, layer: Layer) -> Iterable[TensorEntry]:
     return expert_pieces(config, layer, "block_sparse_moe.", ("w1", "w3", "w2"))

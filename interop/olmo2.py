@@ -7,11 +7,11 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, base_config, base_json
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("Olmo2ForCausalLM",)
 NORMS = {"post_attention_layernorm": "attention_post_norm", "post_feedforward_layernorm": "mlp_post_norm"}
@@ -30,6 +30,6 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "olmo2"}
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -8,11 +8,11 @@ from typing import Any
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
 from interop.mixtral import expert_pieces, moe_config, moe_json, needed, normalized_json, one_of
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, UnsupportedModelError
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("OlmoeForCausalLM",)
 DEFAULTS = {"max_position_embeddings": 4096, "router_aux_loss_coef": 0.01, "clip_qkv": None}
@@ -52,6 +52,6 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     } | moe_json(config) | normalized_json(config)  # fmt: skip
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS, experts=expert_pieces)

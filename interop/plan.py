@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 def plan(published: Published, dtype: str, rules: ShardingRules, mesh: Mesh | None = None) -> Plan:
     """Return the plan for loading a published model as `dtype` on `mesh`, without allocating anything."""
     config, source = published.config, published.source
-    infos = {piece.name: source.tensors[piece.name] for piece in published.pieces}
+    infos = {entry.name: source.tensors[entry.name] for entry in published.tensor_map}
     sizes = {name: math.prod(info.shape) * np.dtype(info.dtype).itemsize for name, info in infos.items()}
     weights = named(abstract(config, rules, mesh, dtype))
     return Plan(

@@ -12,8 +12,8 @@ import numpy as np
 from interop.check import check, head_name
 from interop.families import FAMILIES, family_of, ignored
 from interop.load import ModelFilesError, Source, TensorInfo
-from interop.pieces import Piece
 from interop.safetensors import SafetensorsFolder
+from interop.tensor_map import TensorEntry
 from interop.translate import UnsupportedModelError
 from model.config import ModelConfig
 
@@ -24,7 +24,7 @@ QUANTIZED = {"fp8": "interop.fp8", "mxfp4": "interop.mxfp4"}
 class Published(NamedTuple):
     family: str  # key of families.FAMILIES
     config: ModelConfig
-    pieces: list[Piece]
+    tensor_map: list[TensorEntry]
     source: Source
     unread: list[str]  # unused keys of config.json
     notes: tuple[str, ...] = ()  # harmless oddities of the files
@@ -64,16 +64,16 @@ def _open_path(path: Path) -> Published:
     rename = getattr(FAMILIES[family], "rename", None)
     if rename is not None and (names := rename(source.tensors)):
         source = Renamed(source, names)
-    pieces = FAMILIES[family].pieces(config)
+    tensor_map = FAMILIES[family].tensor_map(config)
     check(
-        pieces,
+        tensor_map,
         source,
         config,
-        head_name(FAMILIES[family].pieces, config),
+        head_name(FAMILIES[family].tensor_map, config),
         lambda name: ignored(family, name, config),
         str(path),
     )
-    return Published(family, config, pieces, source, unread, tuple(notes))
+    return Published(family, config, tensor_map, source, unread, tuple(notes))
 
 
 class Renamed:

@@ -7,11 +7,11 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys, sliding_json, windowed
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 DEFAULTS = {
@@ -64,6 +64,6 @@ def qwen_windows_json(config: ModelConfig) -> dict[str, Any]:
     return values | {"use_sliding_window": slides, "max_window_layers": first}
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -7,13 +7,13 @@ from typing import Any
 
 from interop.decoder import decoder
 from interop.llama import IGNORED, NORMS, base_config, base_json
-from interop.pieces import Piece
 from interop.qwen2 import DEFAULTS as QWEN2
 from interop.qwen2 import qwen_windows, qwen_windows_json
+from interop.tensor_map import TensorEntry
 from interop.translate import Keys
 from model.config import ModelConfig
 
-__all__ = ["ARCHITECTURES", "IGNORED", "pieces", "to_config", "to_json"]
+__all__ = ["ARCHITECTURES", "IGNORED", "tensor_map", "to_config", "to_json"]
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 DEFAULTS = QWEN2 | {"head_dim": 128}
@@ -31,6 +31,6 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return base_json(config) | {"architectures": list(ARCHITECTURES), "model_type": "qwen3"} | qwen_windows_json(config)
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
+def tensor_map(config: ModelConfig) -> list[TensorEntry]:
     """Return the map from tensors on disk to weights."""
     return decoder(config, norms=NORMS)

@@ -25,9 +25,9 @@ import numpy as np
 
 from interop.families import FAMILIES, to_json
 from interop.load import SLAB_BYTES, ModelFilesError, converted, named
-from interop.pieces import Piece
 from interop.safetensors import DTYPES, INDEX, SINGLE
 from interop.slabs import check_cover, elements, fetch, slabs
+from interop.tensor_map import TensorEntry
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -39,19 +39,19 @@ STAGING = ".writing"
 class _Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    parts: list[Piece]
+    parts: list[TensorEntry]
 
 
 def save_published(
     model: Transformer, config: ModelConfig, folder: Path, *, family: str | None = None, dtype: str = "float32",
     shard_bytes: int = SHARD_BYTES, more: Mapping[str, Any] | None = None,
-    progress: Callable[[Piece, int], object] = lambda piece, size: None,
+    progress: Callable[[TensorEntry, int], object] = lambda entry, size: None,
 ) -> str:  # fmt: skip
     """Write config.json and the weights as `dtype` to `folder`, which must be empty or not exist. Return the family.
 
     `family`: key of families.FAMILIES; None: the first whose config.json can express `config`. `shard_bytes`: maximum
     size of a file; larger models are split into several files with an index. `more`: further keys of config.json (ids
-    of special tokens). `progress` is called after each piece with its number of elements.
+    of special tokens). `progress` is called after each entry with its number of elements.
 
     Raises UnsupportedModelError if config.json cannot express the network. Raises ModelFilesError if the folder is not
     empty, the disk is full, a weight is not finite or too large for `dtype`, or weights are on other hosts. After an
@@ -66,9 +66,9 @@ def save_published(
             f"{folder}: the weights are spread over several hosts, but one host must write a published model. Restore "
             "the checkpoint on one host with enough memory for the weights, and export there"
         )
-    pieces = FAMILIES[family].pieces(config)
-    check_cover(pieces, weights)
-    grouped = groupby(sorted(pieces, key=_order(pieces)), key=lambda p: p.name)
+    tensor_map = FAMILIES[family].tensor_map(config)
+    check_cover(tensor_map, weights)
+    grouped = groupby(sorted(tensor_map, key=_order(tensor_map)), key=lambda p: p.name)
     tensors = [_Tensor(name, parts[0].shape, parts) for name, group in grouped if (parts := list(group))]
     empty = getattr(FAMILIES[family], "empty", None)
     tensors += [_Tensor(name, shape, []) for name, shape in (empty(config) if empty else {}).items()]
@@ -79,8 +79,8 @@ def save_published(
                 f.write(_header(content, dtype))
                 for tensor in content:
                     _write(f, _gather(tensor, weights, np.dtype(dtype)))
-                    for piece in tensor.parts:
-                        progress(piece, elements(piece))
+                    for entry in tensor.parts:
+                        progress(entry, elements(entry))
                 _sync(f)
         if len(files) > 1:
             total = sum(math.prod(t.shape) for t in tensors) * np.dtype(dtype).itemsize
@@ -90,9 +90,9 @@ def save_published(
     return family
 
 
-def _order(pieces: list[Piece]) -> Callable[[Piece], int]:
-    first = {piece.name: i for i, piece in reversed(list(enumerate(pieces)))}
-    return lambda piece: first[piece.name]
+def _order(tensor_map: list[TensorEntry]) -> Callable[[TensorEntry], int]:
+    first = {entry.name: i for i, entry in reversed(list(enumerate(tensor_map)))}
+    return lambda entry: first[entry.name]
 
 
 def _pack(tensors: list[_Tensor], itemsize: int, shard_bytes: int) -> dict[str, list[_Tensor]]:
@@ -127,9 +127,9 @@ def _header(tensors: list[_Tensor], dtype: str) -> bytes:
 def _gather(tensor: _Tensor, weights: dict[str, jax.Array], dtype: np.dtype) -> np.ndarray:
     """Return the tensor as it is on disk, assembled from the weights."""
     found = np.empty(tensor.shape, dtype)
-    for piece in tensor.parts:
-        for slab in slabs(piece, found, weights[piece.leaf].shape, SLAB_BYTES):
-            slab.values[...] = converted(fetch(weights[piece.leaf], slab.low, slab.high), dtype, tensor.name)
+    for entry in tensor.parts:
+        for slab in slabs(entry, found, weights[entry.leaf].shape, SLAB_BYTES):
+            slab.values[...] = converted(fetch(weights[entry.leaf], slab.low, slab.high), dtype, tensor.name)
     return found
 
 

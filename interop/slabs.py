@@ -1,4 +1,4 @@
-"""Cut the pieces of weights into slabs: shared by reading, writing and comparing."""
+"""Cut the entries of a tensor map into slabs: shared by reading, writing and comparing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from interop.pieces import Piece
+from interop.tensor_map import TensorEntry
 from sharding.mesh import off_mesh
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # first and last + 1 along each dimension of a weight
@@ -25,27 +25,27 @@ class Slab(NamedTuple):
     values: np.ndarray
 
 
-def box(piece: Piece, shape: tuple[int, ...]) -> Box:
-    """Return the piece's bounds in a weight of `shape`."""
-    at = (*piece.at, *(slice(None),) * (len(shape) - len(piece.at)))
+def box(entry: TensorEntry, shape: tuple[int, ...]) -> Box:
+    """Return the entry's bounds in a weight of `shape`."""
+    at = (*entry.at, *(slice(None),) * (len(shape) - len(entry.at)))
     bounds = [(i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(at, shape, strict=True)]
     return tuple(low for low, _ in bounds), tuple(high for _, high in bounds)
 
 
 def slabs(
-    piece: Piece, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4
+    entry: TensorEntry, tensor: np.ndarray, shape: tuple[int, ...], slab_bytes: int, itemsize: int = 4
 ) -> Iterator[Slab]:
-    """Yield the piece in slabs of about `slab_bytes` (at `itemsize` bytes per element), in the tensor's order on disk.
+    """Yield the entry in slabs of about `slab_bytes` (at `itemsize` bytes per element), in the tensor's order on disk.
     `shape`: the weight's shape."""
-    low, high = box(piece, shape)
-    part = piece.part(tensor).reshape(
+    low, high = box(entry, shape)
+    part = entry.part(tensor).reshape(
         [b - a for a, b in zip(low, high, strict=True)]
     )  # restores dimensions that an int index removed
-    kept = [d for d in range(len(shape)) if d >= len(piece.at) or not isinstance(piece.at[d], int)]
+    kept = [d for d in range(len(shape)) if d >= len(entry.at) or not isinstance(entry.at[d], int)]
     if not kept:
         yield Slab(low, high, part)
         return
-    along = kept[int(np.argmin(piece.order))] if piece.order else kept[0]  # the first dimension of the tensor
+    along = kept[int(np.argmin(entry.order))] if entry.order else kept[0]  # the first dimension of the tensor
     rows = part.shape[along]
     step = _step(rows, slab_bytes // max(1, part.size // max(1, rows) * itemsize))
     for first in range(0, rows, step):
@@ -63,32 +63,32 @@ def _step(rows: int, most: int) -> int:
     return next((step for step in range(most, most // 2, -1) if rows % step == 0), most)
 
 
-def check_cover(pieces: Iterable[Piece], weights: Mapping[str, Any]) -> None:
-    """Raise AssertionError unless the pieces cover every element of every weight and of every tensor once.
+def check_cover(tensor_map: Iterable[TensorEntry], weights: Mapping[str, Any]) -> None:
+    """Raise AssertionError unless the tensor map covers every element of every weight and of every tensor once.
 
     A failure is an error in a family's table, not in a file. `weights`: by path, anything with a shape.
     """
     boxes: dict[str, list[Box]] = defaultdict(list)
-    tensors: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces:
-        assert piece.leaf in weights, f"{piece.name}: there is no weight {piece.leaf}"
-        boxes[piece.leaf].append(box(piece, weights[piece.leaf].shape))
-        tensors[piece.name].append(piece)
+    tensors: dict[str, list[TensorEntry]] = defaultdict(list)
+    for entry in tensor_map:
+        assert entry.leaf in weights, f"{entry.name}: there is no weight {entry.leaf}"
+        boxes[entry.leaf].append(box(entry, weights[entry.leaf].shape))
+        tensors[entry.name].append(entry)
     for path, weight in weights.items():
         covered, size = (
             sum(math.prod(np.subtract(high, low).tolist()) for low, high in boxes[path]),
             math.prod(weight.shape),
         )
-        assert covered == size, f"{path}: the pieces hold {covered} of its {size} elements"
-        assert _disjoint(boxes[path]), f"{path}: two pieces hold the same elements"
+        assert covered == size, f"{path}: the entries hold {covered} of its {size} elements"
+        assert _disjoint(boxes[path]), f"{path}: two entries hold the same elements"
     for name, parts in tensors.items():
-        taken, size = sum(elements(piece) for piece in parts), math.prod(parts[0].shape)
-        assert taken == size, f"{name}: the pieces take {taken} of its {size} elements"
+        taken, size = sum(elements(entry) for entry in parts), math.prod(parts[0].shape)
+        assert taken == size, f"{name}: the entries take {taken} of its {size} elements"
 
 
-def elements(piece: Piece) -> int:
-    """Return the number of elements in the piece."""
-    return piece.part(np.broadcast_to(np.int8(0), piece.shape)).size
+def elements(entry: TensorEntry) -> int:
+    """Return the number of elements in the entry."""
+    return entry.part(np.broadcast_to(np.int8(0), entry.shape)).size
 
 
 def _disjoint(boxes: list[Box]) -> bool:

@@ -410,7 +410,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
     a, p, m = config.attention, _without_ntk(config), config.moe
     d = AttentionConfig()
     layers = pattern([spec.attention for spec in layer_specs(config)])
-    a = replace(a, layers=layers, implementation=d.implementation, context=d.context)
+    a = replace(a, layers=layers, implementation=d.implementation, context_parallel=d.context_parallel)
     if "sliding" not in layers:
         a, p = replace(a, window=d.window), replace(p, local_theta=None)
     if "block_sparse" not in layers:
@@ -445,7 +445,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
             "balance_scope",
             "z_loss",
             "dispatch",
-            "exchange",
+            "all_to_all_buffer_factor",
             "jitter",
             "router_dropout",
         )

@@ -75,8 +75,8 @@ def attend_rows(
 ) -> Float[Array, "B T N V"]:
     """Return the attention of each query over the keys of its row that the layer's mask makes visible.
 
-    A mesh divides batch and heads. If it also shards the sequence, `config.attention.context` chooses whether keys are
-    gathered, passed around a ring, or exchanged for heads.
+    A mesh divides batch and heads. If it also shards the sequence, `config.attention.context_parallel` chooses whether
+    keys are gathered, passed around a ring, or exchanged for heads.
     """
     config, rules, a, mask = spec.config, spec.rules, spec.config.attention, spec.mask
     segments_BT, prefix_BT = ctx.segment_ids_BT, ctx.prefix_BT if a.mask == "prefix" else None
@@ -84,14 +84,14 @@ def attend_rows(
     rows, gathered_rows = ("batch", "sequence"), ("batch", None)
     heads = ((spec.sinks_N, ("heads",)), (_slopes(config), ("heads",)))
 
-    if _sequence_sharded(rules) and a.context != "gather":
+    if _sequence_sharded(rules) and a.context_parallel != "gather":
         if len(rules.activations.sequence) > 1:
             raise ValueError(
-                f"model.attention.context = {a.context!r}: needs the sequence on one mesh axis, but "
+                f"model.attention.context_parallel = {a.context_parallel!r}: needs the sequence on one mesh axis, but "
                 f"sharding.activations.sequence = {rules.activations.sequence}. Name one axis, or use 'gather'"
             )
         return _on_devices(
-            (_ring if a.context == "ring" else _ulysses)(config, rules, mask), rules, (*rows, "heads", None),
+            (_ring if a.context_parallel == "ring" else _ulysses)(config, rules, mask), rules, (*rows, "heads", None),
             (q_BTNH, (*rows, "heads", None)), (k_BSKH, (*rows, "kv_heads", None)), (v_BSKH, (*rows, "kv_heads", None)),
             *heads, (segments_BT, rows),
         )  # fmt: skip

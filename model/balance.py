@@ -169,10 +169,10 @@ def update_biases(model: Transformer, load_LE: Float[Array, "L E"], config: MoEC
     if not rate:
         return model
     first = 0
-    loads: dict[tuple[int, int], Array] = {}  # by (scan group, index in its unit)
-    for s, unit in enumerate(model.stacks):
-        biased = [i for i, block in enumerate(unit) if getattr(block.mlp, "router_bias", None) is not None]
-        layers = len(biased) * repeats(unit)
+    loads: dict[tuple[int, int], Array] = {}  # by (scan group, index in its pattern)
+    for s, pattern in enumerate(model.stacks):
+        biased = [i for i, block in enumerate(pattern) if getattr(block.mlp, "router_bias", None) is not None]
+        layers = len(biased) * repeats(pattern)
         stack_load = load_LE[first : first + layers].reshape(-1, max(len(biased), 1), load_LE.shape[-1])
         loads |= {(s, i): stack_load[:, m] for m, i in enumerate(biased)}
         first += layers

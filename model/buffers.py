@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from model.experts import Biases, collect, spread
+from model.experts import Biases, permute, unpermute
 from model.mlp import activate
 from sharding.manual import vary, varying_axes
 from sharding.rules import ShardingRules, no_mesh, reshard
@@ -111,7 +111,7 @@ def _fill(x_BTD: Array, indices_BTC: Array, position_BTC: Array, *, experts: int
     """Return buffers [E, B, P, D] with each token in the rows of its choices and zeros elsewhere."""
     B, T, D = x_BTD.shape
     slot_NC, pair_S = _slots(indices_BTC, position_BTC, experts, capacity)
-    return spread(x_BTD.reshape(B * T, D), slot_NC, pair_S).reshape(experts, B, capacity, D)
+    return permute(x_BTD.reshape(B * T, D), slot_NC, pair_S).reshape(experts, B, capacity, D)
 
 
 def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC: Array) -> Array:
@@ -119,7 +119,7 @@ def _combine(y_EBPD: Array, weights_BTC: Array, indices_BTC: Array, position_BTC
     E, B, P, D = y_EBPD.shape
     slot_NC, pair_S = _slots(indices_BTC, position_BTC, E, P)
     weights_NC = weights_BTC.reshape(slot_NC.shape)
-    return collect(y_EBPD.reshape(E * B * P, D), weights_NC, slot_NC, pair_S).reshape(*indices_BTC.shape[:2], D)
+    return unpermute(y_EBPD.reshape(E * B * P, D), weights_NC, slot_NC, pair_S).reshape(*indices_BTC.shape[:2], D)
 
 
 def _slots(indices_BTC: Array, position_BTC: Array, E: int, P: int) -> tuple[Array, Array]:

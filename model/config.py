@@ -99,7 +99,7 @@ class LatentConfig:
             ("model.attention.num_kv_heads", a.num_kv_heads, (a.num_heads,)),
             ("model.attention.qk_norm", a.qk_norm, ("none",)),
             ("model.attention.clip_qkv", a.clip_qkv, (None,)),
-            ("model.attention.context", a.context, ("gather",)),
+            ("model.attention.context_parallel", a.context_parallel, ("gather",)),
             ("model.position.kind", p.kind, ("rope", "none")),
             ("model.position.rotary_fraction", p.rotary_fraction, (1.0,)),
             (
@@ -144,7 +144,7 @@ class AttentionConfig:
     decode_implementation: Literal["auto", "tpu", "gpu", "reference", "off"] = "auto"
     # Attention over rows sharded over the mesh axis 'sequence': gather the keys, pass them around a ring (Liu et al.
     # 2023), or exchange them for heads (Jacobs et al. 2023).
-    context: Literal["gather", "ring", "ulysses"] = "gather"
+    context_parallel: Literal["gather", "ring", "ulysses"] = "gather"
 
 
 @dataclass(frozen=True)
@@ -255,15 +255,15 @@ class ModelConfig:
             )
         if not a.layers:
             raise ValueError("model.attention.layers = (): is empty. Use at least one of global, sliding, block_sparse")
-        if a.context != "gather" and ("block_sparse" in a.layers or a.mask == "prefix"):
+        if a.context_parallel != "gather" and ("block_sparse" in a.layers or a.mask == "prefix"):
             raise ValueError(
-                f"model.attention.context = {a.context!r}: does not support block_sparse layers or prefix masks. Use "
-                "'gather'"
+                f"model.attention.context_parallel = {a.context_parallel!r}: does not support block_sparse layers or "
+                "prefix masks. Use 'gather'"
             )
-        if a.context == "ring" and p.kind == "alibi":
+        if a.context_parallel == "ring" and p.kind == "alibi":
             raise ValueError(
-                "model.attention.context = 'ring': does not support model.position.kind = 'alibi'. Use 'ulysses' or "
-                "'gather'"
+                "model.attention.context_parallel = 'ring': does not support model.position.kind = 'alibi'. Use "
+                "'ulysses' or 'gather'"
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.dropout = {self.dropout}: must be a probability in [0, 1)")
@@ -333,10 +333,10 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
-class Segment:
+class ScanGroup:
     """A run of layers, repeated `repeats` times. The repetitions are stacked and scanned."""
 
-    unit: tuple[LayerSpec, ...] = field(default_factory=tuple)
+    pattern: tuple[LayerSpec, ...] = field(default_factory=tuple)
     repeats: int = 1
 
 
@@ -356,25 +356,25 @@ def layer_specs(config: ModelConfig) -> list[LayerSpec]:
     ]
 
 
-def segments(config: ModelConfig) -> tuple[Segment, ...]:
-    """Return the layers as few scans: a prefix of single layers, one repeated unit, and a remainder of single
+def scan_groups(config: ModelConfig) -> tuple[ScanGroup, ...]:
+    """Return the layers as few scans: a prefix of single layers, one repeated pattern, and a remainder of single
     layers."""
     specs = layer_specs(config)
-    best, shortest = tuple(Segment((spec,), 1) for spec in specs), len(specs)
+    best, shortest = tuple(ScanGroup((spec,), 1) for spec in specs), len(specs)
     for start in range(len(specs)):
         for period in range(1, len(specs) - start + 1):
             if start + period >= shortest:
-                break  # a longer unit cannot make a shorter plan
-            unit = tuple(specs[start : start + period])
+                break  # a longer pattern cannot make a shorter plan
+            pattern = tuple(specs[start : start + period])
             repeats = 1
-            while tuple(specs[start + repeats * period : start + (repeats + 1) * period]) == unit:
+            while tuple(specs[start + repeats * period : start + (repeats + 1) * period]) == pattern:
                 repeats += 1
             rest = specs[start + repeats * period :]
             plan = (
-                *(Segment((spec,), 1) for spec in specs[:start]),
-                Segment(unit, repeats),
-                *(Segment((spec,), 1) for spec in rest),
+                *(ScanGroup((spec,), 1) for spec in specs[:start]),
+                ScanGroup(pattern, repeats),
+                *(ScanGroup((spec,), 1) for spec in rest),
             )
-            if (length := sum(len(s.unit) for s in plan)) < shortest:
+            if (length := sum(len(s.pattern) for s in plan)) < shortest:
                 best, shortest = plan, length
     return best

@@ -60,10 +60,10 @@ def run_experts(
     none.
 
     On a mesh, experts are sharded over the axes of `rules.activations.expert`. If all of these axes also divide the
-    tokens, either the pairs (token, choice) are sent to their experts (`config.moe.exchange` is a number;
-    model/exchange.py) or each device of the group gathers all tokens (None). If only some of them divide the tokens,
-    the tokens are gathered along those. If none does, each device already has the group's tokens. Without the exchange,
-    the partial results of the devices are summed.
+    tokens, either the pairs (token, choice) are sent to their experts (`config.moe.all_to_all_buffer_factor` is a
+    number; model/exchange.py) or each device of the group gathers all tokens (None). If only some of them divide the
+    tokens, the tokens are gathered along those. If none does, each device already has the group's tokens. Without the
+    all-to-all, the partial results of the devices are summed.
     """
     moe, dtype = config.moe, x_BTD.dtype
     assert moe is not None
@@ -91,7 +91,7 @@ def run_experts(
     # check_vma=False: the results of kernels do not carry the types of varying axes. shard_map then sums the gradients
     # of weights over every axis that their specs do not name, as required.
     return jax.shard_map(
-        partial(_on_a_device, run=run, rules=rules, factor=moe.exchange),
+        partial(_on_a_device, run=run, rules=rules, factor=moe.all_to_all_buffer_factor),
         in_specs=(token_spec, token_spec, token_spec, specs),
         out_specs=token_spec,
         check_vma=False,

@@ -7,9 +7,9 @@ rounds of the same exchange, as many as the fullest buffer needs (all devices ag
 needs 1 round in all). The backward pass recomputes the overflow rounds, so memory does not grow with them.
 
 Two transports:
-- padded (every backend): an `all_to_all` of equal parts, one per peer, of `room / peers` rows.
-- ragged (TPUs): `jax.lax.ragged_all_to_all` sends only the actual pairs, into one buffer of `room` rows. XLA:CPU lacks
-  it. It has not been run on GPUs, so they use the padded transport unless asked.
+- padded (every backend): an `all_to_all` of equal parts, one per peer, of `buffer_rows / peers` rows.
+- ragged (TPUs): `jax.lax.ragged_all_to_all` sends only the actual pairs, into one buffer of `buffer_rows` rows. XLA:CPU
+  lacks it. It has not been run on GPUs, so they use the padded transport unless asked.
 
 Rows that a device sends in each direction: padded (P - 1) / P * factor * k * N, ragged about (P - 1) / P * k * N, while
 gathering the tokens takes (P - 1) * N. With more choices than peers, gathering therefore sends less, but each device
@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from model.experts import collect, spread
+from model.experts import permute, unpermute
 from pallas_kernels.target import target
 
 ROW_MULTIPLE = 8  # buffers are whole tiles of a TPU's memory
@@ -64,7 +64,7 @@ def make_plan(indices_NC: Int[Array, "N C"], peers: int, experts: int, axes: tup
     return Plan(order_A, place_A.reshape(indices_NC.shape), (index_A // experts).reshape(indices_NC.shape), counts_PPE)
 
 
-def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
+def buffer_rows(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor: float) -> int:
     """Return the rows of the receiving buffer: an even share of `pairs` times `factor`, rounded up to whole tiles per
     peer. A peer gets no more rows than it can send (a token's choices are distinct)."""
     most = tokens * min(choices, experts)
@@ -72,7 +72,7 @@ def room(pairs: int, tokens: int, choices: int, experts: int, peers: int, factor
     return peers * max(1, min(share, most))
 
 
-def rounds(counts_PPE: Int[Array, "P P E"], rows: int, ragged: bool) -> Int[Array, ""]:
+def overflow_rounds(counts_PPE: Int[Array, "P P E"], rows: int, ragged: bool) -> Int[Array, ""]:
     """Return the number of rounds that send every pair through buffers of `rows` rows; 0 only if there are no pairs."""
     sent_PP = counts_PPE.sum(-1)
     return -(-sent_PP.sum(0).max() // rows) if ragged else -(-sent_PP.max() // (rows // counts_PPE.shape[0]))
@@ -107,10 +107,10 @@ def exchanged_experts(
     """
     peers, E = jax.lax.axis_size(axes), up_EDGF.shape[0]
     tokens, choices = indices_NC.shape
-    rows = room(tokens * choices, tokens, choices, E, peers, factor)
+    rows = buffer_rows(tokens * choices, tokens, choices, E, peers, factor)
     ragged = target()[0] == "tpu" if ragged is None else ragged
     plan = make_plan(indices_NC, peers, E, axes)
-    needed = rounds(plan.counts_PPE, rows, ragged)
+    needed = overflow_rounds(plan.counts_PPE, rows, ragged)
     others = tuple(a for a in agree if a not in axes)
     needed = jax.lax.pmax(needed, others) if others else needed
     step = partial(_round, experts, _ragged if ragged else _padded, axes, rows)
@@ -122,10 +122,10 @@ def _round(
 ) -> Array:
     """Return the contribution of the pairs of round r: those that fit into the buffers after r earlier rounds."""
     route = transport(axes, rows, r, plan)
-    x_SD = spread(x_ND, route.slot_NC, route.pair_S)
+    x_SD = permute(x_ND, route.slot_NC, route.pair_S)
     x_RD = checkpoint_name(route.send(x_SD), "expert_in")
     y_SD = checkpoint_name(route.send_back(experts(x_RD, route.expert_R, *weights)), "expert_out")
-    return collect(y_SD, weights_NC, route.slot_NC, route.pair_S)
+    return unpermute(y_SD, weights_NC, route.slot_NC, route.pair_S)
 
 
 class _Route(NamedTuple):

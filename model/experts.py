@@ -74,34 +74,34 @@ def _sum(y_SD: Array, slot_NC: Array, weights_NC: Array | None) -> Array:
 
 
 @jax.custom_vjp
-def spread(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
+def permute(x_ND: Array, slot_NC: Array, pair_S: Array) -> Array:
     """Return x_SD: each token's row in the slots of its pairs, and zero in empty slots, whose pair is N * C. A pair
     with slot S has no slot. Forward and backward are gathers, never scatters."""
     return _rows(x_ND, pair_S // slot_NC.shape[1])
 
 
-def _spread_forward(x_ND, slot_NC, pair_S):
-    return spread(x_ND, slot_NC, pair_S), slot_NC
+def _permute_forward(x_ND, slot_NC, pair_S):
+    return permute(x_ND, slot_NC, pair_S), slot_NC
 
 
-def _spread_backward(slot_NC, dx_SD):
+def _permute_backward(slot_NC, dx_SD):
     return _sum(dx_SD, slot_NC, None), None, None
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+permute.defvjp(_permute_forward, _permute_backward)
 
 
 @jax.custom_vjp
-def collect(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
+def unpermute(y_SD: Array, weights_NC: Array, slot_NC: Array, pair_S: Array) -> Array:
     """Return y_ND: the weighted sum over each token's pairs that have a slot."""
     return _sum(y_SD, slot_NC, weights_NC)
 
 
-def _collect_forward(y_SD, weights_NC, slot_NC, pair_S):
-    return collect(y_SD, weights_NC, slot_NC, pair_S), (y_SD, weights_NC, slot_NC, pair_S)
+def _unpermute_forward(y_SD, weights_NC, slot_NC, pair_S):
+    return unpermute(y_SD, weights_NC, slot_NC, pair_S), (y_SD, weights_NC, slot_NC, pair_S)
 
 
-def _collect_backward(saved, dy_ND):
+def _unpermute_backward(saved, dy_ND):
     y_SD, weights_NC, slot_NC, pair_S = saved
     weight_S = _rows(weights_NC.reshape(-1), pair_S)
     dy_SD = (_rows(dy_ND, pair_S // slot_NC.shape[1]) * weight_S[:, None]).astype(y_SD.dtype)
@@ -109,7 +109,7 @@ def _collect_backward(saved, dy_ND):
     return dy_SD, dweights_NC.astype(weights_NC.dtype), None, None
 
 
-collect.defvjp(_collect_forward, _collect_backward)
+unpermute.defvjp(_unpermute_forward, _unpermute_backward)
 
 
 def expert_mlp(
@@ -131,9 +131,9 @@ def expert_mlp(
     if implementation == "dense":
         return every_expert(x_ND, indices_NC, weights_NC, up_EDGF, down_EFD, kind, biases)
     plan = layout(indices_NC, up_EDGF.shape[0])
-    x_SD = spread(x_ND, plan.slot_NC, plan.pair_S)
+    x_SD = permute(x_ND, plan.slot_NC, plan.pair_S)
     y_SD = grouped_mlp(x_SD, plan.sizes_E, up_EDGF, down_EFD, kind, implementation, biases)
-    return collect(y_SD, weights_NC, plan.slot_NC, plan.pair_S)
+    return unpermute(y_SD, weights_NC, plan.slot_NC, plan.pair_S)
 
 
 def grouped_mlp(

@@ -64,7 +64,7 @@ class Block(nnx.Module):
         return x_BTD + dropout(_apply(self.mlp_post_norm, y), rate, keys[1]), cache, stats
 
 
-Stacks = Sequence[Sequence[Block]]  # scan groups in order; each is a unit of layers whose weights have a leading R
+Stacks = Sequence[Sequence[Block]]  # scan groups in order; each is a pattern of layers whose weights have a leading R
 Caches = tuple[tuple[LayerCache, ...], ...]  # caches in the structure of Stacks, with a leading R
 
 
@@ -98,12 +98,12 @@ def scan_layers(
 ) -> tuple[Float[Array, "B T D"], Caches | None, RouterStats | None]:
     """Implement `RunLayers` with one scan over the repetitions of each stack."""
     new_caches, stats, layer = [], [], 0
-    for s, unit in enumerate(stacks):
-        count = repeats(unit) * len(unit)
-        unit_keys = None if keys is None else keys[layer : layer + count].reshape(repeats(unit), len(unit))
+    for s, pattern in enumerate(stacks):
+        count = repeats(pattern) * len(pattern)
+        pattern_keys = None if keys is None else keys[layer : layer + count].reshape(repeats(pattern), len(pattern))
         layer += count
         x_BTD, cache, unit_stats = _scan(
-            config, tuple(unit), x_BTD, ctx, None if caches is None else caches[s], unit_keys
+            config, tuple(pattern), x_BTD, ctx, None if caches is None else caches[s], pattern_keys
         )
         new_caches.append(cache)
         if unit_stats is not None:
@@ -112,13 +112,13 @@ def scan_layers(
     return x_BTD, None if caches is None else tuple(new_caches), router
 
 
-def run_unit(
-    unit: Sequence[Block], x_BTD: Array, ctx: ForwardContext, caches: Sequence[LayerCache] | None, keys: Array | None
+def run_pattern(
+    pattern: Sequence[Block], x_BTD: Array, ctx: ForwardContext, caches: Sequence[LayerCache] | None, keys: Array | None
 ) -> tuple[Array, tuple[LayerCache | None, ...] | None, RouterStats | None]:
-    """Run one repetition of a unit of layers, whose weights have no leading R. Return (x, caches, router statistics
+    """Run one repetition of a pattern of layers, whose weights have no leading R. Return (x, caches, router statistics
     stacked over its MoE layers)."""
     new_caches, stats = [], []
-    for i, block in enumerate(unit):
+    for i, block in enumerate(pattern):
         cache = None if caches is None else caches[i]
         x_BTD, cache, router = block(x_BTD, ctx, cache, None if keys is None else keys[i])
         new_caches.append(cache)
@@ -129,23 +129,23 @@ def run_unit(
 
 
 def _scan(
-    config: ModelConfig, unit: tuple[Block, ...], x_BTD, ctx: ForwardContext, caches, keys
+    config: ModelConfig, pattern: tuple[Block, ...], x_BTD, ctx: ForwardContext, caches, keys
 ) -> tuple[Any, Any, Any]:
     """Run one stack, without a loop if R is 1."""
 
     def body(x_BTD, scanned):
-        unit, caches, keys = scanned
-        x_BTD, caches, stats = run_unit(unit, x_BTD, ctx, caches, keys)
+        pattern, caches, keys = scanned
+        x_BTD, caches, stats = run_pattern(pattern, x_BTD, ctx, caches, keys)
         return x_BTD, (caches, stats)
 
     body = body if caches is not None else _remat(body, config)
-    R = repeats(unit)
+    R = repeats(pattern)
     if R == 1:
-        scanned = jax.tree.map(lambda leaf: leaf[0], (unit, caches, keys))
+        scanned = jax.tree.map(lambda leaf: leaf[0], (pattern, caches, keys))
         x_BTD, out = body(x_BTD, scanned)
         caches, stats = jax.tree.map(lambda leaf: leaf[None], out)
     else:
-        x_BTD, (caches, stats) = jax.lax.scan(body, x_BTD, (unit, caches, keys), unroll=config.scan_unroll or R)
+        x_BTD, (caches, stats) = jax.lax.scan(body, x_BTD, (pattern, caches, keys), unroll=config.scan_unroll or R)
     # [R, period, ...] -> layers in order
     return x_BTD, caches, None if stats is None else jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 

@@ -72,7 +72,7 @@ class MoEConfig:
     implementation: Literal["auto", "tpu", "triton", "xla", "reference"] = "auto"
     # Expert parallelism: size of the all-to-all buffers, as a multiple of an even share. Pairs beyond it go in overflow
     # rounds; none is dropped. None: gather the tokens on every device instead.
-    exchange: float | None = 2.0
+    all_to_all_buffer_factor: float | None = 2.0
 
     @property
     def bounded(self) -> bool:
@@ -110,7 +110,7 @@ class MoEConfig:
             raise ValueError(f"model.moe.hidden_dim = {self.hidden_dim}: must be at least 1")
         if self.shared_experts < 0:
             raise ValueError(f"model.moe.shared_experts = {self.shared_experts}: must be 0 or more")
-        for name in ("scale", "capacity_factor", "exchange"):
+        for name in ("scale", "capacity_factor", "all_to_all_buffer_factor"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"model.moe.{name} = {value}: must be a number above 0")

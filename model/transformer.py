@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from model.balance import RouterStats
-from model.config import ModelConfig, segments
+from model.config import ModelConfig, scan_groups
 from model.context import ForwardContext
 from model.layers import Block, Caches, RunLayers, Stacks, dropout, scan_layers
 from model.norms import Norm
@@ -27,7 +27,7 @@ from sharding.rules import ShardingRules, activation_spec, reshard
 
 
 class Transformer(nnx.Module):
-    """Weights of the network. For each segment, `stacks` holds one Block per layer of the unit, with a leading R
+    """Weights of the network. For each segment, `stacks` holds one Block per layer of the pattern, with a leading R
     axis."""
 
     def __init__(self, key: PRNGKeyArray, config: ModelConfig, rules: ShardingRules):
@@ -41,16 +41,16 @@ class Transformer(nnx.Module):
         positions = (config.max_length, D)
         self.positions = made(position_key, positions, (None, "embed"), std, name="positions") if learned else None
         stacks, layer = [], 0
-        for segment in segments(config):
-            unit = []
-            for spec in segment.unit:
+        for group in scan_groups(config):
+            pattern = []
+            for spec in group.pattern:
                 keys = jax.vmap(lambda i: jax.random.fold_in(layers_key, i))(
-                    jnp.arange(segment.repeats) * len(segment.unit) + layer
+                    jnp.arange(group.repeats) * len(group.pattern) + layer
                 )
-                unit.append(jax.vmap(lambda k, s=spec: Block(k, config, rules, s))(keys))
+                pattern.append(jax.vmap(lambda k, s=spec: Block(k, config, rules, s))(keys))
                 layer += 1
-            layer += len(segment.unit) * (segment.repeats - 1)
-            stacks.append(nnx.List(unit))
+            layer += len(group.pattern) * (group.repeats - 1)
+            stacks.append(nnx.List(pattern))
         self.stacks = nnx.List(stacks)
         self.final_norm = Norm((D,), ("embed",), config.norm, rules, "final_norm")
         head_std = weight_std(config, config.mup_base_dim or D)  # under muP it does not depend on the width
@@ -86,8 +86,8 @@ def init_cache(model: Transformer, batch: int, capacity: int) -> Cache:
     """Return an empty cache for `batch` rows of up to `capacity` tokens, in the dtype of computation."""
     dtype = compute_dtype(model.config)
     stacks = tuple(
-        tuple(block.attention.init_cache(repeats(unit), batch, capacity, dtype) for block in unit)
-        for unit in model.stacks
+        tuple(block.attention.init_cache(repeats(pattern), batch, capacity, dtype) for block in pattern)
+        for pattern in model.stacks
     )
     length_B = jnp.zeros(batch, jnp.int32, out_sharding=activation_spec(model.rules, "batch"))
     return Cache(stacks, length_B, capacity)
@@ -107,7 +107,7 @@ def forward(
 ) -> Output:
     """Run the network up to its final norm.
 
-    For packed rows, pass `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each segment. With a
+    For packed rows, pass `segment_ids_BT` (0 is padding) and `positions_BT` that restart with each group. With a
     `cache` the tokens continue each row at its length, which grows by T (`Cache.at_length` sets it for prompts of
     uneven length). A row of a cache is one document, so segments and positions are refused. `valid_BT` excludes tokens
     (padding) from router statistics, from ring caches and from the length that 'dynamic_ntk' scales by (default:
@@ -205,7 +205,7 @@ def with_stacks(model: Transformer, stacks: Stacks) -> Transformer:
     """Return the network with `stacks` as its scan groups of layers."""
     leaves, treedef = jax.tree.flatten(model)
     copy = jax.tree.unflatten(treedef, leaves)
-    copy.stacks = nnx.List([nnx.List(unit) for unit in stacks])
+    copy.stacks = nnx.List([nnx.List(pattern) for pattern in stacks])
     return copy
 
 
@@ -217,7 +217,7 @@ def unstack(model: Transformer) -> Transformer:
         return jax.tree.map(lambda w: w[i : i + 1], block)
 
     return with_stacks(
-        model, [[pick(block, i)] for unit in model.stacks for i in range(repeats(unit)) for block in unit]
+        model, [[pick(block, i)] for pattern in model.stacks for i in range(repeats(pattern)) for block in pattern]
     )
 
 
@@ -231,10 +231,10 @@ def split_layers(model: Transformer, last: int) -> Transformer:
         raise ValueError(f"last = {last}: must be between 0 and model.num_layers = {model.config.num_layers}")
     stacks: list[list[Block]] = []
     first, cut = 0, model.config.num_layers - last
-    for unit in model.stacks:
-        period, R = len(unit), repeats(unit)
+    for pattern in model.stacks:
+        period, R = len(pattern), repeats(pattern)
         before, inside = divmod(min(max(cut - first, 0), period * R), period)
-        part = lambda low, high, unit=unit: [jax.tree.map(lambda w: w[low:high], block) for block in unit]
+        part = lambda low, high, pattern=pattern: [jax.tree.map(lambda w: w[low:high], block) for block in pattern]
         if before:
             stacks.append(part(0, before))
         if inside:

@@ -53,12 +53,12 @@ def upcycle(dense: Transformer, config: ModelConfig, key: PRNGKeyArray, rules: S
     """
     shards = check(dense.config, config)
     fresh = Transformer(key, config, rules)
-    layers = [unit[0] for unit in unstack(dense).stacks]  # every weight has a leading axis of 1
+    layers = [pattern[0] for pattern in unstack(dense).stacks]  # every weight has a leading axis of 1
     first = 0
-    for unit in fresh.stacks:
-        count = repeats(unit) * len(unit)
-        for i, block in enumerate(unit):
-            unit[i] = _block(block, layers[first + i : first + count : len(unit)], shards)
+    for pattern in fresh.stacks:
+        count = repeats(pattern) * len(pattern)
+        for i, block in enumerate(pattern):
+            pattern[i] = _block(block, layers[first + i : first + count : len(pattern)], shards)
         first += count
     copied = _weights(dense)
     return _replace(fresh, {name: copied[name] for name in _weights(fresh) if not name.startswith("stacks")})
@@ -75,7 +75,7 @@ def check(dense: ModelConfig, config: ModelConfig) -> int:
     for field in fields(ModelConfig):
         old, new = getattr(dense, field.name), getattr(config, field.name)
         if field.name == "attention":
-            new = replace(new, implementation=old.implementation, context=old.context)
+            new = replace(new, implementation=old.implementation, context_parallel=old.context_parallel)
         if field.name not in FREE and old != new:
             raise ValueError(
                 f"model.{field.name} = {new}: the dense network has {old}. Use that; upcycling changes model.moe alone"

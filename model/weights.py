@@ -298,9 +298,9 @@ def map_named_weights(f: Callable[[str, Weight], Any], model: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, w: f(_dotted(path), w), model, is_leaf=is_weight)
 
 
-def repeats(unit: Any) -> int:
-    """Return R of a stack: the repetitions of its unit of layers, which is the leading dimension of every weight."""
-    return jax.tree.leaves(unit)[0].shape[0]
+def repeats(pattern: Any) -> int:
+    """Return R of a stack: the repetitions of its pattern of layers, which is the leading dimension of every weight."""
+    return jax.tree.leaves(pattern)[0].shape[0]
 
 
 def dense_weights(model: Tree) -> Tree:

@@ -34,7 +34,7 @@ class Collective:
     source: str  # operation of the JAX program, from XLA's metadata
 
     @property
-    def put_out(self) -> int:
+    def output_bytes(self) -> int:
         """Bytes of results per device and run of the program."""
         return self.bytes * self.count
 
@@ -50,7 +50,7 @@ class Collective:
             "ragged-all-to-all": (n - 1) / n,  # if the buffer is full
             "collective-permute": 1,
         }[self.kind]
-        return share * self.put_out
+        return share * self.output_bytes
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Traffic:
     a_round: int  # bytes of results of one iteration of each of those loops
 
     @property
-    def put_out(self) -> int:
-        return _put_out(self.collectives)
+    def output_bytes(self) -> int:
+        return _output_bytes(self.collectives)
 
     @property
     def sent(self) -> float:
@@ -75,7 +75,7 @@ class Traffic:
         """Return {kind: (executions, bytes of results, bytes sent)} per device and run of the program."""
         groups = {kind: [c for c in self.collectives if c.kind == kind] for kind in KINDS}
         return {
-            kind: (sum(c.count for c in found), sum(c.put_out for c in found), sum(c.sent for c in found))
+            kind: (sum(c.count for c in found), sum(c.output_bytes for c in found), sum(c.sent for c in found))
             for kind, found in groups.items()
             if found
         }
@@ -100,7 +100,7 @@ def read_collectives(hlo: str) -> Traffic:
                 yield _collective(found, line, times, devices, scatters)
             elif branches := _branches(line):
                 options = [list(walk(branch, times, choose, rounds_of_open)) for branch in branches]
-                yield from choose(options, key=_put_out)
+                yield from choose(options, key=_output_bytes)
             elif not re.search(r" async-(update|done)\(", line):  # async-start has named their computation already
                 called, rounds = dict(_CALLED.findall(line)), 1
                 if "body" in called:
@@ -112,12 +112,12 @@ def read_collectives(hlo: str) -> Traffic:
                     yield from walk(inner, times * rounds, choose, rounds_of_open)
 
     collectives = tuple(walk(entry, 1, min, 0))
-    a_round = _put_out(walk(entry, 1, min, 1)) - _put_out(collectives)
-    return Traffic(collectives, _put_out(walk(entry, 1, max, 0)), len(open_loops), a_round)
+    a_round = _output_bytes(walk(entry, 1, min, 1)) - _output_bytes(collectives)
+    return Traffic(collectives, _output_bytes(walk(entry, 1, max, 0)), len(open_loops), a_round)
 
 
-def _put_out(collectives: Iterable[Collective]) -> int:
-    return sum(c.put_out for c in collectives)
+def _output_bytes(collectives: Iterable[Collective]) -> int:
+    return sum(c.output_bytes for c in collectives)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str | None]:

@@ -17,10 +17,10 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh | None:
     device."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return None if len(devices) == 1 else lay_out(sizes, devices)
+    return None if len(devices) == 1 else create_mesh(sizes, devices)
 
 
-def lay_out(sizes: tuple[int, ...], devices: list) -> Mesh:
+def create_mesh(sizes: tuple[int, ...], devices: list) -> Mesh:
     """Return a mesh with explicit axes of these sizes, in MESH_AXES order.
 
     On a TPU torus, neighbours in the mesh are linked if possible. A mesh axis may use part of a torus axis (8 x 8 on a

@@ -60,7 +60,7 @@ class Checkpointer:
 
     keep_last: number of newest steps to keep. keep_best: number of further steps to keep, ranked by the metric given
     to `save` (`best_mode` says whether a lower or a higher metric is better; a step saved without a metric, or with
-    NaN, is never among the best). warn: callback for one-paragraph messages about failed saves, damaged steps and
+    NaN, is never among the best). log: callback for one-paragraph messages about failed saves, damaged steps and
     steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
     read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
     local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
@@ -76,7 +76,7 @@ class Checkpointer:
         keep_last: int = 2,
         keep_best: int = 0,
         best_mode: Literal["min", "max"] = "min",
-        warn: Callable[[str], None] = _print_warning,
+        log: Callable[[str], None] = _print_warning,
         free_bytes: Callable[[], float] | None = None,
         read_only: bool = False,
         local: bool | None = None,
@@ -93,10 +93,10 @@ class Checkpointer:
         self._folder = CheckpointFolder(
             path.absolute() if is_local(path) else path,
             local=is_local(path) if local is None else local,
-            keep_last=keep_last, keep_best=keep_best, best_mode=best_mode, warn=warn,
+            keep_last=keep_last, keep_best=keep_best, best_mode=best_mode, log=log,
         )  # fmt: skip
         self._directory = self._folder.path
-        self._warn, self._read_only = warn, read_only
+        self._log, self._read_only = log, read_only
         self._free_bytes = free_bytes or self._folder.free_bytes
         self._current: int | None = None  # the step that this run restored or saved last
         self._pending: _Pending | None = None
@@ -141,7 +141,7 @@ class Checkpointer:
         """Start to save `state` as `step`. Return whether the save started or, with `wait`, whether it succeeded.
 
         The state's buffers may be donated as soon as this method returns. It first waits for the previous save. A full
-        disk or a failed write is reported through `warn` and leaves older steps unchanged; the next save tries again.
+        disk or a failed write is reported through `log` and leaves older steps unchanged; the next save tries again.
         `verify` reads the step back. metadata: JSON values. Raises CheckpointError if the folder holds newer steps and
         this run has not restored from it.
         """
@@ -224,7 +224,7 @@ class Checkpointer:
             kept = "no good step is on disk" if last is None else f"last good step {last}"
         except Exception as error:
             kept = f"cannot list the steps on disk ({one_line(error)})"
-        self._warn(f"save of step {step} failed: {reason}; {kept}")
+        self._log(f"save of step {step} failed: {reason}; {kept}")
 
     def _abandon_save(self, step: int, error: Exception) -> None:
         if process_zero():
@@ -240,7 +240,7 @@ class Checkpointer:
         function that returns such a tree for a step's metadata. A leaf without a sharding is restored uncommitted, and
         numpy leaves stay numpy. part: the template may lack saved leaves, which are then not read.
 
-        A step that is proven damaged is reported through `warn` and skipped. Raises CheckpointError if no step is
+        A step that is proven damaged is reported through `log` and skipped. Raises CheckpointError if no step is
         good, if `step` is not good, if a leaf's name, shape or dtype differs from the template's, or if a step cannot
         be read after several attempts. A failed read does not prove damage, so no older step is restored in its place.
         """
@@ -264,7 +264,7 @@ class Checkpointer:
                 self._folder.damaged.add(candidate)
                 reasons.append(f"step {candidate}, {damage}")
                 if position + 1 < len(candidates):
-                    self._warn(f"{reasons[-1]}; falling back to step {candidates[position + 1]}")
+                    self._log(f"{reasons[-1]}; falling back to step {candidates[position + 1]}")
             except UnreadableError as error:
                 raise self._reader.not_readable(f"step {candidate}", error) from error
         if not reasons:

@@ -44,10 +44,10 @@ class CheckpointFolder:
         keep_last: int,
         keep_best: int,
         best_mode: Literal["min", "max"],
-        warn: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         self.path, self.local, self.damaged = path, local, set[int]()
-        self._keep_last, self._keep_best, self._best_mode, self._warn = keep_last, keep_best, best_mode, warn
+        self._keep_last, self._keep_best, self._best_mode, self._log = keep_last, keep_best, best_mode, log
 
     def step_path(self, step: int) -> epath.Path:
         return self.path / str(step)
@@ -92,7 +92,7 @@ class CheckpointFolder:
             if not self.local:
                 leftovers += [str(step) for step in self.on_disk() if not self._holds(step, COMMIT_FILE)]
         except Exception as error:
-            self._warn(f"cannot list leftovers of failed saves in {self.path} ({one_line(error)})")
+            self._log(f"cannot list leftovers of failed saves in {self.path} ({one_line(error)})")
             return
         for name in leftovers:
             self._remove(name)
@@ -136,13 +136,13 @@ class CheckpointFolder:
             for step in aside:
                 self.set_aside(step, "damaged" if step in self.damaged else "abandoned")
             if ahead := [step for step in aside if step > newest]:
-                self._warn(
+                self._log(
                     f"set aside steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues from an "
                     f"earlier step; they stay in {self.path} but are ignored; delete them when they are not needed"
                 )
             older = [step for step in steps if step < newest and step not in aside]
         except Exception as error:
-            self._warn(f"step {newest} is saved, but older steps could not be cleaned up ({one_line(error)})")
+            self._log(f"step {newest} is saved, but older steps could not be cleaned up ({one_line(error)})")
             return
         good, unknown = [], []
         for step in older:
@@ -171,7 +171,7 @@ class CheckpointFolder:
         except FileNotFoundError:
             pass
         except Exception as error:
-            self._warn(f"{prefix}{self.path / name} could not be removed ({one_line(error)}); delete it by hand")
+            self._log(f"{prefix}{self.path / name} could not be removed ({one_line(error)}); delete it by hand")
 
     def _best(self, steps: list[int]) -> tuple[list[int], list[int]]:
         """Return (the `keep_best` steps with the best metric, the steps whose metric could not be read)."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from model.config import segments
+from model.config import scan_groups
 from model.transformer import Transformer, split_layers, unstack, with_stacks
 from model.weights import Weight, merge, repeats, split
 from train.checkpoint import Checkpointer, CheckpointError
@@ -60,12 +60,12 @@ def train_last(model: Transformer, layers: int | None) -> tuple[Transformer, Fro
 
 def rejoin(model: Transformer) -> Transformer:
     """Return a network whose stacks `train_last` split with the stacks that its config defines."""
-    layers = [unit[0] for unit in unstack(model).stacks]
+    layers = [pattern[0] for pattern in unstack(model).stacks]
     stacks, first = [], 0
-    for segment in segments(model.config):
-        period, last = len(segment.unit), first + len(segment.unit) * segment.repeats
-        units = (layers[first + i : last : period] for i in range(period))
-        stacks.append([jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks) for blocks in units])
+    for group in scan_groups(model.config):
+        period, last = len(group.pattern), first + len(group.pattern) * group.repeats
+        blocks_of = (layers[first + i : last : period] for i in range(period))
+        stacks.append([jax.tree.map(lambda *parts: jnp.concatenate(parts), *blocks) for blocks in blocks_of])
         first = last
     return with_stacks(model, stacks)
 
@@ -76,7 +76,7 @@ def digest(frozen: Frozen) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], None]) -> str:
+def keep_frozen(folder: epath.PathLike, frozen: Frozen, log: Callable[[str], None]) -> str:
     """Write the frozen weights of a new run, and return their digest.
 
     Weights from an earlier start stay if they are the same. Otherwise they are set aside, because no checkpoint refers
@@ -84,23 +84,23 @@ def keep_frozen(folder: epath.PathLike, frozen: Frozen, warn: Callable[[str], No
     """
     name = digest(frozen)
     if epath.Path(folder).exists():
-        if _holds(folder, frozen, name, warn):
+        if _holds(folder, frozen, name, log):
             return name
         if process_zero():
             aside = epath.Path(folder).with_name(f"{epath.Path(folder).name}.{secrets.token_hex(4)}")
             epath.Path(folder).rename(aside)
-            warn(f"{folder} held different frozen weights from an earlier start; they are now in {aside.name}")
+            log(f"{folder} held different frozen weights from an earlier start; they are now in {aside.name}")
         all_agree(True)  # wait until the folder is free for every process
-    with Checkpointer(folder, keep_last=1, warn=warn) as checkpoints:
+    with Checkpointer(folder, keep_last=1, log=log) as checkpoints:
         if not checkpoints.save(0, frozen, metadata={"digest": name}, wait=True):
             raise CheckpointError(f"{folder}: the frozen weights were not written; free the disk and start again")
         checkpoints.verify(0, frozen)
     return name
 
 
-def _holds(folder: epath.PathLike, frozen: Frozen, name: str, warn: Callable[[str], None]) -> bool:
+def _holds(folder: epath.PathLike, frozen: Frozen, name: str, log: Callable[[str], None]) -> bool:
     """Return whether a folder holds these weights, whose digest is `name`, intact."""
-    with Checkpointer(folder, read_only=True, warn=warn) as checkpoints, contextlib.suppress(CheckpointError):
+    with Checkpointer(folder, read_only=True, log=log) as checkpoints, contextlib.suppress(CheckpointError):
         restored = checkpoints.restore({}, part=True)
         if restored is not None and restored.metadata["digest"] == name:
             checkpoints.verify(restored.step, frozen)
@@ -108,14 +108,14 @@ def _holds(folder: epath.PathLike, frozen: Frozen, name: str, warn: Callable[[st
     return False
 
 
-def read_frozen(folder: epath.PathLike, template: Any, expected: str, warn: Callable[[str], None]) -> Any:
+def read_frozen(folder: epath.PathLike, template: Any, expected: str, log: Callable[[str], None]) -> Any:
     """Return the frozen weights of a run, sharded like `template`.
 
     Raises CheckpointError if they are missing or if their digest is not `expected`, the one in the run's checkpoints.
     """
     if not epath.Path(folder).is_dir():
         raise CheckpointError(f"{folder} is missing: it holds the run's frozen weights; copy it with the run")
-    with Checkpointer(folder, read_only=True, warn=warn) as checkpoints:
+    with Checkpointer(folder, read_only=True, log=log) as checkpoints:
         restored = checkpoints.restore(template, part=True)
     if restored is None:
         raise CheckpointError(f"{folder} is empty: it must hold the run's frozen weights; copy it with the run")

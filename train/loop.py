@@ -219,7 +219,7 @@ def train(
         recorder = Recorder(enter(MetricsWriter(run, sinks=config.sinks, process_index=process)), log)
         if checkpoints is None:
             checkpoints = Checkpointer(
-                run.checkpoints, keep_last=config.keep_last, keep_best=config.keep_best, warn=recorder.warn
+                run.checkpoints, keep_last=config.keep_last, keep_best=config.keep_best, log=recorder.warn
             )
         enter(checkpoints)
         stop = enter(StopSignal()) if stop is None else stop

@@ -176,7 +176,7 @@ def restore(
     step: int | None = None,
     *,
     frozen: epath.PathLike | None = None,
-    warn: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Restored | None:
     """Return the train state of the newest good checkpoint (or of `step`) on this program's mesh, or None.
 
@@ -198,7 +198,7 @@ def restore(
         if program.abstract_state.frozen is None:
             return restored
         assert frozen is not None, "the program has frozen weights"
-        kept = read_frozen(frozen, program.abstract_state.frozen, restored.metadata["frozen"], warn)
+        kept = read_frozen(frozen, program.abstract_state.frozen, restored.metadata["frozen"], log)
         return replace(restored, state=restored.state._replace(frozen=kept))
     begin = jax.jit(program.begin, donate_argnums=0 if restored.metadata["weights"] == "float32" else ())
     return replace(restored, state=begin(restored.state["model"]))
@@ -211,7 +211,7 @@ def load_weights(
     step: int | None = None,
     *,
     frozen: epath.PathLike | None = None,
-    warn: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Weights | None:
     """Return the weights (their average if the run keeps one) of the newest good checkpoint, or of `step`, or None.
 
@@ -233,7 +233,7 @@ def load_weights(
     (model,) = restored.state.values()
     if rest is not None and "weights" not in restored.metadata:
         assert frozen is not None, "the network has frozen weights"
-        kept = read_frozen(frozen, {"model": rest.model}, restored.metadata["frozen"], warn)
+        kept = read_frozen(frozen, {"model": rest.model}, restored.metadata["frozen"], log)
         model = jax.jit(lambda a, b: rejoin(merge(a, b)))(model, kept["model"])
     return Weights(model, restored.step, restored.step >= config.steps)
 

@@ -49,14 +49,14 @@ def open_run(
     overrides: Sequence[str] = (),
     may_differ: Callable[[str], bool] = lambda name: False,
     override: bool = False,
-    notice: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     timing: LeaseTiming | None = None,
 ) -> Iterator[RunFolder]:
     """Create or reopen the run folder `path` as the only job that writes there. Call it on process 0 only.
 
     `config` is saved as config.json, and the `overrides` that led to it as overrides.json. If the folder already holds
     another config, only the fields that `may_differ` (a predicate on dotted names) allows may have changed, unless
-    `override` is set. `notice` receives messages about a lock that was taken over, about accepted changes, and about
+    `override` is set. `log` receives messages about a lock that was taken over, about accepted changes, and about
     metrics without a checkpoint. Raises RunFolderError if the folder cannot be written, is in use by a live job, or
     belongs to another config. A folder in which nothing was trained accepts any config.
     """
@@ -65,10 +65,10 @@ def open_run(
         try:
             require_backend(run.path, "run")
             run.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold_lease(run, notice, timing=timing))
-            _warn_about_missing_checkpoints(run, notice)
+            stack.enter_context(hold_lease(run, log, timing=timing))
+            _warn_about_missing_checkpoints(run, log)
             run.checkpoints.mkdir(exist_ok=True)
-            _accept_config(run, config, may_differ, override, notice)
+            _accept_config(run, config, may_differ, override, log)
             write_whole(run.overrides, json.dumps(list(overrides)) + "\n")
         except PathError as error:
             raise RunFolderError(str(error)) from error
@@ -80,9 +80,9 @@ def open_run(
         yield run
 
 
-def _warn_about_missing_checkpoints(run: RunFolder, notice: Callable[[str], None]) -> None:
+def _warn_about_missing_checkpoints(run: RunFolder, log: Callable[[str], None]) -> None:
     if (step := run.recorded_without_checkpoint()) is not None:
-        notice(
+        log(
             f"warning: {run.metrics} records steps up to {step}, but {run.checkpoints} holds no checkpoint; training "
             f"starts at step 0. Put the checkpoints back to continue, or start a new run with --run NEWNAME"
         )
@@ -93,7 +93,7 @@ def _accept_config(
     config: Any,
     may_differ: Callable[[str], bool],
     override: bool,
-    notice: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     if run.config.exists() and run.begun:
         try:
@@ -104,7 +104,7 @@ def _accept_config(
                     f"run folder {run.path} holds a config that this code cannot read: {error}. Start a new run with "
                     "--run NEWNAME, or continue this one under the current config with --override"
                 ) from error
-            notice(f"unreadable config replaced: {error}")
+            log(f"unreadable config replaced: {error}")
             changes = []
         changed = "; ".join(f"{name}: {old!r} -> {new!r}" for name, old, new in changes)
         if any(not may_differ(name) for name, _, _ in changes) and not override:
@@ -113,7 +113,7 @@ def _accept_config(
                 "use the folder's config, or continue under the new one with --override"
             )
         if changes:
-            notice(f"config changed: {changed}")
+            log(f"config changed: {changed}")
     config_io.save_json(config, run.config)
 
 

@@ -40,10 +40,10 @@ class RouterProbe(Evaluator):
     at_end = True
 
     def __init__(
-        self, network: Network, prepared: Prepared, run: RunFolder, warn: Callable[[str], None],
+        self, network: Network, prepared: Prepared, run: RunFolder, log: Callable[[str], None],
         tokens: int = PROBE_TOKENS,
     ):  # fmt: skip
-        self._network, self._run, self._warn = network, run, warn
+        self._network, self._run, self._log = network, run, log
         data, mesh = network.experiment.data, network.mesh
         self.rows = max(1, min(data.batch_size, tokens // data.sequence_length))
         slices = network.experiment.sharding.batch_slices(mesh)
@@ -77,7 +77,7 @@ class RouterProbe(Evaluator):
                 self._run.routing.mkdir(exist_ok=True)
                 write_arrays(path, {"choices": kept.reshape(len(kept), -1, kept.shape[-1])}, compress=True)
             except OSError as error:
-                self._warn(f"the routers' choices at step {step} were not written ({error})")
+                self._log(f"the routers' choices at step {step} were not written ({error})")
         return []
 
 

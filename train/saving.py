@@ -38,7 +38,7 @@ def start_or_resume(
 ) -> Start:  # fmt: skip
     """Return the state of the newest good checkpoint, with the data stream at its position, or a new state."""
     tokenizer = prepared.tokenizer
-    restored = restore(program, checkpoints, tokenizer, frozen=run.frozen, warn=recorder.warn)
+    restored = restore(program, checkpoints, tokenizer, frozen=run.frozen, log=recorder.warn)
     if restored is None:
         counts = rows.counts
         recorder.log(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
@@ -66,8 +66,8 @@ def _with_frozen(
     """Write the frozen weights to disk. Return (the state with its teacher, the digest of its frozen weights or '')."""
     if program.teacher is not None:
         teacher = RunFolder(program.experiment.train.teacher)
-        with Checkpointer(teacher.checkpoints, read_only=True, warn=recorder.warn) as checkpoints:
-            weights = load_weights(program.teacher, checkpoints, tokenizer, frozen=teacher.frozen, warn=recorder.warn)
+        with Checkpointer(teacher.checkpoints, read_only=True, log=recorder.warn) as checkpoints:
+            weights = load_weights(program.teacher, checkpoints, tokenizer, frozen=teacher.frozen, log=recorder.warn)
         if weights is None:
             raise CheckpointError(
                 f"train.teacher = {str(teacher.path)!r}: the run has no checkpoint yet; train it first"

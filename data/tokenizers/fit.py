@@ -18,7 +18,7 @@ def fit_vocabulary(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, int]:
     """
     if tokenizer.vocab_size > rows and isinstance(tokenizer, HFTokenizer):
         without_row = {i for i in tokenizer.pieces if i >= rows}
-        needed = {tokenizer.special.start, tokenizer.special.end, *tokenizer.stops}
+        needed = {tokenizer.special.start, tokenizer.special.end, *tokenizer.stop_token_ids}
         if without_row <= tokenizer.special_ids and not without_row & needed:
             tokenizer = _without_ids_from(tokenizer, rows)
     return tokenizer, check_vocabulary(tokenizer, rows)
@@ -43,7 +43,7 @@ def _without_ids_from(tokenizer: HFTokenizer, rows: int) -> HFTokenizer:
     limited = HFTokenizer(
         json.dumps(description, ensure_ascii=False),
         SpecialTokens(*(-1 if i >= rows else i for i in tokenizer.special)),
-        stops=tokenizer.stops,
+        stop_token_ids=tokenizer.stop_token_ids,
         names={name: token for name, token in tokenizer.names.items() if token not in dropped},
         chat_template=tokenizer.chat_template,
     )

@@ -119,7 +119,7 @@ def _published(
     return make(
         content.decode("utf-8") if make is HFTokenizer else content,
         special=SpecialTokens(**description["special"]),
-        stops=description["stops"],
+        stop_token_ids=description["stop_token_ids"],
         names=description["names"],
         chat_template=_template(directory),
         **more,

@@ -33,7 +33,7 @@ class GGUFTokenizer(NamedTuple):
     pad: int | None
     add_bos: bool  # whether a prompt begins with bos
     chat_template: str | None  # Jinja2 source
-    stops: tuple[int, ...]  # ids that end a generation: eos, end of turn and end of message
+    stop_token_ids: tuple[int, ...]  # ids that end a generation: eos, end of turn and end of message
 
 
 def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
@@ -66,10 +66,11 @@ def read_gguf_tokenizer(path: str | Path) -> GGUFTokenizer:
          "special": bool(types[i] in (_CONTROL, _UNKNOWN))}
         for i in np.flatnonzero(np.isin(types, (_CONTROL, _USER, _UNKNOWN))).tolist()
     ]  # fmt: skip
-    stops = tuple(dict.fromkeys(i for i in (eos, *ends) if i is not None))
+    stop_token_ids = tuple(dict.fromkeys(i for i in (eos, *ends) if i is not None))
     return GGUFTokenizer(
-        json.dumps(found, ensure_ascii=False), bos, eos, pad, add_bos, values.get("tokenizer.chat_template"), stops
-    )
+        json.dumps(found, ensure_ascii=False), bos, eos, pad, add_bos, values.get("tokenizer.chat_template"),
+        stop_token_ids,
+    )  # fmt: skip
 
 
 def _special(path: str | Path, values: dict[str, Any], name: str, size: int) -> int | None:

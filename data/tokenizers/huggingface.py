@@ -35,12 +35,12 @@ class HFTokenizer(BytesTable):
         text: str,
         special: SpecialTokens,
         *,
-        stops: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
         names: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ):
         self.text, self.special, self.chat_template = text, special, chat_template
-        self.stops = tuple(dict.fromkeys([special.end, *stops]))
+        self.stop_token_ids = tuple(dict.fromkeys([special.end, *stop_token_ids]))
         self.names = dict(names or {})
         self.description = read_json(text)
         model = self.description["model"]
@@ -101,7 +101,8 @@ class HFTokenizer(BytesTable):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_bytes(self.text.encode("utf-8"))
         write_description(
-            directory, "huggingface", self, special=self.special._asdict(), stops=self.stops, names=self.names
+            directory, "huggingface", self, special=self.special._asdict(), stop_token_ids=self.stop_token_ids,
+            names=self.names,
         )  # fmt: skip
 
 

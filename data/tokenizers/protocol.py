@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
     """
 
     special: SpecialTokens
-    stops: tuple[int, ...]  # ids that end a generation: `end` and others that the publisher lists
+    stop_token_ids: tuple[int, ...]  # ids that end a generation: `end` and others that the publisher lists
     chat_template: str | None  # Jinja2 source, for data.chat
     names: dict[str, str]  # special tokens by their names in chat templates: {'bos_token': '<s>', ...}
 
@@ -136,7 +136,7 @@ class BytesTable:
     """Base class of tokenizers: decode by joining the bytes of ids, and split marked text at special tokens."""
 
     special = SpecialTokens()
-    stops: tuple[int, ...] = (SpecialTokens().end,)
+    stop_token_ids: tuple[int, ...] = (SpecialTokens().end,)
     chat_template: str | None = None
     names: dict[str, str]
     _table: tuple[bytes, ...]
@@ -159,9 +159,9 @@ class BytesTable:
         stream = self.stream()
         return "".join([stream.push(int(token)) for token in ids]) + stream.flush()
 
-    def with_stops(self, stops: Iterable[int]) -> Self:
+    def with_stop_tokens(self, stop_token_ids: Iterable[int]) -> Self:
         """Add ids that end a generation, and return self."""
-        self.stops = tuple(dict.fromkeys([*self.stops, *stops]))
+        self.stop_token_ids = tuple(dict.fromkeys([*self.stop_token_ids, *stop_token_ids]))
         return self
 
     @cached_property

@@ -63,8 +63,10 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | list[int]]:
     'eos_token_id' has the ids that end a generation (a list if there are several); 'bos_token_id' and 'pad_token_id'
     are present if the tokenizer has these tokens.
     """
-    stops = list(tokenizer.stops)
-    found: dict[str, int | list[int]] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    stop_token_ids = list(tokenizer.stop_token_ids)
+    found: dict[str, int | list[int]] = {
+        "eos_token_id": stop_token_ids if len(stop_token_ids) > 1 else stop_token_ids[0]
+    }
     bos = tokenizer.encode_marked(tokenizer.names["bos_token"]).tolist() if "bos_token" in tokenizer.names else []
     if len(bos) == 1:
         found["bos_token_id"] = bos[0]

@@ -34,9 +34,9 @@ def of_folder(folder: Path) -> Tokenizer:
             content = path.read_bytes()
             if is_ranks(content):
                 tiktoken = TiktokenTokenizer(content, kind=files.tiktoken(path), chat_template=files.chat_template)
-                return tiktoken.with_stops(files.stops(tiktoken.vocab_size))
+                return tiktoken.with_stop_tokens(files.stop_token_ids(tiktoken.vocab_size))
             model = PublishedSentencePiece.published(content, files.add_bos, (), files.chat_template)
-            return model.with_stops(files.stops(model.vocab_size))
+            return model.with_stop_tokens(files.stop_token_ids(model.vocab_size))
     raise DataError(
         f"no tokenizer in {folder}: expected tokenizer.json, *.tiktoken or tokenizer.model. If the tokenizer consists "
         "of vocab.json and merges.txt, write its tokenizer.json with transformers: "
@@ -54,14 +54,16 @@ def of_gguf(path: Path) -> Tokenizer:
     names = {name: opened.id_to_token(i) for name, i in by_name.items() if i is not None and i >= 0}
     start = found.bos if found.add_bos and found.bos is not None else -1
     special = _specials(names, opened.token_to_id, start, str(path))
-    return HFTokenizer(found.json, special, stops=found.stops, names=names, chat_template=found.chat_template)
+    return HFTokenizer(
+        found.json, special, stop_token_ids=found.stop_token_ids, names=names, chat_template=found.chat_template
+    )
 
 
 def _of_json(text: str, files: _PublishedFiles) -> HFTokenizer:
     read_json(text)
     opened = open_json(text)
     size = 1 + max(opened.get_vocab().values(), default=-1)
-    stops = files.stops(size)
+    stop_token_ids = files.stop_token_ids(size)
     names = dict(files.names)
     for name, i in files.ids.items():  # without tokenizer_config.json, other files still have the ids
         if name not in names and i is not None and 0 <= i < size and opened.id_to_token(i) is not None:
@@ -72,7 +74,7 @@ def _of_json(text: str, files: _PublishedFiles) -> HFTokenizer:
     else:
         start = bos if files.add_bos and bos is not None else -1
     special = _specials(names, opened.token_to_id, start, str(files.folder))
-    return HFTokenizer(text, special, stops=stops, names=names, chat_template=files.chat_template)
+    return HFTokenizer(text, special, stop_token_ids=stop_token_ids, names=names, chat_template=files.chat_template)
 
 
 def opened_by(opened: Any) -> int:
@@ -138,7 +140,7 @@ class _PublishedFiles:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         of_generation, of_model, of_inner = ids["eos_token_id"]
-        self._stops = of_generation + (of_model or of_inner)
+        self._stop_token_ids = of_generation + (of_model or of_inner)
         self.ids = {
             name.removesuffix("_id"): next((i for said in (of_model, of_inner, of_generation) for *_, i in said), None)
             for name, (of_generation, of_model, of_inner) in ids.items()
@@ -149,12 +151,12 @@ class _PublishedFiles:
         self.model_type = model.get("model_type", "")
         self.chat_template = self._template(tokenizer.get("chat_template"))
 
-    def stops(self, vocab_size: int) -> tuple[int, ...]:
+    def stop_token_ids(self, vocab_size: int) -> tuple[int, ...]:
         """Return the ids that end a generation. Raises DataError if one is not below `vocab_size`."""
-        for path, key, i in self._stops:
+        for path, key, i in self._stop_token_ids:
             if not 0 <= i < vocab_size:
                 raise _invalid(path, key, i, f"ids from 0 to {vocab_size - 1}")
-        return tuple(dict.fromkeys(i for *_, i in self._stops))
+        return tuple(dict.fromkeys(i for *_, i in self._stop_token_ids))
 
     def _template(self, given: Any) -> str | None:
         path = self.folder / "chat_template.jinja"

@@ -54,7 +54,7 @@ class Kind:
     specials: Mapping[str, int]  # ids of special tokens minus the number of ranks
     end: str
     start: str | None = None  # token that opens a prompt
-    stops: tuple[str, ...] = ()  # tokens that end a generation, in addition to `end`
+    stop_tokens: tuple[str, ...] = ()  # tokens that end a generation, in addition to `end`
     composed: bool = False  # whether text is first normalized (NFC)
 
 
@@ -83,7 +83,7 @@ KINDS = {
         _O200K,
         {_HARMONY_NAMES.get(i, f"<|reserved_{199998 + i}|>"): i for i in range(1090)},
         "<|endoftext|>",
-        stops=("<|return|>", "<|call|>"),
+        stop_tokens=("<|return|>", "<|call|>"),
     ),
     "llama3": Kind(
         128000,
@@ -91,14 +91,14 @@ KINDS = {
         _reserved(_LLAMA3_NAMES, 256, "<|reserved_special_token_{}|>"),
         "<|end_of_text|>",
         start="<|begin_of_text|>",
-        stops=("<|eom_id|>", "<|eot_id|>"),
+        stop_tokens=("<|eom_id|>", "<|eot_id|>"),
     ),
     "qwen": Kind(
         151643,
         _QWEN,
         {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{f"<|extra_{i}|>": 3 + i for i in range(205)}},
         "<|endoftext|>",
-        stops=("<|im_end|>",),
+        stop_tokens=("<|im_end|>",),
         composed=True,
     ),
 }
@@ -117,7 +117,7 @@ class TiktokenTokenizer(BytesTable):
         *,
         kind: str | None = None,
         special: SpecialTokens | None = None,
-        stops: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
         names: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ):
@@ -142,7 +142,10 @@ class TiktokenTokenizer(BytesTable):
             end_of_turn=-1, mask=-1, start=start,
         )  # fmt: skip
         self.names = dict(names or {"eos_token": known.end, "bos_token": known.start or known.end})
-        self.stops = tuple(stops) or (end, *(self._special_token_ids[name] for name in known.stops))
+        self.stop_token_ids = tuple(stop_token_ids) or (
+            end,
+            *(self._special_token_ids[name] for name in known.stop_tokens),
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -168,7 +171,7 @@ class TiktokenTokenizer(BytesTable):
             "tiktoken",
             self,
             special=self.special._asdict(),
-            stops=self.stops,
+            stop_token_ids=self.stop_token_ids,
             names=self.names,
             tiktoken=self.kind,
         )

@@ -36,12 +36,12 @@ class PublishedSentencePiece(BytesTable):
         model: bytes,
         *,
         special: SpecialTokens,
-        stops: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
         names: Mapping[str, str] | None = None,
         chat_template: str | None = None,
     ):
         self.model, self.special, self.chat_template = model, special, chat_template
-        self.stops = tuple(dict.fromkeys([special.end, *stops]))
+        self.stop_token_ids = tuple(dict.fromkeys([special.end, *stop_token_ids]))
         self.names = dict(names or {})
         self._processor = _open_model(model)
         ids = range(self._processor.get_piece_size())
@@ -58,7 +58,7 @@ class PublishedSentencePiece(BytesTable):
 
     @classmethod
     def published(
-        cls, model: bytes, add_bos: bool | None, stops: Sequence[int], chat_template: str | None
+        cls, model: bytes, add_bos: bool | None, stop_token_ids: Sequence[int], chat_template: str | None
     ) -> PublishedSentencePiece:
         """Return the tokenizer with the model's special tokens. Prompts begin with bos unless `add_bos` is False."""
         opened = _open_model(model)
@@ -71,7 +71,7 @@ class PublishedSentencePiece(BytesTable):
             end_of_turn=-1, mask=-1, start=-1 if add_bos is False else bos,
         )  # fmt: skip
         spelled = {name: opened.id_to_piece(i) for name, i in names.items() if i >= 0}
-        return cls(model, special=special, stops=stops, names=spelled, chat_template=chat_template)
+        return cls(model, special=special, stop_token_ids=stop_token_ids, names=spelled, chat_template=chat_template)
 
     def _spelled(self, token: int, piece: str) -> bytes:
         if self._processor.is_control(token) or self._processor.is_unknown(token):
@@ -111,7 +111,7 @@ class PublishedSentencePiece(BytesTable):
             "published_sentencepiece",
             self,
             special=self.special._asdict(),
-            stops=self.stops,
+            stop_token_ids=self.stop_token_ids,
             names=self.names,
         )
 

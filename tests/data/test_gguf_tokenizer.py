@@ -190,7 +190,7 @@ def test_special_tokens_and_chat_template_are_read(tmp_path):
         tmp_path / "a.gguf", made, "smollm", chat_template="{{ messages }}", **{"ggml.eot_token_id": 1}
     )
     found = read_gguf_tokenizer(path)
-    assert (found.bos, found.eos, found.pad, found.add_bos, found.stops) == (1, 0, None, False, (0, 1))
+    assert (found.bos, found.eos, found.pad, found.add_bos, found.stop_token_ids) == (1, 0, None, False, (0, 1))
     assert found.chat_template == "{{ messages }}"
     read = tokenizers.Tokenizer.from_str(found.json)
     assert read.encode("a<|user|>").ids == made.encode("a<|user|>").ids and read.decode([1]) == ""
@@ -200,7 +200,7 @@ def test_special_tokens_and_chat_template_are_read(tmp_path):
         write_byte_level(tmp_path / "c.gguf", byte_level("llama-bpe"), "llama-bpe")
     ).add_bos  # the default of llama.cpp
     ours = read_tokenizer(path)
-    assert ours.special.end == 0 and ours.stops == (0, 1)
+    assert ours.special.end == 0 and ours.stop_token_ids == (0, 1)
     assert ours.encode(TEXT[0]).tolist() == made.encode(TEXT[0]).ids
 
 

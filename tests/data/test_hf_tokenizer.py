@@ -186,7 +186,7 @@ def test_the_folder_provides_special_tokens(read, name):
     assert ours.special.end == find("</s>") and ours.special.unk == find("<unk>") and ours.special.pad == -1
     assert ours.special.start == (-1 if name == "byte_level" else find("<s>"))
     assert ours.special.document_start == (find("</s>") if name == "byte_level" else find("<s>"))
-    assert ours.stops == (find("</s>"), find("<|im_end|>"))
+    assert ours.stop_token_ids == (find("</s>"), find("<|im_end|>"))
     assert (
         ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         and ours.chat_template == "{{ bos_token }}\r\nx"
@@ -207,7 +207,7 @@ def test_files_and_flags_override(folders, tmp_path):
     assert (
         found.special.end == 2
         and found.special.start == 1
-        and found.stops == (2,)
+        and found.stop_token_ids == (2,)
         and found.names["bos_token"] == "<s>"
     )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "add_bos_token": False}))
@@ -224,7 +224,11 @@ def test_a_saved_tokenizer_loads_unchanged(read, name, tmp_path):
     ours = read[name]
     ours.save(tmp_path)
     for loaded in (load_tokenizer(tmp_path), read_tokenizer(tmp_path)):
-        assert loaded.identity == ours.identity and loaded.special == ours.special and loaded.stops == ours.stops
+        assert (
+            loaded.identity == ours.identity
+            and loaded.special == ours.special
+            and loaded.stop_token_ids == ours.stop_token_ids
+        )
         assert loaded.chat_template == ours.chat_template and loaded.names == ours.names
         np.testing.assert_array_equal(loaded.encode(TEXTS[0]), ours.encode(TEXTS[0]))
     damaged = tmp_path / "huggingface.json"
@@ -238,10 +242,10 @@ def test_publishing_again_gives_the_same_tokenizer(read, name, tmp_path):
     write_published(read[name], tmp_path)
     again = read_tokenizer(tmp_path)
     assert (again.identity, again.special, again.names) == (read[name].identity, read[name].special, read[name].names)
-    assert again.stops == read[name].stops and len(again.stops) == 2
+    assert again.stop_token_ids == read[name].stop_token_ids and len(again.stop_token_ids) == 2
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation == special_ids(read[name])
-    assert generation == {"eos_token_id": list(again.stops), "bos_token_id": PACKAGE[name].token_to_id("<s>")}
+    assert generation == {"eos_token_id": list(again.stop_token_ids), "bos_token_id": PACKAGE[name].token_to_id("<s>")}
 
 
 OURS = {"byte": ByteTokenizer(), "sentencepiece": train_tokenizer(TokenizerConfig(vocab_size=400), TEXTS)}
@@ -270,7 +274,7 @@ def test_published_trained_tokenizers_match_the_originals(published, name, text)
     marked = ours.encode_marked(text).tolist()
     assert package.encode(text, add_special_tokens=False).ids == again.encode_marked(text).tolist() == marked
     assert package.encode(text).ids == [ours.special.start, *marked]
-    assert package.decode(ids) == text and again.special == ours.special and again.stops == ours.stops
+    assert package.decode(ids) == text and again.special == ours.special and again.stop_token_ids == ours.stop_token_ids
 
 
 def test_the_leftmost_of_equal_merges_comes_first():
@@ -378,7 +382,7 @@ def test_a_pad_token_id_of_minus_one_means_no_padding(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"eos_token_id": None, "pad_token_id": -1, "text_config": {"eos_token_id": 2}})
     )
-    assert read_tokenizer(tmp_path).special.pad == -1 and read_tokenizer(tmp_path).stops == (2,)
+    assert read_tokenizer(tmp_path).special.pad == -1 and read_tokenizer(tmp_path).stop_token_ids == (2,)
 
 
 @pytest.mark.parametrize("inside", [False, True])  # whether the model's vocabulary also has the token
@@ -396,7 +400,7 @@ def test_special_tokens_without_an_embedding_row_are_dropped(read, name, tmp_pat
         description["model"]["vocab"]["<image>"] = rows
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "mask_token": "<image>"}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ours.stops)}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ours.stop_token_ids)}))
     wide = read_tokenizer(tmp_path)
     assert wide.vocab_size == rows + 1 and wide.special.mask == rows
     if inside and name == "byte_level":  # its special tokens are numbered after the model's pieces and would move
@@ -405,7 +409,7 @@ def test_special_tokens_without_an_embedding_row_are_dropped(read, name, tmp_pat
         return
     fitted, unused = fit_vocabulary(wide, rows)
     assert (fitted.vocab_size, unused) == (rows, 0)
-    assert (fitted.special, fitted.stops, fitted.names) == (ours.special, ours.stops, ours.names)
+    assert (fitted.special, fitted.stop_token_ids, fitted.names) == (ours.special, ours.stop_token_ids, ours.names)
     assert fitted.identity != wide.identity and "<image>" not in fitted.special_names
     text = "the <image> 🦜</s>"
     assert rows not in fitted.encode(text) and fitted.encode_marked(text).tolist() == ours.encode_marked(text).tolist()
@@ -417,7 +421,7 @@ def test_special_tokens_without_an_embedding_row_are_dropped(read, name, tmp_pat
         with pytest.raises(DataError, match="ids, but the model's embedding has only"):
             fit_vocabulary(wide, left)
     with pytest.raises(DataError, match="ids, but the model's embedding has only"):
-        fit_vocabulary(read_tokenizer(tmp_path).with_stops([rows]), rows)
+        fit_vocabulary(read_tokenizer(tmp_path).with_stop_tokens([rows]), rows)
 
 
 def test_a_vocabulary_must_fit_the_embedding_rows():

@@ -99,15 +99,19 @@ def test_a_cut_run_of_bytes_keeps_its_whole_characters(name):
 def test_special_tokens_match_the_model(name, tmp_path):
     ours = OURS[name]
     assert (ours.special.start, ours.special.end, ours.special.unk, ours.special.pad) == (1, 2, 0, -1)
-    assert ours.stops == (2, 9) and ours.names == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert ours.stop_token_ids == (2, 9) and ours.names == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     marked = ours.encode_marked("<s><start_of_turn>the</s>").tolist()
     assert marked == [1, 3, *ours.encode("the").tolist(), 2]
     ours.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert (loaded.identity, loaded.special, loaded.stops, loaded.names) == (
+    assert (loaded.identity, loaded.special, loaded.stop_token_ids, loaded.names) == (
         ours.identity,
         ours.special,
-        ours.stops,
+        ours.stop_token_ids,
         ours.names,
     )
     assert loaded.chat_template == "x"
@@ -118,7 +122,7 @@ def test_a_published_folder_is_read(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert read_tokenizer(tmp_path).special.start == -1
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 349]}')
-    assert read_tokenizer(tmp_path).stops == (2, 349)
+    assert read_tokenizer(tmp_path).stop_token_ids == (2, 349)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 350]}')
     with pytest.raises(DataError, match=r"generation_config.json: eos_token_id = 350: expected .* from 0 to 349"):
         read_tokenizer(tmp_path)

@@ -110,13 +110,13 @@ def test_the_number_of_ranks_gives_the_kind(tmp_path, monkeypatch):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [301, 308]}))
     found = read_tokenizer(tmp_path)
     assert found.kind == "llama3" and found.special.start == 300 and found.special.end == 301
-    assert found.stops == (301, 308, 309) and found.vocab_size == 556
+    assert found.stop_token_ids == (301, 308, 309) and found.vocab_size == 556
     found.save(tmp_path / "saved")
     loaded = load_tokenizer(tmp_path / "saved")
-    assert (loaded.identity, loaded.special, loaded.stops, loaded.kind) == (
+    assert (loaded.identity, loaded.special, loaded.stop_token_ids, loaded.kind) == (
         found.identity,
         found.special,
-        found.stops,
+        found.stop_token_ids,
         "llama3",
     )
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 556}))

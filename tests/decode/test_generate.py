@@ -106,7 +106,8 @@ def test_stop_ids_end_only_their_row(batch):
     stop = text[6]
     first = text.index(stop)
     params = [
-        dataclasses.replace(p, stop_ids=stops) for p, stops in zip(PARAMS, ((), (60, stop), (), (), ()), strict=True)
+        dataclasses.replace(p, stop_token_ids=stops)
+        for p, stops in zip(PARAMS, ((), (60, stop), (), (), ()), strict=True)
     ]
     stopped = generate(MODEL, PROMPTS, params)
     assert stopped[1].tokens == text[: first + 1] and stopped[1].finished == "stop"
@@ -132,7 +133,7 @@ def test_nothing_recompiles_within_a_bucket(batch):
                 repetition_penalty=float(rng.choice([1.0, 1.4])),
                 presence_penalty=float(rng.choice([0.0, 0.5])),
                 max_new_tokens=20 - seed,
-                stop_ids=(3,) * seed,
+                stop_token_ids=(3,) * seed,
                 seed=seed,
             )
             for _ in range(6)
@@ -196,7 +197,7 @@ def test_buckets_hold_the_size_and_waste_little():
             "prompts[0] has token 64, outside the model's vocabulary, 0",
         ),
         ([[-1]], SamplingParams(max_new_tokens=2), "prompts[0] has token -1"),
-        ([[1]], SamplingParams(max_new_tokens=2, stop_ids=(99,)), "sampling.stop_ids has token 99"),
+        ([[1]], SamplingParams(max_new_tokens=2, stop_token_ids=(99,)), "sampling.stop_token_ids has token 99"),
         ([[1] * 60], SamplingParams(max_new_tokens=5), "60 tokens, and with sampling.max_new_tokens = 5 that makes 65"),
         ([[1] * 64], SamplingParams(max_new_tokens=1), "Shorten the prompt to 63 tokens or fewer"),
         ([[1]], [SamplingParams()] * 2, "2 given for 1 prompts"),

@@ -95,7 +95,7 @@ def test_figures_are_printed_and_saved(tmp_path):
     save(compiled, experiment, ["a=1"], tmp_path / "deep" / "figures.json")
     saved = json.loads((tmp_path / "deep" / "figures.json").read_text())
     assert saved["experiment"] == "smoke" and saved["memory"]["total"] == 20_000_000_000
-    assert saved["collectives"]["all-gather"] == {"count": 32, "bytes_put_out": 320_000_000, "bytes_sent": 280_000_000}
+    assert saved["collectives"]["all-gather"] == {"count": 32, "output_bytes": 320_000_000, "bytes_sent": 280_000_000}
 
 
 def test_misuse_is_refused_before_anything_is_compiled(capsys):

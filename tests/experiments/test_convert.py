@@ -111,7 +111,9 @@ def test_an_exported_import_equals_the_published_folder(place, capsys):
     values = json.loads((place / "again" / "config.json").read_text())
     assert {key: values.get(key) for key in VALUES} == VALUES
     one, other = (read_tokenizer(place / folder) for folder in ("published", "again"))
-    assert (one.special, one.stops) == (other.special, other.stops) and values["eos_token_id"] == one.special.end
+    assert (one.special, one.stop_token_ids) == (other.special, other.stop_token_ids) and values[
+        "eos_token_id"
+    ] == one.special.end
 
 
 def test_an_export_to_another_dtype_rounds_the_weights(place, capsys):

@@ -38,12 +38,12 @@ def tiny(place, *settings: str):
 def test_a_run_stopped_in_its_last_evaluation_can_be_finished(place):
     experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         lines.append(text)
         if "evaluating on all held-out files" in text and not any("stopped" in line for line in lines):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    start = lambda: run_experiment(experiment, place / "run", overrides=[], override=False, say=say)
+    start = lambda: run_experiment(experiment, place / "run", overrides=[], override=False, log=log)
     assert start() is False and StopSignal.last_number == signal.SIGTERM
     rows = read_metrics(place / "run" / "metrics.jsonl")
     assert [row["event"] for row in rows if row["kind"] == "event"][-1] == "stopped"
@@ -56,7 +56,7 @@ def test_a_run_with_experts_finishes_without_held_out_text(place):
     lines: list[str] = []
     experiment = tiny(place, "data.holdout_fraction=0")
     assert experiment.model.moe is not None
-    assert run_experiment(experiment, place / "run", overrides=[], override=False, say=lines.append)
+    assert run_experiment(experiment, place / "run", overrides=[], override=False, log=lines.append)
     assert final_row(place / "run")["sets"] == {} and any("no text is held out" in line for line in lines)
 
 
@@ -83,12 +83,12 @@ def test_an_unwritable_file_of_the_run_ends_it_with_a_sentence(place):
     experiment, lines = tiny(place, "model.moe=none", "model.mlp.hidden_dim=32"), []
     folder = place / "run"
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         lines.append(text)
         if "evaluating on all held-out files" in text and len(lines) < 20:
             (folder / "samples.jsonl").mkdir()
 
-    start = lambda: run_experiment(experiment, folder, overrides=[], override=False, say=say)
+    start = lambda: run_experiment(experiment, folder, overrides=[], override=False, log=log)
     (folder / "environment.json").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"run folder .* cannot be written .*start the same command again"):

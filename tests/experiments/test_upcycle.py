@@ -93,7 +93,7 @@ def test_differing_logits_leave_no_run(place, monkeypatch):
     run, dense = find_run("dense"), load_experiment(find_run("dense"))
     experiment = with_experts(dense, FINE[1::2])
     with pytest.raises(CheckpointError, match="upcycled logits differ from those of runs/dense"):
-        upcycle_run(run, dense, experiment, place / "runs" / "wrong", overrides=FINE[1::2], say=lambda text: None)
+        upcycle_run(run, dense, experiment, place / "runs" / "wrong", overrides=FINE[1::2], log=lambda text: None)
     assert not (place / "runs" / "wrong").exists()
 
 

@@ -67,7 +67,7 @@ def main(folder: str, dtype: str, devices: int) -> None:
     start = time.perf_counter()
     with Watch() as watch:
         model = jax.block_until_ready(
-            load(published.source, published.pieces, published.config, rules, mesh, dtype=dtype)
+            load(published.source, published.tensor_map, published.config, rules, mesh, dtype=dtype)
         )
     seconds = time.perf_counter() - start
     after = resident()

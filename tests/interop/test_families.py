@@ -55,7 +55,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Opene
     @cache
     def open_(family: Family) -> Opened:
         published = open_published(reference.write_folder(family, tmp_path_factory.mktemp(family.name)))
-        return Opened(published, load(published.source, published.pieces, published.config, RULES))
+        return Opened(published, load(published.source, published.tensor_map, published.config, RULES))
 
     return open_
 
@@ -111,7 +111,7 @@ def test_cached_and_packed_logits_match_transformers(family: Family, opened):
 
 @by_name
 def test_tensor_names_and_shapes_match_transformers(family: Family, opened):
-    assert {piece.name: piece.shape for piece in opened(family).published.pieces} == reference.shapes(family)
+    assert {entry.name: entry.shape for entry in opened(family).published.tensor_map} == reference.shapes(family)
 
 
 @jax.jit
@@ -136,12 +136,12 @@ def test_gradients_of_every_tensor_match_transformers(family: Family, opened):
     loss, gradients = jax.device_get(loss_and_gradients(model, reference.tokens(family)))
     assert_close(loss, want["loss"], LOGITS, what="loss")
     leaves, seen = named(gradients), set()
-    for piece in published.pieces:
-        if f"d_{piece.name}" in want:
-            part = piece.part(want[f"d_{piece.name}"])
-            seen.add(f"d_{piece.name}")
-            assert np.abs(part).max() > 1e-4, f"{piece.name}: the reference's gradient is too small to compare"
-            assert_close(leaves[piece.leaf][piece.at], part, GRADIENTS, what=piece.name)
+    for entry in published.tensor_map:
+        if f"d_{entry.name}" in want:
+            part = entry.part(want[f"d_{entry.name}"])
+            seen.add(f"d_{entry.name}")
+            assert np.abs(part).max() > 1e-4, f"{entry.name}: the reference's gradient is too small to compare"
+            assert_close(leaves[entry.leaf][entry.at], part, GRADIENTS, what=entry.name)
     assert seen == {name for name in want if name.startswith("d_")} and len(seen) > 20
 
 
@@ -160,9 +160,9 @@ def filled(family: Family, published: Published, config: ModelConfig) -> Transfo
     """Return a network of another config, with those published weights that it has."""
     model = abstract(config, RULES, None)
     weights = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named(model).items()}
-    for piece in READERS[published.family].pieces(config):
-        if piece.leaf in weights:
-            weights[piece.leaf][piece.at] = piece.part(reference.draw(family, piece.name, piece.shape))
+    for entry in READERS[published.family].tensor_map(config):
+        if entry.leaf in weights:
+            weights[entry.leaf][entry.at] = entry.part(reference.draw(family, entry.name, entry.shape))
     return jax.tree.unflatten(jax.tree.structure(model), weights.values())
 
 
@@ -196,7 +196,7 @@ def test_a_model_loaded_onto_eight_devices_matches_transformers(name: str, axes:
     family = BY_NAME[name]
     published = opened(family).published
     mesh = make_mesh(MeshConfig(**{"fsdp": 1, **axes}))
-    model = load(published.source, published.pieces, published.config, RULES, mesh)
+    model = load(published.source, published.tensor_map, published.config, RULES, mesh)
     assert any(leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(model))
     with use_mesh(mesh):
         spec = jax.NamedSharding(mesh, RULES.spec("activations", ("batch", "sequence")))

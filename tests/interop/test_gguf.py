@@ -124,7 +124,7 @@ def write(
 
 def loaded(path):
     found = open_published(path)
-    return load(found.source, found.pieces, found.config, ShardingRules())
+    return load(found.source, found.tensor_map, found.config, ShardingRules())
 
 
 @jax.jit

@@ -82,16 +82,16 @@ def test_a_config_written_and_read_again_is_the_same_network(name: str) -> None:
 @pytest.mark.parametrize("name", TABLES)
 def test_pieces_cover_each_tensor_and_weight_once(name: str) -> None:
     family, config, _ = family_of(TABLES[name])
-    pieces = FAMILIES[family].pieces(config)
+    tensor_map = FAMILIES[family].tensor_map(config)
     weights = {path: np.zeros(leaf.shape, int) for path, leaf in named(abstract(config, ShardingRules(), None)).items()}
     tensors: dict[str, np.ndarray] = {}
-    for piece in pieces:
-        tensor = tensors.setdefault(piece.name, np.zeros(piece.shape, int))
-        assert tensor.shape == piece.shape
-        part = piece.part(tensor)
-        assert part.shape == weights[piece.leaf][piece.at].shape
+    for entry in tensor_map:
+        tensor = tensors.setdefault(entry.name, np.zeros(entry.shape, int))
+        assert tensor.shape == entry.shape
+        part = entry.part(tensor)
+        assert part.shape == weights[entry.leaf][entry.at].shape
         part += 1  # a view of the tensor
-        weights[piece.leaf][piece.at] += 1
+        weights[entry.leaf][entry.at] += 1
     assert {path for path, count in weights.items() if not (count == 1).all()} == set()
     assert {tensor for tensor, count in tensors.items() if not (count == 1).all()} == set()
     assert config.tied_embeddings == ("lm_head.weight" not in tensors)
@@ -101,12 +101,12 @@ def test_pieces_cover_each_tensor_and_weight_once(name: str) -> None:
 def test_a_piece_written_is_read_back(name: str) -> None:
     family, config, _ = family_of(TABLES[name])
     rng = np.random.default_rng(0)
-    for piece in FAMILIES[family].pieces(config):
-        tensor = rng.random(piece.shape)
-        part = piece.part(tensor).copy()
-        written = np.zeros(piece.shape)
-        piece.part(written)[...] = part
-        np.testing.assert_array_equal(piece.part(written), part)
+    for entry in FAMILIES[family].tensor_map(config):
+        tensor = rng.random(entry.shape)
+        part = entry.part(tensor).copy()
+        written = np.zeros(entry.shape)
+        entry.part(written)[...] = part
+        np.testing.assert_array_equal(entry.part(written), part)
         assert (written == tensor).sum() >= part.size
 
 
@@ -343,7 +343,7 @@ def test_an_odd_value_is_read_or_refused_without_a_crash(data: st.DataObject) ->
     if where is values and key == "new_key" and where[key] is not None:
         assert left == ["new_key"]
     assert key not in IRRELEVANT or config == family_of(values | {key: old})[1]
-    FAMILIES[family].pieces(config)
+    FAMILIES[family].tensor_map(config)
 
 
 NETWORKS = st.builds(

@@ -104,7 +104,12 @@ def test_loaded_weights_match_the_files_for_any_slab_size(
     published, seen = open_published(tmp_path), []
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)) if on_mesh else None
     found = load(
-        published.source, published.pieces, published.config, RULES, mesh, progress=lambda _, size: seen.append(size)
+        published.source,
+        published.tensor_map,
+        published.config,
+        RULES,
+        mesh,
+        progress=lambda _, size: seen.append(size),
     )
     assert sum(seen) == sum(x.size for x in held.values())
     block = found.stacks[0][0]
@@ -314,7 +319,7 @@ def test_a_long_table_is_cut_and_a_common_prefix_is_reported(tmp_path):
 
 def test_old_buffers_are_ignored(tmp_path):
     write(tmp_path, tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
-    assert len(open_published(tmp_path).pieces) == 21
+    assert len(open_published(tmp_path).tensor_map) == 21
 
 
 def test_a_vocab_size_other_than_the_embedding_rows_is_refused(tmp_path):
@@ -364,7 +369,7 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path, monkeypatch, small_byt
         held[HEAD][50, 3] = bad
         published = open_published(write(tmp_path, held))
         with pytest.raises(ModelFilesError, match=f"{HEAD}: holds {bad}; 1 of the 3072 values checked are not finite"):
-            load(published.source, published.pieces, published.config, RULES)
+            load(published.source, published.tensor_map, published.config, RULES)
 
 
 def test_a_weight_beyond_the_range_of_the_dtype_is_refused(tmp_path):
@@ -374,7 +379,7 @@ def test_a_weight_beyond_the_range_of_the_dtype_is_refused(tmp_path):
     with pytest.raises(
         ModelFilesError, match=r"lm_head.weight: holds a value of magnitude 70000, above the float16 maximum of 65504"
     ):
-        load(published.source, published.pieces, published.config, RULES, dtype="float16")
+        load(published.source, published.tensor_map, published.config, RULES, dtype="float16")
 
 
 def test_unreadable_models_are_refused_by_name(tmp_path):

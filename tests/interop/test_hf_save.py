@@ -21,11 +21,11 @@ import interop.save as saving
 import interop.verify as verifying
 from interop import llama
 from interop.load import ModelFilesError, abstract, load, named
-from interop.pieces import Piece
 from interop.plan import plan
 from interop.published import open_published
 from interop.save import save_published, staged
 from interop.slabs import _part, check_cover, fetch, slabs
+from interop.tensor_map import TensorEntry
 from interop.translate import UnsupportedModelError
 from interop.verify import Verified, verify, verify_saved
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
@@ -44,7 +44,7 @@ def published(tmp_path):
 
 @pytest.fixture
 def model(published):
-    return load(published.source, published.pieces, published.config, RULES)
+    return load(published.source, published.tensor_map, published.config, RULES)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -72,7 +72,7 @@ def test_the_library_reads_a_saved_model(tmp_path, published, model, dtype):
 
 def test_a_mesh_writes_the_same_bytes_as_one_device(tmp_path, published, model):
     mesh, seen = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
-    spread = load(published.source, published.pieces, published.config, RULES, mesh)
+    spread = load(published.source, published.tensor_map, published.config, RULES, mesh)
     save_published(model, published.config, tmp_path / "one")
     save_published(spread, published.config, tmp_path / "eight", progress=lambda _, size: seen.append(size))
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
@@ -86,7 +86,7 @@ def test_saving_and_verifying_work_within_use_mesh(tmp_path, published, monkeypa
     monkeypatch.setattr(loading, "SMALL_BYTES", 20_000)  # one weight is loaded in slabs
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     with use_mesh(mesh):
-        spread = load(published.source, published.pieces, published.config, RULES, mesh)
+        spread = load(published.source, published.tensor_map, published.config, RULES, mesh)
         assert verify(spread, published, "float32").elements == ELEMENTS
         save_published(spread, published.config, tmp_path / "out")
         verify_saved(spread, tmp_path / "out", "float32")
@@ -133,7 +133,7 @@ def test_verify_compares_exactly_the_bits_of_the_dtype(published, model):
     with pytest.raises(ModelFilesError, match=r"model.norm.weight .*32 of 32"):
         verify(model, published, "float32")
     rounded = jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16), load(published.source, published.pieces, published.config, RULES)
+        lambda x: x.astype(jnp.bfloat16), load(published.source, published.tensor_map, published.config, RULES)
     )
     assert verify(rounded, published, "bfloat16").elements == ELEMENTS
 
@@ -150,8 +150,8 @@ def test_verify_detects_a_changed_file(tmp_path, published, model):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_export_leaves_nothing(tmp_path, published, model, error):
-    def stop(piece, size):
-        if piece.name == "model.norm.weight":
+    def stop(entry, size):
+        if entry.name == "model.norm.weight":
             assert list(tmp_path.glob(".out.*.writing")) and not (tmp_path / "out").exists()
             raise error
 
@@ -203,7 +203,7 @@ def test_saving_in_a_staging_folder_keeps_its_lock(tmp_path, published, model):
 
 
 def test_an_interrupted_export_empties_an_existing_folder(tmp_path, published, model):
-    def stop(piece, size):
+    def stop(entry, size):
         raise KeyboardInterrupt
 
     (tmp_path / "out").mkdir()
@@ -278,32 +278,33 @@ def test_unsupported_exports_are_refused(tmp_path, published, model):
 
 def test_slabs_follow_the_order_of_the_file(published):
     weights, held = named(abstract(published.config, RULES, None)), tensors()
-    for piece in published.pieces:
-        tensor = held[piece.name]
+    for entry in published.tensor_map:
+        tensor = held[entry.name]
         at = np.lib.array_utils.byte_bounds(tensor)[0]
-        for slab in slabs(piece, tensor, weights[piece.leaf].shape, 1000):
+        for slab in slabs(entry, tensor, weights[entry.leaf].shape, 1000):
             start, stop = np.lib.array_utils.byte_bounds(slab.values)
-            assert start == at and stop - start == slab.values.nbytes, piece.name
+            assert start == at and stop - start == slab.values.nbytes, entry.name
             at = stop
         assert at == np.lib.array_utils.byte_bounds(tensor)[1]
 
 
 def test_pieces_must_cover_each_weight_and_tensor_once(published):
     weights = named(abstract(published.config, RULES, None))
-    check_cover(published.pieces, weights)
+    check_cover(published.tensor_map, weights)
     wrong = {
-        "the pieces hold 0 of its 3072": [p for p in published.pieces if p.leaf != "head"],
-        "two pieces hold the same": [
-            p if p.at != (1, slice(None), 1) else p._replace(at=(1, slice(None), 0)) for p in published.pieces
+        "the entries hold 0 of its 3072": [p for p in published.tensor_map if p.leaf != "head"],
+        "two entries hold the same": [
+            p if p.at != (1, slice(None), 1) else p._replace(at=(1, slice(None), 0)) for p in published.tensor_map
         ],
-        "there is no weight": [*published.pieces, Piece("x", (1,), "x")],
-        "the pieces take 3072 of its 3104": [
-            p._replace(shape=(V + 1, D), take=(slice(0, V),)) if p.leaf == "embedding" else p for p in published.pieces
+        "there is no weight": [*published.tensor_map, TensorEntry("x", (1,), "x")],
+        "the entries take 3072 of its 3104": [
+            p._replace(shape=(V + 1, D), take=(slice(0, V),)) if p.leaf == "embedding" else p
+            for p in published.tensor_map
         ],
     }
-    for message, pieces in wrong.items():
+    for message, tensor_map in wrong.items():
         with pytest.raises(AssertionError, match=message):
-            check_cover(pieces, weights)
+            check_cover(tensor_map, weights)
 
 
 def test_the_plan_matches_the_loaded_model(tmp_path, published, model):
@@ -316,7 +317,7 @@ def test_the_plan_matches_the_loaded_model(tmp_path, published, model):
     assert found.weights == found.device == 4 * ELEMENTS and found.largest == 4 * V * D and len(found.files) == 2
     assert found.summary == "2 layers of width 32, 4 heads of 8 (2 of keys), vocabulary 96"
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    spread = load(source.source, source.pieces, source.config, RULES, mesh, dtype="bfloat16")
+    spread = load(source.source, source.tensor_map, source.config, RULES, mesh, dtype="bfloat16")
     largest = max(
         sum(s.data.nbytes for x in jax.tree.leaves(spread) for s in x.addressable_shards if s.device == d)
         for d in mesh.devices.flat
@@ -326,4 +327,4 @@ def test_the_plan_matches_the_loaded_model(tmp_path, published, model):
 
 
 def test_an_opened_llama_has_the_pieces_of_its_family(published):
-    assert llama.pieces(published.config) == published.pieces
+    assert llama.tensor_map(published.config) == published.tensor_map

@@ -39,7 +39,7 @@ def test_dynamic_scaling_past_the_published_length_matches_an_uncached_forward()
     }
     published = family_of(values)[1]
     config = replace(published, max_length=LONG, dtype="float32")
-    assert llama.pieces(config) == llama.pieces(published), "the weights are the same"
+    assert llama.tensor_map(config) == llama.tensor_map(published), "the weights are the same"
     prompt, new = list(range(1, 9)), LONG - 8
     params = SamplingParams(temperature=0.0, max_new_tokens=new)
     with pytest.raises(ValueError, match=r"more than model.max_length = 16"):

@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from interop.load import ModelFilesError, TensorInfo, load, named
 from interop.mxfp4 import dequantize
-from interop.pieces import layer_stacks
 from interop.published import open_published
+from interop.tensor_map import layer_stacks
 from interop.translate import UnsupportedModelError
 from sharding.rules import ShardingRules
 from tests import parity
@@ -139,7 +139,7 @@ def test_a_gpt_oss_folder_with_mxfp4_experts_is_read(tmp_path):
 
     published = open_published(folder)
     assert published.family == "gpt_oss" and published.unread == []
-    weights = named(load(published.source, published.pieces, published.config, ShardingRules()))
+    weights = named(load(published.source, published.tensor_map, published.config, ShardingRules()))
     prefix = "model.layers.1.mlp.experts."
     layer_1 = dequantize(
         Memory(**{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}), METHOD

@@ -30,7 +30,7 @@ pytestmark = [
 def model():
     found = open_published(PATH)
     assert not found.unread
-    return load(found.source, found.pieces, found.config, ShardingRules())
+    return load(found.source, found.tensor_map, found.config, ShardingRules())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_greedy_answers_match_transformers(model, tokenizer):
     )
     for name, ids in (("prompt", tokenizer.encode(PROMPT)), ("chat", asked)):
         assert ids.tolist() == WRITTEN[name]["ids"]
-        params = SamplingParams(temperature=0.0, max_new_tokens=NEW, stop_ids=tokenizer.stops)
+        params = SamplingParams(temperature=0.0, max_new_tokens=NEW, stop_token_ids=tokenizer.stop_token_ids)
         (made,) = generate(flat, [ids.tolist()], params)
         assert made.tokens == WRITTEN[name]["answer"]
         assert " Paris" in tokenizer.decode(made.tokens)

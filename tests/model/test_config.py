@@ -35,10 +35,10 @@ BAD = [
     (tiny_config(), "attention.query_scale", 0.0),
     (tiny_config(), "attention.head_dim", 7),
     (tiny_config(), "attention.implementation", "cuda"),
-    (tiny_config(), "attention.context", "rings"),
-    (tiny_config(attention=replace(TINY_ATTENTION, layers=("block_sparse",))), "attention.context", "ulysses"),
-    (tiny_config(attention=replace(TINY_ATTENTION, mask="prefix")), "attention.context", "ring"),
-    (tiny_config(position=PositionConfig("alibi")), "attention.context", "ring"),
+    (tiny_config(), "attention.context_parallel", "rings"),
+    (tiny_config(attention=replace(TINY_ATTENTION, layers=("block_sparse",))), "attention.context_parallel", "ulysses"),
+    (tiny_config(attention=replace(TINY_ATTENTION, mask="prefix")), "attention.context_parallel", "ring"),
+    (tiny_config(position=PositionConfig("alibi")), "attention.context_parallel", "ring"),
     (tiny_config(), "vocab_size", -5),
     (tiny_config(), "final_softcap", -1.0),
     (tiny_config(), "dropout", 1.0),
@@ -77,7 +77,7 @@ BAD = [
     (MOE, "moe.shared_experts", -1),
     *(
         (MOE, f"moe.{f}", value)
-        for f in ("scale", "capacity_factor", "exchange")
+        for f in ("scale", "capacity_factor", "all_to_all_buffer_factor")
         for value in (0.0, -1.0, float("inf"))
     ),
     *((MOE, f"moe.{f}", value) for f in ("jitter", "router_dropout") for value in (1.0, -0.1)),

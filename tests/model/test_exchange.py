@@ -77,7 +77,9 @@ def shard_over(mesh, arrays, rules=RULES):
 
 
 def config_of(k: int, factor: float | None, **changes) -> ModelConfig:
-    return ModelConfig(mlp=MLPConfig("swiglu"), moe=MoEConfig(E, k, F, exchange=factor, **changes), dtype="float32")
+    return ModelConfig(
+        mlp=MLPConfig("swiglu"), moe=MoEConfig(E, k, F, all_to_all_buffer_factor=factor, **changes), dtype="float32"
+    )
 
 
 @functools.cache
@@ -207,7 +209,7 @@ def test_tokens_return_bit_for_bit_to_their_rows(ragged, monkeypatch):
 @settings(max_examples=60, deadline=None)
 def test_buffers_take_a_share_and_rounds_cover_the_rest(tokens, k, experts, peers, factor, seed):
     k = min(k, experts * peers)
-    rows = exchange.room(tokens * k, tokens, k, experts, peers, factor)
+    rows = exchange.buffer_rows(tokens * k, tokens, k, experts, peers, factor)
     bound, most = rows // peers, tokens * min(k, experts)
     assert rows % peers == 0 and 1 <= bound <= most
     assert bound >= min(most, factor * tokens * k / peers)
@@ -215,11 +217,11 @@ def test_buffers_take_a_share_and_rounds_cover_the_rest(tokens, k, experts, peer
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(tokens * k, rng.dirichlet(np.full(peers * experts, 0.3)), peers).reshape(peers, peers, -1)
     for ragged in (False, True):
-        n = int(exchange.rounds(jnp.asarray(counts), rows, ragged))
+        n = int(exchange.overflow_rounds(jnp.asarray(counts), rows, ragged))
         fullest = counts.sum(-1).sum(0).max() / rows if ragged else counts.sum(-1).max() / bound
         assert n - 1 < fullest <= n
     even = np.full((peers, peers, experts), 16)
-    assert exchange.rounds(jnp.asarray(even), peers * experts * 16, True) == 1
+    assert exchange.overflow_rounds(jnp.asarray(even), peers * experts * 16, True) == 1
 
 
 def test_the_exchange_sends_only_pairs():
@@ -252,7 +254,7 @@ def test_the_ragged_transport_is_the_default_on_tpus_only(platform, monkeypatch)
 def test_rematerialization_can_keep_expert_inputs_and_outputs(compiled):
     """If it keeps them, the backward pass repeats no exchange. Each of two layers sends and returns tokens once forward
     and once backward."""
-    moe = MoEConfig(4, 2, 8, exchange=8.0, dispatch="dense")  # compiles faster
+    moe = MoEConfig(4, 2, 8, all_to_all_buffer_factor=8.0, dispatch="dense")  # compiles faster
     found = {}
     for changes in ({"remat": "full"}, {"remat": "names", "remat_names": ("expert_in", "expert_out")}):
         config = tiny_config(moe=moe, **changes)

@@ -123,13 +123,13 @@ def test_every_dispatch_matches_the_oracle_on_one_device(kind, how):
 @pytest.mark.parametrize(
     "axes, changes",
     [
-        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"exchange": 0.5}),
-        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"exchange": None}),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"all_to_all_buffer_factor": 0.5}),
+        ({"fsdp": 2, "expert": 2, "tensor": 2}, {"all_to_all_buffer_factor": None}),
         ({"fsdp": 2, "expert": 2, "tensor": 2}, {"dispatch": "gather", "capacity_factor": CAPACITY}),
         pytest.param({"fsdp": 4, "tensor": 2}, {}, marks=pytest.mark.slow),
-        pytest.param({"expert": 8}, {"exchange": 1.0}, marks=pytest.mark.slow),
+        pytest.param({"expert": 8}, {"all_to_all_buffer_factor": 1.0}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "expert": 4}, {"dispatch": "dense"}, marks=pytest.mark.slow),
-        pytest.param({"sequence": 2, "expert": 4}, {"exchange": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"sequence": 2, "expert": 4}, {"all_to_all_buffer_factor": 2.0}, marks=pytest.mark.slow),
         pytest.param(
             {"sequence": 2, "expert": 2, "tensor": 2},
             {"dispatch": "einsum", "capacity_factor": CAPACITY},

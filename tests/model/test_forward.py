@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
-from model.config import MLPConfig, MoEConfig, NormConfig, PositionConfig, layer_specs, segments
+from model.config import MLPConfig, MoEConfig, NormConfig, PositionConfig, layer_specs, scan_groups
 from model.transformer import compute_dtype, dropout, forward, logits, unstack
 from tests.closeness import assert_close
 from tests.model.reference import sees
@@ -186,7 +186,7 @@ def test_segments_give_the_layers_with_the_fewest_loop_bodies(pattern, layers, e
     specs = layer_specs(config)
     assert [s.attention for s in specs] == [pattern[i % len(pattern)] for i in range(layers)]
     assert [s.moe for s in specs] == [experts is not None and experts[i % len(experts)] == "moe" for i in range(layers)]
-    plan = segments(config)
+    plan = scan_groups(config)
     assert [spec for s in plan for _ in range(s.repeats) for spec in s.unit] == specs
     fewest = min(
         layers - period * (repeats - 1)

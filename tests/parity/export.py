@@ -27,7 +27,7 @@ def differences(names: Sequence[str] = ()) -> Iterator[tuple[Family, float]]:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             published = open_published(write_folder(family, Path(temporary, "theirs")))
-            model = load(published.source, published.pieces, published.config, ShardingRules())
+            model = load(published.source, published.tensor_map, published.config, ShardingRules())
             save_published(model, published.config, Path(temporary, "ours"), family=published.family)
             found = transformers_families.logits_of(Path(temporary, "ours"), family)
         wanted = load_reference(family)["logits"]

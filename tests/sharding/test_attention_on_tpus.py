@@ -50,7 +50,7 @@ def compiled(config: ModelConfig) -> str:
 @pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache:UserWarning")
 @pytest.mark.parametrize("context", ["gather", "ring", "ulysses"])
 def test_the_network_runs_the_tpu_kernels_on_a_mesh(context):
-    program = compiled(replace(CONFIG, attention=replace(CONFIG.attention, context=context)))
+    program = compiled(replace(CONFIG, attention=replace(CONFIG.attention, context_parallel=context)))
     kernels, exchanges, hops = (
         program.count(x) for x in ("tpu_custom_call", "all-to-all(", "collective-permute-start")
     )

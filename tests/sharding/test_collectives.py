@@ -87,7 +87,7 @@ def test_every_notation_of_hlo_is_read():
         ("collective-permute", 24, 2, 1),
     }
     assert next(c for c in traffic.collectives if c.count == 5).source == "the gather"
-    assert traffic.most == traffic.put_out + 32
+    assert traffic.most == traffic.output_bytes + 32
     assert (traffic.open_loops, traffic.a_round) == (1, 40)
     assert traffic.by_kind()["reduce-scatter"] == (16, 15 * 32 + 8, 15 * 32 * 1 + 8 * 3)
     assert traffic.by_kind()["all-gather"][2] == pytest.approx(5 * 64 * 3 / 4 + 96 * 7 / 8)
@@ -132,4 +132,4 @@ def test_a_loop_of_unknown_length_is_reported_separately():
     step = jax.shard_map(local, mesh=mesh, in_specs=(P("a"), P()), out_specs=P(), check_vma=False)
     shapes = jax.ShapeDtypeStruct((64,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     traffic = read_collectives(jax.jit(step).lower(*shapes).compile().as_text())
-    assert (traffic.put_out, traffic.open_loops, traffic.a_round) == (0, 1, 32)
+    assert (traffic.output_bytes, traffic.open_loops, traffic.a_round) == (0, 1, 32)

@@ -21,7 +21,7 @@ RULES = ShardingRules()
 
 def around(config: ModelConfig, context: str) -> ModelConfig:
     """Return `config` with another method for attention over sharded rows."""
-    return replace(config, attention=replace(config.attention, context=context))
+    return replace(config, attention=replace(config.attention, context_parallel=context))
 
 
 # Together, these two have every kind of weight.
@@ -37,8 +37,8 @@ SPARSE = tiny_config(
     tied_embeddings=True,
 )
 # Buffers so small that pairs need several rounds, and rematerialization.
-ROUNDS = replace(SPARSE, remat="full", moe=replace(SPARSE.moe, exchange=0.5))
-GATHERED = replace(SPARSE, moe=replace(SPARSE.moe, exchange=None))
+ROUNDS = replace(SPARSE, remat="full", moe=replace(SPARSE.moe, all_to_all_buffer_factor=0.5))
+GATHERED = replace(SPARSE, moe=replace(SPARSE.moe, all_to_all_buffer_factor=None))
 
 
 def packed_batch() -> dict[str, np.ndarray]:
@@ -71,7 +71,11 @@ def alone(config: ModelConfig):
 
 def without_a_mesh(config: ModelConfig) -> ModelConfig:
     """Return `config` with defaults for the fields that only affect a mesh or the memory of the backward pass."""
-    moe = config.moe if config.moe is None else replace(config.moe, exchange=MoEConfig().exchange)
+    moe = (
+        config.moe
+        if config.moe is None
+        else replace(config.moe, all_to_all_buffer_factor=MoEConfig().all_to_all_buffer_factor)
+    )
     return replace(around(config, "gather"), remat="none", moe=moe)
 
 
@@ -113,7 +117,7 @@ WAYS = [
 @pytest.mark.parametrize(
     "config, axes",
     WAYS,
-    ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x.attention.context,
+    ids=lambda x: "".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else x.attention.context_parallel,
 )
 def test_a_mesh_gives_the_loss_and_gradients_of_one_device(config, axes):
     batch = packed_batch()

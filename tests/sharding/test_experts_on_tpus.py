@@ -29,7 +29,7 @@ def lowered(target: str, sizes: dict[str, int], factor: float | None, biased: bo
     )  # fmt: skip
     config = ModelConfig(
         mlp=MLPConfig("swiglu_clamped" if biased else "swiglu", bias=biased),
-        moe=MoEConfig(E, K, F, exchange=factor),
+        moe=MoEConfig(E, K, F, all_to_all_buffer_factor=factor),
         dtype="bfloat16",
     )
 

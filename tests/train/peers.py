@@ -51,7 +51,7 @@ def checkpoints(folder: Path) -> None:
     wide = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=axis_types)
     warnings: list[str] = []
     free = [1e12, 1e12, 10.0]
-    with Checkpointer(folder, warn=warnings.append, free_bytes=lambda: free.pop(0), retry_waits=(0.1,)) as checkpointer:
+    with Checkpointer(folder, log=warnings.append, free_bytes=lambda: free.pop(0), retry_waits=(0.1,)) as checkpointer:
         for step in (1, 2):
             assert checkpointer.save(step, make_state(tall, step), metadata={"position": step})
         checkpointer.verify(2, make_state(tall, 0))

@@ -111,7 +111,7 @@ def restore_copy(good_folder: Path, tmp_path: Path, damage) -> tuple:
     shutil.copytree(good_folder, tmp_path / "copy")
     damage(tmp_path / "copy" / "2")
     warnings: list[str] = []
-    with Checkpointer(tmp_path / "copy", warn=warnings.append, retry_waits=()) as checkpointer:
+    with Checkpointer(tmp_path / "copy", log=warnings.append, retry_waits=()) as checkpointer:
         return checkpointer.restore(random_state(0)), warnings
 
 
@@ -275,7 +275,7 @@ def test_a_flipped_bit_in_the_arrays_names_the_leaf(tmp_path):
     content[at] ^= 1
     file.write_bytes(content)
     warnings: list[str] = []
-    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append) as checkpointer:
         assert checkpointer.restore(tree).step == 1
     assert warnings == ["step 2, params/w: checksum mismatch; falling back to step 1"]
 
@@ -337,7 +337,7 @@ def test_a_mismatched_state_is_refused_with_a_table(good_folder, change, row):
     change(template)
     warnings: list[str] = []
     with (
-        Checkpointer(good_folder, warn=warnings.append, read_only=True) as checkpointer,
+        Checkpointer(good_folder, log=warnings.append, read_only=True) as checkpointer,
         pytest.raises(CheckpointError, match=f"(?s)step 2 .*leaf.*in the checkpoint.*{row}"),
     ):
         checkpointer.restore(template)
@@ -358,7 +358,7 @@ def test_only_plain_numbers_are_steps(good_folder, tmp_path):
         shutil.copytree(good_folder / "2", tmp_path / name)
     (tmp_path / "9").write_text("a file")
     warnings: list[str] = []
-    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append) as checkpointer:
         assert checkpointer.steps() == [1, 2] and checkpointer.restore(random_state(0)).step == 2
         assert checkpointer.save(8, random_state(8), metadata={}, wait=True)
     assert warnings == [] and (tmp_path / "9").read_text() == "a file"
@@ -410,13 +410,13 @@ def test_an_unreadable_step_stops_the_run_and_is_not_damaged(good_folder, tmp_pa
     file = tmp_path / "2" / name if name != "the largest" else max(files, key=lambda file: file.stat().st_size)
     make_unreadable(file)
     warnings: list[str] = []
-    with Checkpointer(tmp_path, warn=warnings.append, retry_waits=(0, 0)) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append, retry_waits=(0, 0)) as checkpointer:
         with pytest.raises(CheckpointError, match=rf"(?s)step 2 .*not be read in 3 tries: .*{file.name}.*nothing was"):
             checkpointer.restore(random_state(0))
         with pytest.raises(CheckpointError, match="already holds step 2"):  # nor can a save get past it
             checkpointer.save(1, random_state(1), metadata={})
     make_readable(file)
-    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append) as checkpointer:
         assert same_bits(checkpointer.restore(random_state(0)).state, random_state(2))
     assert warnings == []
 
@@ -426,7 +426,7 @@ def test_a_transient_read_error_is_retried(good_folder, tmp_path):
     file = tmp_path / "2" / COMMIT_FILE
     make_unreadable(file)
     timer = threading.Timer(0.1, make_readable, [file])
-    with Checkpointer(tmp_path, warn=pytest.fail, retry_waits=(0.05, 0.2, 5)) as checkpointer:
+    with Checkpointer(tmp_path, log=pytest.fail, retry_waits=(0.05, 0.2, 5)) as checkpointer:
         timer.start()
         assert checkpointer.restore(random_state(0)).step == 2
     timer.join()
@@ -447,7 +447,7 @@ class FailingHandler:
 def read_with(handler, folder: Path) -> dict:
     leaves = {"w": np.ones(3, np.float32)}
     body = {"leaves": {"w": {"checksum": checksums(leaves)["w"]}}}
-    steps = CheckpointFolder(epath.Path(folder), local=True, keep_last=1, keep_best=0, best_mode="min", warn=print)
+    steps = CheckpointFolder(epath.Path(folder), local=True, keep_last=1, keep_best=0, best_mode="min", log=print)
     return CheckpointReader(steps, handler, (0, 0)).read_verified(2, leaves, body)
 
 
@@ -465,7 +465,7 @@ def test_arrays_are_damaged_only_when_their_files_can_be_read(good_folder, tmp_p
 
 
 def test_a_step_whose_metric_cannot_be_read_is_not_deleted(tmp_path):
-    with Checkpointer(tmp_path, keep_last=1, keep_best=1, warn=pytest.fail) as checkpointer:
+    with Checkpointer(tmp_path, keep_last=1, keep_best=1, log=pytest.fail) as checkpointer:
         assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, metric=1.0, wait=True)
         make_unreadable(tmp_path / "1" / COMMIT_FILE)
         for step in (2, 3, 4):
@@ -507,7 +507,7 @@ def test_verify_reads_back_what_was_saved(good_folder, tmp_path):
 def test_in_a_bucket_a_step_is_valid_once_its_commit_file_exists(good_folder, tmp_path):
     """`local=False` on a disk simulates a bucket, whose folders cannot be renamed."""
     warnings: list[str] = []
-    with Checkpointer(tmp_path, local=False, keep_last=2, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, local=False, keep_last=2, log=warnings.append) as checkpointer:
         for step in (1, 2):
             assert checkpointer.save(step, random_state(step), metadata={"position": step}, wait=True)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
@@ -516,7 +516,7 @@ def test_in_a_bucket_a_step_is_valid_once_its_commit_file_exists(good_folder, tm
     (tmp_path / "3" / COMMIT_FILE).unlink()
     with Checkpointer(tmp_path, local=False, read_only=True) as checkpointer:
         assert checkpointer.steps() == [1, 2] and (tmp_path / "3").exists()
-    with Checkpointer(tmp_path, local=False, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, local=False, log=warnings.append) as checkpointer:
         assert not (tmp_path / "3").exists()
         assert checkpointer.restore(random_state(0)).step == 2
         assert checkpointer.save(3, random_state(3), metadata={}, wait=True)
@@ -529,7 +529,7 @@ def test_in_a_bucket_a_failed_save_invalidates_its_step_first(tmp_path):
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpointer(tmp_path, local=False, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, local=False, log=warnings.append) as checkpointer:
         assert checkpointer.save(1, big, metadata={}, wait=True) and checkpointer.save(2, big, metadata={}, wait=True)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -551,7 +551,7 @@ def test_a_path_of_another_scheme_is_refused():
 def test_a_full_disk_is_reported_and_the_next_save_tries_again(tmp_path):
     warnings: list[str] = []
     free = [math.inf, 1000.0, math.inf]
-    with Checkpointer(tmp_path, warn=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append, free_bytes=lambda: free.pop(0)) as checkpointer:
         assert checkpointer.save(2, random_state(2), metadata={}, wait=True)
         assert not checkpointer.save(4, random_state(4), metadata={})
         assert checkpointer.steps() == [2]
@@ -566,7 +566,7 @@ def test_a_failed_write_is_reported_and_cleaned_up(tmp_path):
     warnings: list[str] = []
     big = {"w": jax.random.normal(jax.random.key(0), (1 << 20,))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Checkpointer(tmp_path, warn=warnings.append) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append) as checkpointer:
         assert checkpointer.save(2, big, metadata={}, wait=True)
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -636,12 +636,12 @@ def test_after_a_fallback_the_damaged_step_is_set_aside(good_folder, tmp_path, l
         folder = tmp_path / str(next_step)
         shutil.copytree(good_folder, folder)
         os.truncate(folder / "2" / "manifest.ocdbt", 10)
-        with Checkpointer(folder, warn=lambda message: None, local=local) as checkpointer:
+        with Checkpointer(folder, log=lambda message: None, local=local) as checkpointer:
             assert checkpointer.restore(random_state(0)).step == 1
             assert checkpointer.save(next_step, random_state(9), metadata={}, wait=True)
             assert checkpointer.steps() == left
             assert same_bits(checkpointer.restore(random_state(0)).state, random_state(9))
-        with Checkpointer(folder, warn=lambda message: pytest.fail(message), local=local) as checkpointer:
+        with Checkpointer(folder, log=lambda message: pytest.fail(message), local=local) as checkpointer:
             assert checkpointer.steps() == left
         aside = folder / ("2.damaged" if local else "2")
         assert (aside / "manifest.ocdbt").stat().st_size == 10 or (next_step == 2 and not local)
@@ -652,7 +652,7 @@ def test_rewinding_sets_later_steps_aside_once_the_new_one_is_saved(good_folder,
     shutil.copytree(good_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "2.abandoned").mkdir()  # from an earlier rewind
     warnings: list[str] = []
-    with Checkpointer(tmp_path, warn=warnings.append, keep_last=5, local=local) as checkpointer:
+    with Checkpointer(tmp_path, log=warnings.append, keep_last=5, local=local) as checkpointer:
         checkpointer.restore(random_state(0), step=1)
         assert checkpointer.save(1, random_state(8), metadata={}, wait=True) and checkpointer.steps() == [1]
         assert len(warnings) == 1 and "set aside steps 2" in warnings[0]
@@ -666,7 +666,7 @@ def test_rewinding_sets_later_steps_aside_once_the_new_one_is_saved(good_folder,
 
 def test_a_failed_clean_up_is_not_a_failed_save(tmp_path):
     warnings: list[str] = []
-    with Checkpointer(tmp_path / "run", warn=warnings.append, keep_last=1) as checkpointer:
+    with Checkpointer(tmp_path / "run", log=warnings.append, keep_last=1) as checkpointer:
         assert checkpointer.save(1, {"x": np.int32(1)}, metadata={}, wait=True)
         (tmp_path / "run" / "1").rename(tmp_path / "elsewhere")
         (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")  # a folder that rmtree cannot remove

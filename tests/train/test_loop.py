@@ -202,7 +202,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(programs, prepared, undisturbed,
 
 def checkpointer(folder: Path, warnings: list[str], free: list[float]) -> Checkpointer:
     """Return a Checkpointer that finds the given free space at each save."""
-    return Checkpointer(str(folder / "checkpoints"), keep_last=3, warn=warnings.append, free_bytes=lambda: free.pop(0))
+    return Checkpointer(str(folder / "checkpoints"), keep_last=3, log=warnings.append, free_bytes=lambda: free.pop(0))
 
 
 def test_a_full_disk_loses_checkpoints_but_does_not_stop_training(programs, prepared, undisturbed, tmp_path):

@@ -78,7 +78,7 @@ def test_a_live_job_keeps_its_folder_and_a_killed_one_loses_it(tmp_path):
         while Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
         notices = []
-        with open_run(folder, Config(), notice=notices.append):
+        with open_run(folder, Config(), log=notices.append):
             pass
         job.wait()
     assert len(notices) == 1 and f"process {job.pid} on " in notices[0] and "dead on this host" in notices[0]
@@ -107,9 +107,9 @@ def test_a_changed_config_is_refused_unless_overridden(tmp_path):
         open_run(tmp_path, Config(steps=11, rate=0.2), may_differ={"steps"}.__contains__).__enter__()
     assert load_json(Config, tmp_path / "config.json") == Config()
     notices = []
-    with open_run(tmp_path, Config(steps=11), may_differ={"steps"}.__contains__, notice=notices.append):
+    with open_run(tmp_path, Config(steps=11), may_differ={"steps"}.__contains__, log=notices.append):
         pass
-    with open_run(tmp_path, Config(steps=11, rate=0.2), override=True, notice=notices.append) as run:
+    with open_run(tmp_path, Config(steps=11, rate=0.2), override=True, log=notices.append) as run:
         pass
     assert notices == ["config changed: steps: 10 -> 11", "config changed: rate: 0.1 -> 0.2"]
     assert load_json(Config, run.config) == Config(11, 0.2)
@@ -349,11 +349,11 @@ def test_recorded_steps_without_a_checkpoint_give_a_warning(tmp_path):
         writer.write({"kind": "train", "step": 40})
     commit(run, 40)
     notices: list[str] = []
-    with open_run(tmp_path, Config(), notice=notices.append):
+    with open_run(tmp_path, Config(), log=notices.append):
         pass
     assert notices == []
     shutil.rmtree(run.checkpoints)
-    with open_run(tmp_path, Config(), notice=notices.append):
+    with open_run(tmp_path, Config(), log=notices.append):
         pass
     assert len(notices) == 1 and "records steps up to 40" in notices[0] and "starts at step 0" in notices[0]
 

@@ -69,7 +69,7 @@ def test_only_the_recorded_rows_leave_the_devices(prepared, tmp_path):
         sharding = NamedSharding(network.mesh, P(None, "fsdp"))
         choices = jax.ShapeDtypeStruct((2, 8, 32, 2), np.int32, sharding=sharding)
         text = jax.jit(lambda x: first_rows(x, 2)).lower(choices).compile().as_text()
-    assert 0 < read_collectives(text).put_out <= 4 * one.size < 4 * choices.size
+    assert 0 < read_collectives(text).output_bytes <= 4 * one.size < 4 * choices.size
 
 
 def test_a_full_disk_loses_choices_but_does_not_stop_the_run(prepared, tmp_path):

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.config import ModelConfig, segments
+from model.config import ModelConfig, scan_groups
 
 Index = tuple[int | slice, ...]
 ALL = slice(None)
 
 
-class Piece(NamedTuple):
+class TensorEntry(NamedTuple):
     """One entry of the map: tensor.reshape(split)[take].transpose(order) == weight[at]."""
 
     name: str  # name of the tensor on disk
@@ -35,32 +35,34 @@ class Piece(NamedTuple):
 def layer_stacks(config: ModelConfig) -> list[tuple[str, int]]:
     """Return, for each layer in order, the path of the Block that holds it and its index in that stack."""
     found = []
-    for s, segment in enumerate(segments(config)):
-        for r in range(segment.repeats):
-            found += [(f"stacks/{s}/{u}", r) for u in range(len(segment.unit))]
+    for s, group in enumerate(scan_groups(config)):
+        for r in range(group.repeats):
+            found += [(f"stacks/{s}/{u}", r) for u in range(len(group.pattern))]
     return found
 
 
 class Layer(NamedTuple):
-    """A factory for the pieces of one layer."""
+    """A factory for the entries of one layer."""
 
     theirs: str  # prefix of tensor names on disk: 'model.layers.3.'
     ours: str  # prefix of weight paths: 'stacks/0/0/'
     repeat: int  # index in its stack
 
-    def vector(self, name: str, leaf: str, shape: tuple[int, ...], at: Index = ()) -> Piece:
-        """Return the piece of a vector on disk (a norm's scale, a bias); the weight has shape [*shape]."""
+    def vector(self, name: str, leaf: str, shape: tuple[int, ...], at: Index = ()) -> TensorEntry:
+        """Return the entry of a vector on disk (a norm's scale, a bias); the weight has shape [*shape]."""
         size = int(np.prod(shape))
-        return Piece(self.theirs + name, (size,), self.ours + leaf, (self.repeat, *at), split=shape)
+        return TensorEntry(self.theirs + name, (size,), self.ours + leaf, (self.repeat, *at), split=shape)
 
-    def linear(self, name: str, leaf: str, outputs: tuple[int, ...], inputs: tuple[int, ...], at: Index = ()) -> Piece:
-        """Return the piece of a PyTorch Linear [outputs, inputs]; the weight has shape [*inputs, *outputs].
+    def linear(
+        self, name: str, leaf: str, outputs: tuple[int, ...], inputs: tuple[int, ...], at: Index = ()
+    ) -> TensorEntry:
+        """Return the entry of a PyTorch Linear [outputs, inputs]; the weight has shape [*inputs, *outputs].
 
         `at`: index after that of the layer.
         """
         shape = int(np.prod(outputs)), int(np.prod(inputs))
         order = (*range(len(outputs), len(outputs) + len(inputs)), *range(len(outputs)))
-        return Piece(
+        return TensorEntry(
             self.theirs + name, shape, self.ours + leaf, (self.repeat, *at), split=(*outputs, *inputs), order=order
         )
 
