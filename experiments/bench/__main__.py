@@ -48,7 +48,8 @@ def _train_rows(kind: str, rivals: Mapping[str, tuple[str, ...]], rounds: int) -
     contestants = [Contestant("experiments.bench.train_step", kind), *(Contestant(*args) for args in rivals.values())]
     ours, facts = contestants[0], contestants[0].facts
     for name, result in zip(rivals, compete(*contestants, rounds=rounds), strict=True):
-        yield _contest_row(f"{kind} train step, {BATCH} x {LENGTH} tokens, compared with {name}", result, "s")
+        row = _contest_row(f"{kind} train step, {BATCH} x {LENGTH} tokens, compared with {name}", result, "s")
+        yield row._replace(note=f"{row.note}; {facts['devices']} simulated devices")
     for contestant in contestants:
         contestant.close()
     yield Row(f"{kind} train step: first compilation", facts["compile_seconds"], None, None, "s")

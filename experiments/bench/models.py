@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from data.batch import Batch
+from data.config import DataConfig
 from model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from sharding.config import MeshConfig
 from train.config import Experiment, OptimizerConfig, TrainConfig
 
 BATCH, LENGTH, VOCABULARY = 8, 256, 8192
@@ -41,7 +43,10 @@ def experiment(model: ModelConfig) -> Experiment:
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, weight_decay=WEIGHT_DECAY, clip_norm=CLIP
     )
-    return Experiment(name="bench", model=model, optimizer=optimizer, train=TrainConfig(steps=1000))
+    data, mesh = DataConfig(sequence_length=LENGTH, batch_size=BATCH), MeshConfig(data=-1, fsdp=1)
+    return Experiment(
+        name="bench", model=model, data=data, optimizer=optimizer, mesh=mesh, train=TrainConfig(steps=1000)
+    )
 
 
 def tokens() -> np.ndarray:
