@@ -307,5 +307,15 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
+def _exit(code: int) -> None:
+    """End the process; at once if a thread still compiles, since the interpreter would tear XLA down below it."""
+    ahead = sys.modules.get("train.ahead")
+    if ahead is not None and ahead.in_progress():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

@@ -27,6 +27,7 @@ from interop.translate import architecture, differences
 from model.cost import count_parameters
 from model.transformer import Transformer
 from sharding.mesh import use_mesh
+from train.ahead import StepCompilation
 from train.checkpoint import Checkpointer, CheckpointError
 from train.config import Experiment, SampleConfig
 from train.config_io import ConfigError, config_hash
@@ -65,13 +66,15 @@ def run_experiment(
         if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
             log(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
+        program = build(experiment)
+        if jax.process_count() == 1 and (run.finished_step or 0) < experiment.train.steps:
+            program.executables["step"] = StepCompilation(program)  # while data and weights are prepared
         with goodput.phase("data"):
             prepared = prepare_data(experiment, log)
         if jax.process_index() == 0:
             with _written(run):
                 write_environment(run, describe_environment())
                 _keep_tokenizer(run, prepared.tokenizer)
-        program = build(experiment)
         with StopSignal() as stop:
             trained = train(program, prepared, run, log=log, stop=stop, goodput=goodput)
             with goodput.phase("evaluation"):

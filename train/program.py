@@ -52,7 +52,8 @@ class Program(Network):
     step: Step  # not jitted
     hyper: Hyper  # of the config, as NumPy
     teacher: Network | None = None  # for distillation
-    executables: dict[str, Any] = field(default_factory=dict)  # compiled programs by name, shared by replaced copies
+    # Compiled programs by name, or a StepCompilation (train/ahead.py); shared by replaced copies.
+    executables: dict[str, Any] = field(default_factory=dict)
 
 
 class Weights(NamedTuple):
