@@ -78,7 +78,7 @@ def write_published(folder: Path) -> None:
     config, random = family_of(values)[1], np.random.default_rng(0)
     draw = lambda shape: np.ones(shape) if len(shape) == 1 else random.standard_normal(shape) * shape[-1] ** -0.5
     save_file(
-        {p.name: draw(p.shape).astype(np.float32) for p in llama.pieces(config)},
+        {p.name: draw(p.shape).astype(np.float32) for p in llama.tensor_map(config)},
         folder / "model.safetensors",
         {"format": "pt"},
     )

@@ -10,7 +10,7 @@ from experiments.memory import Memory, estimate, host_memory
 from experiments.named import EXPERIMENTS
 from experiments.pods import PODS
 from experiments.resolve import resolve, resolve_from
-from model.config import LayerSpec, ModelConfig, Segment, segments
+from model.config import LayerSpec, ModelConfig, ScanGroup, scan_groups
 from model.cost import count_parameters
 from model.memory import least_parameters
 from train.config_io import ConfigError
@@ -96,5 +96,5 @@ def test_host_memory_respects_the_limit_of_the_control_group(tmp_path):
 
 def test_thousands_of_layers_are_planned_quickly():
     began = time.process_time()
-    plan = segments(ModelConfig(num_layers=2000))
-    assert plan == (Segment((LayerSpec(),), 2000),) and time.process_time() - began < 2
+    plan = scan_groups(ModelConfig(num_layers=2000))
+    assert plan == (ScanGroup((LayerSpec(),), 2000),) and time.process_time() - began < 2

@@ -12,7 +12,7 @@ import pytest
 from model.config import MoEConfig
 from model.context import ForwardContext
 from model.cost import forward_flops_per_token
-from model.layers import run_unit
+from model.layers import run_pattern
 from model.transformer import Transformer, forward, init_cache, logits
 from model.weights import repeats
 from sharding.mesh import MeshConfig, make_mesh, use_mesh
@@ -100,7 +100,7 @@ def test_a_custom_run_layers_matches_the_scan():
                 here, cache = jax.tree.map(lambda w, r=r: w[r], (list(unit), None if caches is None else caches[s]))
                 own = None if keys is None else keys[layer : layer + len(unit)]
                 layer += len(unit)
-                x_BTD, cache, router = run_unit(here, x_BTD, ctx, cache, own)
+                x_BTD, cache, router = run_pattern(here, x_BTD, ctx, cache, own)
                 rows.append(cache)
                 stats += [] if router is None else [router]
             new_caches.append(jax.tree.map(lambda *parts: jnp.stack(parts), *rows))

@@ -187,7 +187,7 @@ def test_segments_give_the_layers_with_the_fewest_loop_bodies(pattern, layers, e
     assert [s.attention for s in specs] == [pattern[i % len(pattern)] for i in range(layers)]
     assert [s.moe for s in specs] == [experts is not None and experts[i % len(experts)] == "moe" for i in range(layers)]
     plan = scan_groups(config)
-    assert [spec for s in plan for _ in range(s.repeats) for spec in s.unit] == specs
+    assert [spec for s in plan for _ in range(s.repeats) for spec in s.pattern] == specs
     fewest = min(
         layers - period * (repeats - 1)
         for start in range(layers)
@@ -195,7 +195,7 @@ def test_segments_give_the_layers_with_the_fewest_loop_bodies(pattern, layers, e
         for repeats in range(1, (layers - start) // period + 1)
         if specs[start : start + period] * repeats == specs[start : start + period * repeats]
     )
-    assert sum(len(s.unit) for s in plan) == fewest
+    assert sum(len(s.pattern) for s in plan) == fewest
 
 
 # --- stacking and rematerialization

@@ -168,5 +168,5 @@ def test_rows_over_two_mesh_axes_are_refused_by_the_ring():
     rules = replace(RULES, activations=replace(RULES.activations, batch=("data",), sequence=("sequence", "expert")))
     with use_mesh(make_mesh(MeshConfig(data=2, fsdp=1, sequence=2, expert=2))):
         model = jax.eval_shape(lambda: Transformer(jax.random.key(0), config, rules))
-        with pytest.raises(ValueError, match=r"context = 'ring'.*Name one axis"):
+        with pytest.raises(ValueError, match=r"context_parallel = 'ring'.*Name one axis"):
             jax.eval_shape(lambda model: forward(model, jnp.zeros((8, 16), jnp.int32)), model)
