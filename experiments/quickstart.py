@@ -41,7 +41,7 @@ def quickstart() -> Experiment:
             name="muon", learning_rate=1.6e-2, schedule="linear", final_fraction=0.02, warmup_steps=30, weight_decay=0.1
         ),
         mesh=MeshConfig(data=-1, fsdp=1),  # so small that every device holds whole weights
-        train=TrainConfig(steps=420, eval_every=100, checkpoint_every=100, eval_windows=128, eval_stride=128),
+        train=TrainConfig(steps=340, eval_every=100, checkpoint_every=100, eval_windows=128, eval_stride=128),
         samples=SampleConfig(),
     )
 
