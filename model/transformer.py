@@ -18,13 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from model.balance import RouterStats
 from model.config import ModelConfig, scan_groups
 from model.context import ForwardContext
-from model.few_rows import few_rows, multiply_transposed
 from model.layers import Block, Caches, RunLayers, Stacks, dropout, scan_layers
 from model.norms import Norm
 from model.positions import sinusoids
 from model.routers import stochastic
 from model.weights import contract, normal, repeats, weight_std
-from sharding.rules import ShardingRules, activation_spec, no_mesh, reshard
+from sharding.rules import ShardingRules, activation_spec, reshard
 
 
 class Transformer(nnx.Module):
@@ -182,11 +181,7 @@ def logits(model: Transformer, hidden_BTD: Float[Array, "*B D"]) -> Float[Array,
     """Return float32 predictions [..., V] from the hidden states of `forward`."""
     config = model.config
     axes = (*("batch", "sequence")[: hidden_BTD.ndim - 1], "vocab")
-    w_DV, hidden_RD = head_weight(model), hidden_BTD.reshape(-1, config.embed_dim)
-    if model.head is None and no_mesh() and few_rows(len(hidden_RD), w_DV):
-        y = multiply_transposed(hidden_RD, w_DV.T).reshape(*hidden_BTD.shape[:-1], -1)
-    else:
-        y = contract(hidden_BTD, w_DV, 1, axes, model.rules).astype(jnp.float32)
+    y = contract(hidden_BTD, head_weight(model), 1, axes, model.rules).astype(jnp.float32)
     return config.final_softcap * jnp.tanh(y / config.final_softcap) if config.final_softcap is not None else y
 
 

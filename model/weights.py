@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from model.config import ModelConfig
-from model.few_rows import few_rows, multiply
 from sharding.manual import gather_weight
 from sharding.rules import ShardingRules, activation_spec, no_mesh, reshard, weight_spec
 
@@ -375,8 +374,6 @@ def contract(
     lead, kept = x.shape[: x.ndim - count], w.shape[count:]
     if no_mesh():
         inner = math.prod(w.shape[:count])
-        x_RK, w_KN = x.reshape(-1, inner), w.reshape(inner, -1)
-        y_RN = multiply(x_RK, w_KN) if few_rows(len(x_RK), w_KN) else jnp.matmul(x_RK, w_KN, precision=precision)
-        return y_RN.reshape(*lead, *kept)
+        return jnp.matmul(x.reshape(-1, inner), w.reshape(inner, -1), precision=precision).reshape(*lead, *kept)
     dims = ((tuple(range(x.ndim - count, x.ndim)), tuple(range(count))), ((), ()))
     return jax.lax.dot_general(x, w, dims, precision=precision, out_sharding=activation_spec(rules, *axes))
