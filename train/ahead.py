@@ -28,12 +28,9 @@ class StepCompilation:
         threading.Thread(target=self._run, args=(program,), name=THREAD, daemon=True).start()
 
     def result(self, *arguments: Any) -> jax.stages.Compiled | None:
-        """Wait for the compilation. Return the step, or None if it was compiled for other arguments than these (state,
-        batch, hyper), or if it failed, in which case compiling again raises the error where the user can see it."""
-        try:
-            compiled = self._compiled.result()
-        except Exception:
-            return None
+        """Wait for the compilation, and raise its error if it failed. Return the step, or None if it was compiled for
+        other arguments than these (state, batch, hyper)."""
+        compiled = self._compiled.result()
         return compiled if _types(arguments) == _types(self._arguments) else None
 
     def _run(self, program: Program) -> None:
