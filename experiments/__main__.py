@@ -37,7 +37,7 @@ Exit codes:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = make_parser(COMMANDS, DESCRIPTION, EPILOGUE).parse_args(arguments)
-    if args.command in ("train", "eval"):
+    if args.command in ("train", "eval", "study"):
         keep_freed_memory()
     from data.config import DataError
     from experiments import commands
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     failure: Exception | None = None
     try:
         commands.refuse_other_encodings(args)
-        return getattr(commands, f"{args.command}_command")(args)
+        return getattr(commands, f"{args.command.replace('-', '_')}_command")(args)
     except (ConfigError, DataError, RunFolderError, commands.UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         failure = error
@@ -256,6 +256,34 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", metavar="FILE", default="runs/comparison.html", help="page to write, or overwrite")
 
 
+def _study(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "subject", metavar="STUDY", nargs="?", help="name of a study, or a file.py with one [default: list them]"
+    )
+    command.add_argument("--scale", default="cpu", metavar="SCALE", help="size of the trials: ci, cpu, gpu or tpu")
+    command.add_argument(
+        "--workers", type=_integer(1, 4096), metavar="N",
+        help="processes on this machine [default: one for each core, or one with an accelerator]",
+    )  # fmt: skip
+    command.add_argument(
+        "--storage", default="sqlite:///runs/studies.db", metavar="URL",
+        help="database of the trials; machines that share it share the work",
+    )  # fmt: skip
+    command.add_argument("--max-minutes", type=_number, metavar="M", help="stop at a step after M minutes, and save")
+    command.add_argument("--to", default="docs/studies", metavar="FOLDER", help="folder of the report and its records")
+    command.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
+    command.add_argument("--smoke", action="store_true", help="run five steps of every arm, and record nothing")
+    command.add_argument("--report", action="store_true", help="write the report of what is recorded; run nothing")
+    command.add_argument("--retry-failed", action="store_true", help="run trials that failed once more")
+    command.add_argument("--distributed", action="store_true", help="be one process of a multi-host worker, as in train")
+    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the command itself
+
+
+def _new_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("subject", metavar="NAME", help="name of the study and of its file")
+    command.add_argument("--question", default="Does the change help?", metavar="TEXT", help="what the study asks")
+
+
 COMMANDS: dict[str, Command] = {
     "list": Command(
         "Look around", "", "List every experiment with its question, source and cost", ("list",), _list
@@ -295,6 +323,14 @@ COMMANDS: dict[str, Command] = {
         "Measure and use", "RUN RUN [RUN...]", "Write a page that overlays the curves of several runs",
         ("compare quickstart quickstart_dense",), _compare,
         "The page also has a table of the final figures, and one of the config fields in which the runs differ.",
+    ),
+    "study": Command(
+        "Compare", "[STUDY]", "Run a study: arms and seeds, statistics, and a verdict on each claim",
+        ("study", "study glu_variants --dry-run", "study glu_variants --workers 2"), _study,
+        "The same command again continues. Any number of machines can work on one --storage.",
+    ),
+    "new-study": Command(
+        "Compare", "NAME", "Write the skeleton of a study", ("new-study my_study",), _new_study,
     ),
     "import": Command(
         "Exchange models", "PATH --name NAME", "Make a run from a Hugging Face folder or a GGUF file",

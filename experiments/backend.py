@@ -52,6 +52,16 @@ def backend_lines() -> list[str]:
     )
 
 
+def device_name() -> str:
+    """Return the kind of the devices and the number of cores of a CPU, such as "AMD EPYC, 2 cores"."""
+    import jax
+
+    kind = jax.devices()[0].device_kind
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {kind}"
+    return f"{_processor() or 'CPU'}, {os.cpu_count()} cores"
+
+
 def _processor() -> str:
     """Return the name of the CPU; '' where the system does not say."""
     try:

@@ -333,6 +333,34 @@ def compare_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def study_command(args: argparse.Namespace) -> int:
+    """Run a study, or plan it, or write its report."""
+    return _study_module("study")(args)
+
+
+def new_study_command(args: argparse.Namespace) -> int:
+    """Write the skeleton of a study."""
+    return _study_module("new_study")(args)
+
+
+def _study_module(name: str) -> Callable[[argparse.Namespace], int]:
+    """Return a command of experiments/study/command.py, whose StudyErrors are raised as UsageErrors."""
+    from experiments.study import command
+    from experiments.study.definition import StudyError
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return getattr(command, name)(args)
+        except StudyError as error:
+            raise UsageError(str(error)) from error
+        except ModuleNotFoundError as error:
+            if error.name != "optuna":
+                raise
+            raise UsageError("studies need Optuna: pip install -e '.[study]'") from error
+
+    return run
+
+
 def join_processes() -> None:
     """Make this process one of several. jax finds what the environment does not say on TPU pods, SLURM and the like.
     Raises UsageError."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,3 +77,15 @@ def _exchange(text: str) -> list[str]:
 def all_processes(poll_seconds: float = 1.0) -> Processes:
     """Return the processes of the run. Every process must call it in the same order."""
     return JaxProcesses(poll_seconds) if jax.process_count() > 1 else ONE_PROCESS
+
+
+def ask_first(make: Callable[[], Any]) -> Any:
+    """Return what `make` returns on process 0, as JSON values, on every process. Other processes do not call it."""
+    processes = all_processes()
+    if processes.count == 1:
+        return make()
+    if processes.index == 0:
+        value = make()
+        processes.send("first", json.dumps(value))
+        return value
+    return json.loads(processes.receive("first"))

@@ -62,7 +62,7 @@ def run_experiment(
     Raises ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
     """
     started, goodput = time.monotonic(), Goodput()
-    with _shared_run(path, experiment, overrides, override, log) as run:
+    with shared_run(path, experiment, overrides, override, log) as run:
         if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
             log(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
             return True
@@ -72,14 +72,14 @@ def run_experiment(
         with goodput.phase("data"):
             prepared = prepare_data(experiment, log)
         if jax.process_index() == 0:
-            with _written(run):
+            with written(run):
                 write_environment(run, describe_environment())
                 _keep_tokenizer(run, prepared.tokenizer)
         with StopSignal() as stop:
             trained = train(program, prepared, run, log=log, stop=stop, goodput=goodput)
             with goodput.phase("evaluation"):
                 finished = trained.finished and finish(program, prepared, run, trained, log, stop)
-        with _written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
+        with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
             metrics.write(goodput.row(trained.step))
         if jax.process_index() == 0:
             report = write_report(run.path)
@@ -88,7 +88,7 @@ def run_experiment(
 
 
 @contextlib.contextmanager
-def _written(run: RunFolder) -> Iterator[None]:
+def written(run: RunFolder) -> Iterator[None]:
     """Convert an OSError for a file of the run to a RunFolderError with a fix."""
     try:
         yield
@@ -124,7 +124,7 @@ def prepare_data(experiment: Experiment, log: Callable[[str], None]) -> Prepared
 
 
 @contextlib.contextmanager
-def _shared_run(
+def shared_run(
     path: str | os.PathLike[str],
     experiment: Experiment,
     overrides: Sequence[str],
@@ -192,7 +192,7 @@ def finish(
         if stop.agreed(next(asked)):
             raise _StoppedError
 
-    with _written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
+    with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
         try:
             results = evaluate_all(program, trained.model, prepared, full=True, between=poll)
         except _StoppedError:

@@ -16,7 +16,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from data.paths import parse_path, write_whole
@@ -264,6 +264,35 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
             raise ConfigError(f"override '{override}': write name=value, like model.num_layers=4")
         config = _set(type(config), config, tuple(name.strip().split(".")), text.strip(), "", (type(config), config))
     return config
+
+
+def replace_fields(config: C, changes: Mapping[str, Any]) -> C:
+    """Return `config` with each dotted name replaced by a value, which may also be a whole dataclass.
+
+    {"model.moe.top_k": 1} of an optional dataclass that is None first sets it to its default, as `apply_overrides` does.
+    Raises ConfigError for an unknown name or a value that the annotation does not allow.
+    """
+    for name, value in changes.items():
+        config = _replace_at(type(config), config, tuple(name.split(".")), value, "", (type(config), config))
+    return from_dict(type(config), to_dict(config))
+
+
+def _replace_at(annotation: Any, node: Any, path: tuple[str, ...], value: Any, done: str, root: tuple[type, Any]) -> Any:
+    """Return `node` with what is at `path` replaced by `value`. `done` is the dotted name so far."""
+    if not path:
+        return value
+    cls, element = _dataclass_in(annotation), _element(annotation)
+    head, rest = path[0], path[1:]
+    if cls and head in _fields(cls):
+        node = _default(cls, done) if node is None else node
+        new = _replace_at(_fields(cls)[head][1], getattr(node, head), rest, value, _join(done, head), root)
+        return dataclasses.replace(node, **{head: new})
+    if element is not None and isinstance(node, tuple) and head in map(str, range(len(node))):
+        items = list(node)
+        items[int(head)] = _replace_at(element, items[int(head)], rest, value, _join(done, head), root)
+        return tuple(items)
+    here = list(_fields(cls)) if cls else [done]
+    raise _unknown(_join(done, ".".join(path)), list(_names(*root, "")), here)
 
 
 # ---- JSON ----

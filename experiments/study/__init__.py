@@ -1,0 +1,1 @@
+"""The machinery of studies: definitions, trials, storage, workers, statistics and reports."""

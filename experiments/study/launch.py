@@ -1,0 +1,189 @@
+"""The command `study`: plan the trials, start workers, and write the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+
+from etils import epath
+from rich.console import Console
+
+from experiments.cpu_devices import cores
+from experiments.study.definition import Study, StudyError
+from experiments.study.storage import TrialStore
+from experiments.study.trials import Trial, plan
+from experiments.study.worker import Fingerprints, Job
+from experiments.terminal import Column, Line, print_table
+from model.cost import count_parameters, train_flops_per_token
+from train.config import Experiment
+from train.progress import count, duration
+
+STUDIES = Path(__file__).resolve().parent.parent / "studies"
+NOT_STUDIES = ("__init__", "bases")
+RUNS = "runs/studies"
+RESTARTS = 3  # of a worker that dies
+ASSUMED_FLOPS = 15e9  # per second and core, where no trial was measured; of a small network's whole step
+
+
+def study_names() -> list[str]:
+    """Return the names of the studies in experiments/studies."""
+    return sorted(path.stem for path in STUDIES.glob("*.py") if path.stem not in NOT_STUDIES)
+
+
+def load_study(name: str) -> Study:
+    """Return the study of a name, or of the path of a Python file that defines `STUDY`. Raises StudyError."""
+    path = Path(name) if name.endswith(".py") else STUDIES / f"{name}.py"
+    if not path.is_file() or path.stem in NOT_STUDIES:
+        names = study_names()
+        near = get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise StudyError(f"study {name!r} is unknown; {hint}the studies are {', '.join(names)}, or give a file.py")
+    study = getattr(_module(path), "STUDY", None)
+    if not isinstance(study, Study):
+        raise StudyError(f"{path}: it does not define STUDY = Study(...); see python -m experiments new-study --help")
+    if study.name != path.stem:
+        raise StudyError(f"{path}: STUDY.name = {study.name!r}; give it the name of the file, {path.stem!r}")
+    return study
+
+
+def _module(path: Path) -> ModuleType:
+    if path.parent.resolve() == STUDIES:
+        return importlib.import_module(f"experiments.studies.{path.stem}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None, "the file ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def default_workers() -> int:
+    """Return one worker for each core of a CPU machine, and one for an accelerator machine.
+
+    A worker per core beats one run on all cores: small matmuls lose more when they are split (docs/experiments.md).
+    """
+    import jax
+
+    return cores() if jax.default_backend() == "cpu" else 1
+
+
+def run_workers(arguments: Sequence[str], number: int, store: TrialStore, ids: Callable[[], list[str]]) -> bool:
+    """Start `number` workers, each on its own cores, restart those that die, and wait. Return whether all ended well.
+
+    Ctrl-C and SIGTERM are passed on: every worker stops at its next step and saves.
+    """
+    began = time.monotonic()
+    running = {index: _start_worker(arguments, index, number) for index in range(number)}
+    restarts, stopping, good = 0, False, True
+
+    def stop(signum: int, _: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    shown = None
+    try:
+        while running:
+            time.sleep(1.0)
+            for index, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[index]
+                if code < 0 and not stopping and restarts < RESTARTS * number:
+                    restarts += 1
+                    print(f"worker {index} died ({signal.Signals(-code).name}); starting another", flush=True)
+                    running[index] = _start_worker(arguments, index, number)
+                elif code != 0:
+                    good = False
+            counts = store.counts(ids())
+            if counts.done != shown and counts.done:
+                shown = counts.done
+                print(_status(counts.done, sum(counts), store, number, time.monotonic() - began), flush=True)
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        for process in running.values():
+            process.terminate()
+    return good and not stopping
+
+
+def _status(done: int, total: int, store: TrialStore, workers: int, seconds: float) -> str:
+    left = total - done
+    took = [outcome.seconds for outcome in store.outcomes()]
+    mean = sum(took) / max(len(took), 1)
+    rest = f"; about {duration(mean * left / workers)} left" if left else ""
+    return f"[{done} of {total} trials after {duration(seconds)}{rest}]"
+
+
+def _start_worker(arguments: Sequence[str], index: int, number: int) -> subprocess.Popen:
+    """Start a worker. On a CPU, it has its share of the cores, and is told the number of devices it needs."""
+    environment = os.environ | {"MESHWORK_WORKER": f"{index}/{number}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments", "study", *arguments, "--worker"], env=environment,
+        start_new_session=True,  # Ctrl-C reaches the workers once, from `run_workers`
+    )  # fmt: skip
+
+
+def take_cores() -> None:
+    """Keep this worker on its share of the cores, before JAX starts its threads."""
+    index, _, number = os.environ.get("MESHWORK_WORKER", "0/1").partition("/")
+    if not hasattr(os, "sched_setaffinity") or int(number) < 2:
+        return
+    own = sorted(os.sched_getaffinity(0))
+    share = own[int(index) :: int(number)]
+    if share:
+        os.sched_setaffinity(0, share)
+
+
+def print_plan(job: Job, store: TrialStore | None, workers: int, console: Console) -> None:
+    """Print the trials of a study with their size and time."""
+    arms = job.study.experiments(job.scale)
+    scale = job.study.scale(job.scale)
+    took = {} if store is None else {o.arm: o.seconds for o in store.outcomes()}
+    rows, total = [], 0.0
+    tunings = 1
+    for factors in job.study.tune.values():
+        tunings *= len(factors)
+    trials = scale.seeds + (scale.tune_seeds * tunings if job.study.tune else 0)
+    for label, experiment in arms.items():
+        flops = trial_flops(experiment)
+        seconds = took.get(label, flops / ASSUMED_FLOPS)
+        total += seconds * trials
+        rows.append(Line((label, str(trials), count(count_parameters(experiment.model).total), f"{flops:.2g}",
+                          duration(seconds) + ("" if label in took else " (assumed)"))))  # fmt: skip
+    console.print(f"{job.study.name}: {job.study.question}")
+    columns = [Column("arm", fold=True), Column("trials", number=True), Column("parameters", number=True),
+               Column("FLOPs a trial", number=True), Column("time a trial", number=True)]  # fmt: skip
+    print_table(console, columns, rows)
+    console.print(
+        f"{len(arms) * trials} trials of {count(scale.tokens)} tokens at scale {job.scale}; about "
+        f"{duration(total / workers)} with {workers} worker{'s' if workers > 1 else ''}"
+    )
+    for claim in job.study.claims:
+        console.print(f"claim: {claim.text}")
+
+
+def trial_flops(experiment: Experiment) -> float:
+    """Return the FLOPs of the training of one trial."""
+    tokens = experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
+    return train_flops_per_token(experiment.model, experiment.data.sequence_length) * tokens
+
+
+def planned(job: Job, store: TrialStore, log: Callable[[str], None]) -> list[Trial]:
+    """Return the trials that can be planned with what is recorded."""
+    return plan(job.study, job.scale, Fingerprints(job.study, log), store.outcomes())[0]
+
+
+def job_of(study: Study, scale: str, url: str, root: str = RUNS) -> Job:
+    """Return the job of a study."""
+    return Job(study, scale, url, epath.Path(root))

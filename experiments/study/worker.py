@@ -1,0 +1,187 @@
+"""A worker: claims trials one after another and runs them, until none is left or it is stopped."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from etils import epath
+
+from experiments.processes import ask_first
+from experiments.run import prepare_data
+from experiments.study.definition import Study, data_identity
+from experiments.study.execute import Programs, run_trial, trial_folder
+from experiments.study.storage import Claimed, TrialStore
+from experiments.study.trials import Outcome, Trial, plan
+from train.config import Experiment
+from train.progress import duration
+from train.signals import StopSignal
+
+POLL_SECONDS = 5.0  # between looks at the queue while other workers run the last trials
+
+
+@dataclass(frozen=True)
+class Job:
+    """A study at one scale, with the storage of its trials and the folder of their runs."""
+
+    study: Study
+    scale: str
+    url: str
+    root: epath.Path  # of run folders
+
+    @property
+    def name(self) -> str:
+        """The name of the trials in the storage."""
+        return f"{self.study.name}/{self.scale}"
+
+
+class Fingerprints:
+    """The identities of prepared data, by the fields of a config that decide them. Data is prepared at first use."""
+
+    def __init__(self, study: Study, log: Callable[[str], None]):
+        self._study, self._log = study, log
+        self._found: dict[str, str] = {}
+
+    def __call__(self, experiment: Experiment) -> str:
+        if self._study.run is not None:
+            return ""  # such trials read no data
+        # The seed orders the windows and does not change them.
+        fields = {name: value for name, value in data_identity(experiment).items() if name != "data.seed"}
+        key = str(fields)
+        if key not in self._found:
+            self._found[key] = prepare_data(experiment, self._log).identity
+        return self._found[key]
+
+
+class Deadline(StopSignal):
+    """A stop request by signal, or once `seconds` have passed."""
+
+    def __init__(self, seconds: float | None):
+        super().__init__()
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def agreed(self, step: int) -> bool:
+        self.expire()
+        return super().agreed(step)
+
+    def expire(self) -> None:
+        """Request a stop if the time is over."""
+        if self._end is not None and time.monotonic() > self._end:
+            self.requested = True
+
+
+def work(job: Job, *, log: Callable[[str], None], seconds: float | None = None) -> bool:
+    """Run trials until none is left or `seconds` have passed. Return whether the study is complete.
+
+    Every process of a multi-host job calls it; process 0 claims and records. Trials of dead workers are queued again.
+    Raises StudyError if the storage fails.
+    """
+    programs, first = Programs(), jax.process_index() == 0
+    store = TrialStore(job.url, job.name) if first else None
+    fingerprint = Fingerprints(job.study, log)
+    outcomes: list[Outcome] = []
+    with Deadline(seconds) as stop:
+        while True:
+            stop.expire()
+            trials, more = plan(job.study, job.scale, fingerprint, outcomes)
+            found = ask_first(lambda: _next(store, trials, more, stop))  # noqa: B023 # called at once
+            if found["outcomes"]:
+                outcomes = [Outcome(**fields) for fields in found["outcomes"]]
+                continue
+            if found["id"] is None:
+                return found["complete"]
+            trial = next(trial for trial in trials if trial.id == found["id"])
+            claimed = Claimed(**found["claimed"])
+            if not _run(job, store, trial, claimed, programs, log, stop):
+                return False
+
+
+def _next(store: TrialStore | None, trials: Sequence[Trial], more: bool, stop: Deadline) -> dict[str, Any]:
+    """Return what the processes do next: run the trial `id`, plan again with `outcomes`, or end."""
+    assert store is not None, "process 0 has the storage"
+    answer: dict[str, Any] = {"id": None, "claimed": None, "outcomes": None, "complete": False}
+    ids = [trial.id for trial in trials]
+    store.enqueue(trials)
+    while not stop.requested:
+        store.recover()
+        if (claimed := store.claim(ids)) is not None:
+            return answer | {"id": claimed.id, "claimed": claimed._asdict()}
+        counts = store.counts(ids)
+        if not counts.running and not counts.waiting:
+            if more and not counts.failed:
+                return answer | {"outcomes": [outcome.__dict__ for outcome in store.outcomes()]}
+            return answer | {"complete": not counts.failed and not more}
+        time.sleep(POLL_SECONDS)
+        stop.expire()
+    return answer
+
+
+def _run(
+    job: Job, store: TrialStore | None, trial: Trial, claimed: Claimed, programs: Programs,
+    log: Callable[[str], None], stop: StopSignal,
+) -> bool:  # fmt: skip
+    """Run one trial and record it. Return False if it was stopped."""
+    quiet = functools.partial(_ignore_all_but_warnings, log, trial.label)
+    folder = trial_folder(job.root, job.study.name, job.scale, trial)
+    began = time.monotonic()
+    try:
+        if store is None:
+            return run_trial(job.study, trial, folder, programs, log=quiet, stop=stop) is not None
+        with store.heartbeat(claimed):
+            outcome = run_trial(job.study, trial, folder, programs, log=quiet, stop=stop)
+    except (ValueError, RuntimeError, OSError) as error:
+        # A fault of the trial: the others go on, and the report names it.
+        if store is not None:
+            store.fail(claimed, f"{type(error).__name__}: {error}")
+        log(f"{trial.label}: failed: {error}")
+        return True
+    if outcome is None:
+        store.release(claimed)
+        log(f"{trial.label}: stopped; the same command continues it")
+        return False
+    value = outcome["figures"].get(job.study.metric, float("inf"))
+    store.finish(claimed, outcome, value)
+    log(line(trial, outcome, job.study.metric, time.monotonic() - began))
+    return True
+
+
+def line(trial: Trial, outcome: Mapping[str, Any], metric: str, seconds: float) -> str:
+    """Return the line about a finished trial."""
+    value = outcome["figures"].get(metric)
+    shown = "diverged" if outcome["diverged"] else "no value" if value is None else f"{value:.4f}"
+    return f"{trial.label}: {metric.replace('_', ' ')} {shown}  ({duration(seconds)})"
+
+
+def _ignore_all_but_warnings(log: Callable[[str], None], label: str, text: str) -> None:
+    if text.startswith("warning"):
+        log(f"{label}: {text}")
+
+
+def run_smoke(job: Job, steps: int, log: Callable[[str], None]) -> None:
+    """Run the first steps of every arm with seed 0, in a folder of its own, and record nothing."""
+    import dataclasses
+    import tempfile
+
+    programs = Programs()
+    with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
+        for arm, experiment in job.study.experiments(job.scale).items():
+            changed = dataclasses.replace(
+                experiment,
+                train=dataclasses.replace(experiment.train, steps=steps, eval_every=0, eval_windows=2),
+                optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=min(steps, 1)),
+            )
+            trial = Trial(arm, 0, "compare", (), changed, json.dumps(arm)[:16])
+            began = time.monotonic()
+            outcome = run_trial(job.study, trial, epath.Path(folder) / str(len(arm)) / arm[:40], programs, log=_silent, stop=stop)
+            if outcome is None:
+                return
+            log(line(trial, outcome, job.study.metric, time.monotonic() - began))
+
+
+def _silent(text: str) -> None:
+    """Log nothing."""
