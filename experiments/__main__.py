@@ -275,7 +275,9 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument("--smoke", action="store_true", help="run five steps of every arm, and record nothing")
     command.add_argument("--report", action="store_true", help="write the report of what is recorded; run nothing")
     command.add_argument("--retry-failed", action="store_true", help="run trials that failed once more")
-    command.add_argument("--distributed", action="store_true", help="be one process of a multi-host worker, as in train")
+    command.add_argument(
+        "--distributed", action="store_true", help="be one process of a multi-host worker, as in train"
+    )
     command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the command itself
 
 

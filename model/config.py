@@ -151,7 +151,9 @@ class AttentionConfig:
 class MLPConfig:
     # Shazeer 2020; So et al. 2021. swiglu_clamped (gpt-oss): (up + 1) * gate * sigmoid(1.702 gate), with gate clipped
     # at 7 and up at +-7.
-    kind: Literal["gelu", "relu", "relu2", "swiglu", "geglu", "reglu", "swiglu_clamped"] = "swiglu"
+    kind: Literal["gelu", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "glu", "bilinear", "swiglu_clamped"] = (
+        "swiglu"
+    )
     hidden_dim: int = 1024
     bias: bool = False  # on every projection, including those of experts and their router
 

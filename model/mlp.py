@@ -1,4 +1,5 @@
-"""The position-wise MLP: plain (GELU, ReLU, squared ReLU) or gated (SwiGLU, GEGLU, ReGLU; Shazeer 2020).
+"""The position-wise MLP: plain (GELU, ReLU, squared ReLU, SiLU) or gated (SwiGLU, GEGLU, ReGLU, GLU, bilinear;
+Shazeer 2020).
 
 Shapes: B batch, T time, D width, G 2 if gated else 1, F hidden width.
 """
@@ -34,11 +35,14 @@ PLAIN: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "silu": jax.nn.silu,
 }
 GATED: dict[str, Callable[[Array, Array], Array]] = {
     "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
     "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: jax.nn.relu(gate) * up,
+    "glu": lambda gate, up: jax.nn.sigmoid(gate) * up,
+    "bilinear": lambda gate, up: gate * up,
     "swiglu_clamped": swiglu_clamped,
 }
 ACTIVATIONS: dict[str, Callable[..., Array]] = PLAIN | GATED

@@ -269,7 +269,7 @@ def apply_overrides(config: C, overrides: Sequence[str]) -> C:
 def replace_fields(config: C, changes: Mapping[str, Any]) -> C:
     """Return `config` with each dotted name replaced by a value, which may also be a whole dataclass.
 
-    {"model.moe.top_k": 1} of an optional dataclass that is None first sets it to its default, as `apply_overrides` does.
+    A field of an optional dataclass that is None first sets it to its default, as in `apply_overrides`.
     Raises ConfigError for an unknown name or a value that the annotation does not allow.
     """
     for name, value in changes.items():
@@ -277,7 +277,9 @@ def replace_fields(config: C, changes: Mapping[str, Any]) -> C:
     return from_dict(type(config), to_dict(config))
 
 
-def _replace_at(annotation: Any, node: Any, path: tuple[str, ...], value: Any, done: str, root: tuple[type, Any]) -> Any:
+def _replace_at(
+    annotation: Any, node: Any, path: tuple[str, ...], value: Any, done: str, root: tuple[type, Any]
+) -> Any:
     """Return `node` with what is at `path` replaced by `value`. `done` is the dotted name so far."""
     if not path:
         return value

@@ -31,7 +31,7 @@ def dense() -> Experiment:
             tokenizer=TokenizerConfig(vocab_size=1024), sequence_length=128, batch_size=8, holdout_fraction=0.05
         ),
         optimizer=OptimizerConfig(
-            learning_rate=8e-3, schedule="cosine", final_fraction=0.05, warmup_steps=40, weight_decay=0.1
+            learning_rate=4e-3, schedule="cosine", final_fraction=0.05, warmup_steps=40, weight_decay=0.1
         ),
         mesh=MeshConfig(data=-1, fsdp=1),
         train=TrainConfig(steps=500, eval_every=100, eval_windows=256, checkpoint_every=250, keep_last=1, keep_best=0,

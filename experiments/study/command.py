@@ -77,12 +77,9 @@ def _run(args: argparse.Namespace, job: Job, store, workers: int) -> None:
     arguments = [args.subject, "--scale", args.scale, "--storage", args.storage]
     if args.max_minutes is not None:
         arguments += ["--max-minutes", str(args.max_minutes)]
-    store.enqueue(launch.planned(job, store, _say))  # also prepares the data once
-    launch.run_workers(arguments, workers, store, lambda: [t.id for t in launch.planned(job, store, _silent)])
-
-
-def _silent(text: str) -> None:
-    """Log nothing."""
+    queue = launch.Queue(job, store, _say)
+    store.enqueue(queue.trials())  # also prepares the data once
+    launch.run_workers(arguments, workers, store, queue)
 
 
 def _report(job: Job, store, folder: Path) -> int:
@@ -90,7 +87,7 @@ def _report(job: Job, store, folder: Path) -> int:
     from experiments.study.records import export
     from experiments.study.report import write_report
 
-    trials = launch.planned(job, store, _say)
+    trials = launch.Queue(job, store, _say).trials()
     counts, failures = store.counts([trial.id for trial in trials]), store.failures()
     for trial in trials:
         if trial.id in failures:
@@ -128,5 +125,3 @@ def new_study(args: argparse.Namespace) -> int:
     shown = os.path.relpath(path)
     _say(f"wrote {shown}. Change its arms and claims, then:\n  python -m experiments study {name} --dry-run")
     return 0
-
-

@@ -68,7 +68,7 @@ def zipped(first: Arms, *others: Arms) -> dict[str, Changes]:
     """Return the arms of `first`, each with the changes of the arms at the same position in `others`."""
     if any(len(other) != len(first) for other in others):
         raise StudyError(
-            f"zipped: {len(first)} arms beside {', '.join(str(len(o)) for o in others)}; give all the same number"
+            f"zipped: {len(first)} arms beside {', '.join(str(len(o)) for o in others)}; give equal numbers"
         )
     return {
         label: {name: value for part in (changes, *rest) for name, value in part.items()}
@@ -102,6 +102,10 @@ class Scale:
     seeds: int  # trials of each arm: seeds 0, 1, ...
     changes: Changes = field(default_factory=dict)
     tune_seeds: int = 1  # trials of each value of `Study.tune`; their seeds are not those of the comparison
+
+    def with_changes(self, changes: Changes) -> Scale:
+        """Return the scale with further changes of the base."""
+        return replace(self, changes={**self.changes, **changes})
 
 
 # The figures of one seed, by arm and metric.
@@ -178,7 +182,8 @@ class Study:
         arms = self.arms(base) if callable(self.arms) else self.arms
         found = {}
         for label, changes in arms.items():
-            found[label] = _with_budget(_changed(base, changes, f"study {self.name!r}, arm {label!r}"), scale.tokens)
+            changed = _changed(base, changes, f"study {self.name!r}, arm {label!r}")
+            found[label] = fill_vocabulary(changed if "train.steps" in changes else _with_budget(changed, scale.tokens))
         self._validate(scale_name, found)
         return found
 
@@ -211,7 +216,9 @@ class Study:
         for claim in self.claims:
             for side in (claim.arm, claim.than):
                 if isinstance(side, str) and side not in arms:
-                    raise StudyError(f"{where}: claim {claim.text!r} names arm {side!r}; the arms are {', '.join(arms)}")
+                    raise StudyError(
+                        f"{where}: claim {claim.text!r} names arm {side!r}; the arms are {', '.join(arms)}"
+                    )
             if claim.margin < 0 or (claim.expected in ("equal", "not_higher", "not_lower") and not claim.margin > 0):
                 raise StudyError(
                     f"{where}: claim {claim.text!r} has margin = {claim.margin:g}; {claim.expected!r} needs a margin "
@@ -231,15 +238,13 @@ def _changed(experiment: Experiment, changes: Changes, where: str) -> Experiment
 
 
 def _with_budget(experiment: Experiment, tokens: int) -> Experiment:
-    """Return the experiment with the vocabulary filled in, and with the steps that its batches need for the tokens."""
+    """Return the experiment with as many steps as its batches need for the tokens."""
     steps = max(round(tokens / (experiment.data.batch_size * experiment.data.sequence_length)), 1)
     warmup = min(experiment.optimizer.warmup_steps, steps)
-    return fill_vocabulary(
-        replace(
-            experiment,
-            train=replace(experiment.train, steps=steps),
-            optimizer=replace(experiment.optimizer, warmup_steps=warmup),
-        )
+    return replace(
+        experiment,
+        train=replace(experiment.train, steps=steps),
+        optimizer=replace(experiment.optimizer, warmup_steps=warmup),
     )
 
 

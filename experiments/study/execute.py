@@ -85,6 +85,7 @@ def run_trial(
     if study.run is not None:
         figures = {name: float(value) for name, value in study.run(trial.experiment).items()}
         return _outcome(figures, {}, {}, False, time.monotonic() - began)
+    trial.experiment.validate(jax.device_count())
     program = programs.get(trial.experiment)
     prepared = prepare_data(trial.experiment, log)
     with shared_run(folder, trial.experiment, (), False, log) as run:

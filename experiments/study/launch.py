@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-from etils import epath
 from rich.console import Console
 
 from experiments.cpu_devices import cores
@@ -74,7 +73,7 @@ def default_workers() -> int:
     return cores() if jax.default_backend() == "cpu" else 1
 
 
-def run_workers(arguments: Sequence[str], number: int, store: TrialStore, ids: Callable[[], list[str]]) -> bool:
+def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue: Queue) -> bool:
     """Start `number` workers, each on its own cores, restart those that die, and wait. Return whether all ended well.
 
     Ctrl-C and SIGTERM are passed on: every worker stops at its next step and saves.
@@ -105,7 +104,7 @@ def run_workers(arguments: Sequence[str], number: int, store: TrialStore, ids: C
                     running[index] = _start_worker(arguments, index, number)
                 elif code != 0:
                     good = False
-            counts = store.counts(ids())
+            counts = store.counts([trial.id for trial in queue.trials()])
             if counts.done != shown and counts.done:
                 shown = counts.done
                 print(_status(counts.done, sum(counts), store, number, time.monotonic() - began), flush=True)
@@ -126,7 +125,7 @@ def _status(done: int, total: int, store: TrialStore, workers: int, seconds: flo
 
 
 def _start_worker(arguments: Sequence[str], index: int, number: int) -> subprocess.Popen:
-    """Start a worker. On a CPU, it has its share of the cores, and is told the number of devices it needs."""
+    """Start a worker. `take_cores` reads its number."""
     environment = os.environ | {"MESHWORK_WORKER": f"{index}/{number}"}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments", "study", *arguments, "--worker"], env=environment,
@@ -179,11 +178,16 @@ def trial_flops(experiment: Experiment) -> float:
     return train_flops_per_token(experiment.model, experiment.data.sequence_length) * tokens
 
 
-def planned(job: Job, store: TrialStore, log: Callable[[str], None]) -> list[Trial]:
-    """Return the trials that can be planned with what is recorded."""
-    return plan(job.study, job.scale, Fingerprints(job.study, log), store.outcomes())[0]
+class Queue:
+    """The trials that can be planned with what is recorded; planned again when more is recorded."""
 
+    def __init__(self, job: Job, store: TrialStore, log: Callable[[str], None]):
+        self._job, self._store, self._fingerprint = job, store, Fingerprints(job.study, log)
+        self._known: tuple[int, list[Trial]] = (-1, [])
 
-def job_of(study: Study, scale: str, url: str, root: str = RUNS) -> Job:
-    """Return the job of a study."""
-    return Job(study, scale, url, epath.Path(root))
+    def trials(self) -> list[Trial]:
+        """Return the trials, in order."""
+        outcomes = self._store.outcomes()
+        if self._known[0] != len(outcomes):
+            self._known = len(outcomes), plan(self._job.study, self._job.scale, self._fingerprint, outcomes)[0]
+        return self._known[1]

@@ -63,5 +63,3 @@ def replace_config(model: Transformer, like: Transformer) -> Transformer:
     import jax
 
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(model))
-
-

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,14 @@ class Table:
 
 
 def export(job: Any, store: Any, trials: Sequence[Trial], folder: Path) -> Path:
-    """Write the finished ones of `trials` to FOLDER/NAME.csv (FOLDER/NAME.SCALE.csv but for cpu), and return the path."""
+    """Write the finished ones of `trials` to FOLDER/NAME.csv, or NAME.SCALE.csv unless at scale cpu."""
     done = {outcome.id: outcome for outcome in store.outcomes()}
-    outcomes = [done[trial.id] for trial in trials if trial.id in done]
+    # Arms that tuning makes equal share a trial: each has the outcome under its own name.
+    outcomes = [
+        replace(done[trial.id], arm=trial.arm, seed=trial.seed, stage=trial.stage, tuned=dict(trial.tuned))
+        for trial in trials
+        if trial.id in done
+    ]
     suffix = "" if job.scale == "cpu" else f".{job.scale}"
     path = folder / f"{job.study.name}{suffix}.csv"
     meta = {"study": job.study.name, "scale": job.scale, "planned": str(len(trials)), **_machine()}
@@ -131,13 +136,13 @@ def read(path: Path) -> Table:
     except (OSError, ValueError) as error:
         raise StudyError(f"{path}: cannot be read ({error}); run the study, or restore the file") from error
     meta: dict[str, str] = {}
-    trials: dict[str, dict[str, Any]] = {}
+    trials: dict[tuple[str, str, str], dict[str, Any]] = {}
     for number, row in enumerate(rows, start=2):
         try:
             if row["kind"] == "meta":
                 meta[row["name"]] = row["value"]
                 continue
-            trial = trials.setdefault(row["trial"], {
+            trial = trials.setdefault((row["arm"], row["stage"], row["trial"]), {
                 "arm": row["arm"], "seed": int(row["seed"]), "stage": row["stage"], "id": row["trial"], "tuned": {},
                 "figures": {}, "curves": {}, "arrays": {}, "diverged": False, "seconds": 0.0,
             })  # fmt: skip

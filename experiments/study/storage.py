@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.storages import RDBStorage
-from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.study.definition import StudyError
 from experiments.study.trials import RECIPE, Outcome, Trial
 
 HEARTBEAT_SECONDS = 10
-GRACE_SECONDS = 40  # without a heartbeat, after which a worker counts as dead
+GRACE = 4  # heartbeats that may be missing before a worker counts as dead
 RETRIES = 5
 DEFAULT_URL = "sqlite:///runs/studies.db"
 
@@ -48,7 +47,7 @@ class Counts(NamedTuple):
     failed: int
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RDBStorage:
     """Return the storage at an SQLAlchemy URL. Raises StudyError with the fix if it cannot be used."""
     if url.startswith("sqlite:///") and (folder := Path(url.removeprefix("sqlite:///")).parent):
         try:
@@ -65,13 +64,13 @@ def open_storage(url: str) -> RDBStorage:
             return RDBStorage(
                 url,
                 engine_kwargs=engine,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
+                heartbeat_interval=heartbeat_seconds,
+                grace_period=GRACE * heartbeat_seconds,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
             )
     except RuntimeError as error:  # written by another version of Optuna
         raise StudyError(
-            f"--storage {shown}: {' '.join(str(error).split())} Upgrade it with `optuna storage upgrade --storage URL`, "
+            f"--storage {shown}: {' '.join(str(error).split())} Upgrade it: `optuna storage upgrade --storage URL`, "
             "install the version that wrote it, or use another storage"
         ) from error
     except Exception as error:  # of SQLAlchemy and of the driver
@@ -90,9 +89,9 @@ def _without_password(url: str) -> str:
 class TrialStore:
     """The trials of one study at one scale. Every method may raise StudyError if the storage fails."""
 
-    def __init__(self, url: str, name: str):
-        self.url, self.name = url, name
-        self._storage = open_storage(url)
+    def __init__(self, url: str, name: str, heartbeat_seconds: int = HEARTBEAT_SECONDS):
+        self.url, self.name, self._heartbeat_seconds = url, name, heartbeat_seconds
+        self._storage = open_storage(url, heartbeat_seconds)
         with self._failures():
             self._study = optuna.create_study(
                 storage=self._storage, study_name=name, load_if_exists=True, direction="minimize"
@@ -164,7 +163,7 @@ class TrialStore:
         left = threading.Event()
 
         def beat() -> None:
-            while not left.wait(HEARTBEAT_SECONDS):
+            while not left.wait(self._heartbeat_seconds):
                 with contextlib.suppress(Exception):  # the next write of the main thread reports a lost database
                     self._storage.record_heartbeat(claimed.key)
 

@@ -1,7 +1,7 @@
 """Trials of a study: which there are, in which order they run, and what identifies them.
 
 The order is seed-major: all arms of seed 0, then all of seed 1. An interrupted study is therefore balanced and paired.
-A study with `tune` has two stages: each arm is first trained with every value, with seeds of its own; the comparison
+A study with `tune` has two stages: each arm is first trained with every value and other seeds; the comparison
 then takes the best value of each arm, and is planned once those trials are done.
 """
 
@@ -81,7 +81,7 @@ def plan(
     """
     arms = study.experiments(scale)
     budget = study.scale(scale)
-    chosen = dict.fromkeys(arms, ())
+    chosen: dict[str, tuple[tuple[str, Any], ...]] = dict.fromkeys(arms, ())
     trials = []
     if study.tune:
         for seed in range(TUNE_SEED, TUNE_SEED + budget.tune_seeds):

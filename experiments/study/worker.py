@@ -16,7 +16,7 @@ from experiments.processes import ask_first
 from experiments.run import prepare_data
 from experiments.study.definition import Study, data_identity
 from experiments.study.execute import Programs, run_trial, trial_folder
-from experiments.study.storage import Claimed, TrialStore
+from experiments.study.storage import HEARTBEAT_SECONDS, Claimed, TrialStore
 from experiments.study.trials import Outcome, Trial, plan
 from train.config import Experiment
 from train.progress import duration
@@ -33,6 +33,7 @@ class Job:
     scale: str
     url: str
     root: epath.Path  # of run folders
+    heartbeat_seconds: int = HEARTBEAT_SECONDS
 
     @property
     def name(self) -> str:
@@ -82,16 +83,16 @@ def work(job: Job, *, log: Callable[[str], None], seconds: float | None = None) 
     Raises StudyError if the storage fails.
     """
     programs, first = Programs(), jax.process_index() == 0
-    store = TrialStore(job.url, job.name) if first else None
+    store = TrialStore(job.url, job.name, job.heartbeat_seconds) if first else None
     fingerprint = Fingerprints(job.study, log)
-    outcomes: list[Outcome] = []
     with Deadline(seconds) as stop:
+        trials, more = plan(job.study, job.scale, fingerprint, [])
         while True:
             stop.expire()
-            trials, more = plan(job.study, job.scale, fingerprint, outcomes)
             found = ask_first(lambda: _next(store, trials, more, stop))  # noqa: B023 # called at once
             if found["outcomes"]:
                 outcomes = [Outcome(**fields) for fields in found["outcomes"]]
+                trials, more = plan(job.study, job.scale, fingerprint, outcomes)
                 continue
             if found["id"] is None:
                 return found["complete"]
@@ -135,7 +136,7 @@ def _run(
         with store.heartbeat(claimed):
             outcome = run_trial(job.study, trial, folder, programs, log=quiet, stop=stop)
     except (ValueError, RuntimeError, OSError) as error:
-        # A fault of the trial: the others go on, and the report names it.
+        # A fault of the trial: the others run, and the report names it.
         if store is not None:
             store.fail(claimed, f"{type(error).__name__}: {error}")
         log(f"{trial.label}: failed: {error}")
@@ -163,7 +164,7 @@ def _ignore_all_but_warnings(log: Callable[[str], None], label: str, text: str) 
 
 
 def run_smoke(job: Job, steps: int, log: Callable[[str], None]) -> None:
-    """Run the first steps of every arm with seed 0, in a folder of its own, and record nothing."""
+    """Run the first steps of every arm with seed 0 in a temporary folder, and record nothing."""
     import dataclasses
     import tempfile
 
@@ -177,7 +178,9 @@ def run_smoke(job: Job, steps: int, log: Callable[[str], None]) -> None:
             )
             trial = Trial(arm, 0, "compare", (), changed, json.dumps(arm)[:16])
             began = time.monotonic()
-            outcome = run_trial(job.study, trial, epath.Path(folder) / str(len(arm)) / arm[:40], programs, log=_silent, stop=stop)
+            outcome = run_trial(
+                job.study, trial, epath.Path(folder) / str(len(arm)) / arm[:40], programs, log=_silent, stop=stop
+            )
             if outcome is None:
                 return
             log(line(trial, outcome, job.study.metric, time.monotonic() - began))

@@ -1,0 +1,62 @@
+"""A study whose trials compute in a moment, and a worker process for it: python -m tests.experiments.study.small_study
+URL FOLDER."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from etils import epath
+
+from experiments.studies.bases import dense
+from experiments.study.definition import Claim, Scale, Study
+from experiments.study.worker import Job, work
+from train.config import Experiment
+
+LOG = "TRIAL_LOG"  # environment variable: file to which each trial appends a line when it ends
+SECONDS = "TRIAL_SECONDS"
+
+
+def figures(experiment: Experiment) -> Mapping[str, float]:
+    """Return a loss of 2 plus the rate, and an offset for each seed that all arms share."""
+    time.sleep(float(os.environ.get(SECONDS, "0")))
+    rate, seed = experiment.optimizer.learning_rate, experiment.train.seed
+    if LOG in os.environ:
+        with Path(os.environ[LOG]).open("a") as log:
+            log.write(f"{rate:g} {seed} {os.getpid()}\n")
+    return {"bits_per_byte": 2.0 + rate + 0.1 * (seed % 7) + 1e-4 * ((seed * 7 + int(1000 * rate)) % 5)}
+
+
+STUDY = Study(
+    name="small_study",
+    question="Is a rate of 0.1 better than one of 0.2?",
+    source="none",
+    base=dense(),
+    arms={"low": {"optimizer.learning_rate": 0.1}, "high": {"optimizer.learning_rate": 0.2},
+          "same": {"optimizer.learning_rate": 0.1, "optimizer.epsilon": 1e-7}},
+    scales={"cpu": Scale(tokens=1000, seeds=4)},
+    claims=(
+        Claim("low is better", "low", "lower", than="high"),
+        Claim("high is better", "high", "lower", than="low"),
+        Claim("epsilon does not matter", "same", "equal", than="low", margin=0.01),
+    ),
+    run=figures,
+)  # fmt: skip
+
+
+def job(url: str, folder: Path, study: Study = STUDY) -> Job:
+    """Return the job of the study with heartbeats every second."""
+    return Job(study, "cpu", url, epath.Path(folder), heartbeat_seconds=1)
+
+
+def with_arms(**changes: Mapping[str, object]) -> Study:
+    """Return the study with further arms."""
+    return replace(STUDY, arms={**STUDY.arms, **changes})  # type: ignore[dict-item]
+
+
+if __name__ == "__main__":
+    sys.exit(0 if work(job(sys.argv[1], Path(sys.argv[2])), log=print) else 1)

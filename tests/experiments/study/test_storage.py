@@ -1,0 +1,153 @@
+"""No trial is lost or recorded twice, whatever happens to the workers; unusable storages are refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from experiments.study import storage
+from experiments.study.definition import StudyError
+from experiments.study.storage import TrialStore
+from experiments.study.trials import plan
+from experiments.study.worker import work
+from tests.experiments.study.small_study import LOG, SECONDS, STUDY, job, with_arms
+
+TRIALS, _ = plan(STUDY, "cpu", lambda experiment: "", [])
+IDS = [trial.id for trial in TRIALS]
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder}/trials.db"
+
+
+def store(folder: Path) -> TrialStore:
+    return TrialStore(url(folder), "small_study/cpu", heartbeat_seconds=1)
+
+
+def worker(address: str, folder: Path, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.experiments.study.small_study", address, str(folder)]
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
+
+
+def test_trials_are_claimed_in_order_once_and_duplicates_set_aside(tmp_path):
+    first, second = store(tmp_path), store(tmp_path)
+    assert first.enqueue(TRIALS) == 12 and second.enqueue(TRIALS) == 0
+    for trial in TRIALS[:3]:  # as a process that looked before `first` had queued them
+        attributes = {"id": trial.id, "arm": trial.arm, "seed": trial.seed, "stage": "compare", "tuned": {}}
+        second._study.enqueue_trial({}, user_attrs=attributes)
+    claimed = []
+    while (each := (first, second)[len(claimed) % 2].claim(IDS)) is not None:
+        claimed.append(each)
+    assert [each.id for each in claimed] == IDS
+    outcome = {"figures": {"bits_per_byte": 2.0}, "curves": {}, "arrays": {}, "diverged": False, "seconds": 1.0}
+    for each in claimed:
+        first.finish(each, outcome, 2.0)
+        first.finish(each, outcome, 3.0)  # a second record changes nothing
+    assert first.counts(IDS) == (0, 0, 12, 0)
+    assert [o.id for o in second.outcomes()] == IDS and not second.failures()
+
+
+def test_a_released_trial_is_claimed_again_and_a_failed_one_on_request(tmp_path):
+    kept = store(tmp_path)
+    kept.enqueue(TRIALS[:2])
+    first = kept.claim()
+    kept.release(first)
+    assert kept.claim().id == first.id
+    second = kept.claim()
+    kept.fail(second, "ValueError: bad")
+    assert kept.failures() == {second.id: "ValueError: bad"} and kept.enqueue(TRIALS[:2]) == 0
+    assert kept.claim() is None and kept.retry_failed() == 1
+    assert kept.claim().id == second.id and not kept.failures()
+
+
+def test_a_worker_runs_everything_and_a_wider_study_only_what_is_new(tmp_path, monkeypatch):
+    monkeypatch.setenv(LOG, str(tmp_path / "log"))
+    assert work(job(url(tmp_path), tmp_path), log=lambda text: None)
+    assert len((tmp_path / "log").read_text().splitlines()) == 12
+    wider = with_arms(third={"optimizer.learning_rate": 0.3})
+    assert work(job(url(tmp_path), tmp_path, wider), log=lambda text: None)
+    assert len((tmp_path / "log").read_text().splitlines()) == 16
+    assert not work(job(url(tmp_path), tmp_path, with_arms(new={"model.num_layers": 1})), log=print, seconds=0.0)
+
+
+def survive(address: str, folder: Path, workers: int = 3, kills: int = 4) -> None:
+    """Run the study in processes, of which random ones are killed, and check that every trial is recorded once."""
+    log, chance = folder / "log", random.Random(0)
+    start = lambda: worker(address, folder, **{LOG: str(log), SECONDS: "0.5"})
+    running = [start() for _ in range(workers)]
+    kept = TrialStore(address, "small_study/cpu", heartbeat_seconds=1)
+    deadline = time.monotonic() + 150
+    while kept.counts(IDS).done < 12 and time.monotonic() < deadline:
+        if kills and kept.counts(IDS).running:
+            time.sleep(chance.uniform(0.1, 0.7))
+            victim = chance.randrange(workers)
+            running[victim].send_signal(signal.SIGKILL)
+            running[victim].wait()
+            running[victim], kills = start(), kills - 1
+        time.sleep(0.3)
+    assert all(process.wait(timeout=60) == 0 for process in running)
+    assert not kills and kept.counts(IDS) == (0, 0, 12, 0) and not kept.failures()
+    assert Counter(o.id for o in kept.outcomes()) == Counter(IDS)
+    ended = Counter(tuple(line.split()[:2]) for line in log.read_text().splitlines())
+    assert sum(ended.values()) <= 12 + 4  # only a trial whose worker was killed between its end and its record
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_no_trial(tmp_path):
+    survive(url(tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_workers_lose_no_trial_on_postgresql(tmp_path):
+    pytest.importorskip("psycopg")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs or not shutil.which("runuser"):
+        pytest.skip("PostgreSQL's server is not installed")
+    data, port = tmp_path / "data", "54399"
+    tmp_path.chmod(0o777)
+    run = lambda *command: subprocess.run(["runuser", "-u", "postgres", "--", *map(str, command)], check=True)
+    for parent in tmp_path.parents:
+        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+            parent.chmod(0o777)
+    run(programs[-1] / "initdb", "-D", data, "-A", "trust", "-N")
+    server = [programs[-1] / "pg_ctl", "-D", data, "-w", "-l", tmp_path / "server.log", "-o",
+              f"-p {port} -k {tmp_path} -c listen_addresses=127.0.0.1"]  # fmt: skip
+    run(*server, "start")
+    try:
+        survive(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", tmp_path)
+    finally:
+        run(*server, "-m", "immediate", "stop")
+
+
+def test_storages_that_cannot_be_used_are_refused_by_name(tmp_path, monkeypatch):
+    with pytest.raises(StudyError, match="cannot be opened"):
+        TrialStore("postgresql+nodriver://user:secret@127.0.0.1:1/x", "s")
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(StudyError, match="choose another file"):
+        TrialStore(f"sqlite:///{tmp_path}/file/trials.db", "s")
+    with pytest.raises(StudyError, match="cannot be opened"):
+        TrialStore(f"sqlite:///{tmp_path}", "s")
+    store(tmp_path)
+    monkeypatch.setattr(storage, "RECIPE", 2)
+    with pytest.raises(StudyError, match="recorded with recipe 1, and this code has recipe 2"):
+        store(tmp_path)
+    with sqlite3.connect(tmp_path / "trials.db") as database:
+        database.execute("update alembic_version set version_num = 'v2.6.0.a'")
+    with pytest.raises(StudyError, match="optuna storage upgrade"):
+        store(tmp_path)
+
+
+def test_passwords_are_not_shown():
+    with pytest.raises(StudyError) as error:
+        TrialStore("postgresql+nodriver://user:secret@127.0.0.1:1/x", "s")
+    assert "secret" not in str(error.value)
