@@ -256,6 +256,21 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", metavar="FILE", default="runs/comparison.html", help="page to write, or overwrite")
 
 
+def _inspect(command: argparse.ArgumentParser) -> None:
+    _run(command)
+    command.add_argument(
+        "--text", required=True, metavar="TEXT", help="text to read; @FILE reads it from a file in UTF-8; required"
+    )
+    command.add_argument(
+        "--max-tokens", type=_integer(2), metavar="N",
+        help="tokens to show, from the start of the text [default: 256, or fewer if the network or the page holds "
+        "fewer]",
+    )  # fmt: skip
+    command.add_argument("--to", metavar="FILE", help="page to write, or overwrite [default: inspect.html in RUN]")
+    _settable(command)
+    _step(command)
+
+
 COMMANDS: dict[str, Command] = {
     "list": Command(
         "Look around", "", "List every experiment with its question, source and cost", ("list",), _list
@@ -295,6 +310,12 @@ COMMANDS: dict[str, Command] = {
         "Measure and use", "RUN RUN [RUN...]", "Write a page that overlays the curves of several runs",
         ("compare quickstart quickstart_dense",), _compare,
         "The page also has a table of the final figures, and one of the config fields in which the runs differ.",
+    ),
+    "inspect": Command(
+        "Measure and use", "RUN --text TEXT", "Write a page with what the network computes for a text",
+        ('inspect quickstart --text "def fib(n):"', "inspect quickstart --text @notes.txt --to notes.html"), _inspect,
+        "The page shows the probability of each token, the predictions after each layer (logit lens), the attention "
+        "maps of all heads and the routers' choices. The network runs on one device.",
     ),
     "import": Command(
         "Exchange models", "PATH --name NAME", "Make a run from a Hugging Face folder or a GGUF file",
