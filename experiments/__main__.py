@@ -256,6 +256,21 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--to", metavar="FILE", default="runs/comparison.html", help="page to write, or overwrite")
 
 
+def _inspect(command: argparse.ArgumentParser) -> None:
+    _run(command)
+    command.add_argument(
+        "--text", required=True, metavar="TEXT", help="text to read; @FILE reads it from a file in UTF-8; required"
+    )
+    command.add_argument(
+        "--max-tokens", type=_integer(2), metavar="N",
+        help="tokens to show, from the start of the text [default: 256, or fewer if the network or the page holds "
+        "fewer]",
+    )  # fmt: skip
+    command.add_argument("--to", metavar="FILE", help="page to write, or overwrite [default: inspect.html in RUN]")
+    _settable(command)
+    _step(command)
+
+
 def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "subject", metavar="STUDY", nargs="?", help="name of a study, or a file.py with one [default: list them]"
@@ -325,6 +340,12 @@ COMMANDS: dict[str, Command] = {
         "Measure and use", "RUN RUN [RUN...]", "Write a page that overlays the curves of several runs",
         ("compare quickstart quickstart_dense",), _compare,
         "The page also has a table of the final figures, and one of the config fields in which the runs differ.",
+    ),
+    "inspect": Command(
+        "Measure and use", "RUN --text TEXT", "Write a page with what the network computes for a text",
+        ('inspect quickstart --text "def fib(n):"', "inspect quickstart --text @notes.txt --to notes.html"), _inspect,
+        "The page shows the probability of each token, the predictions after each layer (logit lens), the attention "
+        "maps of all heads and the routers' choices. The network runs on one device.",
     ),
     "study": Command(
         "Compare", "[STUDY]", "Run a study: arms and seeds, statistics, and a verdict on each claim",

@@ -333,32 +333,46 @@ def compare_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def inspect_command(args: argparse.Namespace) -> int:
+    """Write a page with what a run's network computes for a text."""
+    use_compilation_cache()
+    from data.tokenizer import load_tokenizer
+    from experiments.inspection.write import cut, read_text, write_inspection
+
+    text = _checked(lambda: read_text(args.text))
+    run = find_run(args.subject)
+    tokenizer = load_tokenizer(run.tokenizer)
+    experiment = _load(args.subject, args.overrides, device_count=1)
+    ids, notes = _checked(lambda: cut(tokenizer, text, experiment.model, args.max_tokens))
+    log = lambda line: print(line, file=sys.stderr)
+    print(write_inspection(run, experiment, tokenizer, ids, notes, step=args.step, path=args.to, log=log))
+    return 0
+
+
 def study_command(args: argparse.Namespace) -> int:
     """Run a study, or plan it, or write its report."""
-    return _study_module("study")(args)
+    return _run_study_command("study", args)
 
 
 def new_study_command(args: argparse.Namespace) -> int:
     """Write the skeleton of a study."""
-    return _study_module("new_study")(args)
+    return _run_study_command("new_study", args)
 
 
-def _study_module(name: str) -> Callable[[argparse.Namespace], int]:
-    """Return a command of experiments/study/command.py, whose StudyErrors are raised as UsageErrors."""
-    from experiments.study import command
+def _run_study_command(name: str, args: argparse.Namespace) -> int:
+    """Run a command of experiments/study/command.py, with StudyErrors as UsageErrors."""
+    try:
+        from experiments.study import command
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise UsageError("studies need Optuna: pip install -e '.[study]'") from error
     from experiments.study.definition import StudyError
 
-    def run(args: argparse.Namespace) -> int:
-        try:
-            return getattr(command, name)(args)
-        except StudyError as error:
-            raise UsageError(str(error)) from error
-        except ModuleNotFoundError as error:
-            if error.name != "optuna":
-                raise
-            raise UsageError("studies need Optuna: pip install -e '.[study]'") from error
-
-    return run
+    try:
+        return getattr(command, name)(args)
+    except StudyError as error:
+        raise UsageError(str(error)) from error
 
 
 def join_processes() -> None:
@@ -402,13 +416,16 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(name: str, overrides: Sequence[str]) -> Experiment:
-    """Return the experiment of a run, with overrides, checked for the devices and the memory that are here. A mesh that
-    does not fit them is replaced."""
+def _load(name: str, overrides: Sequence[str], device_count: int | None = None) -> Experiment:
+    """Return the experiment of a run, with overrides, checked for `device_count` devices (None: all that are here) and
+    their memory. A mesh that does not fit them is replaced."""
     experiment = load_experiment(find_run(name))
-    return _checked(
-        lambda: resolve_from(fit_mesh(experiment, overrides), overrides, memory=memory_here, training=False)
-    )
+
+    def resolved() -> Experiment:
+        fitting = fit_mesh(experiment, overrides, device_count)
+        return resolve_from(fitting, overrides, device_count, memory=memory_here, training=False)
+
+    return _checked(resolved)
 
 
 def _load_to_train(name: str, args: argparse.Namespace) -> Experiment:

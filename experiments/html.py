@@ -5,6 +5,7 @@ element("td", row["step"], class_="value")
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from html import escape
 
@@ -39,13 +40,25 @@ def table_row(*cells: object, class_: str = "", head: bool = False) -> Html:
     return element("tr", *(element("th" if head else "td", cell) for cell in cells), class_=class_)
 
 
-def page(title: str, body: Html) -> bytes:
-    """Return a page in UTF-8. A lone surrogate, which JSON can hold, becomes a question mark."""
+def data(name: str, value: object) -> Html:
+    """Return a value as JSON that a script of the page finds by the id `name`. No text in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return element("script", Html(text), id=name, type="application/json")
+
+
+def script(code: str) -> Html:
+    """Return the page's own code, which must not come from a run's files."""
+    return element("script", Html(code))
+
+
+def page(title: str, body: Html, style: str = "") -> bytes:
+    """Return a page in UTF-8 with the common style and, after it, `style`. A lone surrogate, which JSON can hold,
+    becomes a question mark."""
     name = element("title", title)
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{name}<style>{_variables()}{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"{name}<style>{_variables()}{STYLE}{style}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
     return text.encode("utf-8", "replace")
 

@@ -297,14 +297,16 @@ def open_trained(
     tokenizer: Tokenizer,
     step: int | None = None,
     *,
+    devices: Sequence[jax.Device] | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[Network, Weights]:
     """Return a run's network and its weights of `step` (default: the newest good checkpoint), without an optimizer.
 
-    They serve evaluation, sampling and export. A mesh that does not fit this machine's devices is replaced by one that
-    does. Raises CheckpointError.
+    They serve evaluation, sampling and export. A mesh that does not fit the `devices` (default: all of this machine) is
+    replaced by one that does. Raises CheckpointError.
     """
-    network = build_network(fit_mesh(experiment, log=log))
+    count = None if devices is None else len(devices)
+    network = build_network(fit_mesh(experiment, device_count=count, log=log), devices=devices)
     with Checkpointer(run.checkpoints, read_only=True, log=log) as checkpoints, use_mesh(network.mesh):
         weights = load_weights(network, checkpoints, tokenizer, step, frozen=run.frozen, log=log)
     if weights is None:
