@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -78,6 +79,39 @@ def test_ntk_keeps_the_first_frequency_and_matches_the_last_one_of_linear():
     assert math.isclose(ntk[-1], linear[-1], rel_tol=1e-9)  # bloc97 chose the exponent dim / (dim - 2) for this
 
 
+@pytest.mark.parametrize("factor, base", [(2.0, 20_221.26), (8.0, 82_684.62)])
+def test_ntk_has_the_published_base(factor, base):
+    """bloc97 2023: base * factor^(d / (d - 2)) with d = 128. The digits were computed in another program."""
+    frequencies = inverse_frequencies(128, 1e4, RopeScalingConfig("ntk", factor))
+    np.testing.assert_allclose(frequencies[1:] ** (-128 / np.arange(2, 128, 2)), base, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor, stretch", [(1, 1), (4, 1.1386), (8, 1.2079), (16, 1.2773), (32, 1.3466)])
+def test_yarn_stretches_queries_and_keys_by_its_temperature(factor, stretch):
+    """Peng et al. 2023, sec. 3.4: sqrt(1 / t) = 0.1 ln(s) + 1, which multiplies both queries and keys."""
+    config = tiny_config(position=PositionConfig(scaling=RopeScalingConfig("yarn", float(factor), 64)))
+    cos, sin = rope_tables(config, jnp.arange(70)[None], jnp.array([70]))
+    np.testing.assert_allclose(np.hypot(cos, sin), 0.1 * math.log(factor) + 1, rtol=1e-6)
+    np.testing.assert_allclose(np.hypot(cos, sin), stretch, atol=5.1e-5)  # four digits
+
+
+@pytest.mark.parametrize("kind", get_args(get_type_hints(RopeScalingConfig)["kind"]))
+def test_a_factor_of_1_changes_nothing(kind):
+    """dynamic_ntk scales by the current over the original length, so a factor of 1 is the identity only up to that
+    length, as in transformers."""
+    scaled = tiny_config(
+        attention=replace(TINY_ATTENTION, head_dim=64),
+        position=PositionConfig(scaling=RopeScalingConfig(kind, 1.0, 256)),
+    )
+    plain = replace(scaled, position=PositionConfig())
+    tables = [np.asarray(rope_tables(c, jnp.arange(256)[None], jnp.array([256]))) for c in (plain, scaled)]
+    # An angle of up to 255 has an error of 255 * 2^-24.
+    np.testing.assert_allclose(tables[1], tables[0], atol=4 * 255 * 2.0**-24)
+    if kind != "dynamic_ntk":
+        frequencies = inverse_frequencies(64, 1e4, scaled.position.scaling)
+        np.testing.assert_allclose(frequencies, inverse_frequencies(64, 1e4, None), rtol=1e-12)
+
+
 @given(shift=st.integers(0, 500), interleaved=st.booleans(), fraction=st.sampled_from([0.25, 0.5, 1.0]))
 @settings(deadline=None, max_examples=20)
 def test_rope_products_depend_only_on_distance(shift, interleaved, fraction):
@@ -101,3 +135,6 @@ def test_alibi_slopes_match_the_paper():
     np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
     for heads in range(1, 40):
         np.testing.assert_allclose(alibi_slopes(heads), slopes(heads), rtol=1e-6)
+    # The code of the paper (get_slopes), for 12 heads: those of 8 heads, then every other one of 16 heads.
+    np.testing.assert_allclose(alibi_slopes(12)[8:], [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5], rtol=1e-6)
+    np.testing.assert_array_equal(alibi_slopes(12)[:8], alibi_slopes(8))
