@@ -207,8 +207,10 @@ def feed_forward(x_TD, up_DGF, down_FD, kind: str, up_bias=0.0, down_bias=0.0) -
         "relu": lambda x: np.maximum(x, 0),
         "relu2": lambda x: np.maximum(x, 0) ** 2,
         "silu": lambda x: x / (1 + np.exp(-x)),
+        "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+        "identity": lambda x: x,
     }
-    gated = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+    gated = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid", "bilinear": "identity"}
     h_TF = act[gated[kind]](h[:, 0]) * h[:, 1] if kind in gated else act[kind](h[:, 0])
     return h_TF @ down_FD + down_bias
 
