@@ -15,11 +15,12 @@ from experiments.__main__ import COMMANDS as SUBCOMMANDS
 from experiments.command_help import make_parser
 from experiments.named import EXPERIMENTS
 from experiments.resolve import fill_vocabulary, resolve
+from experiments.study.launch import load_study
 from pallas_kernels.bench import OPERATIONS
 from tests.docs import FILES, PAGES, ROOT, Command, commands, inline_code, marked, missing_line, run
 from train.config_io import apply_overrides
 
-OTHER_PROGRAMS = ("git", "cd")
+OTHER_PROGRAMS = ("git", "cd", "optuna-dashboard")
 COMMANDS = [command for page in PAGES for command in commands(page)]
 RUNS = {*EXPERIMENTS}  # and what commands name with --run, --name and --to
 for _command in COMMANDS:
@@ -64,7 +65,11 @@ def check_experiments(command: Command, variables: dict[str, str], words: list[s
     except SystemExit:
         pytest.fail(f"{command}: {errors.getvalue()}")
     subject, overrides = getattr(args, "subject", None), getattr(args, "overrides", [])
-    if subject is None or args.command == "import":
+    if subject is None or args.command in ("import", "new-study"):
+        return
+    if args.command == "study":
+        if subject not in ("NAME", "my_study"):
+            load_study(subject)
         return
     assert subject in RUNS or subject == subject.upper(), f"{command}: {subject} names neither an experiment nor a run"
     if command.refused:

@@ -57,13 +57,13 @@ def study(args: argparse.Namespace) -> int:
         run_smoke(job, SMOKE_STEPS, _say)
         return 0
     workers = args.workers or launch.default_workers()
-    store = TrialStore(args.storage, job.name)
-    if args.dry_run:
-        launch.print_plan(job, store, workers, open_console())
-        return 0
-    if not args.report:
-        _run(args, job, store, workers)
-    return _report(job, store, Path(args.to))
+    with TrialStore(args.storage, job.name) as store:
+        if args.dry_run:
+            launch.print_plan(job, store, workers, open_console())
+            return 0
+        if not args.report:
+            _run(args, job, store, workers)
+        return _report(job, store, Path(args.to))
 
 
 def _say(text: str) -> None:

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -107,6 +107,14 @@ class TrialStore:
                 "recorded them"
             )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
         import sqlalchemy.exc
@@ -166,6 +174,7 @@ class TrialStore:
             while not left.wait(self._heartbeat_seconds):
                 with contextlib.suppress(Exception):  # the next write of the main thread reports a lost database
                     self._storage.record_heartbeat(claimed.key)
+            self._storage.remove_session()  # that of this thread
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -83,9 +84,10 @@ def work(job: Job, *, log: Callable[[str], None], seconds: float | None = None) 
     Raises StudyError if the storage fails.
     """
     programs, first = Programs(), jax.process_index() == 0
-    store = TrialStore(job.url, job.name, job.heartbeat_seconds) if first else None
     fingerprint = Fingerprints(job.study, log)
-    with Deadline(seconds) as stop:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(TrialStore(job.url, job.name, job.heartbeat_seconds)) if first else None
+        stop = stack.enter_context(Deadline(seconds))
         trials, more = plan(job.study, job.scale, fingerprint, [])
         while True:
             stop.expire()

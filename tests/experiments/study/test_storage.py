@@ -84,8 +84,17 @@ def survive(address: str, folder: Path, workers: int = 3, kills: int = 4) -> Non
     """Run the study in processes, of which random ones are killed, and check that every trial is recorded once."""
     log, chance = folder / "log", random.Random(0)
     start = lambda: worker(address, folder, **{LOG: str(log), SECONDS: "0.5"})
+    with TrialStore(address, "small_study/cpu", heartbeat_seconds=1) as kept:
+        _kill(kept, start, chance, workers, kills)
+        assert kept.counts(IDS) == (0, 0, 12, 0) and not kept.failures()
+        assert Counter(o.id for o in kept.outcomes()) == Counter(IDS)
+    ended = Counter(tuple(line.split()[:2]) for line in log.read_text().splitlines())
+    assert sum(ended.values()) <= 12 + kills  # only a trial whose worker was killed between its end and its record
+
+
+def _kill(kept: TrialStore, start, chance: random.Random, workers: int, kills: int) -> None:
+    """Run workers to their end, and kill random ones, which are replaced."""
     running = [start() for _ in range(workers)]
-    kept = TrialStore(address, "small_study/cpu", heartbeat_seconds=1)
     deadline = time.monotonic() + 150
     while kept.counts(IDS).done < 12 and time.monotonic() < deadline:
         if kills and kept.counts(IDS).running:
@@ -96,10 +105,7 @@ def survive(address: str, folder: Path, workers: int = 3, kills: int = 4) -> Non
             running[victim], kills = start(), kills - 1
         time.sleep(0.3)
     assert all(process.wait(timeout=60) == 0 for process in running)
-    assert not kills and kept.counts(IDS) == (0, 0, 12, 0) and not kept.failures()
-    assert Counter(o.id for o in kept.outcomes()) == Counter(IDS)
-    ended = Counter(tuple(line.split()[:2]) for line in log.read_text().splitlines())
-    assert sum(ended.values()) <= 12 + 4  # only a trial whose worker was killed between its end and its record
+    assert not kills
 
 
 @pytest.mark.slow
