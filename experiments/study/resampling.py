@@ -123,8 +123,8 @@ def rank_order(values: np.ndarray, expected: Values, permutations: int = 10_000,
     signs = np.sign(places[second] - places[first])
 
     def taus(measured: np.ndarray) -> np.ndarray:
-        """Return the tau of values [..., arm]."""
-        return np.mean(np.sign(measured[..., second] - measured[..., first]) * signs, axis=-1)
+        """Return the taus [...] of values [..., arm]."""
+        return np.asarray(np.mean(np.sign(measured[..., second] - measured[..., first]) * signs, axis=-1))
 
     by_seed = values.T
     observed = float(taus(by_seed).mean())

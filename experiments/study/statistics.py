@@ -135,10 +135,9 @@ def equivalence(baseline: Values, arm: Values, margin: float, confidence: float 
     check_fraction("confidence", confidence, least=0.5)
     if not 0 < margin < math.inf:
         raise ValueError(f"margin = {margin}: equivalence needs a margin above 0, in the unit of the values")
-    n, mean, sd = _moments(_differences(baseline, arm))
-    half = half_width(sd, n, 2 * confidence - 1)
-    p = max(p_above(baseline, arm, -margin), p_below(baseline, arm, margin))
-    return Equivalence(n, mean, sd, margin, mean - half, mean + half, p, p <= _alpha(confidence))
+    found = paired(baseline, arm, 2 * confidence - 1)
+    p = max(p_above(found, -margin), p_below(found, margin))
+    return Equivalence(found.n, found.mean, found.sd, margin, found.low, found.high, p, p <= alpha_of(confidence))
 
 
 def noninferiority(baseline: Values, arm: Values, margin: float, confidence: float = 0.95) -> NonInferiority:
@@ -149,21 +148,19 @@ def noninferiority(baseline: Values, arm: Values, margin: float, confidence: flo
     check_fraction("confidence", confidence, least=0.5)
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin = {margin}: use a margin of 0 or more, in the unit of the values")
-    n, mean, sd = _moments(_differences(baseline, arm))
-    p = p_below(baseline, arm, margin)
-    high = mean + half_width(sd, n, 2 * confidence - 1)
-    return NonInferiority(n, mean, sd, margin, high, p, p <= _alpha(confidence))
+    found = paired(baseline, arm, 2 * confidence - 1)
+    p = p_below(found, margin)
+    return NonInferiority(found.n, found.mean, found.sd, margin, found.high, p, p <= alpha_of(confidence))
 
 
-def p_above(baseline: Values, arm: Values, bound: float = 0.0) -> float:
-    """Return the one-sided p value of the paired t test that the mean difference is above `bound`."""
-    n, mean, sd = _moments(_differences(baseline, arm))
-    return _upper_tail(mean - bound, sd / math.sqrt(n), n - 1)
+def p_above(found: Paired, bound: float = 0.0) -> float:
+    """Return the p value of the one-sided t test that the mean difference is above `bound`."""
+    return _upper_tail(found.mean - bound, found.sd / math.sqrt(found.n), found.n - 1)
 
 
-def p_below(baseline: Values, arm: Values, bound: float = 0.0) -> float:
-    """Return the one-sided p value of the paired t test that the mean difference is below `bound`."""
-    return p_above(arm, baseline, -bound)
+def p_below(found: Paired, bound: float = 0.0) -> float:
+    """Return the p value of the one-sided t test that the mean difference is below `bound`."""
+    return _upper_tail(bound - found.mean, found.sd / math.sqrt(found.n), found.n - 1)
 
 
 def holm(p_values: Values) -> np.ndarray:
@@ -229,11 +226,14 @@ def _moments(values: np.ndarray) -> tuple[int, float, float]:
         raise ValueError(f"n = {n}: a test needs at least 2 seeds. Run more seeds")
     if values.min() == values.max():
         return n, float(values[0]), 0.0
-    return n, float(values.mean()), float(values.std(ddof=1))
+    mean = float(values.mean())
+    rest = values - mean
+    return n, mean, math.sqrt(float(rest @ rest) / (n - 1))
 
 
-def _alpha(confidence: float) -> float:
-    return round(1 - confidence, 12)  # 1 - 0.95 is 0.05, not 0.05 + 4e-17
+def alpha_of(confidence: float) -> float:
+    """Return 1 - confidence, rounded so that 0.95 gives 0.05."""
+    return round(1 - confidence, 12)
 
 
 def _upper_tail(gap: float, error: float, degrees: float) -> float:

@@ -5,16 +5,16 @@
         ClaimData("RMSNorm equals LayerNorm", "equal", baseline=layer_norm, arm=rms_norm, margin=0.01, unit="nats"),
     ])
 
-Each claim is about the mean difference arm - baseline of runs that share seeds. Two hypotheses belong to it, and with
-one claim and alpha = 1 - confidence they are accepted as follows:
+Each claim is about the mean difference arm - baseline of runs that share seeds. For a single claim and
+alpha = 1 - confidence, the t interval of the difference decides:
 
-| expected   | reproduced                                  | contradicted                              | interval |
-|------------|---------------------------------------------|-------------------------------------------|----------|
-| lower      | the interval lies below -margin             | it lies above 0                           | 1 - alpha |
-| higher     | the interval lies above margin              | it lies below 0                           | 1 - alpha |
-| equal      | the interval lies within ±margin (TOST)     | the one with 1 - alpha lies outside       | 1 - 2 alpha |
-| not_higher | the interval lies below margin              | it lies above margin                      | 1 - 2 alpha |
-| not_lower  | the interval lies above -margin             | it lies below -margin                     | 1 - 2 alpha |
+| expected   | reproduced if the interval lies | contradicted if it lies                | its confidence |
+|------------|---------------------------------|----------------------------------------|----------------|
+| lower      | below -margin                   | above 0                                | 1 - alpha      |
+| higher     | above margin                    | below 0                                | 1 - alpha      |
+| equal      | within ±margin (TOST)           | outside ±margin, with 1 - alpha        | 1 - 2 alpha    |
+| not_higher | below margin                    | above margin                           | 1 - 2 alpha    |
+| not_lower  | above -margin                   | below -margin                          | 1 - 2 alpha    |
 
 Anything else is inconclusive. With several claims, Holm's method adjusts the p values of "reproduced" over the family,
 and those of "contradicted" likewise. So the probability that any claim is wrongly called reproduced is at most alpha,
@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from experiments.study.power import check_fraction, detectable_effect
-from experiments.study.statistics import Paired, Values, equivalence, holm, noninferiority, p_above, p_below, paired
+from experiments.study.power import check_fraction, detectable_effect, half_width
+from experiments.study.statistics import Paired, Values, alpha_of, holm, p_above, p_below, paired
 
 Expected = Literal["lower", "higher", "equal", "not_higher", "not_lower"]
 Outcome = Literal["reproduced", "contradicted", "inconclusive"]
@@ -78,45 +78,54 @@ def decide_all(claims: Sequence[ClaimData], confidence: float = 0.95, power: flo
     seeds.
     """
     check_fraction("confidence", confidence, least=0.5)
-    tests = [_p_values(claim) for claim in claims]
+    differences = [_difference(claim, confidence) for claim in claims]
+    tests = [_p_values(claim, found) for claim, found in zip(claims, differences, strict=True)]
     adjusted = [holm([pair[side] for pair in tests]) for side in (0, 1)]
     verdicts = []
-    for claim, raw, reproduced, contradicted in zip(claims, tests, *adjusted, strict=True):
-        if len(claim.arm) < 2:
+    for claim, found, raw, reproduced, contradicted in zip(claims, differences, tests, *adjusted, strict=True):
+        if found is None:
             verdicts.append(_too_few(claim))
         else:
             pair = float(reproduced), float(contradicted)
-            verdicts.append(_verdict(claim, raw, pair, len(claims), confidence, power))
+            verdicts.append(_verdict(claim, found, raw, pair, len(claims), confidence, power))
     return verdicts
 
 
-def _p_values(claim: ClaimData) -> tuple[float, float]:
-    """Return the p values of "reproduced" and "contradicted", to be compared with alpha."""
-    baseline, arm, margin = claim.baseline, claim.arm, claim.margin
-    if not 0 <= margin < math.inf or (claim.expected == "equal" and margin == 0):
+def _difference(claim: ClaimData, confidence: float) -> Paired | None:
+    """Return the difference with its interval, or None with fewer than 2 seeds. Raises ValueError for a wrong claim."""
+    if not 0 <= claim.margin < math.inf or (claim.expected == "equal" and claim.margin == 0):
         raise ValueError(
-            f'claim "{claim.name}": margin = {margin} with expected = "{claim.expected}"; use a number of 0 or more, '
-            'and above 0 for "equal"'
+            f'claim "{claim.name}": margin = {claim.margin} with expected = "{claim.expected}"; use a number of 0 or '
+            'more, and above 0 for "equal"'
         )
-    if len(baseline) == len(arm) < 2:
-        return 1.0, 1.0
+    if len(claim.baseline) == len(claim.arm) < 2:
+        return None
     try:
-        if claim.expected == "lower":
-            return _twice(p_below(baseline, arm, -margin)), _twice(p_above(baseline, arm))
-        if claim.expected == "higher":
-            return _twice(p_above(baseline, arm, margin)), _twice(p_below(baseline, arm))
-        if claim.expected == "equal":
-            outside = min(p_above(baseline, arm, margin), p_below(baseline, arm, -margin))
-            return equivalence(baseline, arm, margin).p, _twice(outside)
-        if claim.expected == "not_higher":
-            return noninferiority(baseline, arm, margin).p, p_above(baseline, arm, margin)
-        return noninferiority(arm, baseline, margin).p, p_below(baseline, arm, -margin)
+        return paired(claim.baseline, claim.arm, confidence)
     except ValueError as error:
         raise ValueError(f'claim "{claim.name}": {error}') from error
 
 
+def _p_values(claim: ClaimData, found: Paired | None) -> tuple[float, float]:
+    """Return the p values of "reproduced" and "contradicted", to be compared with alpha."""
+    if found is None:
+        return 1.0, 1.0
+    margin = claim.margin
+    if claim.expected == "lower":
+        return _twice(p_below(found, -margin)), _twice(p_above(found))
+    if claim.expected == "higher":
+        return _twice(p_above(found, margin)), _twice(p_below(found))
+    if claim.expected == "equal":
+        within = max(p_above(found, -margin), p_below(found, margin))
+        return within, _twice(min(p_above(found, margin), p_below(found, -margin)))
+    if claim.expected == "not_higher":
+        return p_below(found, margin), p_above(found, margin)
+    return p_above(found, -margin), p_below(found, -margin)
+
+
 def _verdict(
     claim: ClaimData,
+    found: Paired,
     raw: tuple[float, float],
     adjusted: tuple[float, float],
     claims: int,
@@ -124,16 +133,22 @@ def _verdict(
     power: float,
 ) -> Verdict:
     """Return the verdict about one of several claims from its p values of "reproduced" and "contradicted"."""
-    alpha = round(1 - confidence, 12)
+    alpha = alpha_of(confidence)
     outcome: Outcome = "inconclusive"
     if min(adjusted) <= alpha:
         outcome = "reproduced" if adjusted[0] <= alpha else "contradicted"
     side = 0 if raw[0] <= raw[1] else 1
     two_sided = claim.expected in ("lower", "higher") or (claim.expected == "equal" and outcome == "contradicted")
     level = confidence if two_sided else round(2 * confidence - 1, 12)
-    found = paired(claim.baseline, claim.arm, level)
+    half = half_width(found.sd, found.n, level)
+    low, high = found.mean - half, found.mean + half
     detectable = detectable_effect(found.sd, found.n, power, alpha / claims)
-    facts = _facts(claim, found, level, adjusted[side], claims, detectable, power)
+    adjustment = f" over {claims} claims" if claims > 1 else ""
+    facts = (
+        f"mean difference {f'{found.mean:+.4g} {claim.unit}'.rstrip()}, {100 * level:g}% interval {low:+.4g} to "
+        f"{high:+.4g}, n = {found.n}, adjusted p{adjustment} = {adjusted[side]:.3g}, minimum detectable effect at "
+        f"{100 * power:g}% power {_quantity(detectable, claim.unit)}"
+    )
     return Verdict(
         name=claim.name,
         outcome=outcome,
@@ -141,8 +156,8 @@ def _verdict(
         n=found.n,
         mean=found.mean,
         sd=found.sd,
-        low=found.low,
-        high=found.high,
+        low=low,
+        high=high,
         confidence=level,
         p=raw[side],
         adjusted_p=adjusted[side],
@@ -192,18 +207,6 @@ def _finding(claim: ClaimData, outcome: Outcome, alpha: float) -> str:
         "inconclusive": f"The runs do not show at the {alpha:.3g} level whether the arm is {direction} than the "
         f"baseline{beyond}",
     }[outcome]
-
-
-def _facts(
-    claim: ClaimData, found: Paired, level: float, adjusted_p: float, claims: int, detectable: float, power: float
-) -> str:
-    """Return the numbers of the reason."""
-    adjustment = f" over {claims} claims" if claims > 1 else ""
-    return (
-        f"mean difference {found.mean:+.4g}{' ' if claim.unit else ''}{claim.unit}, {100 * level:g}% interval "
-        f"{found.low:+.4g} to {found.high:+.4g}, n = {found.n}, adjusted p{adjustment} = {adjusted_p:.3g}, minimum "
-        f"detectable effect at {100 * power:g}% power {_quantity(detectable, claim.unit)}"
-    )
 
 
 def _quantity(value: float, unit: str) -> str:
