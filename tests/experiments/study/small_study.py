@@ -1,5 +1,9 @@
-"""A study whose trials compute in a moment, and a worker process for it: python -m tests.experiments.study.small_study
-URL FOLDER."""
+"""A study whose trials compute in a moment, and a worker process for it:
+
+python -m tests.experiments.study.small_study URL FOLDER [ADDRESS RANK]
+
+With an address, two processes of jax.distributed are one worker.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from etils import epath
 
 from experiments.studies.bases import dense
@@ -59,4 +64,6 @@ def with_arms(**changes: Mapping[str, object]) -> Study:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        jax.distributed.initialize(sys.argv[3], num_processes=2, process_id=int(sys.argv[4]))
     sys.exit(0 if work(job(sys.argv[1], Path(sys.argv[2])), log=print) else 1)

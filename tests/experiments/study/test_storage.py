@@ -21,6 +21,7 @@ from experiments.study.storage import TrialStore
 from experiments.study.trials import plan
 from experiments.study.worker import work
 from tests.experiments.study.small_study import LOG, SECONDS, STUDY, job, with_arms
+from tests.experiments.test_processes import free_address
 
 TRIALS, _ = plan(STUDY, "cpu", lambda experiment: "", [])
 IDS = [trial.id for trial in TRIALS]
@@ -34,8 +35,8 @@ def store(folder: Path) -> TrialStore:
     return TrialStore(url(folder), "small_study/cpu", heartbeat_seconds=1)
 
 
-def worker(address: str, folder: Path, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.experiments.study.small_study", address, str(folder)]
+def worker(address: str, folder: Path, *more: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.experiments.study.small_study", address, str(folder), *more]
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
 
 
@@ -133,6 +134,19 @@ def test_killed_workers_lose_no_trial_on_postgresql(tmp_path):
         survive(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", tmp_path)
     finally:
         run(*server, "-m", "immediate", "stop")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_worker(tmp_path):
+    """Both run every trial; process 0 claims and records."""
+    address = free_address()
+    peers = [worker(url(tmp_path), tmp_path, address, str(rank), **{LOG: str(tmp_path / "log")}) for rank in (0, 1)]
+    assert [peer.wait(timeout=180) for peer in peers] == [0, 0]
+    with store(tmp_path) as kept:
+        assert kept.counts(IDS) == (0, 0, 12, 0) and [o.id for o in kept.outcomes()] == IDS
+    lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert set(Counter((rate, seed) for rate, seed, _ in lines).values()) == {2, 4}  # "low" and "same" share a rate
+    assert set(Counter(process for _, _, process in lines).values()) == {12}
 
 
 def test_storages_that_cannot_be_used_are_refused_by_name(tmp_path, monkeypatch):
