@@ -1,0 +1,1 @@
+"""Studies: statistics, fits and verdicts for claims about several runs."""
