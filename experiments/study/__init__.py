@@ -1,1 +1,1 @@
-"""The machinery of studies: definitions, trials, storage, workers, statistics and reports."""
+"""Studies: statistics, fits and verdicts for claims about several runs."""

@@ -143,9 +143,10 @@ def _verdict(
     half = half_width(found.sd, found.n, level)
     low, high = found.mean - half, found.mean + half
     detectable = detectable_effect(found.sd, found.n, power, alpha / claims)
-    adjustment = f" over {claims} claims" if claims > 1 else ""
+    adjustment, unadjusted = (f" over {claims} claims", "unadjusted ") if claims > 1 else ("", "")
+    mean = f"{found.mean:+.4g} {claim.unit}".rstrip()
     facts = (
-        f"mean difference {f'{found.mean:+.4g} {claim.unit}'.rstrip()}, {100 * level:g}% interval {low:+.4g} to "
+        f"mean difference {mean}, {unadjusted}{100 * level:g}% interval {low:+.4g} to "
         f"{high:+.4g}, n = {found.n}, adjusted p{adjustment} = {adjusted[side]:.3g}, minimum detectable effect at "
         f"{100 * power:g}% power {_quantity(detectable, claim.unit)}"
     )

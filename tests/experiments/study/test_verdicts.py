@@ -126,6 +126,7 @@ def test_several_claims_are_adjusted_together():
     reproduced = holm([alone[0].p, alone[1].p, 1.0, alone[3].p])
     assert [together[i].adjusted_p for i in (0, 1, 3)] == pytest.approx(list(reproduced[[0, 1, 3]]))
     assert together[2].adjusted_p == pytest.approx(min(1, 4 * alone[2].p))
+    assert "unadjusted 95% interval -0.03963 to" in together[0].reason
     assert "adjusted p over 4 claims = " in together[0].reason and together[0].p == alone[0].p
     assert [each.detectable for each in together] == [detectable_effect(each.sd, 5, 0.8, 0.05 / 4) for each in alone]
     assert decide_all([]) == []
