@@ -11,6 +11,7 @@ from etils import epath
 
 from experiments.study import launch
 from experiments.study.definition import StudyError
+from experiments.study.storage import TrialStore
 from experiments.study.worker import Job, run_smoke, work
 from experiments.terminal import open_console
 
@@ -45,7 +46,6 @@ def study(args: argparse.Namespace) -> int:
     if args.worker:
         launch.take_cores()
     from experiments.commands import join_processes, use_compilation_cache
-    from experiments.study.storage import TrialStore
 
     if args.distributed:
         join_processes()
@@ -57,6 +57,7 @@ def study(args: argparse.Namespace) -> int:
         run_smoke(job, SMOKE_STEPS, _say)
         return 0
     workers = args.workers or launch.default_workers()
+    launch.leave_accelerators()
     with TrialStore(args.storage, job.name) as store:
         if args.dry_run:
             launch.print_plan(job, store, workers, open_console())
@@ -70,7 +71,7 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _run(args: argparse.Namespace, job: Job, store, workers: int) -> None:
+def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) -> None:
     if args.retry_failed:
         _say(f"{store.retry_failed()} failed trials are queued again")
     launch.print_plan(job, store, workers, open_console())
@@ -82,7 +83,7 @@ def _run(args: argparse.Namespace, job: Job, store, workers: int) -> None:
     launch.run_workers(arguments, workers, store, queue)
 
 
-def _report(job: Job, store, folder: Path) -> int:
+def _report(job: Job, store: TrialStore, folder: Path) -> int:
     """Write the report of what is recorded, and say what is missing. Return 1 while trials are missing."""
     from experiments.study.records import export
     from experiments.study.report import write_report

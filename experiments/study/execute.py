@@ -16,6 +16,7 @@ from etils import epath
 from data.pipeline import heldout_windows
 from data.prepare import Prepared
 from data.tokenizer import byte_lengths
+from experiments.backend import device_name
 from experiments.run import prepare_data, shared_run, written
 from experiments.study.definition import Study, identity
 from experiments.study.measures import Trained
@@ -120,6 +121,7 @@ def _outcome(
     return {
         "figures": {name: value for name, value in figures.items() if math.isfinite(value)},
         "curves": dict(curves), "arrays": dict(arrays), "diverged": diverged, "seconds": round(seconds, 2),
+        "device": device_name(),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import signal
@@ -15,6 +16,7 @@ from types import ModuleType
 
 from rich.console import Console
 
+from experiments import ACCELERATORS
 from experiments.cpu_devices import cores
 from experiments.study.definition import Study, StudyError
 from experiments.study.storage import TrialStore
@@ -68,9 +70,9 @@ def default_workers() -> int:
 
     A worker per core beats one run on all cores: small matmuls lose more when they are split (docs/experiments.md).
     """
-    import jax
-
-    return cores() if jax.default_backend() == "cpu" else 1
+    chosen = os.environ.get("JAX_PLATFORMS")
+    cpu = chosen == "cpu" if chosen else not any(map(glob.glob, ACCELERATORS))
+    return cores() if cpu else 1
 
 
 def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue: Queue) -> bool:
@@ -131,6 +133,13 @@ def _start_worker(arguments: Sequence[str], index: int, number: int) -> subproce
         [sys.executable, "-m", "experiments", "study", *arguments, "--worker"], env=environment,
         start_new_session=True,  # Ctrl-C reaches the workers once, from `run_workers`
     )  # fmt: skip
+
+
+def leave_accelerators() -> None:
+    """Keep this process, which only plans and reports, off the accelerators that its workers need."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def take_cores() -> None:

@@ -7,22 +7,31 @@ Columns: arm, stage ("tune" or "compare"), seed, trial, kind, name, step, value.
     array   JSON: numbers by layer and expert
     tuned   the value of a tuned field
     status  "complete" or "diverged"
+    device  what the trial ran on
     meta    facts about the study, without an arm
 """
 
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from data.paths import write_whole
 from experiments.study.definition import StudyError
 from experiments.study.trials import Outcome, Trial
+
+if TYPE_CHECKING:  # reading needs no database
+    from experiments.study.storage import TrialStore
+    from experiments.study.worker import Job
 
 COLUMNS = ("arm", "stage", "seed", "trial", "kind", "name", "step", "value")
 
@@ -55,7 +64,7 @@ class Table:
         return {o.arm: dict(o.figures) for o in self.outcomes if o.stage == "compare" and o.seed == seed}
 
 
-def export(job: Any, store: Any, trials: Sequence[Trial], folder: Path) -> Path:
+def export(job: Job, store: TrialStore, trials: Sequence[Trial], folder: Path) -> Path:
     """Write the finished ones of `trials` to FOLDER/NAME.csv, or NAME.SCALE.csv unless at scale cpu."""
     done = {outcome.id: outcome for outcome in store.outcomes()}
     # Arms that tuning makes equal share a trial: each has the outcome under its own name.
@@ -66,11 +75,13 @@ def export(job: Any, store: Any, trials: Sequence[Trial], folder: Path) -> Path:
     ]
     suffix = "" if job.scale == "cpu" else f".{job.scale}"
     path = folder / f"{job.study.name}{suffix}.csv"
-    meta = {"study": job.study.name, "scale": job.scale, "planned": str(len(trials)), **_machine()}
+    devices = ", ".join(sorted({o.device for o in outcomes if o.device})) or "unknown device"
+    software = {**_software(), "device": devices}
+    meta = {"study": job.study.name, "scale": job.scale, "planned": str(len(trials)), **software}
     if path.exists():  # the machine and date are those of the trials, not of a later report
         old = read(path)
         if {o.id for o in old.outcomes} == {o.id for o in outcomes}:
-            meta |= {name: old.meta[name] for name in _machine() if name in old.meta}
+            meta |= {name: old.meta[name] for name in software if name in old.meta}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, _written(Table(meta, tuple(outcomes))))
@@ -79,18 +90,10 @@ def export(job: Any, store: Any, trials: Sequence[Trial], folder: Path) -> Path:
     return path
 
 
-def _machine() -> dict[str, str]:
-    """Return what the trials ran on, without the name of the machine."""
-    import datetime
-    import platform
-
-    import jax
-
-    from experiments.backend import device_name
-
+def _software() -> dict[str, str]:
+    """Return the date and the versions."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": device_name(),
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
@@ -110,6 +113,7 @@ def _written(table: Table) -> str:
 
 def _rows(o: Outcome) -> Iterator[tuple[str, str, str | int, str]]:
     yield "status", "", "", "diverged" if o.diverged else "complete"
+    yield "device", "", "", o.device
     yield "figure", "seconds", "", _number(o.seconds)
     for name, value in o.tuned.items():
         yield "tuned", name, "", _number(value)
@@ -155,6 +159,8 @@ def read(path: Path) -> Table:
 def _enter(trial: dict[str, Any], kind: str, name: str, step: str, value: str) -> None:
     if kind == "status":
         trial["diverged"] = value == "diverged"
+    elif kind == "device":
+        trial["device"] = value
     elif kind == "figure" and name == "seconds":
         trial["seconds"] = float(value)
     elif kind in ("figure", "tuned"):

@@ -56,7 +56,8 @@ class Outcome:
     curves: Mapping[str, Sequence[float]]  # by metric, beside "step" and "tokens"
     arrays: Mapping[str, Any]  # nested lists, such as the load of the experts
     diverged: bool
-    seconds: float
+    seconds: float  # of training, evaluation and saving
+    device: str = ""  # on which it ran
 
 
 def seeded(experiment: Experiment, seed: int) -> Experiment:
