@@ -284,7 +284,9 @@ def _study(command: argparse.ArgumentParser) -> None:
         "--storage", default="sqlite:///runs/studies.db", metavar="URL",
         help="database of the trials; machines that share it share the work",
     )  # fmt: skip
-    command.add_argument("--max-minutes", type=_number, metavar="M", help="stop at a step after M minutes, and save")
+    command.add_argument(
+        "--max-minutes", type=_number, metavar="M", help="stop at a step after M minutes, and save [default: no limit]"
+    )
     command.add_argument("--to", default="docs/studies", metavar="FOLDER", help="folder of the report and its records")
     command.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
     command.add_argument("--smoke", action="store_true", help="run five steps of every arm, and record nothing")
@@ -348,7 +350,7 @@ COMMANDS: dict[str, Command] = {
         "maps of all heads and the routers' choices. The network runs on one device.",
     ),
     "study": Command(
-        "Compare", "[STUDY]", "Run a study: arms and seeds, statistics, and a verdict on each claim",
+        "Compare", "[STUDY]", "Run a study: arms, seeds, and a verdict on each claim",
         ("study", "study glu_variants --dry-run", "study glu_variants --workers 2"), _study,
         "The same command again continues. Any number of machines can work on one --storage.",
     ),

@@ -145,7 +145,7 @@ def leave_accelerators() -> None:
 def take_cores() -> None:
     """Keep this worker on its share of the cores, before JAX starts its threads."""
     index, _, number = os.environ.get("MESHWORK_WORKER", "0/1").partition("/")
-    if not hasattr(os, "sched_setaffinity") or int(number) < 2:
+    if not hasattr(os, "sched_setaffinity") or not hasattr(os, "sched_getaffinity") or int(number) < 2:
         return
     own = sorted(os.sched_getaffinity(0))
     share = own[int(index) :: int(number)]

@@ -7,7 +7,7 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -170,6 +170,7 @@ def pieces(request, tmp_path_factory):
 def test_pieces_match_sentencepiece(pieces, text):
     sp, read = pieces
     text = text.replace("\0", "")  # SentencePiece ends a text there
+    assume(not any(special in text for special in ("<unk>", "<s>", "</s>", "<|tool|>")))  # see the next test
     assert read.encode(text, add_special_tokens=False).ids == sp.encode(text)
     assert read.decode(sp.encode(text)) == sp.decode(sp.encode(text))
 

@@ -85,7 +85,7 @@ def test_a_stopped_trial_continues_with_the_same_figures(tiny, tmp_path):
 def test_programs_are_shared_by_what_is_traced_alone(tiny):
     base = tiny.base
     same = [{"train.seed": 3}, {"optimizer.learning_rate": 1.0}, {"data.seed": 4}, {"optimizer.weight_decay": 0.5}]
-    other = [{"model.num_layers": 2}, {"train.z_loss": 1e-4}, {"train.steps": 13}, {"data.batch_size": 8}]
+    other = [{"model.num_layers": 2}, {"train.z_loss": 1e-4}, {"train.steps": 13}, {"data.batch_size": 16}]
     assert {program_key(replace_fields(base, changes)) for changes in same} == {program_key(base)}
     assert len({program_key(replace_fields(base, changes)) for changes in other} | {program_key(base)}) == 5
     keys = {program_key(replace_fields(base, {"train.z_loss": z})) for z in (1e-4, 1e-3)}
