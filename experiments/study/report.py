@@ -164,7 +164,7 @@ def _protocol(study: Study, table: Table, path: Path) -> list[str]:
     tuned = [o for o in table.outcomes if o.stage == "tune"]
     lines = [
         f"- Scale `{table.meta['scale']}`: {count(scale.tokens)} tokens and {scale.seeds} seeds for each arm. Equal "
-        "seeds have equal initial weights, data order and held-out text in every arm.",
+        "seeds have equal initial weights (where shapes agree), data order and held-out text in every arm.",
         f"- Differences are paired by seed. Intervals hold {100 * study.confidence:g} % (90 % for claims of equality "
         "and of no harm); Holm's method adjusts the verdicts over the claims.",
     ]
