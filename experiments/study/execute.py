@@ -97,7 +97,7 @@ def run_trial(
             trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
         except NonfiniteError:
             figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
-            return _outcome(figures, _curves(run, trial), {}, True, time.monotonic() - began)
+            return _outcome(figures, _curves(run), {}, True, time.monotonic() - began)
         if not trained.finished:
             return None
         results = evaluate_all(program, trained.model, prepared, full=True)
@@ -110,7 +110,7 @@ def run_trial(
         figures |= _costs(trial.experiment)
         with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
             metrics.write({"kind": "eval", "step": trained.step, "set": next(iter(results)), **first.row()})
-        curves, arrays = _curves(run, trial), _arrays(run)
+        curves, arrays = _curves(run), _arrays(run)
         return _outcome(figures, curves, arrays, False, trained.seconds)
 
 
@@ -164,7 +164,7 @@ def _train_figures(run: RunFolder) -> dict[str, float]:
     return figures
 
 
-def _curves(run: RunFolder, trial: Trial) -> dict[str, list[float]]:
+def _curves(run: RunFolder) -> dict[str, list[float]]:
     """Return bits per byte by step, and the train metrics at no more than `CURVE_POINTS` steps."""
     rows = read_metrics(run.metrics)
     evaluated = [row for row in rows if row["kind"] == "eval" and row["set"] == _first_set(rows)]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from experiments.study.definition import StudyError
 from experiments.study.trials import RECIPE, Outcome, Trial
@@ -27,7 +28,7 @@ from experiments.study.trials import RECIPE, Outcome, Trial
 HEARTBEAT_SECONDS = 10
 GRACE = 4  # heartbeats that may be missing before a worker counts as dead
 RETRIES = 5
-DEFAULT_URL = "sqlite:///runs/studies.db"
+FAILURES = (SQLAlchemyError, optuna.exceptions.StorageInternalError)  # of a database
 
 
 class Claimed(NamedTuple):
@@ -73,7 +74,7 @@ def open_storage(url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RDBSto
             f"--storage {shown}: {' '.join(str(error).split())} Upgrade it: `optuna storage upgrade --storage URL`, "
             "install the version that wrote it, or use another storage"
         ) from error
-    except Exception as error:  # of SQLAlchemy and of the driver
+    except (*FAILURES, ImportError) as error:  # ImportError: the driver is not installed
         reason = str(error).strip().splitlines()[0]
         raise StudyError(
             f"--storage {shown}: cannot be opened ({reason}). Check the URL, that the server runs, and that its driver "
@@ -117,11 +118,9 @@ class TrialStore:
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
-        import sqlalchemy.exc
-
         try:
             yield
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except FAILURES as error:
             cause = error.__cause__ or error
             reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
             raise StudyError(
@@ -172,7 +171,7 @@ class TrialStore:
 
         def beat() -> None:
             while not left.wait(self._heartbeat_seconds):
-                with contextlib.suppress(Exception):  # the next write of the main thread reports a lost database
+                with contextlib.suppress(*FAILURES):  # the next write of the main thread reports a lost database
                     self._storage.record_heartbeat(claimed.key)
             self._storage.remove_session()  # that of this thread
 
