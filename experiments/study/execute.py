@@ -82,10 +82,11 @@ def run_trial(
     The outcome has figures, curves, arrays, diverged and seconds. Divergence is an outcome: the figures are then those
     of a network that gives every token the same probability. Raises what a run raises.
     """
-    began = time.monotonic()
+    clock = trial_clock()
+    began = clock()
     if study.run is not None:
         figures = {name: float(value) for name, value in study.run(trial.experiment).items()}
-        return _outcome(figures, {}, {}, False, time.monotonic() - began)
+        return _outcome(figures, {}, {}, False, clock() - began)
     trial.experiment.validate(jax.device_count())
     program = programs.get(trial.experiment)
     prepared = prepare_data(trial.experiment, log)
@@ -97,7 +98,7 @@ def run_trial(
             trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
         except NonfiniteError:
             figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
-            return _outcome(figures, _curves(run), {}, True, time.monotonic() - began)
+            return _outcome(figures, _curves(run), {}, True, clock() - began)
         if not trained.finished:
             return None
         results = evaluate_all(program, trained.model, prepared, full=True)
@@ -111,7 +112,12 @@ def run_trial(
         with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
             metrics.write({"kind": "eval", "step": trained.step, "set": next(iter(results)), **first.row()})
         curves, arrays = _curves(run), _arrays(run)
-        return _outcome(figures, curves, arrays, False, trained.seconds)
+        return _outcome(figures, curves, arrays, False, clock() - began)
+
+
+def trial_clock() -> Callable[[], float]:
+    """Return the clock of a trial's cost: processor time on a CPU (a busy machine adds none), else wall time."""
+    return time.process_time if jax.default_backend() == "cpu" else time.monotonic
 
 
 def _outcome(
@@ -149,19 +155,16 @@ def _costs(experiment: Experiment) -> dict[str, float]:
 
 
 def _train_figures(run: RunFolder) -> dict[str, float]:
-    """Return means over the last tenth of the train rows, and the speed, the median over the rows."""
+    """Return means over the last tenth of the train rows."""
     rows = [row for row in read_metrics(run.metrics) if row["kind"] == "train"]
     last = rows[-max(len(rows) // 10, 1) :]
-    figures = {
+    return {
         f"train_{name}" if name in ("loss", "max_violation", "dropped_fraction") else name: float(
             np.mean([row[name] for row in last])
         )
         for name in TRAIN_METRICS
         if all(row.get(name) is not None for row in last)
     }
-    if rates := [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]:
-        figures["tokens_per_second"] = float(np.median(rates))
-    return figures
 
 
 def _curves(run: RunFolder) -> dict[str, list[float]]:

@@ -173,8 +173,10 @@ def print_plan(job: Job, store: TrialStore | None, workers: int, console: Consol
     columns = [Column("arm", fold=True), Column("trials", number=True), Column("parameters", number=True),
                Column("FLOPs a trial", number=True), Column("time a trial", number=True)]  # fmt: skip
     print_table(console, columns, rows)
+    budgets = sorted({trial_tokens(experiment) for experiment in arms.values()})
+    tokens = " to ".join(count(n) for n in dict.fromkeys((budgets[0], budgets[-1])))
     console.print(
-        f"{len(arms) * trials} trials of {count(scale.tokens)} tokens at scale {job.scale}; about "
+        f"{len(arms) * trials} trials of {tokens} tokens at scale {job.scale}; about "
         f"{duration(total / workers)} with {workers} worker{'s' if workers > 1 else ''}"
     )
     for claim in job.study.claims:
@@ -183,8 +185,12 @@ def print_plan(job: Job, store: TrialStore | None, workers: int, console: Consol
 
 def trial_flops(experiment: Experiment) -> float:
     """Return the FLOPs of the training of one trial."""
-    tokens = experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
-    return train_flops_per_token(experiment.model, experiment.data.sequence_length) * tokens
+    return train_flops_per_token(experiment.model, experiment.data.sequence_length) * trial_tokens(experiment)
+
+
+def trial_tokens(experiment: Experiment) -> int:
+    """Return the tokens on which a trial trains."""
+    return experiment.train.steps * experiment.data.batch_size * experiment.data.sequence_length
 
 
 class Queue:

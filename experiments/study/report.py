@@ -123,7 +123,7 @@ def _arms_table(study: Study, table: Table) -> list[str]:
     metrics = [study.metric, *study.also]
     first = table.arms()[0]
     head = ["arm", "seeds", *(m.replace("_", " ") for m in metrics), f"{study.metric.replace('_', ' ')} minus {first}",
-            "tuned", "tokens/s", "diverged"]  # fmt: skip
+            "tuned", "seconds", "diverged"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in table.arms():
         outcomes = table.compared(arm)
@@ -133,8 +133,7 @@ def _arms_table(study: Study, table: Table) -> list[str]:
             cells.append(_mean_sd(values))
         cells.append("" if arm == first else _difference(study, table, arm, first))
         cells.append(", ".join(f"{n.rpartition('.')[2]} {v:g}" for n, v in outcomes[0].tuned.items()))
-        speeds = [o.figures["tokens_per_second"] for o in outcomes if "tokens_per_second" in o.figures]
-        cells += [f"{np.median(speeds):,.0f}" if speeds else "", str(sum(o.diverged for o in outcomes) or "")]
+        cells += [f"{np.mean([o.seconds for o in outcomes]):.0f}", str(sum(o.diverged for o in outcomes) or "")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -175,7 +174,8 @@ def _protocol(study: Study, table: Table, path: Path) -> list[str]:
     if study.notes:
         lines.append(f"- {study.notes}")
     lines += [
-        f"- {len(table.outcomes)} trials, {duration(spent)} of training in all, one core each. {table.meta['device']}, "
+        f"- {len(table.outcomes)} trials, {duration(spent)} in all (processor time on a CPU, one core each). "
+        f"{table.meta['device']}, "
         f"Python {table.meta['python']}, jax {table.meta['jax']}, {table.meta['date']}.",
         f"- Records: [{path.name}]({path.name}). Again: `python -m experiments study {study.name}"
         f"{'' if table.meta['scale'] == 'cpu' else ' --scale ' + table.meta['scale']}`",

@@ -56,7 +56,7 @@ class Outcome:
     curves: Mapping[str, Sequence[float]]  # by metric, beside "step" and "tokens"
     arrays: Mapping[str, Any]  # nested lists, such as the load of the experts
     diverged: bool
-    seconds: float  # of training, evaluation and saving
+    seconds: float  # of compilation, training, evaluation and saving: processor time on a CPU, else wall time
     device: str = ""  # on which it ran
 
 
