@@ -17,10 +17,13 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from experiments.studies.bases import dense
 from experiments.study.definition import Claim, Scale, Study
 from experiments.study.worker import Job, work
-from train.config import Experiment
+from model.config import MLPConfig
+from tests.train.small_runs import TINY
+from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 
 LOG = "TRIAL_LOG"  # environment variable: file to which each trial appends a line when it ends
 SECONDS = "TRIAL_SECONDS"
@@ -53,14 +56,31 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def job(url: str, folder: Path, study: Study = STUDY) -> Job:
+def job(url: str, folder: Path, study: Study = STUDY, vectorize: int | None = None) -> Job:
     """Return the job of the study with heartbeats every second."""
-    return Job(study, "cpu", url, epath.Path(folder), heartbeat_seconds=1)
+    return Job(study, "cpu", url, epath.Path(folder), heartbeat_seconds=1, vectorize=vectorize)
 
 
 def with_arms(**changes: Mapping[str, object]) -> Study:
     """Return the study with further arms."""
     return replace(STUDY, arms={**STUDY.arms, **changes})  # type: ignore[dict-item]
+
+
+def tiny(folder: Path) -> Experiment:
+    """Return an experiment that trains a tiny network for 12 steps on text that it writes to the folder."""
+    text = folder / "text"
+    text.mkdir()
+    for i in range(40):
+        (text / f"{i}.py").write_text("\n".join(f"def f{j}_{i}(x): return x + {i * j}" for j in range(20)))
+    return Experiment(
+        name="tiny",
+        model=replace(TINY, mlp=MLPConfig(hidden_dim=16), num_layers=1),
+        data=DataConfig(sources=(SourceConfig(name="code", path=str(text)),), tokenizer=TokenizerConfig(kind="byte"),
+                        sequence_length=32, batch_size=8, holdout_fraction=0.1, cache_dir=str(folder / "cache")),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
+        train=TrainConfig(steps=12, eval_every=4, eval_windows=4, checkpoint_every=4, log_every=1),
+        samples=SampleConfig(count=0),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
