@@ -69,10 +69,13 @@ class Deadline(StopSignal):
     def __init__(self, seconds: float | None):
         super().__init__()
         self._end = None if seconds is None else time.monotonic() + seconds
+        self._asked = 0
 
     def agreed(self, step: int) -> bool:
+        """Return whether to stop. Steps are counted over all trials, because several processes need them ascending."""
         self.expire()
-        return super().agreed(step)
+        self._asked += 1
+        return super().agreed(self._asked)
 
     def expire(self) -> None:
         """Request a stop if the time is over."""

@@ -81,14 +81,15 @@ class Bench:
                 for row in rows if row["kind"] in ("train", "eval")}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["dense", "moe with Muon"])
 def bench(request, tmp_path_factory) -> Bench:
-    base = small_study.tiny(tmp_path_factory.mktemp(request.param))
+    base = small_study.tiny(small_study.write_text(tmp_path_factory.mktemp(request.param)))
     if request.param == "dense":
         return Bench(base, [{Z_LOSS: 1e-4}, {Z_LOSS: 1e-2}])
     experts = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
     coefficients = [{Z_LOSS: z, "model.moe.load_balance": 10 * z, "model.moe.z_loss": z} for z in (1e-3, 1e-2)]
-    return Bench(replace(base, model=replace(base.model, moe=experts)), coefficients)
+    base = replace(base, model=replace(base.model, moe=experts), optimizer=replace(base.optimizer, name="muon"))
+    return Bench(base, coefficients)
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +172,7 @@ def test_what_ends_one_trial_does_not_end_the_others(bench, alone, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Study:
-    base = small_study.tiny(tmp_path_factory.mktemp("tiny"))
-    return Study(name="tiny", question="Is a higher rate better?", source="none", base=base,
-                 arms={"low": {}, "high": {RATE: 0.02}, "bad": {RATE: 1e30}},
-                 scales={"cpu": Scale(tokens=12 * 8 * 32, seeds=2)}, claims=())  # fmt: skip
+    return small_study.tiny_study(small_study.write_text(tmp_path_factory.mktemp("tiny")), seeds=2)
 
 
 def outcomes(study: Study, folder: Path, vectorize: int) -> tuple[list[Outcome], Path]:
