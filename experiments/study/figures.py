@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -113,6 +113,23 @@ def tuning_figure(study: Study, table: Table) -> Figure | None:
         ]
         axes.plot(values, means, "o-", color=colour(i), linewidth=1.6, markersize=4, label=arm)
     logarithmic(axes, name.rpartition(".")[2].replace("_", " "))
+    legend(axes, LIGHT)
+    return figure
+
+
+def rates_figure(table: Table, groups: Mapping[str, Mapping[float, str]], metric: str) -> Figure | None:
+    """Return a metric over learning rates: a line for each group, whose arms are given by rate; a point for each seed.
+
+    Diverged trials have the figures of uniform predictions.
+    """
+    figure, axes = single(LIGHT, "", metric.replace("_", " "))
+    for i, (group, arms) in enumerate(groups.items()):
+        found = {rate: [o.figures[metric] for o in table.compared(arm)] for rate, arm in arms.items()}
+        found = {rate: values for rate, values in found.items() if values}
+        for rate, values in found.items():
+            axes.plot([rate] * len(values), values, ".", color=colour(i), markersize=4, alpha=0.5)
+        axes.plot(found, [np.mean(v) for v in found.values()], color=colour(i), linewidth=1.8, label=group)
+    logarithmic(axes, "learning rate")
     legend(axes, LIGHT)
     return figure
 
