@@ -37,6 +37,6 @@ STUDY = Study(
         Claim("expert choice loses more than top-2 when scored token by token", leak("expert choice"), "higher",
               leak("top-2"), margin=0.1, metric="leak"),
     ),
-    notes="one_at_a_time: bits per byte of 2,048 tokens, each the last of its own window, so that no later token is "
+    notes="one_at_a_time: bits per byte of 2,048 tokens, each the last of a separate window, so that no later token is "
     "there to be read, as in generation.",
 )  # fmt: skip

@@ -35,7 +35,7 @@ def analysis(table: Table) -> Sequence[str]:
         lines.append(f"| {' | '.join(cells)} |")
     return [
         *lines, "",
-        "The last columns: the difference, in bits per byte, that so many pairs detect (two-sided test at 5 %, power "
+        "The last columns: the difference, in bits per byte, that 3, 5 or 8 pairs detect (two-sided test at 5 %, power "
         "80 %). Shared by a seed: the part of a run's variance that both runs of a seed have in common.",
     ]  # fmt: skip
 

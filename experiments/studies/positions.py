@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from experiments.studies.bases import dense, scales
 from experiments.study.definition import Claim, Study
@@ -16,7 +17,7 @@ LONGER = (256, 512)
 class Scaled:
     """Bits per byte of a RoPE network on longer windows, with its frequencies scaled and without training."""
 
-    kind: str
+    kind: Literal["linear", "ntk", "yarn"]
     length: int
 
     def __call__(self, trained: Trained) -> Mapping[str, float]:
@@ -38,7 +39,7 @@ def rope(name: str):
 
 STUDY = Study(
     name="positions",
-    question="Which position methods learn best, and which go on beyond the trained length?",
+    question="Which position methods learn best, and which still work beyond the trained length?",
     source="Press et al. 2022 (ALiBi), figure 1; Haviv et al. 2022, table 1; Peng et al. 2023 (YaRN), table 1",
     base=dense(),
     arms={kind: {"model.position.kind": kind} for kind in ("rope", "alibi", "sinusoidal", "learned", "none")},
@@ -49,7 +50,7 @@ STUDY = Study(
     },
     also=("at_128", "at_256", "at_512"),
     claims=(
-        Claim("ALiBi at 4 times the length is no worse than at the length", grows("alibi"), "not_higher", 0.0,
+        Claim("ALiBi at 4 times the length is not worse than at the length", grows("alibi"), "not_higher", 0.0,
               margin=0.02, metric="growth"),
         Claim("RoPE gets worse beyond the trained length", grows("rope"), "higher", 0.0, margin=0.1, metric="growth"),
         Claim("sinusoidal positions get worse beyond the trained length", grows("sinusoidal"), "higher", 0.0,
@@ -61,5 +62,5 @@ STUDY = Study(
               rope("linear_512")),
     ),
     notes="at_N: bits per byte in windows of N tokens, 256 windows; training windows have 128. Longer windows "
-    "also give more context, so a method that goes on gets better.",
+    "also give more context, so a method that still works gets better.",
 )  # fmt: skip

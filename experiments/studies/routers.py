@@ -46,6 +46,6 @@ STUDY = Study(
         ranked("a hash of the token learns better than a random choice", "hash", "random"),
         ranked("top-2 learns better than expert choice, token by token", "top_k", "expert_choice"),
     ),
-    notes="one_at_a_time: bits per byte of 2,048 tokens, each the last of its own window. bits_per_byte of "
+    notes="one_at_a_time: bits per byte of 2,048 tokens, each the last of a separate window. bits_per_byte of "
     "expert_choice and soft counts what they read of later tokens.",
 )  # fmt: skip

@@ -14,13 +14,13 @@ from data.batch import Batch
 from data.pipeline import heldout_windows
 from data.prepare import Prepared, prepare
 from data.tokenizer import SpecialTokens, special_tokens
-from model.transformer import Transformer, forward
+from model.transformer import Transformer, forward, logits
 from sharding.mesh import put_batch, use_mesh
 from train.config import Experiment
 from train.config_io import replace_fields
 from train.evaluate import evaluate
 from train.objectives import token_losses
-from train.program import Network, build_network
+from train.program import Network, build, build_network
 
 
 class Trained(NamedTuple):
@@ -93,6 +93,42 @@ class LogPartition:
             ]
         total, tokens = np.sum(np.asarray(found, np.float64), axis=0)
         return {"log_z": float(np.sqrt(total / tokens))}
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far training moved the network: root mean squares over held-out tokens.
+
+    `initial_logits`: of the logits before training; `hidden_change`, `logits_change`: of the changes of the final
+    hidden states and logits.
+    """
+
+    windows: int = 16
+
+    def __call__(self, trained: Trained) -> Mapping[str, float]:
+        network, size = trained.network, trained.network.experiment.data.batch_size
+        program = build(network.experiment, network.mesh)
+
+        @jax.jit
+        def squares(before: Transformer, after: Transformer, batch: Batch) -> list[jax.Array]:
+            hidden, predictions = zip(*(_predict(model, batch) for model in (before, after)), strict=True)
+            sizes = (predictions[0], hidden[1] - hidden[0], predictions[1] - predictions[0])
+            return [jnp.square(x).mean() for x in sizes]
+
+        with use_mesh(network.mesh):
+            before = jax.jit(program.make_state)(program.hyper).model
+            found = [
+                squares(before, trained.model, put_batch(batch, network.mesh, network.batch_spec))
+                for batch in _windows(trained, size, self.windows)
+            ]
+        sizes = np.sqrt(np.mean(np.asarray(found, np.float64), axis=0))
+        return dict(zip(("initial_logits", "hidden_change", "logits_change"), map(float, sizes), strict=True))
+
+
+def _predict(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the final hidden states and the logits."""
+    out = forward(model, batch.tokens, positions_BT=batch.positions, segment_ids_BT=batch.segment_ids)
+    return out.hidden_BTD, logits(model, out.hidden_BTD)
 
 
 @dataclass(frozen=True)
