@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
 from experiments.run import prepare_data
 from experiments.study import launch, report
 from experiments.study.definition import Published, Scale, Study, StudyError
@@ -21,29 +20,16 @@ from experiments.study.report import judge, write_report
 from experiments.study.storage import TrialStore
 from experiments.study.trials import Outcome, plan
 from experiments.study.worker import work
-from model.config import MLPConfig
 from tests.experiments.study.small_study import STUDY, job
+from tests.experiments.study.tiny import tiny_experiment
 from tests.train.small_runs import TINY, StopAt
-from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
 from train.config_io import replace_fields
 from train.signals import StopSignal
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Study:
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(40):
-        (folder / f"{i}.py").write_text("\n".join(f"def f{j}_{i}(x): return x + {i * j}" for j in range(20)))
-    base = Experiment(
-        name="tiny",
-        model=replace(TINY, mlp=MLPConfig(hidden_dim=16), num_layers=1),
-        data=DataConfig(sources=(SourceConfig(name="code", path=str(folder)),), tokenizer=TokenizerConfig(kind="byte"),
-                        sequence_length=32, batch_size=8, holdout_fraction=0.1,
-                        cache_dir=str(tmp_path_factory.mktemp("cache"))),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
-        train=TrainConfig(steps=12, eval_every=4, eval_windows=4, checkpoint_every=4, log_every=1),
-        samples=SampleConfig(count=0),
-    )  # fmt: skip
+    base = tiny_experiment(tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("cache"))
     return Study(
         name="tiny",
         question="Is a higher rate better?",
