@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from etils import epath
 
 from experiments.processes import ask_first
 from experiments.run import prepare_data
-from experiments.study.definition import Study, data_identity
+from experiments.study.definition import Study, StudyError, data_identity
 from experiments.study.execute import Programs, run_trial, trial_folder
 from experiments.study.storage import HEARTBEAT_SECONDS, Claimed, TrialStore
 from experiments.study.trials import Outcome, Trial, plan
@@ -138,6 +140,13 @@ def _run(
         with store.heartbeat(claimed):
             outcome = run_trial(job.study, trial, folder, programs, log=quiet, stop=stop)
     except (ValueError, RuntimeError, OSError) as error:
+        if disk_is_full(error):  # the other trials would fail as well
+            if store is not None:
+                store.release(claimed)
+            raise StudyError(
+                f"{trial.label}: the disk is full ({error}); free some space, then repeat the command: finished trials "
+                "are kept, and this one continues from its checkpoint"
+            ) from error
         # A fault of the trial: the others run, and the report names it.
         if store is not None:
             store.fail(claimed, f"{type(error).__name__}: {error}")
@@ -151,6 +160,17 @@ def _run(
     store.finish(claimed, outcome, value)
     log(line(trial, outcome, job.study.metric, time.monotonic() - began))
     return True
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, says that the disk or the user's share of it is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # of a library that raises another class
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def line(trial: Trial, outcome: Mapping[str, Any], metric: str, seconds: float) -> str:
