@@ -56,7 +56,7 @@ def moe(experts: int = 8, top_k: int = 2) -> Experiment:
     )
 
 
-def scales(seeds: int = 5, tokens: int = 1_024_000, tune_seeds: int = 1) -> dict[str, Scale]:
+def scales(seeds: int = 5, tokens: int = 512_000, tune_seeds: int = 1) -> dict[str, Scale]:
     """Return the budgets of a study: `ci` for tests, `cpu` for two cores, `gpu` and `tpu` for accelerators."""
     small = {"model.num_layers": 1, "data.batch_size": 4, "data.sequence_length": 32, "train.eval_windows": 8,
              "train.eval_every": 4, "data.holdout_fraction": 0.002}  # fmt: skip

@@ -20,7 +20,7 @@ STUDY = Study(
              factor=factors()),
         grid(router={"top-2": {}}, factor=factors()),
     ),
-    scales=scales(seeds=3, tokens=512_000),
+    scales=scales(seeds=3),
     also=("dropped_fraction", "max_violation"),
     claims=(
         *(

@@ -56,7 +56,7 @@ STUDY = Study(
         "AdamW, batch 4, rate x 0.9": {**SMALL_BATCH, "optimizer.learning_rate": 3.6e-3},
     },
     data_differs=True,  # a batch of 4
-    scales=scales(seeds=8),
+    scales=scales(seeds=8, tokens=1_024_000),
     claims=(),
     analysis=analysis,
 )  # fmt: skip

@@ -16,7 +16,7 @@ STUDY = Study(
         "0.0001": {**HIGH, "train.z_loss": 1e-4},
         "0.01": {**HIGH, "train.z_loss": 1e-2},
     },
-    scales=scales(seeds=5, tokens=512_000),
+    scales=scales(seeds=5),
     measures={"log_z": LogPartition()},
     also=("log_z", "grad_norm"),
     claims=(

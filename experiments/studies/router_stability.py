@@ -15,7 +15,7 @@ STUDY = Study(
         "jitter 0.01": {"model.moe.z_loss": 0.0, "model.moe.jitter": 0.01},
         "jitter 0.3": {"model.moe.z_loss": 0.0, "model.moe.jitter": 0.3},
     },
-    scales=scales(seeds=4, tokens=512_000),
+    scales=scales(seeds=4),
     also=("router_z_loss", "router_entropy", "max_violation"),
     claims=(
         Claim("a z-loss of 0.001 makes the router's logits smaller", "z-loss 0.001", "lower", than="plain",

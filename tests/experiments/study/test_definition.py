@@ -108,7 +108,7 @@ def test_tuning_picks_the_best_value_of_each_arm_with_other_seeds():
 
 def test_an_arm_may_set_its_own_number_of_steps():
     found = study(arms={"a": {}, "b": {"train.steps": 77}}).experiments("cpu")
-    assert found["a"].train.steps == 1000 and found["b"].train.steps == 77
+    assert found["a"].train.steps == 500 and found["b"].train.steps == 77
 
 
 def test_replace_fields_refuses_what_the_annotation_does_not_allow():
