@@ -9,7 +9,7 @@ CORE := $(VENV)/.installed
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test test-slow test-all bench parity lint clean
+.PHONY: help install servers train test test-slow test-all bench parity lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,9 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@begin=$$(date +%s); $(PYTHON) -m venv $(VENV) && \
 	$(PIP_INSTALL) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]" && \
 	touch $(CORE) $@ && echo "installed with extras $(EXTRAS) in $$(($$(date +%s) - begin)) s"
+
+servers: ## install the servers that some slow tests start (Debian, as root)
+	apt-get install --yes --quiet=2 postgresql faketime
 
 train: $(CORE) ## train, evaluate, sample and report the experiment `quickstart`
 	$(BIN)/python -m experiments train quickstart

@@ -112,6 +112,12 @@ def check(model: Transformer, prompts: Sequence[Sequence[int]], params: Sequence
             "model.attention.mask = 'bidirectional': the model sees the tokens it would have to predict, so it cannot "
             "generate. Use a model trained with 'causal' or 'prefix'"
         )
+    if not config.can_generate:
+        assert config.moe is not None
+        raise ValueError(
+            f"model.moe.router = {config.moe.router!r}: it reads the tokens that the model would have to predict, so "
+            "the model cannot generate. Use a model trained with another router"
+        )
     if not no_mesh() and any(jax.sharding.get_abstract_mesh().shape[a] > 1 for a in model.rules.activations.sequence):
         raise ValueError(
             f"mesh.{model.rules.activations.sequence[0]} > 1: a single new token cannot be sharded over several "

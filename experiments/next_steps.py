@@ -41,7 +41,7 @@ def next_steps(experiment: Experiment, run: RunFolder) -> list[str]:
 
 
 def _use(experiment: Experiment, name: str) -> tuple[str, str]:
-    if experiment.model.attention.mask == "bidirectional":  # which cannot generate
+    if not experiment.model.can_generate:
         return (f"export {name} --to {name}-hf --dry-run", "check whether transformers can load it")
     room = experiment.model.max_length - PROMPT_TOKENS
     fewer = f" --max-new-tokens {max(room, 1)}" if room < NEW_TOKENS else ""

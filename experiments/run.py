@@ -240,7 +240,7 @@ def heldout_table(name: str, figures: dict) -> str:
 def complete_heldout(network: Network, model: Transformer, prepared: Prepared) -> list[dict[str, str]]:
     """Return completions of held-out files. Each prompt ends at the end of a line near the middle of the file."""
     config, tokenizer, mesh = network.experiment.samples, prepared.tokenizer, network.mesh
-    if config.count == 0 or network.experiment.model.attention.mask == "bidirectional":
+    if config.count == 0 or not network.experiment.model.can_generate:
         return []
     spread = mesh is not None and mesh.shape["sequence"] > 1
     if jax.process_count() > 1 or spread:

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.moe_config import MoEConfig
+from model.moe_config import NONCAUSAL, MoEConfig
 
 # Upper bounds on counts that checks and plans loop over, far above every published network.
 MOST = {"num_layers": 4_096, "attention.num_heads": 1_000_000, "attention.num_kv_heads": 1_000_000}
@@ -195,6 +195,12 @@ class ModelConfig:
         "mlp_out",
     )
     scan_unroll: int = 1  # repetitions per step of the scan over layers; 0: all (faster on CPU, slower to compile)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the prediction of a token depends on the tokens before it alone."""
+        leaks = self.moe is not None and self.moe.router in NONCAUSAL
+        return self.attention.mask != "bidirectional" and not leaks
 
     def validate(self) -> None:
         """Raise ValueError with the field, its value and a fix if the network cannot be built."""

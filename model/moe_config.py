@@ -42,6 +42,8 @@ class MoEConfig:
     router: Literal[
         "top_k", "switch", "gshard", "noisy_top_k", "expert_choice", "sinkhorn", "hash", "random", "soft", "dense"
     ] = "top_k"
+    # Accept these two routers in a causal network, to measure how much they leak. It cannot generate.
+    allow_leak: bool = False
     # Weights of the chosen experts: softmax over all experts; that, renormalized over the chosen ones (Mixtral);
     # softmax over the chosen logits (equal in exact arithmetic; gpt-oss); sigmoid of each logit; that, renormalized
     # over the chosen ones (DeepSeek-V3).
@@ -139,7 +141,7 @@ class MoEConfig:
 
     def _validate_router(self, causal: bool) -> None:
         router, k = self.router, self.top_k
-        if causal and router in NONCAUSAL:
+        if causal and router in NONCAUSAL and not self.allow_leak:
             why = (
                 "each expert picks its tokens from the whole sequence"
                 if router == "expert_choice"
@@ -148,7 +150,7 @@ class MoEConfig:
             raise ValueError(
                 f"model.moe.router = {router!r}: {why}, so a token's output depends on later ones, which a decoder "
                 "must predict. Use another router, or model.attention.mask='bidirectional' with "
-                "train.objective='masked'"
+                "train.objective='masked', or model.moe.allow_leak=true to measure the leak"
             )
         for name, needed in (("switch", 1), ("gshard", 2), ("dense", self.num_experts)):
             if router == name and k != needed:

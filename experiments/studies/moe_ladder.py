@@ -34,7 +34,7 @@ STUDY = Study(
     source="Dai et al. 2024 (DeepSeekMoE), table 1; Fedus et al. 2021, table 1",
     base=dense(),
     arms=arms,
-    scales=scales(seeds=5),
+    scales=scales(seeds=5, tokens=1_024_000),
     claims=(better("hash", "dense"), better("switch", "dense"), better("top-2", "dense"), better("switch", "hash"),
             better("fine-grained", "top-2")),
     also=("max_violation", "parameters", "active_parameters"),

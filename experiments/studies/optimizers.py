@@ -9,11 +9,11 @@ STUDY = Study(
     source="Jordan et al. 2024; modded-nanogpt track 3; Chen et al. 2023; Wen et al. 2025",
     base=dense(),
     arms={
-        "adamw": {"optimizer.learning_rate": 4e-3},
-        "muon": {"optimizer.name": "muon", "optimizer.learning_rate": 1e-2},
+        "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": 8e-3},
+        "muon": {},
         "lion": {"optimizer.name": "lion", "optimizer.learning_rate": 1.5e-3, "optimizer.weight_decay": 0.5},
     },
-    tune={"optimizer.learning_rate": (0.5, 1.0, 2.0)},
+    tune={"optimizer.learning_rate": (0.25, 0.5, 1.0, 2.0)},
     scales=scales(seeds=5),
     claims=(
         Claim("Muon learns more than AdamW", "muon", "lower", than="adamw"),

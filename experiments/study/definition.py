@@ -28,6 +28,7 @@ from train.config_io import ConfigError, flatten, replace_fields, to_dict
 if TYPE_CHECKING:
     from experiments.study.figures import StudyFigure
     from experiments.study.measures import Measure
+    from experiments.study.records import Table
 
 Changes = Mapping[str, Any]  # dotted field of an Experiment -> value
 Arms = Mapping[str, Changes]  # label -> changes
@@ -158,6 +159,7 @@ class Study:
     tune: Mapping[str, Sequence[float]] = field(default_factory=dict)
     data_differs: bool = False  # whether arms may differ in their data; otherwise that is refused
     figures: tuple[StudyFigure, ...] = ()
+    analysis: Callable[[Table], Sequence[str]] | None = None  # returns a section of the report in Markdown, as lines
     notes: str = ""  # for the report: protocol, deviations from the paper
     confidence: float = 0.95
     # Custom trials train nothing: they return their figures from the resolved experiment.

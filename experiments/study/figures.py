@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -117,6 +117,23 @@ def tuning_figure(study: Study, table: Table) -> Figure | None:
     return figure
 
 
+def rates_figure(table: Table, groups: Mapping[str, Mapping[float, str]], metric: str) -> Figure | None:
+    """Return a metric over learning rates: a line for each group, whose arms are given by rate; a point for each seed.
+
+    Diverged trials have the figures of uniform predictions.
+    """
+    figure, axes = single(LIGHT, "", metric.replace("_", " "))
+    for i, (group, arms) in enumerate(groups.items()):
+        found = {rate: [o.figures[metric] for o in table.compared(arm)] for rate, arm in arms.items()}
+        found = {rate: values for rate, values in found.items() if values}
+        for rate, values in found.items():
+            axes.plot([rate] * len(values), values, ".", color=colour(i), markersize=4, alpha=0.5)
+        axes.plot(list(found), [np.mean(v) for v in found.values()], color=colour(i), linewidth=1.8, label=group)
+    logarithmic(axes, "learning rate")
+    legend(axes, LIGHT)
+    return figure
+
+
 def logarithmic(axes: Axes, label: str) -> None:
     """Make the x axis logarithmic."""
     axes.set_xscale("log")
@@ -148,4 +165,22 @@ def load_figure(table: Table) -> Figure | None:
     bar.yaxis.set_major_locator(MaxNLocator(4))
     note = "load of the experts over an even share; a row per layer, experts sorted"
     figure.text(0.27, 0.16 / height, note, fontsize=8, color=LIGHT.faint)
+    return figure
+
+
+def isoflop_figure(budgets: Mapping[str, Mapping[float, Sequence[float]]], size: str, unit: str) -> Figure | None:
+    """Return the loss over the size for each budget, by size: a point for each run, and the parabola of the means."""
+    figure, axes = single(LIGHT, "Equal FLOPs", unit)
+    for i, (budget, runs) in enumerate(budgets.items()):
+        means = {x: float(np.mean(losses)) for x, losses in runs.items() if losses}
+        if len(means) < 3:
+            continue
+        for x, losses in runs.items():
+            axes.plot([x] * len(losses), losses, ".", color=colour(i), markersize=5, alpha=0.6)
+        logs = np.log10(list(means))
+        line = np.linspace(logs.min(), logs.max(), 100)
+        axes.plot(10**line, np.polyval(np.polyfit(logs, list(means.values()), 2), line), color=colour(i), linewidth=1.6,
+                  label=budget)  # fmt: skip
+    logarithmic(axes, size)
+    legend(axes, LIGHT)
     return figure

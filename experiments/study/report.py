@@ -94,7 +94,10 @@ def _page(
         ]
         lines += ["", *(f"- {claim.text}: {v.reason}" for claim, v, _ in judged), ""]
     lines += [f"![{figure.stem}]({figure.name})" for figure in figures]
-    lines += ["", "## Arms", "", *_arms_table(study, table), "", "## Protocol", "", *_protocol(study, table, path)]
+    lines += ["", "## Arms", "", *_arms_table(study, table)]
+    if study.analysis is not None:
+        lines += ["", "## Analysis", "", *study.analysis(table)]
+    lines += ["", "## Protocol", "", *_protocol(study, table, path)]
     return [*lines, ""]
 
 

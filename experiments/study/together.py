@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from data.prepare import Prepared
@@ -27,7 +28,24 @@ from train.signals import StopSignal
 from train.together import FAULTS, Member, train_together
 from train.trainer import Trained
 
+TOGETHER = 4  # trials that a worker with one accelerator trains at a time by default; it was not measured there
 Log = Callable[[str], None]
+
+
+def most_together(study: Study, asked: int | None, devices: int, log: Log) -> int:
+    """Return how many trials a worker trains together at most, and log why they are fewer than `asked`.
+
+    None: 1 on a CPU, where vmap did not help (experiments/LOG.md), or with several devices; else `TOGETHER`.
+    """
+    if asked is None:
+        asked = 1 if jax.default_backend() == "cpu" or devices > 1 else TOGETHER
+    if asked > 1 and devices > 1:
+        log(
+            f"--vectorize {asked}: this worker has {devices} devices, and only one device trains several trials "
+            "together; they run one after another. Start one command for each device instead, such as with "
+            "CUDA_VISIBLE_DEVICES=0: commands that share a --storage share the work"
+        )
+    return 1 if study.run is not None or devices > 1 else asked
 
 
 def claim_group(store: TrialStore, trials: Sequence[Trial], most: int) -> list[Claimed]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +17,16 @@ from etils import epath
 
 from experiments.processes import ask_first
 from experiments.run import prepare_data
-from experiments.study.definition import Study, data_identity
+from experiments.study.definition import Study, StudyError, data_identity
 from experiments.study.execute import Programs, run_trial, trial_folder
 from experiments.study.storage import HEARTBEAT_SECONDS, Claimed, TrialStore
-from experiments.study.together import claim_group, run_together
+from experiments.study.together import claim_group, most_together, run_together
 from experiments.study.trials import Outcome, Trial, plan
 from train.config import Experiment
 from train.progress import duration
 from train.signals import StopSignal
 
 POLL_SECONDS = 5.0  # between looks at the queue while other workers run the last trials
-TOGETHER = 4  # trials that a worker with one accelerator trains at a time by default; it was not measured there
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Job:
     url: str
     root: epath.Path  # of run folders
     heartbeat_seconds: int = HEARTBEAT_SECONDS
-    vectorize: int | None = None  # trials that a worker trains together at most; None: `default_together`
+    vectorize: int | None = (
+        None  # trials that a worker trains together at most; None: TOGETHER on one accelerator, else 1
+    )
 
     @property
     def name(self) -> str:
@@ -83,26 +86,6 @@ class Deadline(StopSignal):
             self.requested = True
 
 
-def default_together(devices: int) -> int:
-    """Return how many trials a worker trains together by default.
-
-    On a CPU, this is 1: vmap did not help there (experiments/LOG.md). Only a worker with one device can do it.
-    """
-    return 1 if jax.default_backend() == "cpu" or devices > 1 else TOGETHER
-
-
-def _most_together(job: Job, devices: int, log: Callable[[str], None]) -> int:
-    """Return how many trials this worker trains together at most, and log why they are fewer than asked for."""
-    most = default_together(devices) if job.vectorize is None else job.vectorize
-    if most > 1 and devices > 1:
-        log(
-            f"--vectorize {most}: this worker has {devices} devices, and only one device trains several trials "
-            "together; they run one after another. Start one command for each device instead, such as with "
-            "CUDA_VISIBLE_DEVICES=0: commands that share a --storage share the work"
-        )
-    return 1 if job.study.run is not None or devices > 1 else most
-
-
 def work(
     job: Job, *, log: Callable[[str], None], seconds: float | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -113,7 +96,7 @@ def work(
     `devices`: those to train on (default: all). Raises StudyError if the storage fails.
     """
     programs, first = Programs(devices), jax.process_index() == 0
-    most = _most_together(job, len(programs.devices), log)
+    most = most_together(job.study, job.vectorize, len(programs.devices), log)
     fingerprint = Fingerprints(job.study, log)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(TrialStore(job.url, job.name, job.heartbeat_seconds)) if first else None
@@ -181,6 +164,10 @@ def _run_group(
         for i, result in enumerate(results):
             if not isinstance(result, Exception):
                 _record(job, store, trials[i], claimed[i], result, seconds, log)
+    if (full := next((i for i in faults if disk_is_full(faults[i])), None)) is not None:
+        for i in faults:
+            store.release(claimed[i])
+        raise full_disk(trials[full], faults[full]) from faults[full]
     for i, fault in faults.items():
         if stop.requested:
             _record(job, store, trials[i], claimed[i], None, seconds, log)
@@ -203,6 +190,10 @@ def _run(
         with store.heartbeat(claimed):
             outcome = run_trial(job.study, trial, folder, programs, log=quiet, stop=stop)
     except (ValueError, RuntimeError, OSError) as error:
+        if disk_is_full(error):  # the other trials would fail as well
+            if store is not None:
+                store.release(claimed)
+            raise full_disk(trial, error) from error
         # A fault of the trial: the others run, and the report names it.
         if store is not None:
             store.fail(claimed, f"{type(error).__name__}: {error}")
@@ -236,6 +227,25 @@ def _quiet(log: Callable[[str], None], trial: Trial) -> Callable[[str], None]:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def full_disk(trial: Trial, error: Exception) -> StudyError:
+    """Return the error that ends a worker whose disk is full."""
+    return StudyError(
+        f"{trial.label}: the disk is full ({error}); free some space, then repeat the command: finished trials "
+        "are kept, and this one continues from its checkpoint"
+    )
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that caused it, says that the disk or the user's share of it is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # of a library that raises another class
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def line(trial: Trial, outcome: Mapping[str, Any], metric: str, seconds: float) -> str:

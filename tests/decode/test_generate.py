@@ -216,6 +216,13 @@ def test_invalid_requests_are_refused_before_compiling(prompts, params, words):
     assert prefill._cache_size() == before
 
 
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_routers_that_read_later_tokens_are_refused(router):
+    model = random_model(tiny_config(moe=MoEConfig(4, 2, 16, router=router, allow_leak=True)))
+    with pytest.raises(ValueError, match=f"model.moe.router = '{router}'"):
+        generate(model, [[1]], SamplingParams())
+
+
 def test_bidirectional_models_are_refused():
     model = random_model(tiny_config(attention=dataclasses.replace(TINY_ATTENTION, mask="bidirectional")))
     with pytest.raises(ValueError, match=r"model\.attention\.mask = 'bidirectional'"):

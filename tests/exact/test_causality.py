@@ -61,14 +61,17 @@ def test_earlier_predictions_keep_their_bits(name):
 
 NONCAUSAL = {
     # Wang et al. 2024, sec. 5.2: experts that choose their tokens see the whole sequence.
-    "expert choice": experts("expert_choice"),
-    "soft": experts("soft", 1),
+    "expert choice": experts("expert_choice", allow_leak=True),
+    "soft": experts("soft", 1, allow_leak=True),
     "bidirectional": tiny_config(attention=replace(TINY_ATTENTION, mask="bidirectional")),
 }
 
 
 @pytest.mark.parametrize("name", NONCAUSAL)
 def test_networks_that_read_later_tokens_fail_the_test_above(name):
+    NONCAUSAL[name].validate()
+    assert not NONCAUSAL[name].can_generate
+    assert all(config.can_generate for config in CAUSAL.values())
     with pytest.raises(AssertionError, match="an earlier prediction changed"):
         assert_causal(NONCAUSAL[name])
 

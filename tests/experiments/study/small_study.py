@@ -3,7 +3,7 @@
 python -m tests.experiments.study.small_study URL FOLDER [ADDRESS RANK]
 
 With an address, two processes of jax.distributed are one worker. With TRAIN_IN=FOLDER in the environment, the trials
-train a tiny network on the text in that folder (`write_text`).
+train a tiny network on the text in that folder (tests/experiments/study/tiny.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from data.config import DataConfig, SourceConfig, TokenizerConfig
 from experiments.studies.bases import dense
 from experiments.study.definition import Claim, Scale, Study
 from experiments.study.worker import Job, work
-from model.config import MLPConfig
-from tests.train.small_runs import TINY
-from train.config import Experiment, OptimizerConfig, SampleConfig, TrainConfig
+from tests.experiments.study.tiny import tiny_study
+from train.config import Experiment
 
 LOG = "TRIAL_LOG"  # environment variable: file to which each trial appends a line when it ends
 SECONDS = "TRIAL_SECONDS"
@@ -66,42 +64,6 @@ def job(url: str, folder: Path, study: Study = STUDY, vectorize: int | None = No
 def with_arms(**changes: Mapping[str, object]) -> Study:
     """Return the study with further arms."""
     return replace(STUDY, arms={**STUDY.arms, **changes})  # type: ignore[dict-item]
-
-
-def write_text(folder: Path) -> Path:
-    """Write text for `tiny` to the folder, and return the folder."""
-    (folder / "text").mkdir()
-    for i in range(40):
-        text = "\n".join(f"def f{j}_{i}(x): return x + {i * j}" for j in range(20))
-        (folder / "text" / f"{i}.py").write_text(text)
-    return folder
-
-
-def tiny(folder: Path) -> Experiment:
-    """Return an experiment that trains a tiny network for 12 steps on the text in the folder."""
-    return Experiment(
-        name="tiny",
-        model=replace(TINY, mlp=MLPConfig(hidden_dim=16), num_layers=1),
-        data=DataConfig(sources=(SourceConfig(name="code", path=str(folder / "text")),), batch_size=8,
-                        tokenizer=TokenizerConfig(kind="byte"), sequence_length=32, holdout_fraction=0.1,
-                        cache_dir=str(folder / "cache")),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=2),
-        train=TrainConfig(steps=12, eval_every=4, eval_windows=4, checkpoint_every=4, log_every=1),
-        samples=SampleConfig(count=0),
-    )  # fmt: skip
-
-
-def tiny_study(folder: Path, seeds: int) -> Study:
-    """Return a study that trains `tiny` with a low and a high rate, and with one at which it diverges."""
-    return Study(
-        name="tiny",
-        question="Is a higher rate better?",
-        source="none",
-        base=tiny(folder),
-        arms={"low": {}, "high": {"optimizer.learning_rate": 0.02}, "bad": {"optimizer.learning_rate": 1e30}},
-        scales={"cpu": Scale(tokens=12 * 8 * 32, seeds=seeds)},
-        claims=(),
-    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import itertools
 import os
 import random
 import shutil
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,8 @@ from experiments.study.definition import StudyError
 from experiments.study.storage import TrialStore
 from experiments.study.trials import plan
 from experiments.study.worker import work
-from tests.experiments.study.small_study import LOG, SECONDS, STUDY, TRAIN_IN, job, with_arms, write_text
+from tests.experiments.study.small_study import LOG, SECONDS, STUDY, TRAIN_IN, job, with_arms
+from tests.experiments.study.tiny import tiny_study
 from tests.experiments.test_processes import free_address
 
 TRIALS, _ = plan(STUDY, "cpu", lambda experiment: "", [])
@@ -35,8 +40,8 @@ def store(folder: Path) -> TrialStore:
     return TrialStore(url(folder), "small_study/cpu", heartbeat_seconds=1)
 
 
-def worker(address: str, folder: Path, *more: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.experiments.study.small_study", address, str(folder), *more]
+def worker(address: str, folder: Path, *more: str, before: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+    command = [*before, sys.executable, "-m", "tests.experiments.study.small_study", address, str(folder), *more]
     return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment)
 
 
@@ -81,10 +86,36 @@ def test_a_worker_runs_everything_and_a_wider_study_only_what_is_new(tmp_path, m
     assert not work(job(url(tmp_path), tmp_path, with_arms(new={"model.num_layers": 1})), log=print, seconds=0.0)
 
 
-def survive(address: str, folder: Path, workers: int = 3, kills: int = 4) -> None:
-    """Run the study in processes, of which random ones are killed, and check that every trial is recorded once."""
+def test_a_full_disk_stops_the_worker_and_fails_no_trial(tmp_path):
+    full = True
+
+    def run(experiment):
+        if full:
+            raise RuntimeError("checkpoint") from OSError(errno.ENOSPC, "No space left on device")
+        return {"bits_per_byte": 1.0}
+
+    made = job(url(tmp_path), tmp_path, dataclasses.replace(STUDY, run=run))
+    with pytest.raises(StudyError, match=r"low, seed 0: the disk is full .* free some space"):
+        work(made, log=print)
+    with store(tmp_path) as kept:
+        assert kept.counts(IDS) == (12, 0, 0, 0)
+    full = False
+    assert work(made, log=print)
+
+
+def survive(address: str, folder: Path, workers: int = 3, kills: int = 4, clocks: Sequence[str] = ()) -> None:
+    """Run the study in processes, of which random ones are killed, and check that every trial is recorded once.
+
+    `clocks`: offsets of the first workers' clocks, such as "+1h".
+    """
     log, chance = folder / "log", random.Random(0)
-    start = lambda: worker(address, folder, **{LOG: str(log), SECONDS: "0.5"})
+    started = itertools.count()
+
+    def start() -> subprocess.Popen:
+        number = next(started)
+        fake = ["faketime", "-f", clocks[number]] if number < len(clocks) else []
+        return worker(address, folder, before=fake, **{LOG: str(log), SECONDS: "0.5"})
+
     with TrialStore(address, "small_study/cpu", heartbeat_seconds=1) as kept:
         _kill(kept, start, chance, workers, kills)
         assert kept.counts(IDS) == (0, 0, 12, 0) and not kept.failures()
@@ -131,7 +162,9 @@ def test_killed_workers_lose_no_trial_on_postgresql(tmp_path):
               f"-p {port} -k {tmp_path} -c listen_addresses=127.0.0.1"]  # fmt: skip
     run(*server, "start")
     try:
-        survive(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", tmp_path)
+        # The server's clock judges the heartbeats, so the clocks of the workers do not matter.
+        clocks = ("+1h", "-1h") if shutil.which("faketime") else ()
+        survive(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres", tmp_path, clocks=clocks)
     finally:
         run(*server, "-m", "immediate", "stop")
 
@@ -151,7 +184,8 @@ def test_two_processes_are_one_worker(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_trials_as_one_process_with_two_devices(tmp_path):
-    train = {TRAIN_IN: str(write_text(tmp_path)), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    train = {TRAIN_IN: str(tmp_path), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    tiny_study(tmp_path, seeds=1)  # writes its text
     flag, address = "--xla_force_host_platform_device_count", free_address()
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -172,7 +206,7 @@ def test_two_processes_train_trials_as_one_process_with_two_devices(tmp_path):
         assert (together.id, together.diverged) == (alone.id, alone.diverged)
         assert together.figures == pytest.approx(alone.figures, rel=1e-5)
         for name, curve in alone.curves.items():
-            assert together.curves[name] == pytest.approx(curve, rel=1e-5, nan_ok=True), name
+            assert together.curves[name] == pytest.approx(curve, rel=2e-5), name  # six digits
     assert one[0].figures["bits_per_byte"] != one[1].figures["bits_per_byte"]
 
 

@@ -20,8 +20,8 @@ from experiments.study.report import judge, write_report
 from experiments.study.storage import TrialStore
 from experiments.study.trials import Outcome, plan
 from experiments.study.worker import work
-from tests.experiments.study import small_study
 from tests.experiments.study.small_study import STUDY, job
+from tests.experiments.study.tiny import tiny_study
 from tests.train.small_runs import TINY, StopAt
 from train.config_io import replace_fields
 from train.signals import StopSignal
@@ -29,7 +29,7 @@ from train.signals import StopSignal
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Study:
-    study = small_study.tiny_study(small_study.write_text(tmp_path_factory.mktemp("tiny")), seeds=2)
+    study = tiny_study(tmp_path_factory.mktemp("tiny"), seeds=2)
     return replace(study, measures={"longer": HeldOutUnder("longer", {"data.sequence_length": 64}, windows=4)})
 
 

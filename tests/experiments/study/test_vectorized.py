@@ -22,8 +22,8 @@ from experiments.study.together import claim_group, run_together
 from experiments.study.trials import Outcome, Trial, plan, seeded, trial_id
 from experiments.study.worker import work
 from model.config import MoEConfig
-from tests.experiments.study import small_study
 from tests.experiments.study.small_study import STUDY, job
+from tests.experiments.study.tiny import tiny_study
 from tests.train.small_runs import StopAt
 from train.config import Experiment
 from train.config_io import replace_fields, save_json
@@ -34,8 +34,8 @@ from train.signals import StopSignal
 from train.together import Member, train_together
 
 RATE, DECAY, Z_LOSS = "optimizer.learning_rate", "optimizer.weight_decay", "train.z_loss"
-# Batched matmuls add in another order. Over 12 steps, no larger difference than 1e-6 was seen.
-RELATIVE = 1e-5
+RELATIVE = 1e-5  # batched matmuls add in another order
+ROUNDED = 2e-5  # of curves, which are recorded with six digits: a last digit may differ, too
 
 
 def silent(text: str) -> None:
@@ -83,7 +83,7 @@ class Bench:
 
 @pytest.fixture(scope="module", params=["dense", "moe with Muon"])
 def bench(request, tmp_path_factory) -> Bench:
-    base = small_study.tiny(small_study.write_text(tmp_path_factory.mktemp(request.param)))
+    base = tiny_study(tmp_path_factory.mktemp(request.param), seeds=2).base
     if request.param == "dense":
         return Bench(base, [{Z_LOSS: 1e-4}, {Z_LOSS: 1e-2}])
     experts = MoEConfig(num_experts=4, top_k=2, hidden_dim=16)
@@ -107,7 +107,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["figures"] == pytest.approx(expected["figures"], rel=RELATIVE)
     assert list(found["curves"]) == list(expected["curves"])
     for name, curve in found["curves"].items():
-        np.testing.assert_allclose(curve, expected["curves"][name], rtol=RELATIVE, err_msg=name)
+        np.testing.assert_allclose(curve, expected["curves"][name], rtol=ROUNDED, err_msg=name)
 
 
 def assert_rows_equal(found: dict[tuple, dict], expected: dict[tuple, dict]) -> None:
@@ -172,7 +172,7 @@ def test_what_ends_one_trial_does_not_end_the_others(bench, alone, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Study:
-    return small_study.tiny_study(small_study.write_text(tmp_path_factory.mktemp("tiny")), seeds=2)
+    return tiny_study(tmp_path_factory.mktemp("tiny"), seeds=2)
 
 
 def outcomes(study: Study, folder: Path, vectorize: int) -> tuple[list[Outcome], Path]:
