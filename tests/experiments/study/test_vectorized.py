@@ -34,8 +34,13 @@ from train.signals import StopSignal
 from train.together import Member, train_together
 
 RATE, DECAY, Z_LOSS = "optimizer.learning_rate", "optimizer.weight_decay", "train.z_loss"
-RELATIVE = 1e-5  # batched matmuls add in another order
-ROUNDED = 2e-5  # of curves, which are recorded with six digits: a last digit may differ, too
+RELATIVE = 1e-5  # batched matmuls add in another order; seen: 1e-6 for losses, 3e-6 for gradient norms
+ROUNDED = 1e-5  # of curves, which are recorded with six digits: a last digit may differ, too
+
+
+def tolerance(name: str) -> float:
+    """Return the largest relative difference of a metric. Gradients are sums that cancel."""
+    return 10 * RELATIVE if "grad_norm" in name else RELATIVE
 
 
 def silent(text: str) -> None:
@@ -104,10 +109,12 @@ def alone(bench, tmp_path_factory) -> tuple[Path, list[Trial], list[dict[str, An
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare outcomes: figures and curves up to rounding, and what does not round exactly."""
     assert found["diverged"] == expected["diverged"] and list(found["figures"]) == list(expected["figures"])
-    assert found["figures"] == pytest.approx(expected["figures"], rel=RELATIVE)
+    for name, value in found["figures"].items():
+        assert value == pytest.approx(expected["figures"][name], rel=tolerance(name)), name
     assert list(found["curves"]) == list(expected["curves"])
     for name, curve in found["curves"].items():
-        np.testing.assert_allclose(curve, expected["curves"][name], rtol=ROUNDED, err_msg=name)
+        limit = tolerance(name) + ROUNDED
+        np.testing.assert_allclose(curve, expected["curves"][name], rtol=limit, err_msg=name)
 
 
 def assert_rows_equal(found: dict[tuple, dict], expected: dict[tuple, dict]) -> None:
@@ -116,7 +123,7 @@ def assert_rows_equal(found: dict[tuple, dict], expected: dict[tuple, dict]) -> 
         assert list(row) == list(expected[key])
         for name, value in row.items():
             if isinstance(value, float):
-                assert value == pytest.approx(expected[key][name], rel=RELATIVE), (key, name)
+                assert value == pytest.approx(expected[key][name], rel=tolerance(name)), (key, name)
 
 
 def test_trials_together_equal_trials_alone(bench, alone, tmp_path):
