@@ -281,6 +281,11 @@ def _study(command: argparse.ArgumentParser) -> None:
         help="processes on this machine [default: one for each core, or one with an accelerator]",
     )  # fmt: skip
     command.add_argument(
+        "--vectorize", type=_integer(1, 1024), metavar="K",
+        help="trials that differ in seeds and rates alone train up to K at a time [default: 1 on a CPU or with several "
+        "devices, 4 on one accelerator]",
+    )  # fmt: skip
+    command.add_argument(
         "--storage", default="sqlite:///runs/studies.db", metavar="URL",
         help="database of the trials; machines that share it share the work",
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from train.hooks import Hook, Recorder, StepResult
 
 if TYPE_CHECKING:
-    from train.loop import Trainer
+    from train.trainer import Trainer
 
 PHASES = ("data", "initialization", "compilation", "steps", "evaluation", "checkpoints", "other")
 ROW_SECONDS = 60.0  # between two rows of a start, besides those of evaluations and checkpoints

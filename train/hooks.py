@@ -18,7 +18,7 @@ from train.progress import Progress
 from train.records import MetricsWriter, RunFolder
 
 if TYPE_CHECKING:
-    from train.loop import Trainer
+    from train.trainer import Trainer
 
 
 class NonfiniteError(RuntimeError):

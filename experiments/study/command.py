@@ -41,7 +41,7 @@ def study(args: argparse.Namespace) -> int:
     if args.subject is None:
         return _list()
     found = launch.load_study(args.subject)
-    job = Job(found, args.scale, args.storage, epath.Path(launch.RUNS))
+    job = Job(found, args.scale, args.storage, epath.Path(launch.RUNS), vectorize=args.vectorize)
     found.experiments(args.scale)  # all checks, before anything starts
     if args.worker:
         launch.take_cores()
@@ -78,6 +78,8 @@ def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) ->
     arguments = [args.subject, "--scale", args.scale, "--storage", args.storage]
     if args.max_minutes is not None:
         arguments += ["--max-minutes", str(args.max_minutes)]
+    if args.vectorize is not None:
+        arguments += ["--vectorize", str(args.vectorize)]
     queue = launch.Queue(job, store, _say)
     store.enqueue(queue.trials())  # also prepares the data once
     launch.run_workers(arguments, workers, store, queue)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.config import Experiment
 from train.evaluate import evaluate_all
 from train.hooks import NonfiniteError
 from train.hyper import hyper_of
+from train.loop import Trained as TrainedRun
 from train.loop import train
 from train.program import Program, build
 from train.records import MetricsWriter, RunFolder, describe_environment, read_metrics, write_environment
@@ -42,16 +44,17 @@ CURVE_POINTS = 60
 
 
 class Programs:
-    """Compiled programs of a worker, by everything in a config that decides them."""
+    """Compiled programs of a worker for `devices` (default: all), by everything in a config that decides them."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
+        self.devices = jax.devices() if devices is None else list(devices)
         self._programs: dict[str, Program] = {}
 
     def get(self, experiment: Experiment) -> Program:
         """Return the program of an experiment. Trials that differ in seeds and rates share one compilation."""
         key = program_key(experiment)
         if key not in self._programs:
-            self._programs[key] = build(experiment)
+            self._programs[key] = build(experiment, devices=self.devices)
         return replace(self._programs[key], experiment=experiment, hyper=hyper_of(experiment))
 
 
@@ -87,32 +90,57 @@ def run_trial(
     if study.run is not None:
         figures = {name: float(value) for name, value in study.run(trial.experiment).items()}
         return _outcome(figures, {}, {}, False, clock() - began)
-    trial.experiment.validate(jax.device_count())
-    program = programs.get(trial.experiment)
+    program = checked_program(trial, programs)
     prepared = prepare_data(trial.experiment, log)
+    with opened(trial, folder, log) as run:
+        try:
+            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
+        except NonfiniteError:
+            return diverged_outcome(program, prepared, run, clock() - began)
+        if not trained.finished:
+            return None
+        outcome = finished_outcome(study, program, prepared, run, trained, log)
+        return outcome | {"seconds": round(clock() - began, 2)}
+
+
+def checked_program(trial: Trial, programs: Programs) -> Program:
+    """Return the program of a trial. Raises ConfigError if its devices do not suit the experiment."""
+    trial.experiment.validate(len(programs.devices))
+    return programs.get(trial.experiment)
+
+
+@contextlib.contextmanager
+def opened(trial: Trial, folder: epath.Path, log: Callable[[str], None]) -> Iterator[RunFolder]:
+    """Yield the run folder of a trial as its only writer, with this start in its records. Raises RunFolderError."""
     with shared_run(folder, trial.experiment, (), False, log) as run:
         if jax.process_index() == 0:
             with written(run):
                 write_environment(run, describe_environment())
-        try:
-            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
-        except NonfiniteError:
-            figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
-            return _outcome(figures, _curves(run), {}, True, clock() - began)
-        if not trained.finished:
-            return None
-        results = evaluate_all(program, trained.model, prepared, full=True)
-        first = next(iter(results.values()))
-        figures = {**_train_figures(run), **first.row()}
-        if len(results) > 1:
-            figures |= {f"{name}.bits_per_byte": result.bits_per_byte for name, result in results.items()}
-        for measure in study.measures.values():
-            figures |= measure(Trained(program, trained.model, prepared, log))
-        figures |= _costs(trial.experiment)
-        with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
-            metrics.write({"kind": "eval", "step": trained.step, "set": next(iter(results)), **first.row()})
-        curves, arrays = _curves(run), _arrays(run)
-        return _outcome(figures, curves, arrays, False, clock() - began)
+        yield run
+
+
+def diverged_outcome(program: Program, prepared: Prepared, run: RunFolder, seconds: float) -> dict[str, Any]:
+    """Return the outcome of a trial whose loss was not finite: the figures are those of uniform predictions."""
+    figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
+    return _outcome(figures, _curves(run), {}, True, seconds)
+
+
+def finished_outcome(
+    study: Study, program: Program, prepared: Prepared, run: RunFolder, trained: TrainedRun,
+    log: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate a trained trial, write the row of its evaluation, and return its outcome without its seconds."""
+    results = evaluate_all(program, trained.model, prepared, full=True)
+    first = next(iter(results.values()))
+    figures = {**_train_figures(run), **first.row()}
+    if len(results) > 1:
+        figures |= {f"{name}.bits_per_byte": result.bits_per_byte for name, result in results.items()}
+    for measure in study.measures.values():
+        figures |= measure(Trained(program, trained.model, prepared, log))
+    figures |= _costs(program.experiment)
+    with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
+        metrics.write({"kind": "eval", "step": trained.step, "set": next(iter(results)), **first.row()})
+    return _outcome(figures, _curves(run), _arrays(run), False, 0.0)
 
 
 def trial_clock() -> Callable[[], float]:

@@ -8,6 +8,7 @@ Columns: arm, stage ("tune" or "compare"), seed, trial, kind, name, step, value.
     tuned   the value of a tuned field
     status  "complete" or "diverged"
     device  what the trial ran on
+    together  how many trials were trained under one vmap with it, if it was not alone
     meta    facts about the study, without an arm
 """
 
@@ -114,6 +115,8 @@ def _written(table: Table) -> str:
 def _rows(o: Outcome) -> Iterator[tuple[str, str, str | int, str]]:
     yield "status", "", "", "diverged" if o.diverged else "complete"
     yield "device", "", "", o.device
+    if o.together > 1:
+        yield "together", "", "", str(o.together)
     yield "figure", "seconds", "", _number(o.seconds)
     for name, value in o.tuned.items():
         yield "tuned", name, "", _number(value)
@@ -161,6 +164,8 @@ def _enter(trial: dict[str, Any], kind: str, name: str, step: str, value: str) -
         trial["diverged"] = value == "diverged"
     elif kind == "device":
         trial["device"] = value
+    elif kind == "together":
+        trial["together"] = int(value)
     elif kind == "figure" and name == "seconds":
         trial["seconds"] = float(value)
     elif kind in ("figure", "tuned"):

@@ -176,6 +176,12 @@ def _protocol(study: Study, table: Table, path: Path) -> list[str]:
         lines += [f"- Note: {arm} chose {text}, the end of its range." for arm, text in _at_the_ends(study, table)]
     if study.notes:
         lines.append(f"- {study.notes}")
+    if most := max((o.together for o in table.outcomes if o.together > 1), default=0):
+        number = sum(o.together > 1 for o in table.outcomes)
+        lines.append(
+            f"- {number} of the trials were trained up to {most} at a time under one vmap (`--vectorize`); the seconds "
+            "of each are its share of theirs."
+        )
     lines += [
         f"- {len(table.outcomes)} trials, {duration(spent)} in all (processor time on a CPU, one core each). "
         f"{table.meta['device']}, "

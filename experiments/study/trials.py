@@ -58,6 +58,7 @@ class Outcome:
     diverged: bool
     seconds: float  # of compilation, training, evaluation and saving: processor time on a CPU, else wall time
     device: str = ""  # on which it ran
+    together: int = 1  # trials that were trained under one vmap with it; `seconds` is its share of theirs
 
 
 def seeded(experiment: Experiment, seed: int) -> Experiment:

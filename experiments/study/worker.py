@@ -1,4 +1,4 @@
-"""A worker: claims trials one after another and runs them, until none is left or it is stopped."""
+"""A worker: claims trials, one or several at a time, and runs them, until none is left or it is stopped."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from experiments.run import prepare_data
 from experiments.study.definition import Study, StudyError, data_identity
 from experiments.study.execute import Programs, run_trial, trial_folder
 from experiments.study.storage import HEARTBEAT_SECONDS, Claimed, TrialStore
+from experiments.study.together import claim_group, most_together, run_together
 from experiments.study.trials import Outcome, Trial, plan
 from train.config import Experiment
 from train.progress import duration
@@ -37,6 +38,9 @@ class Job:
     url: str
     root: epath.Path  # of run folders
     heartbeat_seconds: int = HEARTBEAT_SECONDS
+    vectorize: int | None = (
+        None  # trials that a worker trains together at most; None: TOGETHER on one accelerator, else 1
+    )
 
     @property
     def name(self) -> str:
@@ -68,10 +72,13 @@ class Deadline(StopSignal):
     def __init__(self, seconds: float | None):
         super().__init__()
         self._end = None if seconds is None else time.monotonic() + seconds
+        self._asked = 0
 
     def agreed(self, step: int) -> bool:
+        """Return whether to stop. Steps are counted over all trials, because several processes need them ascending."""
         self.expire()
-        return super().agreed(step)
+        self._asked += 1
+        return super().agreed(self._asked)
 
     def expire(self) -> None:
         """Request a stop if the time is over."""
@@ -79,13 +86,17 @@ class Deadline(StopSignal):
             self.requested = True
 
 
-def work(job: Job, *, log: Callable[[str], None], seconds: float | None = None) -> bool:
+def work(
+    job: Job, *, log: Callable[[str], None], seconds: float | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> bool:  # fmt: skip
     """Run trials until none is left or `seconds` have passed. Return whether the study is complete.
 
     Every process of a multi-host job calls it; process 0 claims and records. Trials of dead workers are queued again.
-    Raises StudyError if the storage fails.
+    `devices`: those to train on (default: all). Raises StudyError if the storage fails.
     """
-    programs, first = Programs(), jax.process_index() == 0
+    programs, first = Programs(devices), jax.process_index() == 0
+    most = most_together(job.study, job.vectorize, len(programs.devices), log)
     fingerprint = Fingerprints(job.study, log)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(TrialStore(job.url, job.name, job.heartbeat_seconds)) if first else None
@@ -93,29 +104,31 @@ def work(job: Job, *, log: Callable[[str], None], seconds: float | None = None) 
         trials, more = plan(job.study, job.scale, fingerprint, [])
         while True:
             stop.expire()
-            found = ask_first(lambda: _next(store, trials, more, stop))  # noqa: B023 # called at once
+            found = ask_first(lambda: _next(store, trials, more, stop, most))  # noqa: B023 # called at once
             if found["outcomes"]:
                 outcomes = [Outcome(**fields) for fields in found["outcomes"]]
                 trials, more = plan(job.study, job.scale, fingerprint, outcomes)
                 continue
-            if found["id"] is None:
+            if not found["claimed"]:
                 return found["complete"]
-            trial = next(trial for trial in trials if trial.id == found["id"])
-            claimed = Claimed(**found["claimed"])
-            if not _run(job, store, trial, claimed, programs, log, stop):
+            claimed = [Claimed(*each) for each in found["claimed"]]
+            group = [next(trial for trial in trials if trial.id == each.id) for each in claimed]
+            if not _run_group(job, store, group, claimed, programs, log, stop):
                 return False
 
 
-def _next(store: TrialStore | None, trials: Sequence[Trial], more: bool, stop: Deadline) -> dict[str, Any]:
-    """Return what the processes do next: run the trial `id`, plan again with `outcomes`, or end."""
+def _next(
+    store: TrialStore | None, trials: Sequence[Trial], more: bool, stop: Deadline, most: int
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the processes do next: run the trials in `claimed`, plan again with `outcomes`, or end."""
     assert store is not None, "process 0 has the storage"
-    answer: dict[str, Any] = {"id": None, "claimed": None, "outcomes": None, "complete": False}
+    answer: dict[str, Any] = {"claimed": [], "outcomes": None, "complete": False}
     ids = [trial.id for trial in trials]
     store.enqueue(trials)
     while not stop.requested:
         store.recover()
-        if (claimed := store.claim(ids)) is not None:
-            return answer | {"id": claimed.id, "claimed": claimed._asdict()}
+        if claimed := claim_group(store, trials, most):
+            return answer | {"claimed": claimed}
         counts = store.counts(ids)
         if not counts.running and not counts.waiting:
             if more and not counts.failed:
@@ -126,13 +139,50 @@ def _next(store: TrialStore | None, trials: Sequence[Trial], more: bool, stop: D
     return answer
 
 
+def _run_group(
+    job: Job, store: TrialStore | None, trials: Sequence[Trial], claimed: Sequence[Claimed], programs: Programs,
+    log: Callable[[str], None], stop: StopSignal,
+) -> bool:  # fmt: skip
+    """Run trials, together if they are several, and record each. Return False if they were stopped.
+
+    A fault in a group may be that of another trial or of the group. The trials that it ended are run again alone, and
+    fail only if they fail there.
+    """
+    if len(trials) == 1:
+        return _run(job, store, trials[0], claimed[0], programs, log, stop)
+    assert store is not None, "one process trains trials together"
+    began = time.monotonic()
+    with contextlib.ExitStack() as heartbeats:
+        for each in claimed:
+            heartbeats.enter_context(store.heartbeat(each))
+        results = run_together(
+            job.study, trials, [_folder(job, trial) for trial in trials], programs,
+            [_quiet(log, trial) for trial in trials], stop,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+        faults = {i: result for i, result in enumerate(results) if isinstance(result, Exception)}
+        for i, result in enumerate(results):
+            if not isinstance(result, Exception):
+                _record(job, store, trials[i], claimed[i], result, seconds, log)
+    if (full := next((i for i in faults if disk_is_full(faults[i])), None)) is not None:
+        for i in faults:
+            store.release(claimed[i])
+        raise full_disk(trials[full], faults[full]) from faults[full]
+    for i, fault in faults.items():
+        if stop.requested:
+            _record(job, store, trials[i], claimed[i], None, seconds, log)
+            continue
+        log(f"{trials[i].label}: did not end in a group of {len(trials)} ({_one_line(fault)}); it continues alone")
+        _run(job, store, trials[i], claimed[i], programs, log, stop)
+    return None not in results and not (faults and stop.requested)
+
+
 def _run(
     job: Job, store: TrialStore | None, trial: Trial, claimed: Claimed, programs: Programs,
     log: Callable[[str], None], stop: StopSignal,
 ) -> bool:  # fmt: skip
     """Run one trial and record it. Return False if it was stopped."""
-    quiet = functools.partial(_ignore_all_but_warnings, log, trial.label)
-    folder = trial_folder(job.root, job.study.name, job.scale, trial)
+    quiet, folder = _quiet(log, trial), _folder(job, trial)
     began = time.monotonic()
     try:
         if store is None:
@@ -143,23 +193,48 @@ def _run(
         if disk_is_full(error):  # the other trials would fail as well
             if store is not None:
                 store.release(claimed)
-            raise StudyError(
-                f"{trial.label}: the disk is full ({error}); free some space, then repeat the command: finished trials "
-                "are kept, and this one continues from its checkpoint"
-            ) from error
+            raise full_disk(trial, error) from error
         # A fault of the trial: the others run, and the report names it.
         if store is not None:
             store.fail(claimed, f"{type(error).__name__}: {error}")
         log(f"{trial.label}: failed: {error}")
         return True
+    return _record(job, store, trial, claimed, outcome, time.monotonic() - began, log)
+
+
+def _record(
+    job: Job, store: TrialStore, trial: Trial, claimed: Claimed, outcome: Mapping[str, Any] | None, seconds: float,
+    log: Callable[[str], None],
+) -> bool:  # fmt: skip
+    """Record the outcome of a trial, or queue it again if there is none. Return whether there is one."""
     if outcome is None:
         store.release(claimed)
         log(f"{trial.label}: stopped; the same command continues it")
         return False
     value = outcome["figures"].get(job.study.metric, float("inf"))
     store.finish(claimed, outcome, value)
-    log(line(trial, outcome, job.study.metric, time.monotonic() - began))
+    log(line(trial, outcome, job.study.metric, seconds))
     return True
+
+
+def _folder(job: Job, trial: Trial) -> epath.Path:
+    return trial_folder(job.root, job.study.name, job.scale, trial)
+
+
+def _quiet(log: Callable[[str], None], trial: Trial) -> Callable[[str], None]:
+    return functools.partial(_ignore_all_but_warnings, log, trial.label)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def full_disk(trial: Trial, error: Exception) -> StudyError:
+    """Return the error that ends a worker whose disk is full."""
+    return StudyError(
+        f"{trial.label}: the disk is full ({error}); free some space, then repeat the command: finished trials "
+        "are kept, and this one continues from its checkpoint"
+    )
 
 
 def disk_is_full(error: BaseException | None) -> bool:

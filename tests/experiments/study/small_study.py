@@ -2,7 +2,8 @@
 
 python -m tests.experiments.study.small_study URL FOLDER [ADDRESS RANK]
 
-With an address, two processes of jax.distributed are one worker.
+With an address, two processes of jax.distributed are one worker. With TRAIN_IN=FOLDER in the environment, the trials
+train a tiny network on the text in that folder (tests/experiments/study/tiny.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from etils import epath
 from experiments.studies.bases import dense
 from experiments.study.definition import Claim, Scale, Study
 from experiments.study.worker import Job, work
+from tests.experiments.study.tiny import tiny_study
 from train.config import Experiment
 
 LOG = "TRIAL_LOG"  # environment variable: file to which each trial appends a line when it ends
 SECONDS = "TRIAL_SECONDS"
+TRAIN_IN = "TRAIN_IN"
 
 
 def figures(experiment: Experiment) -> Mapping[str, float]:
@@ -53,9 +56,9 @@ STUDY = Study(
 )  # fmt: skip
 
 
-def job(url: str, folder: Path, study: Study = STUDY) -> Job:
+def job(url: str, folder: Path, study: Study = STUDY, vectorize: int | None = None) -> Job:
     """Return the job of the study with heartbeats every second."""
-    return Job(study, "cpu", url, epath.Path(folder), heartbeat_seconds=1)
+    return Job(study, "cpu", url, epath.Path(folder), heartbeat_seconds=1, vectorize=vectorize)
 
 
 def with_arms(**changes: Mapping[str, object]) -> Study:
@@ -66,4 +69,5 @@ def with_arms(**changes: Mapping[str, object]) -> Study:
 if __name__ == "__main__":
     if len(sys.argv) > 3:
         jax.distributed.initialize(sys.argv[3], num_processes=2, process_id=int(sys.argv[4]))
-    sys.exit(0 if work(job(sys.argv[1], Path(sys.argv[2])), log=print) else 1)
+    study = tiny_study(Path(os.environ[TRAIN_IN]), seeds=1) if TRAIN_IN in os.environ else STUDY
+    sys.exit(0 if work(job(sys.argv[1], Path(sys.argv[2]), study), log=print) else 1)

@@ -24,7 +24,8 @@ from experiments.study.definition import StudyError
 from experiments.study.storage import TrialStore
 from experiments.study.trials import plan
 from experiments.study.worker import work
-from tests.experiments.study.small_study import LOG, SECONDS, STUDY, job, with_arms
+from tests.experiments.study.small_study import LOG, SECONDS, STUDY, TRAIN_IN, job, with_arms
+from tests.experiments.study.tiny import tiny_study
 from tests.experiments.test_processes import free_address
 
 TRIALS, _ = plan(STUDY, "cpu", lambda experiment: "", [])
@@ -179,6 +180,34 @@ def test_two_processes_are_one_worker(tmp_path):
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert set(Counter((rate, seed) for rate, seed, _ in lines).values()) == {2, 4}  # "low" and "same" share a rate
     assert set(Counter(process for _, _, process in lines).values()) == {12}
+
+
+@pytest.mark.slow
+def test_two_processes_train_trials_as_one_process_with_two_devices(tmp_path):
+    train = {TRAIN_IN: str(tmp_path), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    tiny_study(tmp_path, seeds=1)  # writes its text
+    flag, address = "--xla_force_host_platform_device_count", free_address()
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    assert worker(url(folders[0]), folders[0], XLA_FLAGS=f"{flag}=2", **train).wait(timeout=240) == 0
+    peers = [worker(url(folders[1]), folders[1], address, str(rank), XLA_FLAGS=f"{flag}=1", **train) for rank in (0, 1)]
+    try:
+        assert [peer.wait(timeout=240) for peer in peers] == [0, 0]
+    finally:
+        for peer in peers:
+            peer.kill()
+    one, two = [], []
+    for folder, found in zip(folders, (one, two), strict=True):
+        with TrialStore(url(folder), "tiny/cpu") as kept:
+            found += kept.outcomes()
+    assert [o.arm for o in two] == ["low", "high", "bad"] and [o.diverged for o in two] == [False, False, True]
+    for alone, together in zip(one, two, strict=True):
+        assert (together.id, together.diverged) == (alone.id, alone.diverged)
+        assert together.figures == pytest.approx(alone.figures, rel=1e-5)
+        for name, curve in alone.curves.items():
+            assert together.curves[name] == pytest.approx(curve, rel=2e-5), name  # six digits
+    assert one[0].figures["bits_per_byte"] != one[1].figures["bits_per_byte"]
 
 
 def test_storages_that_cannot_be_used_are_refused_by_name(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from etils import epath
 
 from experiments.run import prepare_data
 from experiments.study import launch, report
-from experiments.study.definition import Published, Scale, Study, StudyError
+from experiments.study.definition import Published, Study, StudyError
 from experiments.study.execute import Programs, program_key, run_trial, trial_folder
 from experiments.study.measures import HeldOutUnder
 from experiments.study.records import Table, export, read
@@ -21,7 +21,7 @@ from experiments.study.storage import TrialStore
 from experiments.study.trials import Outcome, plan
 from experiments.study.worker import work
 from tests.experiments.study.small_study import STUDY, job
-from tests.experiments.study.tiny import tiny_experiment
+from tests.experiments.study.tiny import tiny_study
 from tests.train.small_runs import TINY, StopAt
 from train.config_io import replace_fields
 from train.signals import StopSignal
@@ -29,17 +29,8 @@ from train.signals import StopSignal
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Study:
-    base = tiny_experiment(tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("cache"))
-    return Study(
-        name="tiny",
-        question="Is a higher rate better?",
-        source="",
-        base=base,
-        arms={"low": {}, "high": {"optimizer.learning_rate": 0.02}, "bad": {"optimizer.learning_rate": 1e30}},
-        scales={"cpu": Scale(tokens=12 * 8 * 32, seeds=2)},
-        claims=(),
-        measures={"longer": HeldOutUnder("longer", {"data.sequence_length": 64}, windows=4)},
-    )
+    study = tiny_study(tmp_path_factory.mktemp("tiny"), seeds=2)
+    return replace(study, measures={"longer": HeldOutUnder("longer", {"data.sequence_length": 64}, windows=4)})
 
 
 def test_a_stopped_trial_continues_with_the_same_figures(tiny, tmp_path):
