@@ -24,7 +24,7 @@ from experiments.study.trials import Trial
 from model.cost import count_parameters, train_flops_per_token
 from train.config import Experiment
 from train.evaluate import evaluate_all
-from train.hooks import NonfiniteError
+from train.hooks import Hook, NonfiniteError
 from train.hyper import hyper_of
 from train.loop import train
 from train.program import Program, build
@@ -76,11 +76,12 @@ def run_trial(
     *,
     log: Callable[[str], None],
     stop: StopSignal,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any] | None:
     """Return the outcome of a trial as JSON values, or None if `stop` ended it early.
 
     The outcome has figures, curves, arrays, diverged and seconds. Divergence is an outcome: the figures are then those
-    of a network that gives every token the same probability. Raises what a run raises.
+    of a network that gives every token the same probability. Raises what a run or one of the `hooks` raises.
     """
     clock = trial_clock()
     began = clock()
@@ -95,7 +96,7 @@ def run_trial(
             with written(run):
                 write_environment(run, describe_environment())
         try:
-            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
+            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop, hooks=hooks)
         except NonfiniteError:
             figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
             return _outcome(figures, _curves(run), {}, True, clock() - began)
