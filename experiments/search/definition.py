@@ -158,7 +158,7 @@ class Search:
             if before.get(name) != after.get(name):
                 found.append(f"{name} was {before.get(name, 'absent')} and is {after.get(name, 'absent')}")
         if self.data and other.data and self.data != other.data:
-            found.append("the text of data.sources or the Python that prepares it has changed")
+            found.append("the text of the data has changed")
         return found
 
 

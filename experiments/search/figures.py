@@ -17,9 +17,9 @@ from experiments.search.records import Result, Table
 from experiments.search.space import Dimension
 
 DONE, BEST, PRUNED, DIVERGED = LIGHT.lines[0], LIGHT.lines[1], "#b4bac1", LIGHT.alarm
-MAP = colormaps["viridis_r"]  # of the metric: low is dark
+MAP = colormaps["viridis"]  # of the metric: low is dark
 COLUMNS = 3  # of slices
-SPREAD = 1.6  # of the axis: the distance from the best to the median is shown this many times
+SPREAD = 2.5  # of an axis at most, in distances from the best trial to the median
 
 
 def metric_name(table: Table) -> str:
@@ -32,8 +32,9 @@ def ceiling(table: Table) -> float:
     values = np.array([r.score for r in table.scored()])
     if not len(values):
         return math.inf
-    low, middle, high = values.min(), np.median(values), np.quantile(values, 0.9)
-    return float(max(high, low + SPREAD * (middle - low)) + 0.02 * (high - low) + 1e-9)
+    low, middle, high = values.min(), np.median(values), values.max()
+    most = min(high, low + SPREAD * (middle - low)) if middle > low else high
+    return float(most + 0.03 * (most - low) + 1e-9)
 
 
 def history_figure(table: Table) -> Figure | None:
@@ -109,9 +110,9 @@ def parallel_figure(table: Table) -> Figure | None:
     if best is None or len(space) < 2:
         return None
     figure = Figure(figsize=(max(5.7, 1.3 * len(space) + 2), 3.5), dpi=140)
-    axes = figure.add_axes((0.07, 0.13, 0.86, 0.66))
-    style(figure, axes, LIGHT, "All trials", "", "")
-    axes.title.set_y(1.17)
+    axes = figure.add_axes((0.07, 0.13, 0.86, 0.64))
+    style(figure, axes, LIGHT, "", "", "")
+    figure.text(0.07, 0.92, "All trials", color=LIGHT.ink, fontsize=11, fontweight="bold")
     axes.grid(False)
     done = sorted(table.ended("complete"), key=lambda r: -r.score)
     for r in table.ended("pruned", "diverged"):
@@ -121,7 +122,7 @@ def parallel_figure(table: Table) -> Figure | None:
     axes.plot(range(len(space)), _line(space, best), color=BEST, linewidth=2.4)
     for i, dimension in enumerate(space):
         axes.axvline(i, color=LIGHT.faint, linewidth=0.8)
-        axes.text(i, 1.12, dimension.short, ha="center", fontsize=8.5, color=LIGHT.ink)
+        axes.text(i, 1.09, dimension.short, ha="left" if i == 0 else "center", fontsize=8.5, color=LIGHT.ink)
         for place, text in _marks(dimension):
             axes.text(i + 0.03, place, text, va="center", fontsize=7.5, color=LIGHT.ink,
                       bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.6})  # fmt: skip

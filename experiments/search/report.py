@@ -78,8 +78,8 @@ def _page(table: Table, best: Result, drawn: Sequence[str], found: Mapping[str, 
         note = "at the end of the range: a wider one may be better" if _at_the_end(d, best) else ""
         lines.append(f"| `{d.field}` | {shorten(best.values[d.field])} | {shorten(own)} | `{spec}` | {note} |")
     lines += [
-        "", f"The {name} of the best of many trials is too low: chance helped to choose it. Train it with other seeds "
-        "before you trust a small difference. Train it once more:", "",
+        "", f"Chance helps to choose the best of many trials, so its {name} is optimistic. Train it with other seeds "
+        "(`--set train.seed=1`) before you trust a small difference:", "",
         "```bash", _command(search, best), "```", "",
     ]  # fmt: skip
     lines += [f"![{figure}]({figure}.png)" for figure in drawn]
@@ -155,17 +155,20 @@ def _protocol(table: Table) -> list[str]:
     spent = sum(r.seconds for r in table.results)
     devices = ", ".join(sorted({r.device for r in table.results if r.device}))
     dates = sorted(r.date for r in table.results if r.date)
+    suffix = search.name.removeprefix(search.experiment).removeprefix("-")
+    name = f" --name {suffix}" if suffix else ""
     return [
         f"- Experiment `{search.experiment}`; {train.steps:,} steps of {data.batch_size} x {data.sequence_length} "
         f"tokens ({count(tokens)}) for each trial, except where the space changes them; seed {train.seed} of the "
         "weights in every trial.",
-        f"- The metric is {search.metric} ({METRICS[search.metric]}) on all text of the first held-out set at the end; "
-        "curves and pruning use the evaluations during training, of `train.eval_windows` windows.",
+        f"- The metric is `{search.metric}` ({METRICS[search.metric]}) on the whole first held-out set at the end of a "
+        "trial. Pruning, and all but the last point of a curve, use the evaluations during training, of "
+        "`train.eval_windows` windows.",
         f"- Proposals: {samplers[search.sampler]}, seed {search.seed}. {pruners[search.pruner]}. A trial that diverges "
         "counts as uniform predictions.",
         f"- {duration(spent)} of training in all (processor time on a CPU, one core each). {devices}. "
         f"{search.software}. {dates[0] if dates else ''}"
         + (f" to {dates[-1]}." if dates and dates[0] != dates[-1] else "."),
         f"- Records: [{TRIALS}]({TRIALS}), [search.json](search.json). Page and figures are made from them: `python -m "
-        f"experiments search {search.experiment} --report`.",
+        f"experiments search {search.experiment}{name} --report`.",
     ]

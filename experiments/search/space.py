@@ -53,8 +53,8 @@ class Dimension:
 
     @property
     def short(self) -> str:
-        """The last part of the field's name."""
-        return self.field.rpartition(".")[2]
+        """The field without the part of the config that has it: "mlp.kind"."""
+        return self.field.partition(".")[2] or self.field
 
     def distribution(self) -> BaseDistribution:
         """Return the dimension as a distribution of Optuna."""

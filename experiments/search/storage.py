@@ -29,6 +29,7 @@ class SearchStore(TrialQueue):
     def __init__(self, url: str, search: Search, heartbeat_seconds: int = HEARTBEAT_SECONDS):
         super().__init__(url, search.study_name, RECIPE, heartbeat_seconds)
         self.search = self._recorded(search)
+        self._study.pruner = make_pruner(self.search)
 
     def _recorded(self, search: Search) -> Search:
         """Record the search, or return the recorded one. Raises SearchError if they differ."""
@@ -64,11 +65,13 @@ class SearchStore(TrialQueue):
             return {dimension.field: _suggested(trial, dimension) for dimension in self.search.space}
 
     def _open(self, index: int) -> optuna.Study:
-        """Return the study of Optuna with the sampler of a trial. It reads the newest trials."""
-        return optuna.load_study(
+        """Return the study of Optuna with the sampler of a trial and the newest trials."""
+        study = optuna.load_study(
             study_name=self.name, storage=self._storage, sampler=make_sampler(self.search, index),
-            pruner=make_pruner(self.search),
+            pruner=self._study.pruner,
         )  # fmt: skip
+        study.get_trials(deepcopy=False)  # Optuna's cache may write to trials that it has read
+        return study
 
     def keep(self, claimed: Claimed, step: int, value: float) -> None:
         """Record the metric of a running trial at a step."""
@@ -82,8 +85,7 @@ class SearchStore(TrialQueue):
             return
         with self._failures(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = self._open(int(claimed.id))
-            if study.pruner.prune(study, self._storage.get_trial(claimed.key)):
+            if self._study.pruner.prune(self._study, self._storage.get_trial(claimed.key)):
                 raise optuna.TrialPruned(f"pruned at step {step}")
 
     def finish(self, claimed: Claimed, outcome: Mapping[str, Any], step: int) -> None:
