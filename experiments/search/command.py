@@ -14,7 +14,7 @@ from experiments.run import prepare_data
 from experiments.search.definition import Search, budget, search_name, software
 from experiments.search.records import TRIALS, export, write_definition
 from experiments.search.space import SearchError, configured, read_space, shorten
-from experiments.search.storage import SearchStore, recorded_search
+from experiments.search.storage import SearchStore, recorded_search, refuse_others
 from experiments.search.worker import Training, work
 from experiments.study import launch
 from experiments.terminal import Column, Line, open_console, print_table
@@ -43,6 +43,8 @@ def search(args: argparse.Namespace) -> int:
     _print_plan(wanted, number, workers)
     if args.dry_run:
         return 0
+    if (recorded := recorded_search(args.storage, name)) is not None:
+        refuse_others(recorded, wanted)
     write_definition(wanted, _folder(args, name))  # a folder that cannot be written is refused before hours of training
     wanted = replace(wanted, data=prepare_data(configured(wanted.base, wanted.space, {}), _say).identity)
     with SearchStore(args.storage, wanted) as store:

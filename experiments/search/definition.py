@@ -126,13 +126,13 @@ class Search:
         experiment = configured(self.base, self.space, values)
         return replace(experiment, train=replace(experiment.train, keep_last=1, keep_best=0))
 
-    def to_json(self) -> str:
-        """Return the search as JSON."""
+    def to_json(self, indent: int | None = None) -> str:
+        """Return the search as JSON; `indent`: spaces for each level, None: on one line."""
         fields = {name: getattr(self, name) for name in TEXT_FIELDS}
         space = {d.field: str(d).partition("=")[2] for d in self.space}
         return json.dumps(
             {**fields, "overrides": self.overrides, "seed": self.seed, "space": space, "base": to_dict(self.base)},
-            indent=1,
+            indent=indent,
         )
 
     @classmethod

@@ -67,7 +67,7 @@ class Table:
 
 def write_definition(search: Search, folder: Path) -> None:
     """Write search.json. Raises SearchError if the folder cannot be written."""
-    _write(folder, DEFINITION, search.to_json() + "\n")
+    _write(folder, DEFINITION, search.to_json(indent=1) + "\n")
 
 
 def export(search: Search, results: Sequence[Result], folder: Path) -> None:

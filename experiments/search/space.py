@@ -47,7 +47,7 @@ class Dimension:
     def __str__(self) -> str:
         if self.kind == "choice":
             return f"{self.field}={','.join(self.choices)}"
-        ends = f"{self.low:.12g}:{self.high:.12g}"
+        ends = ":".join(short if float(short := f"{end:.12g}") == end else repr(end) for end in (self.low, self.high))
         more = f":{self.points}" if self.points else f":{self.step}" if self.step > 1 else ""
         return f"{self.field}={self.kind}:{ends}{more}"
 

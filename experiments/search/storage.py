@@ -41,11 +41,7 @@ class SearchStore(TrialQueue):
                 self._study.set_metric_names([search.metric])
                 return search
             recorded = _read(text, search.name)
-            if differences := recorded.differences(search):
-                raise SearchError(
-                    f"search {search.name!r} exists with other trials: {'; '.join(differences)}. Give this search a "
-                    "name with --name NAME, or repeat the first command to continue that one"
-                )
+            refuse_others(recorded, search)
             if search.data and not recorded.data:
                 recorded = replace(recorded, data=search.data)
                 self._study.set_user_attr("search", recorded.to_json())
@@ -152,6 +148,15 @@ def recorded_search(url: str, name: str) -> Search | None:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def refuse_others(recorded: Search, search: Search) -> None:
+    """Raise SearchError if two searches of one name would mix unequal trials."""
+    if differences := recorded.differences(search):
+        raise SearchError(
+            f"search {search.name!r} exists with other trials: {'; '.join(differences)}. Give this search a name with "
+            "--name NAME, or repeat the first command to continue that one"
+        )
 
 
 def _read(text: str, name: str) -> Search:
