@@ -127,7 +127,7 @@ def _print_plan(search: Search, number: int, workers: int) -> None:
         f"{number} trials of {example.train.steps:,} steps ({count(launch.trial_tokens(example))} tokens, {flops:.2g} "
         f"FLOPs each with the experiment's own values); about "
         f"{duration(number * flops / launch.ASSUMED_FLOPS / workers)} with {workers} {each} "
-        f"if none is pruned (assumed: {launch.ASSUMED_FLOPS / 1e9:.0f} GFLOP/s for each)"
+        f"of training if none is pruned (assumed: {launch.ASSUMED_FLOPS / 1e9:.0f} GFLOP/s for each)"
     )
 
 

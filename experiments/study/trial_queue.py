@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,18 +57,8 @@ def open_storage(url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RDBSto
             raise StudyError(f"--storage {url}: {folder} cannot be created ({error}); choose another file") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     shown = without_password(url)
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.simplefilter("ignore", FutureWarning)
-            return RDBStorage(
-                url,
-                engine_kwargs=engine,
-                heartbeat_interval=heartbeat_seconds,
-                grace_period=GRACE * heartbeat_seconds,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-            )
+        return _connect(url, heartbeat_seconds)
     except RuntimeError as error:  # written by another version of Optuna
         raise StudyError(
             f"--storage {shown}: {' '.join(str(error).split())} Upgrade it: `optuna storage upgrade --storage URL`, "
@@ -79,6 +70,28 @@ def open_storage(url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RDBSto
             f"--storage {shown}: cannot be opened ({reason}). Check the URL, that the server runs, and that its driver "
             "is installed (psycopg for postgresql+psycopg://)"
         ) from error
+
+
+def _connect(url: str, heartbeat_seconds: int) -> RDBStorage:
+    """Return the storage at a URL. Raises what SQLAlchemy and Optuna raise."""
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    for last in (False, True):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                warnings.simplefilter("ignore", FutureWarning)
+                return RDBStorage(
+                    url,
+                    engine_kwargs=engine,
+                    heartbeat_interval=heartbeat_seconds,
+                    grace_period=GRACE * heartbeat_seconds,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+                )
+        except SQLAlchemyError as error:
+            if last or "already exists" not in str(error):
+                raise
+            time.sleep(2.0)  # another process creates the tables of an empty database
+    raise AssertionError("the second attempt returns or raises")
 
 
 def without_password(url: str) -> str:
