@@ -47,4 +47,4 @@ def importances(table: Table) -> tuple[dict[str, float], str]:
         found = optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=True)
     if not all(math.isfinite(value) for value in found.values()):
         return {}, ""
-    return found, method
+    return {field: float(value) for field, value in found.items()}, method
