@@ -165,7 +165,7 @@ def test_divergence_is_a_value_and_a_failure_is_named_and_repeated_on_request():
     with in_memory(search("optimizer.learning_rate=0.01,0.095", sampler="grid")) as kept:
         assert work(kept, 2)
         assert sorted((r.state, r.value) for r in kept.results())[1] == ("diverged", 8.0)
-    with in_memory() as kept:
+    with in_memory(search("optimizer.learning_rate=log:1e-3:1e-2:4", sampler="grid")) as kept:
         assert not work(kept, 4, objective=third_fails)
         failed = [r for r in kept.results() if r.state == "failed"]
         assert [(r.index, r.error) for r in failed] == [(2, "ValueError: too large")]
@@ -174,6 +174,7 @@ def test_divergence_is_a_value_and_a_failure_is_named_and_repeated_on_request():
         assert kept.retry_failed() == 1 and work(kept, 4, objective=third_fails)
         again = kept.results()
         assert [r.state for r in again] == ["complete"] * 4 and again[2].values == failed[0].values
+        assert len({result.values["optimizer.learning_rate"] for result in again}) == 4
 
 
 def worker(folder: Path, number: int, **environment: str) -> subprocess.Popen:
