@@ -37,7 +37,7 @@ Exit codes:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = make_parser(COMMANDS, DESCRIPTION, EPILOGUE).parse_args(arguments)
-    if args.command in ("train", "eval", "study"):
+    if args.command in ("train", "eval", "study", "search"):
         keep_freed_memory()
     from data.config import DataError
     from experiments import commands
@@ -271,11 +271,8 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     _step(command)
 
 
-def _study(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "subject", metavar="STUDY", nargs="?", help="name of a study, or a file.py with one [default: list them]"
-    )
-    command.add_argument("--scale", default="cpu", metavar="SCALE", help="size of the trials: ci, cpu, gpu or tpu")
+def _shared_by_workers(command: argparse.ArgumentParser) -> None:
+    """Options of commands that run trials in worker processes."""
     command.add_argument(
         "--workers", type=_integer(1, 4096), metavar="N",
         help="processes on this machine [default: one for each core, or one with an accelerator]",
@@ -292,6 +289,14 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-minutes", type=_number, metavar="M", help="stop at a step after M minutes, and save [default: no limit]"
     )
+
+
+def _study(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "subject", metavar="STUDY", nargs="?", help="name of a study, or a file.py with one [default: list them]"
+    )
+    command.add_argument("--scale", default="cpu", metavar="SCALE", help="size of the trials: ci, cpu, gpu or tpu")
+    _shared_by_workers(command)
     command.add_argument("--to", default="docs/studies", metavar="FOLDER", help="folder of the report and its records")
     command.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
     command.add_argument("--smoke", action="store_true", help="run five steps of every arm, and record nothing")
@@ -300,6 +305,44 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--distributed", action="store_true", help="be one process of a multi-host worker, as in train"
     )
+    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the command itself
+
+
+def _search(command: argparse.ArgumentParser) -> None:
+    _experiment(command)
+    _settable(command)
+    command.add_argument(
+        "--space", action="append", default=[], metavar="SPACE",
+        help="a field and its values: FIELD=log:LOW:HIGH, FIELD=uniform:LOW:HIGH, FIELD=int:LOW:HIGH[:STEP] or "
+        "FIELD=A,B,C; or a JSON file of {FIELD: VALUES}; required except with --report, may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--sampler", choices=("tpe", "cmaes", "grid", "random"), default="tpe",
+        help="how values are proposed; grid takes lists, int, and log or uniform with points, such as log:LOW:HIGH:5",
+    )  # fmt: skip
+    command.add_argument(
+        "--pruner", choices=("none", "median", "hyperband"), default="median",
+        help="which trials end early, by the held-out metric at each evaluation",
+    )  # fmt: skip
+    command.add_argument(
+        "--trials", type=_integer(1, 100_000), metavar="N",
+        help="trials in all, those of earlier calls included [default: 20, or every point of a grid]",
+    )  # fmt: skip
+    command.add_argument(
+        "--steps", type=_integer(1), metavar="N", help="train steps of a trial [default: those of the experiment]"
+    )
+    command.add_argument(
+        "--metric", choices=("bits_per_byte", "loss"), default="bits_per_byte", help="held-out metric to minimize"
+    )
+    command.add_argument("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="seed of the sampler")
+    command.add_argument(
+        "--name", metavar="NAME", help="name after that of the experiment, for a further search [default: none]"
+    )
+    _shared_by_workers(command)
+    command.add_argument("--to", metavar="FOLDER", help="folder of the report [default: runs/searches/NAME]")
+    command.add_argument("--dry-run", action="store_true", help="print the space and what the trials cost")
+    command.add_argument("--report", action="store_true", help="write the report of what is recorded; run nothing")
+    command.add_argument("--retry-failed", action="store_true", help="run trials that failed once more")
     command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the command itself
 
 
@@ -361,6 +404,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "new-study": Command(
         "Compare", "NAME", "Write the skeleton of a study", ("new-study my_study",), _new_study,
+    ),
+    "search": Command(
+        "Compare", "EXPERIMENT --space SPACE...", "Search for an experiment's best hyperparameters",
+        ("search smoke --space optimizer.learning_rate=log:1e-4:1e-1 --space model.num_layers=int:1:3",
+         "search smoke --report"), _search,
+        "The same command again continues. Any number of machines can work on one --storage and one runs/ folder.",
     ),
     "import": Command(
         "Exchange models", "PATH --name NAME", "Make a run from a Hugging Face folder or a GGUF file",

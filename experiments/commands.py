@@ -4,6 +4,7 @@ imports jax or matplotlib at the top."""
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import signal
@@ -359,14 +360,19 @@ def new_study_command(args: argparse.Namespace) -> int:
     return _run_study_command("new_study", args)
 
 
-def _run_study_command(name: str, args: argparse.Namespace) -> int:
-    """Run a command of experiments/study/command.py, with StudyErrors as UsageErrors."""
+def search_command(args: argparse.Namespace) -> int:
+    """Search for the best hyperparameters of an experiment, or plan that, or write its report."""
+    return _run_study_command("search", args, "experiments.search.command")
+
+
+def _run_study_command(name: str, args: argparse.Namespace, module: str = "experiments.study.command") -> int:
+    """Run a command of a module that needs Optuna, with StudyErrors as UsageErrors."""
     try:
-        from experiments.study import command
+        command = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
-        raise UsageError("studies need Optuna: pip install -e '.[study]'") from error
+        raise UsageError("studies and searches need Optuna: pip install -e '.[study]'") from error
     from experiments.study.definition import StudyError
 
     try:

@@ -66,11 +66,16 @@ def resolve(
 
     Raises ConfigError or another ValueError with one paragraph that names field, value and fix.
     """
+    return resolve_from(named_experiment(name), overrides, device_count, platform, memory)
+
+
+def named_experiment(name: str) -> Experiment:
+    """Return the experiment `name` as it is written. Raises ConfigError."""
     if name not in EXPERIMENTS:
         near = get_close_matches(name, EXPERIMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"experiment {name!r} is unknown; {hint}the experiments are {', '.join(EXPERIMENTS)}")
-    return resolve_from(EXPERIMENTS[name](), overrides, device_count, platform, memory)
+    return EXPERIMENTS[name]()
 
 
 def resolve_from(
@@ -86,7 +91,7 @@ def resolve_from(
 
     Without `training`, for evaluation and sampling, skip the checks that only matter for training.
     """
-    experiment = _find_teacher(fill_vocabulary(apply_overrides(experiment, overrides)))
+    experiment = fill_in(experiment, overrides)
     if device_count is None:
         import jax
 
@@ -98,6 +103,11 @@ def resolve_from(
         refuse_what_cannot_fit(experiment, device_count, memory(), training=training)
     _refuse_kernels_of_other_platforms(experiment, platform)
     return experiment
+
+
+def fill_in(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return an experiment with overrides applied, its vocabulary and the path of its teacher filled in, unchecked."""
+    return _find_teacher(fill_vocabulary(apply_overrides(experiment, overrides)))
 
 
 def _find_teacher(experiment: Experiment) -> Experiment:

@@ -15,6 +15,7 @@ from experiments.__main__ import COMMANDS as SUBCOMMANDS
 from experiments.command_help import make_parser
 from experiments.named import EXPERIMENTS
 from experiments.resolve import fill_vocabulary, resolve
+from experiments.search.space import check_space, read_space
 from experiments.study.launch import load_study
 from pallas_kernels.bench import OPERATIONS
 from tests.docs import FILES, PAGES, ROOT, Command, commands, inline_code, marked, missing_line, run
@@ -80,6 +81,8 @@ def check_experiments(command: Command, variables: dict[str, str], words: list[s
     experiment = fill_vocabulary(apply_overrides(EXPERIMENTS.get(subject, EXPERIMENTS["smoke"])(), overrides))
     if subject in EXPERIMENTS:
         experiment.validate(device_count(args, variables))
+    if args.command == "search":
+        check_space(experiment, read_space(args.space))
 
 
 def device_count(args, variables: dict[str, str]) -> int:

@@ -75,14 +75,14 @@ def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) ->
     if args.retry_failed:
         _say(f"{store.retry_failed()} failed trials are queued again")
     launch.print_plan(job, store, workers, open_console())
-    arguments = [args.subject, "--scale", args.scale, "--storage", args.storage]
+    arguments = ["study", args.subject, "--scale", args.scale, "--storage", args.storage]
     if args.max_minutes is not None:
         arguments += ["--max-minutes", str(args.max_minutes)]
     if args.vectorize is not None:
         arguments += ["--vectorize", str(args.vectorize)]
     queue = launch.Queue(job, store, _say)
     store.enqueue(queue.trials())  # also prepares the data once
-    launch.run_workers(arguments, workers, store, queue)
+    launch.run_workers(arguments, workers, launch.study_status(store, queue, workers))
 
 
 def _report(job: Job, store: TrialStore, folder: Path) -> int:

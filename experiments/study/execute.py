@@ -25,7 +25,7 @@ from experiments.study.trials import Trial
 from model.cost import count_parameters, train_flops_per_token
 from train.config import Experiment
 from train.evaluate import evaluate_all
-from train.hooks import NonfiniteError
+from train.hooks import Hook, NonfiniteError
 from train.hyper import hyper_of
 from train.loop import Trained as TrainedRun
 from train.loop import train
@@ -79,11 +79,12 @@ def run_trial(
     *,
     log: Callable[[str], None],
     stop: StopSignal,
+    hooks: Sequence[Hook] = (),
 ) -> dict[str, Any] | None:
     """Return the outcome of a trial as JSON values, or None if `stop` ended it early.
 
     The outcome has figures, curves, arrays, diverged and seconds. Divergence is an outcome: the figures are then those
-    of a network that gives every token the same probability. Raises what a run raises.
+    of a network that gives every token the same probability. Raises what a run or one of the `hooks` raises.
     """
     clock = trial_clock()
     began = clock()
@@ -94,7 +95,7 @@ def run_trial(
     prepared = prepare_data(trial.experiment, log)
     with opened(trial, folder, log) as run:
         try:
-            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop)
+            trained = train(program, prepared, run, log=log, show_progress=False, stop=stop, hooks=hooks)
         except NonfiniteError:
             return diverged_outcome(program, prepared, run, clock() - began)
         if not trained.finished:

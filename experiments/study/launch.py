@@ -75,8 +75,11 @@ def default_workers() -> int:
     return cores() if cpu else 1
 
 
-def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue: Queue) -> bool:
+def run_workers(arguments: Sequence[str], number: int, status: Callable[[float], str | None]) -> bool:
     """Start `number` workers, each on its own cores, restart those that die, and wait. Return whether all ended well.
+
+    `arguments`: of the command line, beginning with the command. `status` returns a line to print about the trials,
+    given the seconds since the start, or None if nothing has changed.
 
     Ctrl-C and SIGTERM are passed on: every worker stops at its next step and saves.
     """
@@ -91,7 +94,6 @@ def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue:
             process.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    shown = None
     try:
         while running:
             time.sleep(1.0)
@@ -106,10 +108,8 @@ def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue:
                     running[index] = _start_worker(arguments, index, number)
                 elif code != 0:
                     good = False
-            counts = store.counts([trial.id for trial in queue.trials()])
-            if counts.done != shown and counts.done:
-                shown = counts.done
-                print(_status(counts.done, sum(counts), store, number, time.monotonic() - began), flush=True)
+            if (line := status(time.monotonic() - began)) is not None:
+                print(line, flush=True)
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
@@ -118,19 +118,28 @@ def run_workers(arguments: Sequence[str], number: int, store: TrialStore, queue:
     return good and not stopping
 
 
-def _status(done: int, total: int, store: TrialStore, workers: int, seconds: float) -> str:
-    left = total - done
-    took = [outcome.seconds for outcome in store.outcomes()]
-    mean = sum(took) / max(len(took), 1)
-    rest = f"; about {duration(mean * left / workers)} left" if left else ""
-    return f"[{done} of {total} trials after {duration(seconds)}{rest}]"
+def study_status(store: TrialStore, queue: Queue, workers: int) -> Callable[[float], str | None]:
+    """Return the `status` of `run_workers`: how many trials of a study are done, and the time that is left."""
+    shown = 0
+
+    def status(seconds: float) -> str | None:
+        nonlocal shown
+        counts = store.counts([trial.id for trial in queue.trials()])
+        if counts.done == shown:
+            return None
+        shown, left = counts.done, sum(counts) - counts.done
+        took = [outcome.seconds for outcome in store.outcomes()]
+        rest = f"; about {duration(sum(took) / max(len(took), 1) * left / workers)} left" if left else ""
+        return f"[{shown} of {sum(counts)} trials after {duration(seconds)}{rest}]"
+
+    return status
 
 
 def _start_worker(arguments: Sequence[str], index: int, number: int) -> subprocess.Popen:
     """Start a worker. `take_cores` reads its number."""
     environment = os.environ | {"MESHWORK_WORKER": f"{index}/{number}"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments", "study", *arguments, "--worker"], env=environment,
+        [sys.executable, "-m", "experiments", *arguments, "--worker"], env=environment,
         start_new_session=True,  # Ctrl-C reaches the workers once, from `run_workers`
     )  # fmt: skip
 

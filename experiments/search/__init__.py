@@ -1,0 +1,1 @@
+"""Hyperparameter searches over one named experiment: space, sampler, pruner, workers, report."""
