@@ -30,6 +30,7 @@ class Start(NamedTuple):
     step: int
     seconds: float  # of training, evaluation and saving before this start
     frozen: str = ""  # digest of the frozen weights
+    owes_evaluation: bool = False  # the last start was stopped at a step that is evaluated, before its evaluation
 
 
 def start_or_resume(
@@ -57,7 +58,9 @@ def start_or_resume(
     kept = restored.metadata.get("frozen", "")
     if not kept:  # the checkpoint held only weights
         state, kept = _with_frozen(program, state, run, tokenizer, recorder)
-    return Start(state, restored.step, restored.metadata["seconds"], kept)
+    return Start(
+        state, restored.step, restored.metadata["seconds"], kept, restored.metadata.get("owes_evaluation", False)
+    )
 
 
 def _with_frozen(
@@ -97,13 +100,17 @@ class Saver:
         """Seconds of training, evaluation and saving, over all the run's starts."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def save(self, state: TrainState, step: int, metric: float | None = None, wait: bool = False) -> bool:
+    def save(
+        self, state: TrainState, step: int, metric: float | None = None, wait: bool = False,
+        owes_evaluation: bool = False,
+    ) -> bool:  # fmt: skip
         """Start to save `state` as `step`. Return whether the save started or, with `wait`, whether it succeeded."""
         metadata = {
             "data": {**self._batches.get_state(), "step": step},
             "tokenizer": self._tokenizer.identity,
             "seconds": self.seconds,
             **self._frozen,
+            **({"owes_evaluation": True} if owes_evaluation else {}),
         }
         self._pause_watchdog()
         return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)

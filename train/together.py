@@ -93,6 +93,7 @@ def _course(
         if isinstance(made, Trained):
             return made
         trainer = made.trainer
+        trainer.catch_up()
         while not trainer.ended:
             batch = trainer.next_batch()
             advanced = yield _Waiting(trainer, batch)

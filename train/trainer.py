@@ -49,9 +49,9 @@ class Trainer:
     After every step, it decides whether to evaluate and to save, and calls the hooks. `evaluators` return rows of
     metrics, `rows` makes the rows of train steps, and `saver` saves checkpoints. Use it for one run only.
 
-    `fit` does all of it. A caller that computes the steps itself calls `next_batch`, `advanced` and `evaluate_and_save`
-    for each of them, `save_refused` after a NonfiniteError, and `finish` at the end. It sets `state` before the last
-    three.
+    `fit` does all of it. A caller that computes the steps itself calls `catch_up`, then `next_batch`, `advanced` and
+    `evaluate_and_save` for each step, `save_refused` after a NonfiniteError, and `finish` at the end. It sets `state`
+    before the last three.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Trainer:
         self.program, self.experiment = program, program.experiment
         self.state, self.first, self.step = start.state, start.step, start.step
         self.saved, self.stopped, self._written = start.step, False, True
+        self._owes_evaluation = start.owes_evaluation
         self.goodput = Goodput() if goodput is None else goodput
         self._batches, self._rows, self._saver, self._stop, self._watchdog = batches, rows, saver, stop, watchdog
         self._hooks, self._evaluators = hooks, evaluators
@@ -80,6 +81,7 @@ class Trainer:
 
         Raises NonfiniteError, and CheckpointError if the last checkpoint is not on disk.
         """
+        self.catch_up()
         try:
             while not self.ended:
                 with self.goodput.phase("steps"):
@@ -89,6 +91,12 @@ class Trainer:
             self.save_refused()
             raise
         return self.finish()
+
+    def catch_up(self) -> None:
+        """Evaluate the state of the start if the last start was stopped before it could."""
+        if self._owes_evaluation:
+            with self.goodput.phase("evaluation"):
+                self._evaluate(last=False)
 
     def _advance(self, compiled: Callable) -> None:
         """Dispatch the next step, and read the metrics of the previous one."""
@@ -148,7 +156,13 @@ class Trainer:
         if saving:
             self.saved = self.step
             with self.goodput.phase("checkpoints"):
-                self._written = self._saver.save(self.state, self.step, metric, wait=last or self.stopped)
+                self._written = self._saver.save(
+                    self.state,
+                    self.step,
+                    metric,
+                    wait=last or self.stopped,
+                    owes_evaluation=evaluating and self.stopped,
+                )
             self._rows.clock.pause()
             for hook in self._hooks:
                 hook.on_save(self, self.step, self._written)

@@ -54,8 +54,8 @@ def search(args: argparse.Namespace) -> int:
         arguments = ["search", args.subject, "--storage", args.storage, "--trials", str(number)]
         arguments += [] if args.name is None else ["--name", args.name]
         arguments += [] if args.max_minutes is None else ["--max-minutes", str(args.max_minutes)]
-        launch.run_workers(arguments, workers, _status(store, number, workers))
-        return _report(store, number, _folder(args, name))
+        stopped = launch.run_workers(arguments, workers, _status(store, number, workers))
+        return stopped or _report(store, number, _folder(args, name))
 
 
 def _wanted(args: argparse.Namespace, name: str) -> Search:

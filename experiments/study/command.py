@@ -62,16 +62,16 @@ def study(args: argparse.Namespace) -> int:
         if args.dry_run:
             launch.print_plan(job, store, workers, open_console())
             return 0
-        if not args.report:
-            _run(args, job, store, workers)
-        return _report(job, store, Path(args.to))
+        stopped = None if args.report else _run(args, job, store, workers)
+        return stopped or _report(job, store, Path(args.to))
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) -> None:
+def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) -> int | None:
+    """Start workers and wait. Return the exit code if a signal stopped them."""
     if args.retry_failed:
         _say(f"{store.retry_failed()} failed trials are queued again")
     launch.print_plan(job, store, workers, open_console())
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace, job: Job, store: TrialStore, workers: int) ->
         arguments += ["--vectorize", str(args.vectorize)]
     queue = launch.Queue(job, store, _say)
     store.enqueue(queue.trials())  # also prepares the data once
-    launch.run_workers(arguments, workers, launch.study_status(store, queue, workers))
+    return launch.run_workers(arguments, workers, launch.study_status(store, queue, workers))
 
 
 def _report(job: Job, store: TrialStore, folder: Path) -> int:

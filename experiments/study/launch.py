@@ -31,6 +31,7 @@ STUDIES = Path(__file__).resolve().parent.parent / "studies"
 NOT_STUDIES = ("__init__", "bases")
 RUNS = "runs/studies"
 RESTARTS = 3  # of a worker that dies
+STATUS_SECONDS = 5.0  # between looks at the trials, which are read from the storage
 ASSUMED_FLOPS = 15e9  # per second and core, where no trial was measured; of a small network's whole step
 
 
@@ -75,8 +76,10 @@ def default_workers() -> int:
     return cores() if cpu else 1
 
 
-def run_workers(arguments: Sequence[str], number: int, status: Callable[[float], str | None]) -> bool:
-    """Start `number` workers, each on its own cores, restart those that die, and wait. Return whether all ended well.
+def run_workers(arguments: Sequence[str], number: int, status: Callable[[float], str | None]) -> int | None:
+    """Start `number` workers, each on its own cores, restart those that die, and wait for all.
+
+    Return the exit code of a command that a signal stopped (130 for Ctrl-C, 143 for SIGTERM), or None.
 
     `arguments`: of the command line, beginning with the command. `status` returns a line to print about the trials,
     given the seconds since the start, or None if nothing has changed.
@@ -85,11 +88,12 @@ def run_workers(arguments: Sequence[str], number: int, status: Callable[[float],
     """
     began = time.monotonic()
     running = {index: _start_worker(arguments, index, number) for index in range(number)}
-    restarts, stopping, good = 0, False, True
+    restarts, stopped = 0, 0
+    looked = -STATUS_SECONDS
 
     def stop(signum: int, _: object) -> None:
-        nonlocal stopping
-        stopping = True
+        nonlocal stopped
+        stopped = signum
         for process in running.values():
             process.send_signal(signal.SIGTERM)
 
@@ -102,20 +106,20 @@ def run_workers(arguments: Sequence[str], number: int, status: Callable[[float],
                 if code is None:
                     continue
                 del running[index]
-                if code < 0 and not stopping and restarts < RESTARTS * number:
+                if code < 0 and not stopped and restarts < RESTARTS * number:
                     restarts += 1
                     print(f"worker {index} died ({signal.Signals(-code).name}); starting another", flush=True)
                     running[index] = _start_worker(arguments, index, number)
-                elif code != 0:
-                    good = False
-            if (line := status(time.monotonic() - began)) is not None:
-                print(line, flush=True)
+            if not running or time.monotonic() - looked > STATUS_SECONDS:
+                looked = time.monotonic()
+                if (line := status(looked - began)) is not None:
+                    print(line, flush=True)
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
         for process in running.values():
             process.terminate()
-    return good and not stopping
+    return 128 + stopped if stopped else None
 
 
 def study_status(store: TrialStore, queue: Queue, workers: int) -> Callable[[float], str | None]:
