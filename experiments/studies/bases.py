@@ -1,8 +1,8 @@
 """The networks, data, optimizers and scales that the studies share.
 
-The text is Python's standard library, in 1,024 pieces of BPE. At scale `cpu`, a trial takes about a minute on one core.
+The text is Python's standard library, in 1,024 pieces of BPE. At scale `cpu`, a trial takes half a minute on one core.
 The optimizer is Muon: with AdamW, a run of this size learns late and at a time that depends on its seed, so that its
-result varies ten times as much (experiments/LOG.md, 2026-11-27). Studies of AdamW's behaviour use `ADAMW`.
+result varies four times as much (docs/studies/noise_floor.md). Studies of AdamW's behaviour use `ADAMW`.
 """
 
 from __future__ import annotations
