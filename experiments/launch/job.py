@@ -2,7 +2,7 @@
 
 COMMAND is one of
     train quickstart --distributed      a command of `python -m experiments`, and its arguments
-    python3 probe.py --fast             a program and its arguments
+    python -m pallas_kernels.check      a program and its arguments; `python` is the interpreter of the target
     'cd ../other && make bench'         one word with spaces: a line for bash
 """
 
@@ -41,7 +41,9 @@ def program(words: Sequence[str], python: str, commands: Collection[str]) -> lis
         raise LaunchError("launch: no command; write it after --, as in: launch local -- train quickstart")
     if len(words) == 1 and re.search(r"\s", words[0]):
         return ["bash", "-c", words[0]]
-    return [python, "-m", "experiments", *words] if words[0] in commands else list(words)
+    if words[0] in commands:
+        return [python, "-m", "experiments", *words]
+    return [python, *words[1:]] if words[0] == "python" else list(words)
 
 
 def environment(settings: Iterable[str], here: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from experiments.launch.tpu_types import Slice, check_zone, find_slice
 
 PYTHON = ".venv/bin/python"  # on the hosts, below the folder of the code
 LOST = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")  # the slice is gone, or will be
+RETRIES = 10  # of a question about the state that gcloud could not answer
 ABSENT = "ABSENT"  # our name for a queued resource that does not exist
 # gcloud repeats a command whose connection breaks, up to ten times: the worker's lock stops the job that it left.
 KEEP_ALIVE = ("--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4")
@@ -137,7 +138,7 @@ class SliceJob:
         """Create the queued resource if it does not exist or is lost, and wait. Return whether it is active."""
         shown_state = None
         while not self._stop.count:
-            state = self.state()
+            state = self._steady_state(RETRIES if shown_state else 0)
             if state != shown_state:
                 say(f"{self._commands.args.name}: {state}")
                 shown_state = state
@@ -152,6 +153,25 @@ class SliceJob:
                 continue
             self._stop.wait(self._poll_seconds)
         return False
+
+    def _steady_state(self, retries: int) -> str:
+        """Return the state. Asks again where gcloud fails, `retries` times, because networks do."""
+        while True:
+            try:
+                return self.state()
+            except LaunchError as error:
+                if not retries or self._stop.wait(self._poll_seconds):
+                    raise
+                retries -= 1
+                say(f"warning: {error}; asking again")
+
+    def _state_while_running(self) -> str:
+        """Return the state, or ACTIVE where gcloud fails: a job is not given up because of the launcher's network."""
+        try:
+            return self.state()
+        except LaunchError as error:
+            say(f"warning: {error}")
+            return "ACTIVE"
 
     def _checked(self, command: list[str]) -> None:
         code = self._call(command)
@@ -174,14 +194,14 @@ class SliceJob:
             elif passed_on < self._stop.count:
                 passed_on += 1
                 self._call(self._commands.stop())
-            elif not self._stop.count and (state := self.state()) in (*LOST, ABSENT):
+            elif not self._stop.count and (state := self._state_while_running()) in (*LOST, ABSENT):
                 lost = state
                 running.kill()  # its hosts are gone, and ssh may wait for them
         if self._stop.count:
             return Outcome(0 if code == 0 else self._stop.code, reason="stopped by a signal")
         if code == 0:
             return Outcome(0)
-        if lost is not None or (lost := self.state()) in (*LOST, ABSENT):
+        if lost is not None or (lost := self._steady_state(RETRIES)) in (*LOST, ABSENT):
             return Outcome(75, True, f"the slice was lost ({lost})")
         code = code if code > 0 else 128 - code
         return Outcome(code, code not in NEVER_AGAIN, f"the job ended with {describe(code)}")

@@ -88,13 +88,20 @@ def stop_job(lock: Path, grace_seconds: float | None) -> bool:
     if grace_seconds is None:
         return True
     end = time.monotonic() + grace_seconds
-    while Path(f"/proc/{worker}").exists():
+    while _runs(worker):
         if time.monotonic() > end:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program, signal.SIGKILL)
             end = float("inf")
         time.sleep(0.1)
     return True
+
+
+def _runs(pid: int) -> bool:
+    """Return whether a process runs. One that has ended stays in /proc until its parent has read its exit code."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def main(arguments: list[str]) -> int:
