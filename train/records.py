@@ -36,6 +36,7 @@ __all__ = [
     "write_samples",
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     "pallas_kernels", "sharding", "model", "interop", "compression", "data", "train", "decode", "experiments",
 )  # fmt: skip # folders of the package
@@ -167,10 +168,10 @@ def _restart() -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-def code_version() -> str:
-    """Return what identifies the code of this process: the versions of the package and of jax, the commit, and a hash
-    of all source files, which also covers changes and copies without git."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+def code_version(root: Path = ROOT) -> str:
+    """Return what identifies the code below `root`: the versions of the package and of jax, the commit, and a hash of
+    all source files, which also covers changes and copies without git."""
+    digest = hashlib.sha256()
     for folder in CODE:
         for file in sorted((root / folder).rglob("*.py")):
             digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())

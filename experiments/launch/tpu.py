@@ -30,7 +30,7 @@ KEEP_ALIVE = ("--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCo
 SETUP = (
     "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv && "
     "~/.local/bin/uv pip install --quiet --python .venv/bin/python --constraints constraints.txt "
-    "--editable '.[tpu,gcs,study]'"
+    "--editable '.[tpu,gcs,study]' 'psycopg[binary]'"
 )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+FLAGS = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"  # speed is not tested
 PEER = ("python", "-m", "tests.experiments.launch.peer")
 
 
@@ -18,7 +19,7 @@ def start(*arguments: object, env: dict[str, str] | None = None, cwd: Path = ROO
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_NUM", "JAX_PROCESS", "JAX_COORD", "SLURM"))}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments", "launch", *map(str, arguments)], cwd=cwd, text=True,
-        env=clean | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | (env or {}),
+        env=clean | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS} | (env or {}),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -43,10 +44,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> No
 
 def alive(pid: int) -> bool:
     """Return whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()[:1] not in ("", "Z")
 
 
 def install(folder: Path, name: str, text: str) -> dict[str, str]:

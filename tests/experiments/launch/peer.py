@@ -13,7 +13,7 @@ def add(folder: Path) -> None:
     """Join jax.distributed, and print the sum of 1, 2, ... over the processes. Process 1 of the first attempt dies
     before, if FOLDER has a file `die`."""
     restart = os.environ["MESHWORK_RESTART"]
-    if restart == "0" and os.environ["JAX_PROCESS_ID"] == "1" and (folder / "die").exists():
+    if restart == "0" and os.environ.get("JAX_PROCESS_ID") == "1" and (folder / "die").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     from experiments.commands import join_processes
 

@@ -90,7 +90,8 @@ def test_tpu(capsys, tmp_path):
         f"{ssh}{{ test -d {folder} || git clone --quiet https://example.org/meshwork.git {folder}; }} && git -C "
         f"{folder} checkout --quiet {COMMIT} && cd {folder} && python3 -m pip install --quiet --user uv && "
         "~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv && ~/.local/bin/uv pip install --quiet "
-        """--python .venv/bin/python --constraints constraints.txt --editable '"'"'.[tpu,gcs,study]'"'"''""",
+        """--python .venv/bin/python --constraints constraints.txt --editable '"'"'.[tpu,gcs,study]'"'"' """
+        """'"'"'psycopg[binary]'"'"''""",
         f"{ssh}cd {folder} && exec env MESHWORK_RESTART=0 .venv/bin/python -m experiments.launch.worker --lock "
         "../job.lock --hostname -- .venv/bin/python -m experiments train smoke --distributed --run gs://b/one'",
         f"gcloud compute tpus queued-resources delete {at} --force --quiet",

@@ -97,10 +97,10 @@ class server:
             "AuthorizedKeysFile": folder / "user.pub", "StrictModes": "no", "UsePAM": "no", "PermitRootLogin": "yes",
         }  # fmt: skip
         (folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
-        log = (folder / "sshd.log").open("w")
-        self._process = subprocess.Popen(
-            [str(shutil.which("sshd")), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log
-        )
+        with (folder / "sshd.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [str(shutil.which("sshd")), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log
+            )
         until(lambda: "listening" in (folder / "sshd.log").read_text(), "sshd")
         options = f"-F none -p {port} -i {folder}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
         real = shutil.which("ssh")
