@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.study.storage import TrialStore
 from tests.experiments.command_line import final_row, tiny_overrides, write_folder
-from tests.experiments.launch.launching import PEER, alive, finish, start, until
+from tests.experiments.launch.launching import PEER, ROOT, alive, finish, start, until
+from tests.experiments.study.small_study import LOG, SECONDS
+from tests.experiments.study.test_storage import IDS
 
 QUICK = ("--backoff", "0.1")
 
@@ -61,6 +64,21 @@ def test_a_failure_stops_the_others_and_decides_about_a_restart(tmp_path, end, c
     assert got == code and (tmp_path / "stopped-0").exists(), err
     assert err.count(f"[1] {end.partition(' ')[2]}") == attempts and ("restart 1 of 1" in err) == (attempts == 2), err
     assert "stopping 0" in err
+
+
+@pytest.mark.slow
+def test_workers_of_a_study_share_its_trials(tmp_path):
+    """Every trial is recorded once."""
+    log, url = tmp_path / "trials", f"sqlite:///{tmp_path}/s.db"
+    words = ("study", ROOT / "tests/experiments/study/small_study.py", "--storage", url, "--worker")
+    variables = ("--env", f"{LOG}={log}", "--env", f"{SECONDS}=0.5")
+    with TrialStore(url, "small_study/cpu") as store:  # several workers cannot make a database at once
+        process = start("local", "--processes", 2, *variables, "--", *words, cwd=tmp_path)
+        code, _, err = finish(process, 200)
+        assert code == 0, err
+        assert store.counts(IDS) == (0, 0, len(IDS), 0)
+        assert sorted(outcome.id for outcome in store.outcomes()) == sorted(IDS)
+    assert len({line.split()[2] for line in log.read_text().splitlines()}) == 2  # both workers took part
 
 
 def train_processes(run: Path) -> list[int]:

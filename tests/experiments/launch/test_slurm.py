@@ -106,6 +106,10 @@ class cluster:
         return subprocess.run(words, env=os.environ | env, capture_output=True, text=True, check=False).stdout
 
     def __exit__(self, *_: object) -> None:
+        env = {"SLURM_CONF": str(self._folder / "slurm.conf")}
+        self._ask(env, "scancel", "--full", "--state=RUNNING")
+        self._ask(env, "scancel", "--state=PENDING")
+        until(lambda: not self._ask(env, "squeue", "-h"), "the end of the jobs")
         for each in reversed(self._running):
             with each:
                 each.terminate()
@@ -126,14 +130,12 @@ def test_tasks_join_under_slurm_and_a_failed_job_is_requeued(tmp_path):
         assert code == 0, err
         log = tmp_path / f"logs/meshwork-{out.strip()}.log"
         until(lambda: log.exists() and "exit code 75: restart 1 of 3" in log.read_text(), "the first attempt", 120)
-        # SLURM lets a requeued job wait for two minutes.
-        for _ in range(50):
-            done = subprocess.run(
-                ["scontrol", "update", f"JobId={out.strip()}", "StartTime=now"], env=os.environ | env, check=False,
-                capture_output=True,
-            )  # fmt: skip
-            if done.returncode == 0:
-                break
-            time.sleep(0.2)
-        until(lambda: log.read_text().count("sum 3 of 2 processes, restart 1") == 2, "the second attempt", 120)
+        begin_now = ["scontrol", "update", f"JobId={out.strip()}", "StartTime=now"]  # SLURM lets it wait for minutes
+
+        def again() -> bool:
+            subprocess.run(begin_now, env=os.environ | env, check=False, capture_output=True)
+            time.sleep(0.5)
+            return log.read_text().count("sum 3 of 2 processes, restart 1") == 2
+
+        until(again, "the second attempt", 120)
         assert log.read_text().count("sum 3 of 2 processes, restart 0") == 2
