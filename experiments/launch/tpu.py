@@ -181,8 +181,14 @@ class SliceJob:
             )
 
     def _call(self, command: list[str]) -> int:
-        # A new session: Ctrl-C reaches the launcher alone, which lets gcloud end what it does.
-        return subprocess.run(command, stdin=subprocess.DEVNULL, start_new_session=True, check=False).returncode
+        # A new session: Ctrl-C reaches the launcher alone, which lets gcloud end what it does, up to the third.
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True) as running:
+            while True:
+                try:
+                    return running.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    if self._stop.count > 2:
+                        running.kill()
 
     def _run(self, restart: int) -> Outcome:
         command = self._commands.run(self._words, self._variables, restart)

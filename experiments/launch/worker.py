@@ -56,8 +56,9 @@ class Program:
         if self._process.stdout is not None:
             label = f"[{socket.gethostname()}] ".encode()
             for line in self._process.stdout:
-                sys.stdout.buffer.write(label + line)
-                sys.stdout.buffer.flush()
+                with contextlib.suppress(OSError):  # the connection to the launcher is lost, and the job continues
+                    sys.stdout.buffer.write(label + line)
+                    sys.stdout.buffer.flush()
         code = self._process.wait()
         self.kill()  # what it has left behind
         return code if code >= 0 else 128 - code
@@ -136,5 +137,6 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)  # an orderly exit would wait for the thread that reads stdin

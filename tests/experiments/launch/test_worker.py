@@ -70,6 +70,15 @@ def test_lines_begin_with_the_name_of_the_host_and_the_exit_code_is_kept(tmp_pat
     assert "no-such-program: cannot be started" in missing.communicate(timeout=30)[1] and missing.returncode == 127
 
 
+def test_a_job_continues_without_a_reader_of_its_output(tmp_path):
+    """As on a TPU VM whose ssh connection breaks."""
+    line = f"echo one; sleep 0.5; echo two; sleep 0.5; echo three; touch {tmp_path}/end"
+    with begin("--hostname", "--", "bash", "-c", line) as process:
+        assert process.stdout.readline().endswith("] one\n")
+        process.stdout.close()
+        assert process.wait(30) == 0 and (tmp_path / "end").exists()
+
+
 def test_a_job_of_a_lost_launcher_is_replaced_and_can_be_stopped(tmp_path):
     lock = tmp_path / "job.lock"
     with begin("--lock", lock, "--", *PEER, "wait", tmp_path) as first:
@@ -86,5 +95,8 @@ def test_a_job_of_a_lost_launcher_is_replaced_and_can_be_stopped(tmp_path):
 
 def test_a_lock_of_another_program_is_not_touched(tmp_path, capsys):
     lock = tmp_path / "job.lock"
-    lock.write_text(f"{os.getpid()} {os.getpid()}\n")  # a number that the system has given to another program
-    assert worker.main(["--stop", str(lock)]) == 0 and "no job" in capsys.readouterr().out
+    with subprocess.Popen(["sleep", "60"]) as other:
+        lock.write_text(f"{other.pid} {other.pid}\n")  # a number that the system has given to another program
+        assert worker.main(["--stop", str(lock)]) == 0 and "no job" in capsys.readouterr().out
+        assert other.poll() is None
+        other.kill()
