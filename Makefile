@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $(CORE) $@ && echo "installed with extras $(EXTRAS) in $$(($$(date +%s) - begin)) s"
 
 servers: ## install the servers that some slow tests start (Debian, as root)
-	apt-get install --yes --quiet=2 postgresql faketime
+	apt-get install --yes --quiet=2 postgresql faketime openssh-server slurm-wlm munge
 
 train: $(CORE) ## train, evaluate, sample and report the experiment `quickstart`
 	$(BIN)/python -m experiments train quickstart

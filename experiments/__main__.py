@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from experiments.command_help import Command, make_parser
+from experiments.launch.targets import add_targets
 from experiments.stopping import Stopped
 from train.config_io import ConfigError
 from train.host_memory import keep_freed_memory
@@ -305,7 +306,9 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--distributed", action="store_true", help="be one process of a multi-host worker, as in train"
     )
-    command.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the command itself
+    command.add_argument(
+        "--worker", action="store_true", help="be one worker, as 'launch' starts them: no plan, no report"
+    )
 
 
 def _search(command: argparse.ArgumentParser) -> None:
@@ -410,6 +413,13 @@ COMMANDS: dict[str, Command] = {
         ("search smoke --space optimizer.learning_rate=log:1e-4:1e-1 --space model.num_layers=int:1:3",
          "search smoke --report"), _search,
         "The same command again continues. Any number of machines can work on one --storage and one runs/ folder.",
+    ),
+    "launch": Command(
+        "Many machines", "TARGET", "Run a command in many processes: local, ssh, tpu, gke, slurm",
+        ("launch local --processes 2 -- train quickstart --distributed",
+         "launch ssh --hosts a,b -- train quickstart --distributed"), add_targets,
+        "COMMAND, after --, is a command of this program with its arguments, or any other program, or a line for bash "
+        "in quotes. The job is started again when a process dies, and resumes.",
     ),
     "import": Command(
         "Exchange models", "PATH --name NAME", "Make a run from a Hugging Face folder or a GGUF file",

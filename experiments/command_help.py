@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 PROGRAM = "python -m experiments"
 WIDTHS = 60, 100  # columns of the help, at least and at most
@@ -75,16 +76,23 @@ def make_parser(commands: dict[str, Command], description: str, epilogue: str) -
             name,
             prog=f"{PROGRAM} {name}",
             usage=" ".join(part for part in (PROGRAM, name, command.arguments, "[OPTIONS]") if part),
-            description=_described(command),
-            epilog=_examples(command.examples),
-            formatter_class=_Formatter,
-            add_help=False,
-            allow_abbrev=False,
+            **parser_options(command),
         )
         each._positionals.title = "arguments"
         command.add_arguments(each)
         each.add_argument("-h", "--help", action="help", help="print this help")
     return parser
+
+
+def parser_options(command: Command) -> dict[str, Any]:
+    """Return the keyword arguments of the parser of a command."""
+    return {
+        "description": _described(command),
+        "epilog": _examples(command.examples),
+        "formatter_class": _Formatter,
+        "add_help": False,
+        "allow_abbrev": False,
+    }
 
 
 def _described(command: Command) -> str:

@@ -381,6 +381,18 @@ def _run_study_command(name: str, args: argparse.Namespace, module: str = "exper
         raise UsageError(str(error)) from error
 
 
+def launch_command(args: argparse.Namespace) -> int:
+    """Run a command in many processes, here or elsewhere."""
+    from experiments.__main__ import COMMANDS
+    from experiments.launch.command import launch
+    from experiments.launch.job import LaunchError
+
+    try:
+        return launch(args, COMMANDS)
+    except LaunchError as error:
+        raise UsageError(str(error)) from error
+
+
 def join_processes() -> None:
     """Make this process one of several. jax finds what the environment does not say on TPU pods, SLURM and the like.
     Raises UsageError."""

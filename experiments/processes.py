@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from jax._src import distributed  # the coordination service has no public clien
 from data.config import DataError
 from data.processes import ONE_PROCESS, Processes
 from train.config_io import ConfigError
+from train.records import code_version
 
 _numbers = itertools.count()
 
@@ -58,6 +60,19 @@ def agree(digest: str, wrong: str, fix: str) -> None:
     digests = [text[:8] for text in _exchange(digest)]
     if len(set(digests)) > 1:
         raise ConfigError(f"the processes {wrong} (hashes {', '.join(digests)} by process); {fix}")
+
+
+def agree_on_code() -> None:
+    """Raise ConfigError on all processes, naming each host, unless all of them run the same version of the code."""
+    if jax.process_count() == 1:
+        return
+    rows = [json.loads(text) for text in _exchange(json.dumps([socket.gethostname(), code_version()]))]
+    if len({version for _, version in rows}) > 1:
+        each = "; ".join(f"process {i} on {host}: {version}" for i, (host, version) in enumerate(rows))
+        raise ConfigError(
+            f"the processes run different versions of the code ({each}); check out the same commit on every host, and "
+            "install the same packages"
+        )
 
 
 def barrier() -> None:

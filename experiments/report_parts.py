@@ -242,6 +242,7 @@ def environment(environment: Row) -> Html:
         "commit": commit,
         "command": " ".join(map(str, environment.get("command", []))),
         "started": _when(environment.get("start_time", "")),
+        "restarts": str(restart) if (restart := environment.get("restart")) is not None else "",
         "earlier starts": "; ".join(_when(e.get("start_time", "")) for e in environment.get("earlier", [])),
     }
     lines = (element("tr", element("th", name), element("td", fact)) for name, fact in facts.items() if fact)

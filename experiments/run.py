@@ -20,7 +20,7 @@ from decode.generate import generate
 from decode.sampling import SamplingParams
 from decode.text import text_of
 from experiments.meshes import fit_mesh
-from experiments.processes import agree, all_processes, barrier
+from experiments.processes import agree, agree_on_code, all_processes, barrier
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
@@ -132,6 +132,7 @@ def shared_run(
     log: Callable[[str], None],
 ) -> Iterator[RunFolder]:
     """Yield the run folder, which process 0 opens for all. Raises ConfigError if the processes' configs differ."""
+    agree_on_code()
     fix = "start every one with the same experiment and the same --set"
     agree(config_hash(experiment), "were started with different configs", fix)
     if jax.process_index() == 0:

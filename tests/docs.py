@@ -147,10 +147,11 @@ FILES: dict[str, Callable[[Path], None]] = {"notes": write_notes}
 def marked(page: Path) -> list[Command]:
     """Return the marked commands of a page that run on a laptop in minutes."""
     found = [command for command in commands(page) if command.group is not None]
-    slow = ("compile", "--distributed")
-    return [
-        c for c in found if c.words()[1][:3] == ["python", "-m", "experiments"] and not set(slow) & set(c.words()[1])
-    ]
+    return [c for c in found if c.words()[1][:3] == ["python", "-m", "experiments"] and not _slow(set(c.words()[1]))]
+
+
+def _slow(words: set[str]) -> bool:
+    return bool({"compile", "--distributed"} & words) and "--dry-run" not in words
 
 
 def run(command: Command, folder: Path) -> str:

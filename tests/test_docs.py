@@ -21,7 +21,7 @@ from pallas_kernels.bench import OPERATIONS
 from tests.docs import FILES, PAGES, ROOT, Command, commands, inline_code, marked, missing_line, run
 from train.config_io import apply_overrides
 
-OTHER_PROGRAMS = ("git", "cd", "optuna-dashboard")
+OTHER_PROGRAMS = ("git", "cd", "optuna-dashboard", "gcloud", "ssh-add")
 COMMANDS = [command for page in PAGES for command in commands(page)]
 RUNS = {*EXPERIMENTS}  # and what commands name with --run, --name and --to
 for _command in COMMANDS:
@@ -65,6 +65,8 @@ def check_experiments(command: Command, variables: dict[str, str], words: list[s
             args = make_parser(SUBCOMMANDS, "", "").parse_args(words)
     except SystemExit:
         pytest.fail(f"{command}: {errors.getvalue()}")
+    if args.command == "launch" and args.words and args.words[0] in SUBCOMMANDS:
+        check_experiments(Command(command.page, command.line, command.text), variables, args.words)
     subject, overrides = getattr(args, "subject", None), getattr(args, "overrides", [])
     if subject is None or args.command in ("import", "new-study"):
         return
@@ -72,7 +74,8 @@ def check_experiments(command: Command, variables: dict[str, str], words: list[s
         if subject not in ("NAME", "my_study"):
             load_study(subject)
         return
-    assert subject in RUNS or subject == subject.upper(), f"{command}: {subject} names neither an experiment nor a run"
+    known = subject in RUNS or subject == subject.upper() or subject.startswith("gs://BUCKET/")
+    assert known, f"{command}: {subject} names neither an experiment nor a run"
     if command.refused:
         with pytest.raises(ValueError) as raised:
             resolve(subject, overrides, 1)

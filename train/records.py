@@ -28,6 +28,7 @@ __all__ = [
     "MetricsWriter",
     "RunFolder",
     "RunFolderError",
+    "code_version",
     "describe_environment",
     "open_run",
     "read_metrics",
@@ -35,6 +36,10 @@ __all__ = [
     "write_samples",
 ]
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (
+    "pallas_kernels", "sharding", "model", "interop", "compression", "data", "train", "decode", "experiments",
+)  # fmt: skip # folders of the package
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -153,7 +158,30 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": commit and commit.strip(),
         "git_dirty": None if changes is None else bool(_git("status", "--porcelain")),
         "git_diff_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
+        "restart": _restart(),
     }
+
+
+def _restart() -> int | None:
+    """Return how often the launcher has started this job again; None if it was not launched."""
+    text = os.environ.get("MESHWORK_RESTART", "")  # set by experiments/launch
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def code_version(root: Path = ROOT) -> str:
+    """Return what identifies the code below `root`: the versions of the package and of jax, the commit, and a hash of
+    all source files, which also covers changes and copies without git."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for file in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    versions = {name: "unknown" for name in ("meshwork", "jax")}
+    for name in versions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = (_git("rev-parse", "--short=12", "HEAD") or "unknown").strip()
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{named}, commit {commit}, files {digest.hexdigest()[:12]}"
 
 
 def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ import json, os, pickle, sys
 import jax
 from data.config import DataError
 from data.prepare import prepare
-from experiments.processes import agree, all_processes, barrier
+from experiments import processes as processes_module
+from experiments.processes import agree, agree_on_code, all_processes, barrier
 from train.config_io import ConfigError
 
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
@@ -36,6 +37,14 @@ for digest in ("0123456789abcdef", sys.argv[2] * 16):
     try:
         agree(digest, "were started with different configs", "start every one with the same --set")
         found = "agreed"
+    except ConfigError as error:
+        found = str(error)
+    print(json.dumps([found, []]), flush=True)
+for versions in (("same", "same"), ("first", "second")):
+    processes_module.code_version = lambda: versions[int(sys.argv[2])]
+    try:
+        agree_on_code()
+        found = "same code"
     except ConfigError as error:
         found = str(error)
     print(json.dumps([found, []]), flush=True)
@@ -106,6 +115,7 @@ def test_one_process_prepares_data_and_shares_its_error(tmp_path):
         for peer in peers:
             with peer:
                 peer.kill()
+    host = socket.gethostname()
     (first, error, *compared), (waited, other, *also) = (
         list(map(json.loads, output.splitlines())) for output in outputs
     )
@@ -120,5 +130,8 @@ def test_one_process_prepares_data_and_shares_its_error(tmp_path):
             "agreed",
             "the processes were started with different configs (hashes 00000000, 11111111 by process); "
             "start every one with the same --set",
+            "same code",
+            f"the processes run different versions of the code (process 0 on {host}: first; process 1 on {host}: "
+            "second); check out the same commit on every host, and install the same packages",
         ]
     )

@@ -23,6 +23,7 @@ from train.records import (
     MetricsWriter,
     RunFolder,
     RunFolderError,
+    code_version,
     describe_environment,
     open_run,
     read_metrics,
@@ -134,6 +135,28 @@ def test_environment_records_this_start_and_keeps_earlier_ones(tmp_path):
     written = json.loads(run.environment.read_text())
     assert written["start_time"] == 2 and [e["start_time"] for e in written["earlier"]] == [1, 0]
     assert written["command"] == sys.argv
+
+
+@pytest.mark.parametrize(("value", "recorded"), [(None, None), ("2", 2), ("two", None)])
+def test_environment_records_how_often_the_launcher_restarted_the_job(monkeypatch, value, recorded):
+    monkeypatch.delenv("MESHWORK_RESTART", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MESHWORK_RESTART", value)
+    assert describe_environment()["restart"] == recorded
+
+
+def test_the_version_of_the_code_changes_with_any_source_file(tmp_path):
+    files = [tmp_path / "train" / "a.py", tmp_path / "model" / "deep" / "b.py"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("x = 1\n")
+    before = code_version(tmp_path)
+    (tmp_path / "notes.txt").write_text("not code")
+    assert code_version(tmp_path) == before and "jax 0." in before and "commit " in before
+    for change in (lambda: files[1].write_text("x = 2\n"), lambda: files[0].rename(tmp_path / "train" / "c.py")):
+        last = code_version(tmp_path)
+        change()
+        assert code_version(tmp_path) != last
 
 
 # ---- metrics ----
