@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from experiments.study.definition import StudyError
 
 HEARTBEAT_SECONDS = 10
 GRACE = 4  # heartbeats that may be missing before a worker counts as dead
 RETRIES = 5
+ATTEMPTS = 5  # to open a database, a second apart
 FAILURES = (SQLAlchemyError, optuna.exceptions.StorageInternalError)  # of a database
 
 
@@ -75,23 +78,44 @@ def open_storage(url: str, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> RDBSto
 def _connect(url: str, heartbeat_seconds: int) -> RDBStorage:
     """Return the storage at a URL. Raises what SQLAlchemy and Optuna raise."""
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for last in (False, True):
+    for left in reversed(range(ATTEMPTS)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 warnings.simplefilter("ignore", FutureWarning)
-                return RDBStorage(
+                storage = RDBStorage(
                     url,
                     engine_kwargs=engine,
                     heartbeat_interval=heartbeat_seconds,
                     grace_period=GRACE * heartbeat_seconds,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
                 )
+            if url.startswith("sqlite"):
+                _lock_at_begin(storage.engine)
+            return storage
         except SQLAlchemyError as error:
-            if last or "already exists" not in str(error):
+            # Another process creates the tables of an empty database, or inserts their versions.
+            if not left or not (isinstance(error, IntegrityError) or "already exists" in str(error)):
                 raise
-            time.sleep(2.0)  # another process creates the tables of an empty database
-    raise AssertionError("the second attempt returns or raises")
+            time.sleep(1.0)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _lock_at_begin(engine: Engine) -> None:
+    """Make every transaction of an SQLite engine take the write lock at its beginning.
+
+    By default, a transaction begins with its first write, so that two processes may both read that a trial is waiting
+    before either takes it. (Servers lock the row that Optuna reads.)
+    """
+    engine.dispose()  # connections without the hooks
+
+    @event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def without_password(url: str) -> str:
@@ -168,7 +192,7 @@ class TrialQueue:
                 identity = trial.user_attrs["id"]
                 if trial.state != TrialState.WAITING or (ids is not None and identity not in ids):
                     continue
-                if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                if not self._take(trial):
                     continue  # another worker was faster
                 if first[identity] != trial.number:
                     self._storage.set_trial_user_attr(trial._trial_id, "duplicate_of", first[identity])
@@ -177,6 +201,13 @@ class TrialQueue:
                 self._storage.record_heartbeat(trial._trial_id)
                 return Claimed(trial.number, trial._trial_id, identity)
             return None
+
+    def _take(self, trial: FrozenTrial) -> bool:
+        """Change a trial from WAITING to RUNNING. Return False if it is no longer waiting."""
+        try:
+            return self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        except UpdateFinishedTrialError:  # another worker finished it, or set it aside as a duplicate
+            return False
 
     @contextlib.contextmanager
     def heartbeat(self, claimed: Claimed) -> Iterator[None]:
@@ -202,9 +233,8 @@ class TrialQueue:
         curve: Mapping[int, float],
     ) -> None:  # fmt: skip
         """Record the end of a trial, with its value at some steps. Nothing changes if another worker ended it first."""
-        with self._failures():
-            if self._storage.get_trial(claimed.key).state.is_finished():
-                return  # the heartbeats failed, and another worker took over
+        # Finished: the heartbeats failed, and another worker took over.
+        with self._failures(), contextlib.suppress(UpdateFinishedTrialError):
             for step, at_step in curve.items():
                 self._storage.set_trial_intermediate_value(claimed.key, step, at_step)
             for name, each in attributes.items():
@@ -213,13 +243,13 @@ class TrialQueue:
 
     def fail(self, claimed: Claimed, reason: str) -> None:
         """Record that a trial cannot run. It is not repeated unless `retry_failed` is called."""
-        with self._failures():
+        with self._failures(), contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(claimed.key, "error", reason)
             self._storage.set_trial_state_values(claimed.key, TrialState.FAIL)
 
     def release(self, claimed: Claimed) -> None:
         """Queue a trial again that was stopped on request; it continues from its checkpoint."""
-        with self._failures():
+        with self._failures(), contextlib.suppress(UpdateFinishedTrialError):
             self._storage.set_trial_state_values(claimed.key, TrialState.WAITING)
 
     def recover(self) -> None:

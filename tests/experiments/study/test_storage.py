@@ -141,6 +141,17 @@ def _kill(kept: TrialStore, start, chance: random.Random, workers: int, kills: i
 
 
 @pytest.mark.slow
+def test_workers_may_start_at_once_on_an_empty_database(tmp_path):
+    """One creates the tables, and no trial runs twice, although all queue them."""
+    started = [worker(url(tmp_path), tmp_path, **{LOG: str(tmp_path / "log")}) for _ in range(4)]
+    assert [process.wait(timeout=180) for process in started] == [0] * 4
+    lines = [tuple(line.split()[:2]) for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(lines) == 12
+    with store(tmp_path) as kept:
+        assert kept.counts(IDS) == (0, 0, 12, 0) and Counter(o.id for o in kept.outcomes()) == Counter(IDS)
+
+
+@pytest.mark.slow
 def test_killed_workers_lose_no_trial(tmp_path):
     survive(url(tmp_path), tmp_path)
 
