@@ -90,7 +90,7 @@ def _connect(url: str, heartbeat_seconds: int) -> RDBStorage:
                     grace_period=GRACE * heartbeat_seconds,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
                 )
-            if url.startswith("sqlite"):
+            if url.startswith("sqlite") and ":memory:" not in url:  # memory belongs to one connection of one process
                 _lock_at_begin(storage.engine)
             return storage
         except SQLAlchemyError as error:
