@@ -11,7 +11,7 @@ STUDY = Study(
     arms={
         "adamw": {"optimizer.name": "adamw", "optimizer.learning_rate": 8e-3},
         "muon": {},
-        "lion": {"optimizer.name": "lion", "optimizer.learning_rate": 1.5e-3, "optimizer.weight_decay": 0.5},
+        "lion": {"optimizer.name": "lion", "optimizer.learning_rate": 3e-3, "optimizer.weight_decay": 0.5},
     },
     tune={"optimizer.learning_rate": (0.25, 0.5, 1.0, 2.0)},
     scales=scales(seeds=5),
