@@ -18,7 +18,7 @@ STUDY = Study(
         "wsd 40%": WSD | {"optimizer.decay_fraction": 0.4},
         "constant": {"optimizer.schedule": "constant"},
     },
-    tune={"optimizer.learning_rate": (0.5, 1.0)},
+    tune={"optimizer.learning_rate": (0.25, 0.5, 1.0, 2.0)},
     scales=scales(seeds=5),
     claims=(
         Claim("wsd with 20 % of decay matches cosine", "wsd 20%", "equal", than="cosine", margin=0.03),
