@@ -49,15 +49,17 @@ STUDY = Study(
     metric="logits_change",
     also=("hidden_change", "initial_logits"),
     claims=(
-        Claim("under muP, the change of the logits does not grow with the width", slope("muP", "logits_change"),
+        Claim("under muP, the change of the logits is the same at every width", slope("muP", "logits_change"),
               "equal", 0.0, margin=0.25, metric="exponent"),
-        Claim("in the standard parametrization, it grows", slope("standard", "logits_change"), "higher", 0.0,
-              margin=0.25, metric="exponent"),
-        Claim("under muP, the change of hidden states does not grow", slope("muP", "hidden_change"), "equal", 0.0,
-              margin=0.25, metric="exponent"),
+        Claim("in the standard parametrization, the change of the logits grows with the width",
+              slope("standard", "logits_change"), "higher", 0.0, margin=0.25, metric="exponent"),
+        Claim("under muP, the change of hidden states is the same at every width", slope("muP", "hidden_change"),
+              "equal", 0.0, margin=0.25, metric="exponent"),
         Claim("in the standard parametrization, the change of hidden states grows", slope("standard", "hidden_change"),
               "higher", 0.0, metric="exponent"),
     ),
     notes=f"{STEPS} steps of AdamW at a constant rate. Claims are about the exponent of the width, 32 to 256; changes "
-    "are root mean squares over held-out tokens.",
+    "are root mean squares over held-out tokens. Under muP, the initial logits fall as the inverse root of the width, "
+    "and with them what the change of hidden states adds to the logits: after few steps, the change of the logits "
+    "falls with the width instead of staying the same.",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data.paths import write_whole
-from experiments.study.definition import Claim, Quantity, Study, StudyError
+from experiments.study.definition import Claim, Quantity, Scale, Study, StudyError
 from experiments.study.figures import Judged, claims_figure, curves_figure, load_figure, save, tuning_figure
 from experiments.study.records import Table, read
 from experiments.study.statistics import paired
@@ -165,7 +165,7 @@ def _protocol(study: Study, table: Table, path: Path) -> list[str]:
     spent = sum(o.seconds for o in table.outcomes)
     tuned = [o for o in table.outcomes if o.stage == "tune"]
     lines = [
-        f"- Scale `{table.meta['scale']}`: {count(scale.tokens)} tokens and {scale.seeds} seeds for each arm. Equal "
+        f"- Scale `{table.meta['scale']}`: {_tokens(table, scale)} tokens and {scale.seeds} seeds for each arm. Equal "
         "seeds have equal initial weights (where shapes agree), data order and held-out text in every arm.",
         f"- Differences are paired by seed. Intervals hold {100 * study.confidence:g} % (90 % for claims of equality "
         "and of no harm); Holm's method adjusts the verdicts over the claims.",
@@ -190,6 +190,12 @@ def _protocol(study: Study, table: Table, path: Path) -> list[str]:
         f"{'' if table.meta['scale'] == 'cpu' else ' --scale ' + table.meta['scale']}`",
     ]
     return lines
+
+
+def _tokens(table: Table, scale: Scale) -> str:
+    """Return the tokens of a trial, or their range where arms set their own steps."""
+    found = sorted({o.figures.get("tokens", scale.tokens) for o in table.outcomes})
+    return " to ".join(count(int(n)) for n in dict.fromkeys((found[0], found[-1])))
 
 
 def _at_the_ends(study: Study, table: Table) -> list[tuple[str, str]]:
