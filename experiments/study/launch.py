@@ -69,7 +69,8 @@ def _module(path: Path) -> ModuleType:
 def default_workers() -> int:
     """Return one worker for each core of a CPU machine, and one for an accelerator machine.
 
-    A worker per core beats one run on all cores: small matmuls lose more when they are split (docs/experiments.md).
+    Workers of one core train as many steps as one run on all cores, and compile, evaluate and save beside each other
+    (experiments/LOG.md, 2026-11-27).
     """
     chosen = os.environ.get("JAX_PLATFORMS")
     cpu = chosen == "cpu" if chosen else not any(map(glob.glob, ACCELERATORS))
