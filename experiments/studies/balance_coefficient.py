@@ -1,6 +1,6 @@
 """The coefficient of the load-balancing loss over five powers of ten."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Claim, Study, values
 
 COEFFICIENTS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -11,7 +11,7 @@ STUDY = Study(
     source="Fedus et al. 2021, sec. 2.2 (0.01 chosen from a sweep)",
     base=moe(),
     arms=values("model.moe.load_balance", *COEFFICIENTS),
-    scales=scales(seeds=4),
+    scales=moe_scales(seeds=4),
     claims=(
         *(
             Claim(f"coefficient {high:g} balances better than {low:g}", f"{high:g}", "lower", than=f"{low:g}",

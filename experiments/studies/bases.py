@@ -56,6 +56,13 @@ def moe(experts: int = 8, top_k: int = 2) -> Experiment:
     )
 
 
+def moe_scales(seeds: int = 5, tokens: int = 512_000) -> dict[str, Scale]:
+    """Return the scales of `moe()`: on accelerators, the width of the experts follows that of the MLP."""
+    wider = {"model.moe.hidden_dim": 512}
+    found = scales(seeds, tokens)
+    return found | {name: found[name].with_changes(wider) for name in ("gpu", "tpu")}
+
+
 def scales(seeds: int = 5, tokens: int = 512_000, tune_seeds: int = 1) -> dict[str, Scale]:
     """Return the budgets of a study: `ci` for tests, `cpu` for two cores, `gpu` and `tpu` for accelerators."""
     small = {"model.num_layers": 1, "data.batch_size": 4, "data.sequence_length": 32, "train.eval_windows": 8,

@@ -1,6 +1,6 @@
 """Experts that choose their tokens read later tokens: held-out text scored whole, and token by token."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Claim, Study
 from experiments.study.measures import HeldOutUnder
 
@@ -26,7 +26,7 @@ STUDY = Study(
                           "model.moe.load_balance": 0.0},
         "soft": {"model.moe.router": "soft", "model.moe.allow_leak": True, "model.moe.load_balance": 0.0},
     },
-    scales=scales(seeds=3),
+    scales=moe_scales(seeds=3),
     measures={"one_at_a_time": HeldOutUnder("one_at_a_time", {"train.eval_stride": 1, "data.batch_size": 64},
                                             windows=TOKENS)},
     also=("one_at_a_time", "train_max_violation"),

@@ -1,6 +1,6 @@
 """More and smaller experts at equal parameters and equal FLOPs."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Changes, Claim, Study
 from train.config import Experiment
 
@@ -25,7 +25,7 @@ STUDY = Study(
     source="Krajewski et al. 2024, eq. 9; Muennighoff et al. 2024 (OLMoE), figure 5",
     base=moe(),
     arms=arms,
-    scales=scales(seeds=4, tokens=1_024_000),
+    scales=moe_scales(seeds=4, tokens=1_024_000),
     also=("max_violation", "active_parameters"),
     claims=(
         Claim("16 experts, 4 active, learn better than 4 experts, 1 active", "16 experts, 4 active", "lower",

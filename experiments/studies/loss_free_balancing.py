@@ -1,6 +1,6 @@
 """Balancing with a bias instead of a loss, beside the auxiliary loss over batches and over sequences."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Claim, Published, Study
 
 STUDY = Study(
@@ -18,7 +18,7 @@ STUDY = Study(
     },
     scales={
         name: scale.with_changes({"model.moe.weights": "sigmoid_renormalized"})
-        for name, scale in scales(seeds=4).items()
+        for name, scale in moe_scales(seeds=4).items()
     },
     claims=(
         Claim(

@@ -18,7 +18,7 @@ CONSTANT = {**ADAMW, "optimizer.schedule": "constant", "optimizer.warmup_steps":
 def width(d: int) -> dict[str, int]:
     """Return the changes that make the base `d` wide, with heads of the same size."""
     return {"model.embed_dim": d, "model.attention.num_heads": d // 32, "model.attention.num_kv_heads": d // 32,
-            "model.mlp.hidden_dim": 3 * d}  # fmt: skip
+            "model.attention.head_dim": 32, "model.mlp.hidden_dim": 3 * d}  # fmt: skip
 
 
 def parametrizations() -> dict[str, dict]:

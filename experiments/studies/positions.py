@@ -9,7 +9,7 @@ from experiments.study.definition import Claim, Study
 from experiments.study.measures import HeldOutUnder, Trained
 from model.config import RopeScalingConfig
 
-TRAINED = 128  # tokens
+TRAINED = 128  # tokens, at every scale
 LONGER = (256, 512)
 
 
@@ -43,7 +43,7 @@ STUDY = Study(
     source="Press et al. 2022 (ALiBi), figure 1; Haviv et al. 2022, table 1; Peng et al. 2023 (YaRN), table 1",
     base=dense(),
     arms={kind: {"model.position.kind": kind} for kind in ("rope", "alibi", "sinusoidal", "learned", "none")},
-    scales=scales(seeds=4),
+    scales={name: scale.with_changes({"data.sequence_length": TRAINED}) for name, scale in scales(seeds=4).items()},
     measures={
         **{f"at_{n}": HeldOutUnder(f"at_{n}", {"data.sequence_length": n}) for n in (TRAINED, *LONGER)},
         **{f"{kind}_{n}": Scaled(kind, n) for kind in ("linear", "ntk", "yarn") for n in LONGER},

@@ -9,7 +9,8 @@ from experiments.study.fits import lr_sensitivity
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 NORMS = {"plain": "none", "qk-norm": "head"}
-UNIFORM = math.log(1024)  # nats per token of a network that has learned nothing
+VOCABULARY = 1024  # at every scale
+UNIFORM = math.log(VOCABULARY)  # nats per token of a network that has learned nothing
 
 
 def arm(norm: str, rate: float) -> str:
@@ -41,7 +42,8 @@ STUDY = Study(
         norm={label: {"optimizer.name": "adamw", "model.attention.qk_norm": kind} for label, kind in NORMS.items()},
         rate=values("optimizer.learning_rate", *RATES),
     ),
-    scales=scales(seeds=3, tokens=256_000),
+    scales={name: scale.with_changes({"data.tokenizer.vocab_size": VOCABULARY})
+            for name, scale in scales(seeds=3, tokens=256_000).items()},
     metric="loss",
     also=("grad_norm",),
     claims=(

@@ -1,6 +1,6 @@
 """The router's z-loss and jitter: the size of its logits, and quality."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Claim, Study
 
 STUDY = Study(
@@ -15,7 +15,7 @@ STUDY = Study(
         "jitter 0.01": {"model.moe.z_loss": 0.0, "model.moe.jitter": 0.01},
         "jitter 0.3": {"model.moe.z_loss": 0.0, "model.moe.jitter": 0.3},
     },
-    scales=scales(seeds=4),
+    scales=moe_scales(seeds=4),
     also=("router_z_loss", "router_entropy", "max_violation"),
     claims=(
         Claim("a z-loss of 0.001 makes the router's logits smaller", "z-loss 0.001", "lower", than="plain",

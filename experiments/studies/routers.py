@@ -1,6 +1,6 @@
 """All ten routers side by side, scored token by token, because two of them read later tokens."""
 
-from experiments.studies.bases import moe, scales
+from experiments.studies.bases import moe, moe_scales
 from experiments.study.definition import Changes, Claim, Study
 from experiments.study.measures import HeldOutUnder
 from train.config import Experiment
@@ -37,7 +37,7 @@ STUDY = Study(
     source="the papers cited in model/routers.py; Dai et al. 2024, table 1",
     base=moe(),
     arms=arms,
-    scales=scales(seeds=3),
+    scales=moe_scales(seeds=3),
     measures={"one_at_a_time": HeldOutUnder("one_at_a_time", {"train.eval_stride": 1, "data.batch_size": 64},
                                             windows=TOKENS)},
     also=("one_at_a_time", "max_violation", "router_entropy", "flops_per_token"),

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.studies import isoflop, mup_coordinates, mup_transfer, noise_floor, qk_norm_rates
 from experiments.study.definition import Study
-from experiments.study.launch import trial_flops
+from experiments.study.launch import load_study, trial_flops
 from experiments.study.records import Table
 from experiments.study.trials import Outcome
 
@@ -22,6 +22,22 @@ def recorded(study: Study, seeds: int, figures: Callable[[str, int], Mapping[str
         for seed in range(seeds) for arm in study.experiments("cpu")
     ]  # fmt: skip
     return Table({}, tuple(outcomes))
+
+
+@pytest.mark.parametrize("name", [
+    "balance_coefficient", "expert_capacity", "expert_choice_leak", "granularity", "loss_free_balancing", "moe_ladder",
+    "router_stability", "routers",
+])  # fmt: skip
+def test_the_experts_of_a_token_are_as_wide_as_the_mlp_at_every_scale(name):
+    study = load_study(name)
+    for scale in study.scales:
+        for arm, experiment in study.experiments(scale).items():
+            moe = experiment.model.moe
+            if moe is not None and moe.router != "dense":
+                assert (moe.top_k + moe.shared_experts) * moe.hidden_dim == experiment.model.mlp.hidden_dim, (
+                    scale,
+                    arm,
+                )
 
 
 def test_equal_flops_find_the_law_that_made_the_losses():
