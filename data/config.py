@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.paths import PathError, parse_path, require_backend
+
 # Padding, end of document, fill-in-the-middle, chat roles and the mask; their ids precede all pieces of text.
 SPECIAL_PIECES = (
     "<pad>", "<end>", "<unk>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>",
@@ -28,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One named corpus: a folder or a file of text or JSONL, or Python's standard library.
+    """One named corpus: a folder or a file of text or JSONL, local or on gs://, or Python's standard library.
 
     Globs are relative to `path` and `**` crosses folders. Hidden files and folders are not read, and links to folders
     are not followed.
@@ -38,7 +40,7 @@ class SourceConfig:
     path: str = "stdlib"  # 'stdlib': the running interpreter's standard library, without its tests
     include: tuple[str, ...] = ("**/*.py",)  # for a folder; a single file is read regardless of its name
     exclude: tuple[str, ...] = ()
-    kind: Literal["text", "jsonl"] = "text"  # jsonl: one document per line
+    kind: Literal["text", "jsonl"] = "text"  # jsonl: one document per line; files '*.gz' are decompressed
     text_field: str = "text"  # key of the text in a JSONL record
     weight: float = 1.0  # multiplies this source's share of the mixture
 
@@ -71,7 +73,7 @@ class DataConfig:
     temperature: float = 1.0  # share of a source ~ weight * tokens^(1/temperature): 1 by size, large towards uniform
     holdout_fraction: float = 0.05  # fraction of each source's documents, 0 to below 1
     seed: int = 0  # seed of the order of windows
-    cache_dir: str = ""  # local folder of prepared data; '': .cache/data under the working directory
+    cache_dir: str = ""  # local or gs:// folder of prepared data; '': .cache/data under the working directory
     prefetch: int = 4  # batches that a thread prepares ahead, at most 1024; 0: no thread
 
     def validate(self) -> None:
@@ -108,12 +110,11 @@ class DataConfig:
                 f"data.prefetch = {self.prefetch}: batches prepared ahead stay in memory. Set it between 0 "
                 f"(no thread) and {MAX_PREFETCH}"
             )
-        if "://" in self.cache_dir:
-            raise DataError(
-                f"data.cache_dir = {self.cache_dir!r}: prepared data is memory-mapped, which needs a local file "
-                "system. Set it to a folder on a local disk or a mounted file system; hosts that do not share the "
-                "folder each prepare the data once"
-            )
+        if self.cache_dir:
+            try:
+                require_backend(parse_path(self.cache_dir, "data.cache_dir"), "data.cache_dir")
+            except PathError as error:
+                raise DataError(str(error)) from error
 
 
 def _validate_source(source: SourceConfig) -> None:

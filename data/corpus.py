@@ -1,23 +1,27 @@
-"""Find a source's documents by globs, read them as UTF-8, remove exact duplicates, and split them by content hash.
+"""Find a source's documents by globs, and read them as UTF-8 one at a time, from a local folder or a bucket.
 
-A survey reads every file once and holds a name, a digest and a size per document. `KeptText` keeps document text in
-memory up to a limit; `reread` reads only the files of documents that are not kept.
+A record is a document with its place: the number of its file, its line in a JSONL file and the offset of that line.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import contextlib
+import gzip
+import io
 import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
+
+from etils import epath
 
 from data.config import DataError, SourceConfig
+from data.paths import Folder, PathError, bucket_store, is_local, parse_path, require_backend
 
 # Excludes installed packages and tests, and _sysconfigdata, which holds paths of the build machine.
 STDLIB_EXCLUDE = (
@@ -27,48 +31,53 @@ STDLIB_EXCLUDE = (
 
 # A fixed limit: the depth at which Python's JSON parser fails depends on its version and the caller's stack.
 _MAX_NESTING = 500
+_BUFFER = 1 << 20
+_BAD_GZIP = (EOFError, zlib.error)
 
 
-class Document(NamedTuple):
-    """A document's name (its path within the source, with `:line` for JSONL) and its UTF-8 bytes."""
+class Record(NamedTuple):
+    """A document's UTF-8 bytes and its place in the source."""
 
-    name: str
+    file: int  # index in Files.names
+    line: int  # from 1; 0 for a file that is one document
+    offset: int  # first byte of the line, in a compressed file after decompression
     content: bytes
 
 
-class Entry(NamedTuple):
-    """A document without its text; `digest` is the SHA-256 of its bytes in hex."""
+@dataclass
+class Skipped:
+    """The number of files and records that cannot be read, and "name: reason" for the first few."""
 
-    name: str
-    digest: str
-    size: int
+    count: int = 0
+    first: list[str] = field(default_factory=list)  # at most five
 
-
-class KeptText:
-    """Document text by digest, kept in memory up to `limit` bytes; later documents that exceed it are not kept."""
-
-    def __init__(self, limit: int):
-        self._left = limit
-        self._texts: dict[str, bytes] = {}
-
-    def keep(self, digest: str, content: bytes) -> None:
-        if len(content) <= self._left:
-            self._left -= len(content)
-            self._texts[digest] = content
-
-    def get(self, digest: str) -> bytes | None:
-        return self._texts.get(digest)
+    def append(self, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(reason)
 
 
 @dataclass(frozen=True)
-class Survey:
-    """The distinct documents of one source in reading order, and counts of those left out."""
+class Files:
+    """The files that a source selects, ordered by name. Iteration gives (name, path) pairs."""
 
-    source: SourceConfig
-    entries: tuple[Entry, ...]
-    skipped: tuple[str, ...]  # "name: reason" for each file or record that could not be read
-    empty: int
-    duplicates: int
+    root: Folder  # the folder, or the file if the source is one file
+    names: Sequence[str]
+    is_file: bool  # whether the source is one file
+
+    def path(self, index: int) -> Folder:
+        """Return the path of a file by its index in `names`."""
+        return self.root if self.is_file else self.root / self.names[index]
+
+    def name(self, index: int, line: int) -> str:
+        """Return a document's name: that of its file, with `:line` for JSONL."""
+        return f"{self.names[index]}:{line}" if line else self.names[index]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[tuple[str, Folder]]:
+        return ((name, self.path(index)) for index, name in enumerate(self.names))
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
@@ -78,25 +87,28 @@ def glob_pattern(glob: str) -> re.Pattern[str]:
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts) + r"\Z", re.DOTALL)
 
 
-def source_root(source: SourceConfig) -> Path:
-    """Return the folder or file that a source reads."""
-    return Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path).expanduser()
+def source_root(source: SourceConfig) -> Folder:
+    """Return the folder or file that a source reads. Raises DataError for an address that cannot be read."""
+    if is_local(source.path):
+        return Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path).expanduser()
+    try:
+        field = f"source {source.name!r}: path"
+        return require_backend(parse_path(source.path.rstrip("/"), field), field)
+    except PathError as error:
+        raise DataError(str(error)) from error
 
 
-def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """Return the (name, path) pairs that a source selects, ordered by name. Raises DataError for a missing path."""
-    if "://" in source.path:
-        raise DataError(
-            f"source {source.name!r}: path = {source.path!r}: text is read from local folders only. Mount the "
-            "store, or copy the text to a local folder"
-        )
+def find_files(source: SourceConfig) -> Files:
+    """Return the files that a source selects. Raises DataError for a missing path."""
     root = source_root(source)
-    if root.is_file():
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise DataError(f"source {source.name!r}: path = {source.path!r}: not a folder or file. Correct it")
     include = [glob_pattern(glob) for glob in source.include]
     exclude = [glob_pattern(glob) for glob in source.exclude + (STDLIB_EXCLUDE if source.path == "stdlib" else ())]
+    if not isinstance(root, Path):
+        return _find_in_bucket(source, root, include, exclude)
+    if root.is_file():
+        return Files(root, [root.name], True)
+    if not root.is_dir():
+        raise DataError(f"source {source.name!r}: path = {source.path!r}: not a folder or file. Correct it")
     found = []
 
     def refuse(error: OSError) -> None:
@@ -112,33 +124,77 @@ def find_files(source: SourceConfig) -> list[tuple[str, Path]]:
         for file in files:
             name = prefix + file
             if file[0] != "." and any(i.match(name) for i in include) and not any(e.match(name) for e in exclude):
-                found.append((name, Path(folder, file)))
-    return sorted(found)
+                found.append(name)
+    found.sort()
+    return Files(root, found, False)
 
 
-def read_documents(source: SourceConfig, skipped: list[str]) -> Iterator[Document]:
-    """Yield a source's documents by name; append "name: reason" to `skipped` for those that cannot be read."""
-    for name, path in find_files(source):
-        yield from _read_file(source, name, path, skipped)
+def _find_in_bucket(
+    source: SourceConfig, root: epath.Path, include: list[re.Pattern[str]], exclude: list[re.Pattern[str]]
+) -> Files:
+    store = bucket_store(root)
+    where = os.fspath(root).partition("://")[2]
+    try:
+        found = [path.partition("://")[2] or path for path in store.find(os.fspath(root))]
+    except Exception as error:  # gcsfs raises errors of several packages
+        raise DataError(
+            f"source {source.name!r}: path = {source.path!r}: the bucket cannot be read ({error}). Check the name and "
+            "the credentials"
+        ) from error
+    if [path.lstrip("/") for path in found] == [where]:
+        return Files(root, [root.name], True)
+    names = sorted(path.lstrip("/").removeprefix(where + "/") for path in found)
+    if not names:
+        raise DataError(f"source {source.name!r}: path = {source.path!r}: not a folder or file. Correct it")
+
+    def selected(name: str) -> bool:
+        folders = [name[: match.end()] for match in re.finditer("/", name)]
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        excluded = any(e.match(part) for e in exclude for part in (name, *folders))
+        return not hidden and not excluded and any(i.match(name) for i in include)
+
+    return Files(root, [name for name in names if selected(name)], False)
 
 
-def _read_file(source: SourceConfig, name: str, path: Path, skipped: list[str]) -> Iterator[Document]:
-    if not path.is_file():  # a pipe or a dangling link: opening it could block
+def read_records(source: SourceConfig, files: Files, skipped: Skipped) -> Iterator[Record]:
+    """Yield a source's documents in the order of its files; append those that cannot be read to `skipped`."""
+    for index in range(len(files)):
+        yield from _read_file(source, files, index, skipped)
+
+
+def _read_file(source: SourceConfig, files: Files, index: int, skipped: Skipped) -> Iterator[Record]:
+    path, name = files.path(index), files.names[index]
+    if isinstance(path, Path) and not path.is_file():  # a pipe or a dangling link: opening it could block
         skipped.append(f"{name}: not a regular file")
         return
     try:
-        with path.open("rb") as file:
+        with open_text(source, path) as file:
             if source.kind == "jsonl":
-                yield from _read_records(name, file, source.text_field, skipped)
+                yield from _read_lines(source, files, index, file, skipped)
                 return
             content = file.read()
+    except _BAD_GZIP:
+        skipped.append(f"{name}: the compressed file is damaged")
+        return
     except OSError as error:
-        skipped.append(f"{name}: {error.strerror}")
+        skipped.append(f"{name}: {error.strerror or error}")
         return
     if reason := _not_utf8(content):
         skipped.append(f"{name}: {reason}")
     else:
-        yield Document(name, content)
+        yield Record(index, 0, 0, content)
+
+
+@contextlib.contextmanager
+def open_text(source: SourceConfig, path: Folder) -> Iterator[BinaryIO]:
+    """Open a source's file to read bytes. JSONL in a file '*.gz' is decompressed. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        if not isinstance(file, io.BufferedReader):  # a bucket's file reads lines slowly
+            file = stack.enter_context(io.BufferedReader(cast(io.RawIOBase, file), _BUFFER))
+        if source.kind == "jsonl" and path.name.endswith(".gz"):
+            file = stack.enter_context(gzip.GzipFile(fileobj=file))
+        yield cast(BinaryIO, file)
 
 
 def _not_utf8(content: bytes) -> str:
@@ -149,30 +205,37 @@ def _not_utf8(content: bytes) -> str:
     return ""
 
 
-def _read_records(file: str, lines: Iterable[bytes], text_field: str, skipped: list[str]) -> Iterator[Document]:
+def _read_lines(source: SourceConfig, files: Files, index: int, lines: BinaryIO, skipped: Skipped) -> Iterator[Record]:
+    offset = 0
     for number, line in enumerate(lines, 1):
+        start, offset = offset, offset + len(line)
         if not line.strip():
             continue
-        name = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-            too_deep = _is_nested_deeper(record, _MAX_NESTING)
-        except RecursionError:
-            too_deep = True
-        except ValueError:
-            skipped.append(f"{name}: not JSON")
-            continue
-        if too_deep:
-            skipped.append(f"{name}: JSON nested deeper than {_MAX_NESTING}")
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            has = sorted(record) if isinstance(record, dict) else type(record).__name__
-            skipped.append(f"{name}: no text in field {text_field!r} (the record has {has})")
-            continue
-        try:
-            yield Document(name, record[text_field].encode("utf-8"))
-        except UnicodeEncodeError:
-            skipped.append(f"{name}: a lone surrogate, which UTF-8 cannot encode")
+        content, reason = text_of_line(line, source.text_field)
+        if content is None:
+            skipped.append(f"{files.name(index, number)}: {reason}")
+        else:
+            yield Record(index, number, start, content)
+
+
+def text_of_line(line: bytes, text_field: str) -> tuple[bytes | None, str]:
+    """Return (the UTF-8 text of a JSONL record, ''), or (None, the reason why it cannot be read)."""
+    try:
+        record = json.loads(line)
+        too_deep = _is_nested_deeper(record, _MAX_NESTING)
+    except RecursionError:
+        too_deep = True
+    except ValueError:
+        return None, "not JSON"
+    if too_deep:
+        return None, f"JSON nested deeper than {_MAX_NESTING}"
+    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        has = sorted(record) if isinstance(record, dict) else type(record).__name__
+        return None, f"no text in field {text_field!r} (the record has {has})"
+    try:
+        return record[text_field].encode("utf-8"), ""
+    except UnicodeEncodeError:
+        return None, "a lone surrogate, which UTF-8 cannot encode"
 
 
 def _is_nested_deeper(value: object, limit: int) -> bool:
@@ -183,87 +246,3 @@ def _is_nested_deeper(value: object, limit: int) -> bool:
             return False
         level = [item for outer in containers for item in (outer.values() if isinstance(outer, dict) else outer)]
     return True
-
-
-def survey(source: SourceConfig, seen: set[str], kept: KeptText | None = None) -> Survey:
-    """Read a source once. Count digests in `seen` as duplicates; add new ones to `seen` and their text to `kept`.
-
-    Raises DataError if no document remains.
-    """
-    skipped: list[str] = []
-    entries: list[Entry] = []
-    empty = duplicates = 0
-    for name, content in read_documents(source, skipped):
-        digest = hashlib.sha256(content).hexdigest()
-        if not content:
-            empty += 1
-        elif digest in seen:
-            duplicates += 1
-        else:
-            seen.add(digest)
-            entries.append(Entry(name, digest, len(content)))
-            if kept is not None:
-                kept.keep(digest, content)
-    if not entries:
-        reasons = f"; first skipped: {'; '.join(skipped[:3])}" if skipped else ""
-        raise DataError(
-            f"source {source.name!r} is empty: path {source.path!r}, include {source.include}, exclude "
-            f"{source.exclude} give no document ({len(skipped)} skipped, {empty} empty, {duplicates} duplicates of "
-            f"others){reasons}. Correct the path or the globs"
-        )
-    return Survey(source, tuple(entries), tuple(skipped), empty, duplicates)
-
-
-def split(entries: Sequence[Entry], fraction: float, source_name: str) -> tuple[list[Entry], list[Entry]]:
-    """Split documents into (train, held-out) by content hash, independently of the other documents.
-
-    An empty side gets the document with the nearest hash. Raises DataError for a source of one document.
-    """
-    if fraction == 0:
-        return list(entries), []
-    if len(entries) < 2:
-        raise DataError(
-            f"source {source_name!r} has 1 document and data.holdout_fraction = {fraction}: a document is never split. "
-            "Add documents, or set data.holdout_fraction to 0 and set data.evaluation_sources"
-        )
-    ranked = sorted(entry.digest for entry in entries)
-    count = sum(int(digest[:8], 16) < fraction * 2**32 for digest in ranked)
-    held_out = set(ranked[: min(max(count, 1), len(entries) - 1)])
-    return [e for e in entries if e.digest not in held_out], [e for e in entries if e.digest in held_out]
-
-
-def reread(source: SourceConfig, entries: Iterable[Entry], kept: KeptText | None = None) -> Iterator[Document]:
-    """Yield the documents of `entries`, which must be in reading order.
-
-    Each comes from `kept` or from its file, which is read once. Raises DataError if a document has changed.
-    """
-    root = source_root(source)
-    for name, of_file in itertools.groupby(entries, lambda entry: _file_of(source, entry)):
-        wanted = list(of_file)
-        found = {entry.digest: kept.get(entry.digest) for entry in wanted} if kept is not None else {}
-        if any(found.get(entry.digest) is None for entry in wanted):
-            path = root if root.is_file() else root / name
-            yield from _unchanged(source, wanted, _read_file(source, name, path, []))
-        else:
-            for entry in wanted:
-                yield Document(entry.name, found[entry.digest] or b"")
-
-
-def _file_of(source: SourceConfig, entry: Entry) -> str:
-    return entry.name.rpartition(":")[0] if source.kind == "jsonl" else entry.name
-
-
-def _unchanged(source: SourceConfig, wanted: Sequence[Entry], documents: Iterable[Document]) -> Iterator[Document]:
-    """Yield the wanted documents of a file. Raises DataError if one is missing or has changed."""
-    missing = {entry.name: entry.digest for entry in wanted}
-    for document in documents:
-        if document.name in missing:
-            if hashlib.sha256(document.content).hexdigest() != missing[document.name]:
-                break
-            del missing[document.name]
-            yield document
-    if missing:
-        raise DataError(
-            f"source {source.name!r}: {next(iter(missing))} in {source.path!r} changed while it was being read. Run "
-            "again when no process writes there"
-        )

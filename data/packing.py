@@ -10,6 +10,7 @@ Letters: N windows, T predicted tokens per window (of T + 1), M tokens in a stre
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -35,7 +36,15 @@ def concatenate(
     return stream, starts
 
 
-def cut(stream_M: np.ndarray, starts: np.ndarray, offsets_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+class Stream(Protocol):
+    """A stream of tokens [M] that returns those at indices [N, L], each row of which is nearly consecutive."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray: ...
+
+
+def cut(stream_M: Stream, starts: np.ndarray, offsets_N: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the stream's windows at each offset as (tokens, segment_ids), both int32 [N, length].
 
     Segments are numbered from 1 in every window. Past the end of the stream, both arrays are 0.
@@ -109,9 +118,9 @@ def packed_blocks(
 ) -> tuple[int, Iterator[tuple[np.ndarray, np.ndarray]]]:
     """Pack a stream for training. Return N and blocks of (tokens, segment_ids), each int32 [<= block, length].
 
-    Blocks of long windows have fewer rows, so that a block holds at most about 2**24 tokens.
+    Blocks of long windows have fewer rows, so that a block holds at most about 2**20 tokens.
     """
-    block = max(1, min(block, 2**24 // length))
+    block = max(1, min(block, 2**20 // length))
     if packing == "split":
         offsets = split_offsets(len(stream_M), length, length - 1)
         return len(offsets), (

@@ -11,9 +11,12 @@ import contextlib
 import os
 import re
 import secrets
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from etils import epath
 
+Folder: TypeAlias = "Path | epath.Path"  # a local folder or file, or one in a bucket
 MAX_NAME_BYTES = 255  # limit for one part of a local path on common file systems
 
 
@@ -79,10 +82,17 @@ def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
 def forget_listings(path: epath.Path) -> None:
     """Drop the bucket client's cached listings, since other processes and libraries write there."""
     if not is_local(path):
-        import fsspec
+        bucket_store(path).invalidate_cache()
 
-        # This is the instance that epath uses: fsspec returns the same one for equal arguments.
-        fsspec.filesystem("gcs", finalize_on_close=True).invalidate_cache()
+
+def bucket_store(path: epath.Path) -> Any:
+    """Return the fsspec file system of a path in a bucket, with its cached listings dropped for that path."""
+    import fsspec
+
+    # This is the instance that epath uses: fsspec returns the same one for equal arguments.
+    store = fsspec.filesystem("gcs", finalize_on_close=True)
+    store.invalidate_cache()
+    return store
 
 
 def list_names(folder: epath.Path) -> list[str]:

@@ -18,7 +18,8 @@ import numpy as np
 from data.batch import Batch
 from data.config import DataConfig, DataError
 from data.packing import cut, split_offsets
-from data.prepare import Prepared
+from data.prepared import Prepared, Windows
+from data.ranges import RangeReader
 
 
 def mixture(prepared: Prepared, config: DataConfig) -> dict[str, float]:
@@ -43,12 +44,19 @@ def _source_order(source: int, name: str, windows: int, seed: int) -> grain.MapD
 
 
 def _batch_at(
-    arrays: list[tuple[np.ndarray, ...]], order: grain.MapDataset, batch_size: int, first_row: int, rows: int, step: int
+    sources: list[Windows],
+    reader: RangeReader,
+    order: grain.MapDataset,
+    batch_size: int,
+    first_row: int,
+    rows: int,
+    step: int,
 ) -> Batch:
     chosen = [order[int(step) * batch_size + row] for row in range(first_row, first_row + rows)]
-    tokens, segment_ids = (
-        np.stack([arrays[source][part][window] for source, window in chosen]).astype(np.int32) for part in (0, 1)
-    )
+    # All rows are requested together, so that a bucket answers them in parallel.
+    contents = iter(reader.read([part for source, window in chosen for part in sources[source].ranges(window)]))
+    parsed = [sources[source].parse(window, (next(contents), next(contents))) for source, window in chosen]
+    tokens, segment_ids = (np.stack(arrays).astype(np.int32) for arrays in zip(*parsed, strict=True))
     return Batch.of_windows(tokens, segment_ids)
 
 
@@ -77,23 +85,23 @@ class TrainBatches(Iterator[Batch]):
             "batch_size": config.batch_size,
             "sequence_length": config.sequence_length,
         }
-        arrays = [
-            tuple(prepared.array(f"train.{name}.{part}") for part in ("tokens", "segment_ids")) for name in shares
-        ]
+        windows = [prepared.windows(name) for name in shares]
         order = grain.MapDataset.mix(
-            [_source_order(i, name, len(arrays[i][0]), config.seed) for i, name in enumerate(shares)],
+            [_source_order(i, name, len(windows[i]), config.seed) for i, name in enumerate(shares)],
             list(shares.values()),
         )
         rows = config.batch_size // process_count
         # Not a method: the prefetching thread must not keep this stream alive, or it would never be garbage-collected.
-        self._batch_at = functools.partial(_batch_at, arrays, order, config.batch_size, process_index * rows, rows)
+        self._batch_at = functools.partial(
+            _batch_at, windows, prepared.reader, order, config.batch_size, process_index * rows, rows
+        )
         self._prefetch = config.prefetch
         self._start(start_step)
 
     def _start(self, step: int) -> None:
         self._step = step
         batches = grain.MapDataset.range(step, sys.maxsize).map(self._batch_at)
-        # On memory-mapped windows, Grain's default of 16 threads and a buffer of 500 is ten times slower than none.
+        # On windows of a local disk, Grain's default of 16 threads and a buffer of 500 is ten times slower than none.
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._prefetch:
             stream = grain.experimental.ThreadPrefetchIterDataset(stream, prefetch_buffer_size=self._prefetch)
@@ -200,7 +208,7 @@ def _heldout_batches(
     process_count: int,
 ) -> Iterator[Batch]:
     length = prepared.sequence_length + 1
-    stream, starts = prepared.array(f"heldout.{name}.tokens"), prepared.array(f"heldout.{name}.starts")
+    stream, starts = prepared.heldout(name)
     offsets = split_offsets(len(stream), length, stride)
     if max_windows is not None and max_windows < len(offsets):
         offsets = offsets[np.arange(max_windows) * len(offsets) // max_windows]

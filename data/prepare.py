@@ -1,96 +1,71 @@
-"""Prepare a DataConfig's tokenizer, packed windows and held-out sets in a cache folder, which is then memory-mapped.
+"""Prepare a DataConfig's tokenizer, packed windows and held-out sets in a cache folder, local or in a bucket.
 
 The folder's name is a hash of everything that determines its content: documents, tokenizer, window and packing. The
-folder is complete or absent (data/storage.py); a damaged one is reported, removed and made again. If several processes
-share the cache, one prepares and the others open the result (data/processes.py).
+folder is complete or absent (data/storage.py); a damaged one is reported, removed and made again. Of the processes that
+share a cache, one leads: it surveys the text, trains the tokenizer and writes held-out sets. A corpus of one section
+per source is encoded by the leader alone; the sections of a larger one are divided over those processes that see its
+text (data/shards.py). The bytes written don't depend on the number of processes.
 
-A survey reads the text once. Documents that fit in `keep_bytes` of memory are not read again. The others are read once
-more if the tokenizer is trained on them, and once more for encoding. A cache hit stops after the survey, because the
-documents' digests are the cache key.
+A survey reads the text once. If all of it fits in `keep_bytes` of memory, it is not read again. Otherwise it is read
+once more if the tokenizer is trained on it, and once more for encoding. A cache hit stops after the survey, because the
+documents' digests are the cache key. Memory is bounded by a section, by the largest document, and by about 100 bytes
+per document while the survey sorts digests.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import contextlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import sentencepiece
 
-from data.config import SPECIAL_PIECES, DataConfig, DataError
-from data.corpus import Entry, KeptText, Survey, reread, split, survey
-from data.packing import concatenate, packed_blocks, token_dtype
-from data.processes import ONE_PROCESS, Processes, Rounds, leader_of
-from data.storage import checksum, discard, enough_space, open_array, remove_leftovers, whole_folder
-from data.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer, train_tokenizer
+from data.config import DataConfig, DataError
+from data.paths import Folder, is_local, list_names, parse_path, write_whole
+from data.plan import Part, cached_tokenizer, identity, summary, survey_all
+from data.prepared import (
+    MANIFEST,
+    Prepared,
+    SourceCounts,
+    heldout_documents,
+    heldout_files,
+    open_prepared,
+    shard_stems,
+)
+from data.processes import ONE_PROCESS, Processes, Rounds, leaders_of
+from data.shards import (
+    SECTION_BYTES,
+    Heldout,
+    Section,
+    bytes_per_text_byte,
+    read_results,
+    result_text,
+    text_is_here,
+    write_heldout,
+    write_shards,
+)
+from data.storage import Checksums, discard, enough_space, remove_leftovers, require_space, whole_folder
+from data.survey import KeptText
+from data.tokenizer import load_tokenizer
+
+__all__ = [
+    "Prepared",
+    "SourceCounts",
+    "heldout_documents",
+    "heldout_files",
+    "open_prepared",
+    "prepare",
+]
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 2  # version of the folder's format: raise it when the meaning of files changes
-_ENCODE_DOCUMENTS = 256
-
-
-@dataclass(frozen=True)
-class SourceCounts:
-    """Document and token counts of one source."""
-
-    name: str
-    documents: int  # distinct and readable
-    skipped: int
-    first_skipped: tuple[str, ...]  # "name: reason", at most five
-    empty: int
-    duplicates: int
-    train_documents: int
-    train_bytes: int
-    train_tokens: int  # including the opening and end tokens of each document
-    windows: int
-    heldout_documents: int
-    heldout_bytes: int
-    heldout_tokens: int
-    max_id: int
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared corpus on disk. `identity` is the SHA-256 in hex of everything that determines its content."""
-
-    directory: Path
-    identity: str
-    tokenizer: Tokenizer
-    sequence_length: int
-    packing: str
-    sources: tuple[SourceCounts, ...]
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def train_names(self) -> tuple[str, ...]:
-        """Return the names of the sources with training windows."""
-        return tuple(source.name for source in self.sources if source.windows)
-
-    @property
-    def heldout_names(self) -> tuple[str, ...]:
-        """Return the names of the sources with held-out documents."""
-        return tuple(source.name for source in self.sources if source.heldout_documents)
-
-    def counts(self, name: str) -> SourceCounts:
-        """Return the counts of one source. Raises DataError for an unknown name."""
-        for source in self.sources:
-            if source.name == name:
-                return source
-        raise DataError(f"no source named {name!r}. Sources: {[source.name for source in self.sources]}")
-
-    def array(self, name: str) -> np.ndarray:
-        """Return a memory-mapped array in the folder, such as 'train.stdlib.tokens'."""
-        return np.load(self.directory / f"{name}.npy", mmap_mode="r")
+_RESULTS = "results"  # prefix of the files in which processes report their shards
 
 
 def prepare(
@@ -99,272 +74,282 @@ def prepare(
     *,
     processes: Processes = ONE_PROCESS,
     keep_bytes: int = 2**28,
+    section_bytes: int = SECTION_BYTES,
 ) -> Prepared:
     """Read, deduplicate, split, tokenize and pack the sources, or find them prepared in the cache.
 
-    Every process of `processes` must call it. The lowest one that shares a cache folder prepares the data, with at most
-    `keep_bytes` of text in memory. Raises DataError in every process for an invalid config or corpus or a full disk,
-    and OSError in a process that cannot write to the cache.
+    Every process of `processes` must call it. The processes that share a cache folder prepare the data together, each
+    with at most `keep_bytes` of text in memory besides a section, which is `section_bytes` of text. Raises DataError in
+    every process for an invalid config or corpus, a full disk or a bucket that cannot be reached, and OSError in a
+    process that cannot write to the cache.
     """
     config.validate()
-    cache = Path(config.cache_dir or ".cache/data").expanduser().absolute()
+    cache = _cache_folder(config)
     rounds = Rounds(processes)
-    leader = leader_of(rounds, cache)
-    if leader != processes.index:
+    leaders = leaders_of(rounds, cache)
+    leader = leaders[processes.index]
+    leads = leader == processes.index
+    if not leads:
         log(f"process {leader} prepares the data in {cache}; waiting for it")
-
-    def lead() -> str:
-        return _prepare(config, cache, log, keep_bytes).name if leader == processes.index else ""
-
-    names = rounds.together(lead)
-    if len(different := sorted(set(names) - {""})) > 1:
-        raise DataError(
-            f"the hosts prepared different data ({', '.join(different)}). Use the same text and the same versions of "
-            "Python and sentencepiece on every host"
-        )
+    with contextlib.ExitStack() as stack:
+        lead = _Leader(config, cache, log, keep_bytes, section_bytes, processes.count, stack) if leads else None
+        plans = [json.loads(text or "{}") for text in rounds.together(lambda: lead.plan() if lead else "")]
+        _require_equal({plan["name"] for plan in plans if plan})
+        if any("work" in plan for plan in plans):  # otherwise every leader found its data in the cache
+            _write_together(rounds, leaders, lead, plans[leader], partial(_Helper, config, cache, log))
     opened: list[Prepared] = []
 
     def open_it() -> str:
-        opened.append(open_prepared(cache / names[leader], verify=False))  # the leader has verified or written it
+        # The leader has verified or written it.
+        opened.append(open_prepared(cache / plans[leader]["name"], verify=False))
         return ""
 
     rounds.together(open_it)
     return opened[0]
 
 
-def _prepare(config: DataConfig, cache: Path, log: Callable[[str], None], keep_bytes: int) -> Path:
-    """Return the prepared folder in the cache, and make it if it is missing or damaged."""
-    started = time.monotonic()
-    if leftovers := remove_leftovers(cache):
-        log(f"removed leftovers of interrupted preparations in {cache}: {', '.join(leftovers)}")
-    kept = KeptText(keep_bytes)
-    parts = _survey_all(config, kept)
-    for read, train, heldout in parts:
-        skipped = f"; skipped: {'; '.join(read.skipped[:5])}" if read.skipped else ""
-        log(
-            f"source {read.source.name}: {len(train)} training and {len(heldout)} held-out documents "
-            f"({sum(entry.size for entry in heldout):,} bytes held out), {read.duplicates} duplicates, {read.empty} "
-            f"empty, {len(read.skipped)} skipped{skipped}"
-        )
-    tokenizer = _cached_tokenizer(config, parts, kept, cache, log)
-    identity = _hash(
-        {
-            "format": _FORMAT,
-            "tokenizer": tokenizer.identity,
-            "sequence_length": config.sequence_length,
-            "packing": config.packing,
-            "sources": [[read.source.name, _digests(train), list(heldout)] for read, train, heldout in parts],
-        }
-    )
-    directory = cache / f"packed-{identity[:20]}"
-    if directory.exists():
-        try:
-            open_prepared(directory)
-            log(f"packed windows found in the cache in {time.monotonic() - started:.1f} s")
-            return directory
-        except DataError as error:
-            log(f"cache damaged, making it again: {error}")
-            discard(directory)
-    with whole_folder(directory) as temporary:
-        counts = _write(temporary, config, parts, kept, tokenizer, identity)
-    tokens, windows = sum(s.train_tokens for s in counts), sum(s.windows for s in counts)
-    log(
-        f"packed {tokens:,} training tokens into {windows:,} windows of {config.sequence_length} ({config.packing}); "
-        f"{time.monotonic() - started:.1f} s in total"
-    )
-    return directory
-
-
-def open_prepared(directory: str | Path, *, verify: bool = True) -> Prepared:
-    """Open a prepared folder. Raises DataError with the file that is missing, truncated or altered.
-
-    `verify` reads every file and compares its checksum; otherwise only sizes are compared.
-    """
-    directory = Path(directory)
-    try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        sizes = manifest["files"]
-        fields = {name: manifest[name] for name in ("identity", "sequence_length", "packing")}
-        sources = tuple(
-            SourceCounts(**{**counts, "first_skipped": tuple(counts["first_skipped"])})
-            for counts in manifest["sources"]
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{directory / 'manifest.json'} cannot be read ({error}). Remove the folder") from error
-    for name, (size, expected) in sizes.items():
-        path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found is None:
-            raise DataError(f"{path} is missing. Remove the folder")
-        if found != size:
-            raise DataError(f"{path} has {found} bytes instead of {size}. Remove the folder")
-        if verify and checksum(path) != expected:
-            raise DataError(f"{path} has the wrong checksum: its {size} bytes were altered. Remove the folder")
-    return Prepared(directory=directory, tokenizer=load_tokenizer(directory / "tokenizer"), sources=sources, **fields)
-
-
-def heldout_files(prepared: Prepared, name: str) -> list[tuple[str, str]]:
-    """Return the held-out documents of a source as (name, text), in evaluation order."""
-    if not prepared.counts(name).heldout_documents:
+def _require_equal(names: set[str]) -> None:
+    if len(names) > 1:
         raise DataError(
-            f"source {name!r} has no held-out documents. Raise data.holdout_fraction, or use {prepared.heldout_names}"
+            f"the hosts prepared different data ({', '.join(sorted(names))}). Use the same text and the same versions "
+            "of Python and sentencepiece on every host"
         )
-    with (prepared.directory / f"heldout.{name}.jsonl").open(encoding="utf-8", newline="\n") as lines:
-        return [(record["name"], record["text"]) for record in map(json.loads, lines)]
 
 
-_Part = tuple[Survey, list[Entry], list[Entry]]  # a source, its training and its held-out documents
-
-
-def _survey_all(config: DataConfig, kept: KeptText) -> list[_Part]:
-    seen: set[str] = set()
-    # Evaluation sources are read first, so that their documents count as duplicates in training sources.
-    evaluation = [survey(source, seen, kept) for source in config.evaluation_sources]
-    parts = []
-    for source in config.sources:
-        read = survey(source, seen, kept)
-        parts.append((read, *split(read.entries, config.holdout_fraction, source.name)))
-    return parts + [(read, [], list(read.entries)) for read in evaluation]
-
-
-def _cached_tokenizer(
-    config: DataConfig, parts: list[_Part], kept: KeptText, cache: Path, log: Callable[[str], None]
-) -> Tokenizer:
-    if config.tokenizer.kind == "byte":
-        return train_tokenizer(config.tokenizer, ())
-    if config.tokenizer.kind == "saved":
-        return saved_tokenizer(config.tokenizer)
-    # Digests give a random order that does not depend on names and paths.
-    ranked = sorted((entry.digest, entry.size) for _, train, _ in parts for entry in train)
-    before = itertools.accumulate((size for _, size in ranked), initial=0)
-    chosen = {
-        digest for (digest, _), total in zip(ranked, before, strict=False) if total < config.tokenizer.train_bytes
-    }
-    settings = {"config": asdict(config.tokenizer), "specials": SPECIAL_PIECES, "by": sentencepiece.__version__}
-    key = _hash({"format": _FORMAT, **settings, "documents": sorted(chosen)})
-    directory = cache / f"tokenizer-{key[:20]}"
-    if directory.exists():
+def _cache_folder(config: DataConfig) -> Folder:
+    """Return the cache. Raises DataError if it is in a bucket that cannot be reached."""
+    if not is_local(config.cache_dir):
+        cache = parse_path(config.cache_dir)
         try:
-            return load_tokenizer(directory)
-        except DataError as error:
-            log(f"cache damaged, making it again: {error}")
-            discard(directory)
-    started = time.monotonic()
-    texts = (
-        document.content.decode("utf-8")
-        for read, train, _ in parts
-        for document in reread(read.source, [entry for entry in train if entry.digest in chosen], kept)
-    )
-    tokenizer = train_tokenizer(config.tokenizer, texts)
-    with whole_folder(directory) as temporary, enough_space(temporary / "tokenizer"):
-        tokenizer.save(temporary)
-    log(f"trained a tokenizer of {tokenizer.vocab_size} pieces in {time.monotonic() - started:.1f} s")
-    return tokenizer
+            list_names(cache)
+        except Exception as error:  # gcsfs raises errors of several packages
+            raise DataError(
+                f"data.cache_dir = {config.cache_dir!r}: the bucket cannot be reached ({type(error).__name__}: "
+                f"{error}). Check its name, the credentials and the network, or set it to a local folder"
+            ) from error
+        return cache
+    return Path(config.cache_dir or ".cache/data").expanduser().absolute()
 
 
-def _write(
-    directory: Path, config: DataConfig, parts: list[_Part], kept: KeptText, tokenizer: Tokenizer, identity: str
-) -> list[SourceCounts]:
-    """Encode and pack the parts into an empty folder. Return the counts of each source."""
-    counts = [_write_source(directory, config, part, kept, tokenizer) for part in parts]
-    with enough_space(directory / "tokenizer"):
-        tokenizer.save(directory / "tokenizer")
-        files = sorted(path for path in directory.rglob("*") if path.is_file())
-        manifest = {
-            "identity": identity,
-            "sequence_length": config.sequence_length,
-            "packing": config.packing,
-            "sources": [asdict(source) for source in counts],
-            "files": {path.relative_to(directory).as_posix(): [path.stat().st_size, checksum(path)] for path in files},
-        }
-        (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    return counts
-
-
-def _write_source(
-    directory: Path, config: DataConfig, part: _Part, kept: KeptText, tokenizer: Tokenizer
-) -> SourceCounts:
-    read, train, heldout = part
-    name, dtype, length = read.source.name, token_dtype(tokenizer.vocab_size), config.sequence_length + 1
-    heldout_bytes = sum(entry.size for entry in heldout)
-    copy_path = directory / f"heldout.{name}.jsonl"
-    with (
-        enough_space(copy_path, heldout_bytes),
-        copy_path.open("w", encoding="utf-8", newline="\n") as copy,
-    ):
-        train_stream, heldout_stream = _encode(read, {e.digest for e in heldout}, kept, tokenizer, dtype, copy.write)
-    windows = 0
-    if train:
-        windows, blocks = packed_blocks(*train_stream, length, config.packing)
-        _write_windows(directory / f"train.{name}", windows, length, dtype, blocks)
-    for what, array in zip(("tokens", "starts"), heldout_stream, strict=True):
-        path = directory / f"heldout.{name}.{what}.npy"
-        with enough_space(path, array.nbytes), open_array(path, array.shape, array.dtype) as write:
-            write(array)
-    max_id = max(int(stream.max(initial=0)) for stream, _ in (train_stream, heldout_stream))
-    if max_id >= tokenizer.vocab_size:
-        raise DataError(f"source {name!r}: token id {max_id} is outside the vocabulary of {tokenizer.vocab_size}")
-    return SourceCounts(
-        name=name,
-        documents=len(read.entries),
-        skipped=len(read.skipped),
-        first_skipped=read.skipped[:5],
-        empty=read.empty,
-        duplicates=read.duplicates,
-        train_documents=len(train),
-        train_bytes=sum(entry.size for entry in train),
-        train_tokens=len(train_stream[0]),
-        windows=windows,
-        heldout_documents=len(heldout),
-        heldout_bytes=heldout_bytes,
-        heldout_tokens=len(heldout_stream[0]),
-        max_id=max_id,
-    )
-
-
-_Stream = tuple[np.ndarray, np.ndarray]  # tokens [M], starts [D + 1]
-
-
-def _encode(
-    read: Survey,
-    heldout: AbstractSet[str],
-    kept: KeptText,
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    copy: Callable[[str], object],
-) -> tuple[_Stream, _Stream]:
-    """Return the (training, held-out) streams of a source; `copy` receives held-out documents as lines of JSON."""
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    documents = zip(read.entries, reread(read.source, read.entries, kept), strict=True)
-    while batch := list(itertools.islice(documents, _ENCODE_DOCUMENTS)):
-        texts = [document.content.decode("utf-8") for _, document in batch]
-        for (entry, _), text, ids in zip(batch, texts, tokenizer.encode_many(texts), strict=True):
-            is_heldout = entry.digest in heldout
-            sides[is_heldout].append(ids.astype(dtype))
-            if is_heldout:
-                copy(json.dumps({"name": entry.name, "text": text}) + "\n")
-    start, end = tokenizer.special.document_start, tokenizer.special.end
-    train_stream, heldout_stream = (concatenate(side, start, end, dtype) for side in sides)
-    return train_stream, heldout_stream
-
-
-def _write_windows(
-    stem: Path, windows: int, length: int, dtype: np.dtype, blocks: Iterator[tuple[np.ndarray, np.ndarray]]
+def _write_together(
+    rounds: Rounds, leaders: Sequence[int], lead: _Leader | None, plan: dict[str, Any], helper: Callable[..., _Helper]
 ) -> None:
-    segment_dtype = token_dtype(length + 1)
-    with (
-        enough_space(Path(f"{stem}.*"), windows * length * (dtype.itemsize + segment_dtype.itemsize)),
-        open_array(Path(f"{stem}.tokens.npy"), (windows, length), dtype) as write_tokens,
-        open_array(Path(f"{stem}.segment_ids.npy"), (windows, length), segment_dtype) as write_segment_ids,
+    """Write the data in three rounds: who helps, everyone's shards, and the leaders' manifests."""
+    index, working = rounds.processes.index, lead is not None and "work" in plan
+    help_ = helper(plan) if lead is None and "sections" in plan else None
+    offers = rounds.together(lambda: "helps" if help_ is not None and help_.can_help() else "")
+    helpers = [i for i, leader in enumerate(leaders) if leader == leaders[index] and offers[i]]
+    count = 1 + len(helpers)
+
+    def write() -> str:
+        if lead is not None and working:
+            lead.write(count)
+        elif help_ is not None and index in helpers:
+            help_.write(1 + helpers.index(index), count)
+        return ""
+
+    def finish() -> str:
+        if lead is not None and working:
+            lead.finish(count)
+        return ""
+
+    rounds.together(write)
+    rounds.together(finish)
+
+
+def _share(rank: int, count: int, total: int) -> tuple[int, int]:
+    """Return the sections [first, last) of one of `count` processes."""
+    return -(-rank * total // count), -(-(rank + 1) * total // count)
+
+
+class _Helper:
+    """A process that encodes some sections for its leader."""
+
+    def __init__(self, config: DataConfig, cache: Folder, log: Callable[[str], None], plan: dict[str, Any]):
+        self._config, self._log, self._plan = config, log, plan
+        self._work, self._folder = cache / plan["work"], cache / plan["plan"]
+
+    def can_help(self) -> bool:
+        """Return whether this process sees the leader's plan and the text."""
+        try:
+            missing = [number for number in self._plan["firsts"] if not text_is_here(self._load(number))]
+        except (OSError, ValueError) as error:
+            self._log(f"this process does not help to prepare the data, because it cannot read the plan: {error}")
+            return False
+        if missing:
+            self._log("this process does not help to prepare the data, because it does not see the text")
+        return not missing
+
+    def write(self, rank: int, count: int) -> None:
+        """Write this process's share of the shards, and report them in the plan's folder."""
+        tokenizer = load_tokenizer(self._work / "tokenizer")
+        mine = map(self._load, range(*_share(rank, count, self._plan["sections"])))
+        shards = write_shards(self._work, self._config, tokenizer, mine, log=self._log)
+        write_whole(self._folder / f"{_RESULTS}-{rank}.json", result_text(shards))
+
+    def _load(self, number: int) -> Section:
+        return Section.load(_section_file(self._folder, number), self._config.sources)
+
+
+def _section_file(folder: Folder, number: int) -> Folder:
+    return folder / f"{number:06}.npz"
+
+
+class _Leader:
+    """The process that surveys the text, plans the sections and completes the folder."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        cache: Folder,
+        log: Callable[[str], None],
+        keep_bytes: int,
+        section_bytes: int,
+        processes: int,
+        stack: contextlib.ExitStack,
     ):
-        for tokens, segment_ids in blocks:
-            write_tokens(tokens)
-            write_segment_ids(segment_ids)
+        self._config, self._cache, self._log, self._stack = config, cache, log, stack
+        self._section_bytes, self._processes = section_bytes, processes
+        self._kept = KeptText(keep_bytes)
+        self._started = time.monotonic()
 
+    def plan(self) -> str:
+        """Return JSON: the `name` of the folder and, if it is not in the cache, where `work` is done.
 
-def _digests(entries: Sequence[Entry]) -> list[str]:
-    return [entry.digest for entry in entries]
+        If processes can share the work, it also has the number of `sections`, the `plan`'s folder with a file for each,
+        and the numbers of the sources' first sections.
+        """
+        if leftovers := remove_leftovers(self._cache):
+            self._log(f"removed leftovers of interrupted preparations in {self._cache}: {', '.join(leftovers)}")
+        self._parts = survey_all(self._config, self._kept, self._section_bytes)
+        for part in self._parts:
+            self._log(summary(part))
+        self._tokenizer = cached_tokenizer(self._config, self._parts, self._kept, self._cache, self._log)
+        self._identity = identity(self._config, self._parts, self._tokenizer, self._section_bytes)
+        target = self._cache / f"packed-{self._identity[:20]}"
+        if self._is_cached(target):
+            self._log(f"packed windows found in the cache in {time.monotonic() - self._started:.1f} s")
+            return json.dumps({"name": target.name})
+        self._require_space()
+        self._work = self._stack.enter_context(whole_folder(target))
+        with enough_space(self._work / "tokenizer"):
+            self._tokenizer.save(self._work / "tokenizer")
+        self._sections = list(self._divide())
+        plan: dict[str, Any] = {"name": target.name, "work": str(self._work.relative_to(self._cache))}
+        if self._processes > 1 and self._is_sharded():
+            plan |= self._save_plan()
+        return json.dumps(plan)
 
+    def write(self, count: int) -> None:
+        """Write the held-out sets and the leader's share of the shards, of `count` processes."""
+        self._heldout = [
+            write_heldout(self._work, part.read, part.read.entries[part.heldout], self._kept, self._tokenizer)
+            for part in self._parts
+        ]
+        mine = self._sections[slice(*_share(0, count, len(self._sections)))]
+        self._shards = write_shards(self._work, self._config, self._tokenizer, mine, self._kept, log=self._log)
 
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    def finish(self, count: int) -> None:
+        """Collect the shards of `count` processes, write the manifest and complete the folder."""
+        for rank in range(1, count):
+            self._shards |= read_results((self._plan_folder() / f"{_RESULTS}-{rank}.json").read_bytes())
+        counts = [self._counts(part, heldout) for part, heldout in zip(self._parts, self._heldout, strict=True)]
+        files: dict[str, tuple[int, list[int]]] = {}
+        for found in [shard.files for shard in self._shards.values()] + [heldout.files for heldout in self._heldout]:
+            files |= found
+        with enough_space(self._work / "tokenizer"):
+            for name in list_names(self._work / "tokenizer"):
+                sums = Checksums.of(self._work / "tokenizer" / name)
+                files[f"tokenizer/{name}"] = (sums.size, sums.sums)
+            manifest = {
+                "identity": self._identity,
+                "sequence_length": self._config.sequence_length,
+                "packing": self._config.packing,
+                "sources": [asdict(source) for source in counts],
+                "files": dict(sorted(files.items())),
+            }
+            (self._work / MANIFEST).write_bytes((json.dumps(manifest) + "\n").encode())
+        self._remove_plan()
+        self._stack.close()
+        tokens, windows = sum(s.train_tokens for s in counts), sum(s.windows for s in counts)
+        self._log(
+            f"packed {tokens:,} training tokens into {windows:,} windows of {self._config.sequence_length} "
+            f"({self._config.packing}); {time.monotonic() - self._started:.1f} s in total"
+        )
+
+    def _is_cached(self, target: Folder) -> bool:
+        if not (target if isinstance(target, Path) else target / MANIFEST).exists():
+            return False
+        try:
+            open_prepared(target)
+        except DataError as error:
+            self._log(f"cache damaged, making it again: {error}")
+            discard(target, MANIFEST)
+            return False
+        return True
+
+    def _is_sharded(self) -> bool:
+        return any(len(part.bounds) > 1 for part in self._parts)
+
+    def _require_space(self) -> None:
+        """Refuse to begin a sharded corpus, whose shards are written one by one, if the disk is clearly too small."""
+        if self._is_sharded() and isinstance(self._cache, Path):
+            needed = 0.0
+            for part in self._parts:
+                ratio = bytes_per_text_byte(self._config, self._tokenizer, part.read, part.read.entries[:1024])
+                needed += part.train_bytes * ratio + part.heldout_bytes
+            require_space(self._cache, int(needed))
+
+    def _divide(self) -> Iterator[Section]:
+        for source, part in enumerate(self._parts):
+            stems = shard_stems(part.read.source.name, len(part.bounds))
+            for stem, (first, last) in zip(stems, part.bounds, strict=True):
+                yield Section(source, stem, part.read.files, part.read.entries, part.train_rows[first:last])
+
+    def _plan_folder(self) -> Folder:
+        # On a local disk, inside the temporary folder, which is removed with everything in it.
+        if isinstance(self._work, Path):
+            return self._work.parent / "plan"
+        return self._cache / f"plan-{self._work.name}"
+
+    def _save_plan(self) -> dict[str, Any]:
+        folder = self._plan_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with enough_space(folder / "sections"):
+            for number, section in enumerate(self._sections):
+                section.save(_section_file(folder, number))
+        sources = [section.source for section in self._sections]
+        return {
+            "plan": str(folder.relative_to(self._cache)),
+            "sections": len(self._sections),
+            "firsts": [sources.index(source) for source in sorted(set(sources))],
+        }
+
+    def _remove_plan(self) -> None:
+        folder = self._plan_folder()
+        if isinstance(folder, Path):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif list_names(folder):
+            folder.rmtree()
+
+    def _counts(self, part: Part, heldout: Heldout) -> SourceCounts:
+        read = part.read
+        shards = [self._shards[stem] for stem in shard_stems(read.source.name, len(part.bounds))]
+        windows = [shard.windows for shard in shards]
+        return SourceCounts(
+            name=read.source.name,
+            documents=len(read.entries),
+            skipped=read.skipped.count,
+            first_skipped=tuple(read.skipped.first),
+            empty=read.empty,
+            duplicates=read.duplicates,
+            train_documents=len(part.train_rows),
+            train_bytes=part.train_bytes,
+            train_tokens=sum(shard.tokens for shard in shards),
+            windows=sum(windows),
+            heldout_documents=int(np.count_nonzero(part.heldout)),
+            heldout_bytes=part.heldout_bytes,
+            heldout_tokens=heldout.tokens,
+            max_id=max([heldout.max_id, *(shard.max_id for shard in shards)]),
+            shards=tuple(windows) if len(windows) > 1 else (),
+        )

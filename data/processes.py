@@ -1,4 +1,4 @@
-"""Coordinate processes that prepare data: one works for all that share its cache, and the others wait.
+"""Coordinate processes that prepare data: one leads all that share its cache, and the others help or wait.
 
 The caller provides the `Processes` (from jax.distributed, or a test); this module does not import JAX.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.config import DataError
+from data.paths import Folder
 
 SHARING = "sharing-"  # prefix of the folder that shows which processes share a cache
 _ERROR_READ_SECONDS = 10.0
@@ -148,17 +149,19 @@ def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
-def leader_of(rounds: Rounds, cache: Path) -> int:
-    """Create the cache folder and return the lowest process that shares it.
+def leaders_of(rounds: Rounds, cache: Folder) -> list[int]:
+    """Create the cache folder. Return for every process the lowest one that shares its cache.
 
     Every process writes a file in the folder and looks for the others' files, so that one host, or several hosts with
     shared storage, have one leader. A process that does not yet see the others (network file systems may cache
-    listings) leads itself and prepares the same content, which only costs time.
+    listings) leads itself and prepares the same content, which only costs time. All processes share a bucket.
     """
-    index = rounds.processes.index
-    if rounds.processes.count == 1:
+    index, count = rounds.processes.index, rounds.processes.count
+    if not isinstance(cache, Path):
+        return [0] * count
+    if count == 1:
         cache.mkdir(parents=True, exist_ok=True)
-        return index
+        return [index]
     name = rounds.together(lambda: uuid.uuid4().hex)[0]
     presence = cache / f"{SHARING}{name}"
 
@@ -169,8 +172,9 @@ def leader_of(rounds: Rounds, cache: Path) -> int:
 
     rounds.together(announce)
     lowest = rounds.together(lambda: str(min(int(path.name) for path in presence.iterdir())))
-    leader = index
-    while int(lowest[leader]) < leader:
-        leader = int(lowest[leader])
+    leaders = list(range(count))
+    for process in leaders:
+        while int(lowest[leaders[process]]) < leaders[process]:
+            leaders[process] = int(lowest[leaders[process]])
     shutil.rmtree(presence, ignore_errors=True)
-    return leader
+    return leaders
