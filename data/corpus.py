@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -186,15 +186,15 @@ def _read_file(source: SourceConfig, files: Files, index: int, skipped: Skipped)
 
 
 @contextlib.contextmanager
-def open_text(source: SourceConfig, path: Folder) -> Iterator[BinaryIO]:
+def open_text(source: SourceConfig, path: Folder) -> Iterator[io.BufferedReader]:
     """Open a source's file to read bytes. JSONL in a file '*.gz' is decompressed. Raises OSError."""
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
-        if not isinstance(file, io.BufferedReader):  # a bucket's file reads lines slowly
-            file = stack.enter_context(io.BufferedReader(cast(io.RawIOBase, file), _BUFFER))
+        file: Any = stack.enter_context(path.open("rb"))
         if source.kind == "jsonl" and path.name.endswith(".gz"):
             file = stack.enter_context(gzip.GzipFile(fileobj=file))
-        yield cast(BinaryIO, file)
+        if not isinstance(file, io.BufferedReader):  # other files read lines slowly
+            file = stack.enter_context(io.BufferedReader(file, _BUFFER))
+        yield file
 
 
 def _not_utf8(content: bytes) -> str:
@@ -205,7 +205,9 @@ def _not_utf8(content: bytes) -> str:
     return ""
 
 
-def _read_lines(source: SourceConfig, files: Files, index: int, lines: BinaryIO, skipped: Skipped) -> Iterator[Record]:
+def _read_lines(
+    source: SourceConfig, files: Files, index: int, lines: io.BufferedReader, skipped: Skipped
+) -> Iterator[Record]:
     offset = 0
     for number, line in enumerate(lines, 1):
         start, offset = offset, offset + len(line)

@@ -79,13 +79,13 @@ def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
     return path
 
 
-def forget_listings(path: epath.Path) -> None:
+def forget_listings(path: Folder) -> None:
     """Drop the bucket client's cached listings, since other processes and libraries write there."""
     if not is_local(path):
         bucket_store(path).invalidate_cache()
 
 
-def bucket_store(path: epath.Path) -> Any:
+def bucket_store(path: Folder) -> Any:
     """Return the fsspec file system of a path in a bucket, with its cached listings dropped for that path."""
     import fsspec
 
@@ -95,7 +95,7 @@ def bucket_store(path: epath.Path) -> Any:
     return store
 
 
-def list_names(folder: epath.Path) -> list[str]:
+def list_names(folder: Folder) -> list[str]:
     """Return the sorted names in a folder, or [] if it does not exist. Raises OSError for any other failure."""
     forget_listings(folder)
     try:

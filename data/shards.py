@@ -182,10 +182,11 @@ def write_heldout(
     copy_path, size = folder / f"heldout.{name}.jsonl", int(entries["size"].sum())
     starts, max_id, files = array("q", [0]), 0, {}
     with (
+        enough_space(copy_path, size),  # also for the temporary file, which may report a full disk when it is closed
         tempfile.TemporaryFile(dir=folder if isinstance(folder, Path) else None) as spool,
         Rereader(read.source, read.files, kept) as reader,
     ):
-        with enough_space(copy_path, size), copy_path.open("wb") as file:
+        with copy_path.open("wb") as file:
             copy = ChecksummedFile(file)
             encoded = encode(reader.texts(entries), tokenizer, dtype)
             for entry, (ids, text) in zip(entries, encoded, strict=True):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class Rereader:
 
     def __init__(self, source: SourceConfig, files: Files, kept: KeptText | None = None):
         self._source, self.files, self._kept = source, files, kept
-        self._opened: tuple[str, BinaryIO] | None = None
+        self._opened: tuple[str, io.BufferedReader] | None = None
         self._stack = contextlib.ExitStack()
 
     def texts(self, entries: np.ndarray) -> Iterator[bytes]:

@@ -98,6 +98,6 @@ def test_a_folder_is_complete_or_absent(tmp_path, error):
         with whole_folder(tmp_path / "a") as folder:
             (folder / "part").write_text("whole")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "part").read_text() == "whole"
-    discard(tmp_path / "a")
-    discard(tmp_path / "a")
+    discard(tmp_path / "a", "part")
+    discard(tmp_path / "a", "part")
     assert os.listdir(tmp_path) == []
