@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 
 def token_dtype(limit: int) -> np.dtype:
@@ -122,12 +123,25 @@ def packed_blocks(
     """
     block = max(1, min(block, 2**20 // length))
     if packing == "split":
-        offsets = split_offsets(len(stream_M), length, length - 1)
-        return len(offsets), (
-            cut(stream_M, starts, offsets[i : i + block], length) for i in range(0, len(offsets), block)
-        )
+        count = len(split_offsets(len(stream_M), length, length - 1))
+        return count, (_rows(stream_M, starts, i, min(i + block, count), length) for i in range(0, count, block))
     windows = best_fit(starts, length)
     return len(windows), (fill(stream_M, windows[i : i + block], length) for i in range(0, len(windows), block))
+
+
+def _rows(
+    stream_M: np.ndarray, starts: np.ndarray, first: int, last: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `cut` does for the windows `first` to `last` of the packing 'split', several times as fast."""
+    begin, end = first * (length - 1), last * (length - 1) + 1
+    inside = min(end, len(stream_M)) - begin
+    tokens, documents = np.zeros((2, end - begin), np.int32)
+    tokens[:inside] = stream_M[begin : begin + inside]
+    low, high = np.searchsorted(starts, [begin, begin + inside - 1], side="right")
+    edges = np.clip(starts[low - 1 : high + 1] - begin, 0, inside)
+    documents[:inside] = np.repeat(np.arange(1, high - low + 2, dtype=np.int32), np.diff(edges))
+    windows = [sliding_window_view(array, length)[:: length - 1] for array in (tokens, documents)]
+    return windows[0].copy(), np.where(windows[1] > 0, windows[1] - windows[1][:, :1] + 1, 0).astype(np.int32)
 
 
 def positions_of(segment_ids: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,18 +66,22 @@ class Survey:
 
 def survey(source: SourceConfig, kept: KeptText | None = None) -> Survey:
     """Read a source once. Offer the text to `kept`. Raises DataError if it has no document."""
-    files, skipped, table, empty = find_files(source), Skipped(), bytearray(), 0
-    for record in read_records(source, files, skipped):
-        if not record.content:
-            empty += 1
-            continue
-        if record.line > _MAX_LINE:
-            raise DataError(f"source {source.name!r}: {files.names[record.file]} has over {_MAX_LINE} lines. Split it")
-        digest = hashlib.sha256(record.content).digest()
-        table += _PACK(digest, len(record.content), record.offset, record.file, record.line)
-        if kept is not None:
-            kept.keep(digest, record.content)
-    found = Survey(source, files, np.frombuffer(table, ENTRY), skipped, empty)
+    files, skipped, empty = find_files(source), Skipped(), 0
+    with tempfile.TemporaryFile() as table:
+        for record in read_records(source, files, skipped):
+            if not record.content:
+                empty += 1
+                continue
+            if record.line > _MAX_LINE:
+                raise DataError(
+                    f"source {source.name!r}: {files.names[record.file]} has over {_MAX_LINE} lines. Split the file"
+                )
+            digest = hashlib.sha256(record.content).digest()
+            table.write(_PACK(digest, len(record.content), record.offset, record.file, record.line))
+            if kept is not None:
+                kept.keep(digest, record.content)
+        table.seek(0)
+        found = Survey(source, files, np.fromfile(table, ENTRY), skipped, empty)
     _require_documents(found)
     return found
 

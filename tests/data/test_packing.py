@@ -53,6 +53,18 @@ def test_every_token_is_predicted_once(packing, sizes, length, block):
     assert np.all((segment_ids == 0) == (tokens == 0))
 
 
+@given(sizes=sizes, length=lengths, block=st.integers(1, 9))
+def test_consecutive_windows_equal_those_cut_one_by_one(sizes, length, block):
+    stream, starts = stream_of(sizes)
+    count, blocks = packed_blocks(stream, starts, length, "split", block)
+    found = [np.concatenate(arrays) for arrays in zip(*blocks, strict=True)]
+    expected = cut(stream, starts, split_offsets(len(stream), length, length - 1), length)
+    assert count == len(found[0])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype and one.shape == other.shape
+
+
 @given(sizes=sizes, length=lengths, data=st.data())
 def test_every_stride_scores_every_token_once(sizes, length, data):
     stream, starts = stream_of(sizes)
