@@ -136,7 +136,7 @@ def _joined(ranges: Sequence[Range]) -> list[tuple[Range, list[Range]]]:
 
 def _whole(content: bytes, path: str, part: Range) -> bytes:
     if len(content) != part.stop - part.start:
-        raise _unreadable(path, part, f"the file ends after {part.start + len(content)} bytes")
+        raise _unreadable(path, part, f"the file has only {len(content)} of them")
     return content
 
 

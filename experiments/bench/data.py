@@ -225,9 +225,8 @@ def main() -> None:
         if not (Path(args.folder) / "text").exists():
             phase("text", args)
         phase("prepare", args, args.processes)
-        phase("prepare", args, args.processes)  # finds it in the cache
         phase("read", args)
-        phase("train", args)
+        phase("train", args)  # begins with finding the prepared data in the cache
         for name in ("text", "cache"):
             print(f"{name}: {disk_bytes(Path(args.folder) / name) / 1e6:,.0f} MB on disk")
         shutil.rmtree(Path(args.folder) / "run", ignore_errors=True)

@@ -2,13 +2,13 @@
 
     python -m tests.data.preparing_peer INDEX COUNT STORE CONFIG [SCENARIO]
 
-SCENARIO: interrupt | interrupt waiting | slow | limit=BYTES | keep=BYTES
+SCENARIO: interrupt | interrupt waiting | slow | limit=BYTES | keep=BYTES | section=BYTES
 
 The processes share the folder STORE as their key-value store. CONFIG is a pickled DataConfig. With `interrupt`, the
 process gets Ctrl-C when it first opens a file of the corpus; with `interrupt waiting`, while it waits for the others to
 prepare. With `slow`, it pauses at every file. With `limit`, no file can grow beyond BYTES. With `keep`, it keeps BYTES
-of text in memory. The last line of output is JSON with the number of times each file of the corpus was opened, and the
-identity or the error.
+of text in memory. With `section`, a section has BYTES of text and no text stays in memory. The last line of output is
+JSON with the number of times each file of the corpus was opened, and the identity or the error.
 """
 
 import collections
@@ -71,6 +71,8 @@ def main(index: int, count: int, store: Path, config_file: Path, scenario: str =
         limit = int(scenario.removeprefix("limit="))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     keep = {"keep_bytes": int(scenario.removeprefix("keep="))} if scenario.startswith("keep=") else {}
+    if scenario.startswith("section="):
+        keep = {"keep_bytes": 0, "section_bytes": int(scenario.removeprefix("section="))}
     lines: list[str] = []
     result: dict[str, object] = {"lines": lines}
     try:

@@ -41,6 +41,21 @@ def test_a_full_disk_gives_an_error_with_numbers(tmp_path):
     assert needed > free and free <= 2**16
 
 
+def test_a_disk_too_small_for_all_shards_is_refused_before_they_are_written(tmp_path):
+    """The cache is on a private file system of 256 KiB, and a shard fits."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path / 'disk'} && "
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"]).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    config = byte_config(tmp_path, write_corpus(tmp_path / "s", 160), cache_dir=str(tmp_path / "disk" / "cache"))
+    script = f'{mount} "$@"; test -z "$(ls {config.cache_dir})" || echo null'  # null: a leftover
+    (found,) = results(start(tmp_path, [config], {0: "section=9000"}, "unshare", "-rm", "sh", "-c", script, "sh"))
+    assert re.search(r"no space .* \(it needs about [\d,]+ bytes and [\d,]+ bytes are free\)", found["error"])
+    needed, free = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) bytes", found["error"]))
+    tokens = sum(path.stat().st_size + 2 for path in (tmp_path / "s").iterdir())  # a fifth is held out
+    assert 0.7 * 4 * tokens < needed < 1.1 * 4 * tokens and free <= 2**18 < needed
+
+
 def test_an_array_file_equals_one_that_numpy_saves(tmp_path):
     expected = np.arange(21, dtype=np.uint16).reshape(7, 3)
     with open_array(tmp_path / "a.npy", expected.shape, expected.dtype) as write:
