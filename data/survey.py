@@ -28,6 +28,7 @@ _PACK = struct.Struct("<32sqqii").pack
 _MAX_LINE = 2**31 - 1
 _KEPT_OVERHEAD = 200  # memory of a kept text besides its bytes
 _CHUNK = 1 << 16
+_SPOOL_BYTES = 1 << 24  # of a table in memory while it grows, without copies; more is in a temporary file
 
 
 class KeptText:
@@ -67,7 +68,7 @@ class Survey:
 def survey(source: SourceConfig, kept: KeptText | None = None) -> Survey:
     """Read a source once. Offer the text to `kept`. Raises DataError if it has no document."""
     files, skipped, empty = find_files(source), Skipped(), 0
-    with tempfile.TemporaryFile() as table:
+    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as table:
         for record in read_records(source, files, skipped):
             if not record.content:
                 empty += 1
@@ -80,8 +81,10 @@ def survey(source: SourceConfig, kept: KeptText | None = None) -> Survey:
             table.write(_PACK(digest, len(record.content), record.offset, record.file, record.line))
             if kept is not None:
                 kept.keep(digest, record.content)
+        entries = np.empty(table.tell() // ENTRY.itemsize, ENTRY)
         table.seek(0)
-        found = Survey(source, files, np.fromfile(table, ENTRY), skipped, empty)
+        table.readinto(entries.view(np.uint8).data)
+    found = Survey(source, files, entries, skipped, empty)
     _require_documents(found)
     return found
 
