@@ -5,7 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from data.config import DataError
 
@@ -16,12 +16,16 @@ _COMPRESSORS = {
 }
 
 
-def compressed_sizes(files: Sequence[bytes]) -> dict[str, float]:
+def compressed_sizes(files: Iterable[bytes]) -> dict[str, float]:
     """Return the bits per byte of each compressor: 8 * (sum of compressed sizes) / (sum of file sizes).
 
     Files are compressed separately, and headers count. Raises DataError if all files are empty.
     """
-    total = sum(map(len, files))
+    count, total, sizes = 0, 0, dict.fromkeys(_COMPRESSORS, 0)
+    for count, file in enumerate(files, 1):  # noqa: B007
+        total += len(file)
+        for name, pack in _COMPRESSORS.items():
+            sizes[name] += len(pack(file))
     if total == 0:
-        raise DataError(f"{len(files)} files have 0 bytes in total: bits per byte requires held-out text")
-    return {name: sum(len(pack(file)) for file in files) * 8 / total for name, pack in _COMPRESSORS.items()}
+        raise DataError(f"{count} files have 0 bytes in total: bits per byte requires held-out text")
+    return {name: size * 8 / total for name, size in sizes.items()}

@@ -168,7 +168,7 @@ def _copied(run: RunFolder, path: Path) -> Path:
 def eval_command(args: argparse.Namespace) -> int:
     """Print the bits per byte of a run's weights on all held-out files, beside compressors."""
     from data.compressors import compressed_sizes
-    from data.prepare import heldout_files
+    from data.prepare import heldout_documents
     from experiments.cpu_devices import start_devices
     from experiments.run import heldout_table, open_trained, prepare_data
     from train.evaluate import evaluate_all
@@ -187,7 +187,7 @@ def eval_command(args: argparse.Namespace) -> int:
     program, trained = open_trained(run, experiment, prepared.tokenizer, args.step)
     print(f"weights of step {trained.step}")
     for name, result in evaluate_all(program, trained.model, prepared, full=True).items():
-        files = [text.encode() for _, text in heldout_files(prepared, name)]
+        files = (text.encode() for _, text in heldout_documents(prepared, name))
         print(heldout_table(name, {**result.row(), "compressors": compressed_sizes(files)}))
     return 0
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.compressors import compressed_sizes
 from data.config import DataError
-from data.prepare import Prepared, heldout_files, prepare
+from data.prepare import Prepared, heldout_documents, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
@@ -203,7 +203,7 @@ def finish(
             return False
         sets = {}
         for name, result in results.items():
-            compressors = compressed_sizes([text.encode() for _, text in heldout_files(prepared, name)])
+            compressors = compressed_sizes(text.encode() for _, text in heldout_documents(prepared, name))
             sets[name] = {**result.row(), "compressors": compressors}
             metrics.write({"kind": "eval", "step": trained.step, "set": name, **result.row()})
             log(heldout_table(name, sets[name]))
@@ -273,17 +273,17 @@ def _cases(prepared: Prepared, config: SampleConfig) -> list[tuple[str, list[int
     """Return (file, prompt ids, reference text) for held-out files that are long enough, evenly spaced among them."""
     tokenizer: Tokenizer = prepared.tokenizer
     needed = (config.prompt_tokens + config.new_tokens) * 8
-    files = [
-        (name, text)
-        for set_name in prepared.heldout_names
-        for name, text in heldout_files(prepared, set_name)
-        if len(text) > needed
-    ]
-    if not files:
+
+    def files() -> Iterator[tuple[str, str]]:  # their text may not fit in memory
+        for set_name in prepared.heldout_names:
+            yield from (file for file in heldout_documents(prepared, set_name) if len(file[1]) > needed)
+
+    count = sum(1 for _ in files())
+    if not count:
         return []
-    picked = [files[i] for i in sorted({int(i) for i in np.linspace(0, len(files) - 1, config.count)})]
+    picked = {int(i) for i in np.linspace(0, count - 1, config.count)}
     cases = []
-    for name, text in picked:
+    for name, text in (file for i, file in enumerate(files()) if i in picked):
         middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
         before = text[:middle]
         ids = tokenizer.encode(before[-config.prompt_tokens * 8 :]).tolist()[-(config.prompt_tokens - 1) :]
