@@ -2,7 +2,7 @@
 
     python -m experiments.bench.data [--gigabytes G] [--processes P] [--tokenizer byte] [--folder DIR] [--compress]
 
-Each phase runs in processes of its own, and its line gives the largest peak of resident memory of a process. The text
+Each phase runs in new processes, and its line gives the largest peak of resident memory of a process. The text
 has words by Zipf's law and 1 % duplicates, and depends only on its size. P processes of jax.distributed prepare it.
 """
 
