@@ -86,6 +86,8 @@ def prepare(
     config.validate()
     cache = _cache_folder(config)
     rounds = Rounds(processes)
+    if not isinstance(cache, Path):
+        rounds.together(lambda: _require_reachable(cache))
     leaders = leaders_of(rounds, cache)
     leader = leaders[processes.index]
     leads = leader == processes.index
@@ -117,18 +119,21 @@ def _require_equal(names: set[str]) -> None:
 
 
 def _cache_folder(config: DataConfig) -> Folder:
-    """Return the cache. Raises DataError if it is in a bucket that cannot be reached."""
-    if not is_local(config.cache_dir):
-        cache = parse_path(config.cache_dir)
-        try:
-            list_names(cache)
-        except Exception as error:  # gcsfs raises errors of several packages
-            raise DataError(
-                f"data.cache_dir = {config.cache_dir!r}: the bucket cannot be reached ({type(error).__name__}: "
-                f"{error}). Check its name, the credentials and the network, or set it to a local folder"
-            ) from error
-        return cache
-    return Path(config.cache_dir or ".cache/data").expanduser().absolute()
+    if is_local(config.cache_dir):
+        return Path(config.cache_dir or ".cache/data").expanduser().absolute()
+    return parse_path(config.cache_dir)
+
+
+def _require_reachable(cache: Folder) -> str:
+    """Raise DataError if the bucket of a cache cannot be reached."""
+    try:
+        list_names(cache)
+    except Exception as error:  # gcsfs raises errors of several packages
+        raise DataError(
+            f"data.cache_dir = {str(cache)!r}: the bucket cannot be reached ({type(error).__name__}: {error}). "
+            "Check its name, the credentials and the network, or set it to a local folder"
+        ) from error
+    return ""
 
 
 def _write_together(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Prepared:
     sequence_length: int
     packing: str
     sources: tuple[SourceCounts, ...]
-    sizes: Mapping[str, int]  # bytes of each file
+    sizes: Mapping[str, int] = field(hash=False, repr=False)  # bytes of each file
 
     @property
     def vocab_size(self) -> int:
