@@ -11,9 +11,10 @@ from pathlib import Path
 
 from etils import epath
 
-from data.paths import PathError, is_local, parse_path, require_backend
+from data.paths import PathError, is_local, parse_path
 from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
+from train.bucket import check_bucket
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
 from train.records import RunFolder, RunFolderError
@@ -211,7 +212,7 @@ def find_run(text: str) -> RunFolder:
 def _parse(text: str, field: str) -> epath.Path:
     """Return the path that a text names. Raises RunFolderError if it is invalid or an unreachable bucket."""
     try:
-        return require_backend(parse_path(text, field), field)
+        return check_bucket(parse_path(text, field), field)
     except PathError as error:
         raise RunFolderError(str(error)) from error
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from data.paths import forget_listings, list_names
+from data.paths import list_names
 from train.commit import (
     ASIDE_FILE,
     COMMIT_FILE,
@@ -163,7 +163,6 @@ class CheckpointFolder:
     def _remove(self, name: str, prefix: str = "") -> None:
         try:
             path = self.path / name
-            forget_listings(path)
             if path.is_dir():
                 path.rmtree()
             else:

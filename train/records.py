@@ -18,8 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.paths import PathError, require_backend, write_whole
+from data.paths import PathError, is_local, write_whole
 from train import config_io
+from train.bucket import check_bucket
 from train.lease import LeaseTiming, hold_lease
 from train.metrics import MetricsWriter
 from train.run_folder import RunFolder, RunFolderError, read_metrics
@@ -68,7 +69,7 @@ def open_run(
     run = RunFolder(path)
     with contextlib.ExitStack() as stack:
         try:
-            require_backend(run.path, "run")
+            check_bucket(run.path, "run")
             run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lease(run, log, timing=timing))
             _warn_about_missing_checkpoints(run, log)
@@ -78,9 +79,9 @@ def open_run(
         except PathError as error:
             raise RunFolderError(str(error)) from error
         except OSError as error:
+            fix = "free the disk, fix the permissions" if is_local(run.path) else "fix that"
             raise RunFolderError(
-                f"run folder {run.path} cannot be written ({error}); free the disk, fix the permissions, or choose "
-                "another folder with --run"
+                f"run folder {run.path} cannot be written ({error}); {fix}, or choose another folder with --run"
             ) from error
         yield run
 
