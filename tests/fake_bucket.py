@@ -4,8 +4,9 @@ import contextlib
 import functools
 import os
 
-from tests.gcs_server import Store, client_environment, serve_bucket
+import fsspec.config
 
+from tests.gcs_server import Store, client_environment, serve_bucket
 
 _serving = contextlib.ExitStack()  # until the process ends
 
@@ -15,4 +16,5 @@ def use_fake_bucket() -> Store:
     """Serve gs://bucket from this process until it ends, and lead this process's clients there. Return its store."""
     store, port = _serving.enter_context(serve_bucket())
     os.environ.update(client_environment(port))
+    fsspec.config.conf.setdefault("gs", {})["token"] = "anon"  # FSSPEC_GS_TOKEN is read by the import
     return store

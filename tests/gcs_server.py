@@ -137,7 +137,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         address = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(address.query, keep_blank_values=True))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        form = r"(?P<upload>/upload|/download)?/storage/v1/b/(?P<bucket>[^/]+)(?P<objects>/o(?:/(?P<name>.*))?)?"
+        form = r"(?P<upload>/upload|/download)?/storage/v1/b/(?P<bucket>[^/]+)(?P<objects>/o(?:/(?P<name>[^/]*))?)?"
+        form += r"(?:/(?P<change>moveTo|rewriteTo/b/(?P<to_bucket>[^/]+))/o/(?P<to_name>[^/]*))?"
         match = re.fullmatch(form, address.path)
         parts = match.groupdict() if match else {}
         name = urllib.parse.unquote(parts.get("name") or query.get("name", ""))
@@ -187,6 +188,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if method == "GET":
             found = store.find(bucket, name, query)
             return self.media(found) if query.get("alt") == "media" else as_json(store.describe(bucket, name))
+        if method == "POST" and parts["to_name"]:
+            target = parts["to_bucket"] or bucket, urllib.parse.unquote(parts["to_name"])
+            copy = store.put(*target, store.find(bucket, name, {}).content, query)
+            if parts["change"] != "moveTo":
+                return as_json({"kind": "storage#rewriteResponse", "done": True, "resource": copy})
+            del store.objects(bucket)[name]
+            return as_json(copy)
         if method == "DELETE" and name:
             store.find(bucket, name, query)
             del store.objects(bucket)[name]
@@ -261,7 +269,7 @@ def client_environment(port: int) -> dict[str, str]:
     """Return the variables that lead TensorStore and gcsfs to the server, without a search for credentials."""
     url = f"http://127.0.0.1:{port}"
     return {
-        "TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url, "NO_GCE_CHECK": "true",
+        "TENSORSTORE_GCS_HTTP_URL": url, "STORAGE_EMULATOR_HOST": url, "FSSPEC_GS_TOKEN": "anon",
         "GCE_METADATA_ROOT": "127.0.0.1:1", "CLOUDSDK_CONFIG": os.devnull,
     }  # fmt: skip
 

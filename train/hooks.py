@@ -65,6 +65,13 @@ class Recorder(Hook):
         except OSError as error:
             self.log(f"warning: the metrics of step {row['step']} were not written ({error})")
 
+    def close(self) -> None:
+        """Close the metrics."""
+        try:
+            self._metrics.close()
+        except OSError as error:
+            self.log(f"warning: the last metrics were not written ({error})")
+
     def event(self, step: int, event: str, message: str, **more: Any) -> None:
         """Write an event."""
         self.record({"kind": "event", "step": step, "event": event, "message": message, **more})

@@ -108,7 +108,8 @@ def assemble(
     experiment, config = program.experiment, program.experiment.train
     process, processes, goodput = jax.process_index(), jax.process_count(), goodput or Goodput()
     enter = stack.enter_context
-    recorder = Recorder(enter(MetricsWriter(run, sinks=config.sinks, process_index=process)), log)
+    recorder = Recorder(MetricsWriter(run, sinks=config.sinks, process_index=process), log)
+    stack.callback(recorder.close)
     if checkpoints is None:
         checkpoints = Checkpointer(
             run.checkpoints, keep_last=config.keep_last, keep_best=config.keep_best, log=recorder.warn

@@ -129,6 +129,6 @@ class Saver:
                 steps = self._checkpoints.steps()
                 last = f"; step {steps[-1]} is the last good one" if steps else "; no step was saved"
         raise CheckpointError(
-            f"the checkpoint of step {step} was not written, and its weights are lost{last}. Free the disk and start "
-            "the same command again: it continues from there"
+            f"the checkpoint of step {step} was not written, and its weights are lost{last}. Free the disk, or restore "
+            "the permissions, and start the same command again: it continues from there"
         )
