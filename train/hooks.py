@@ -43,6 +43,9 @@ class Hook:
     def on_eval(self, trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
         """Called after the weights of `step` were evaluated."""
 
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        """Called before a checkpoint of `step` is started."""
+
     def on_save(self, trainer: Trainer, step: int, started: bool) -> None:
         """Called after a checkpoint of `step` was started (the last one: written) or failed to start."""
 
@@ -90,6 +93,13 @@ class Recorder(Hook):
     def on_eval(self, trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.record(row)
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        """Write all rows up to the step, since a run that resumes from it does not make them again."""
+        try:
+            self._metrics.flush()
+        except OSError as error:
+            self.log(f"warning: the metrics up to step {step} were not written ({error})")
 
 
 class NonfiniteGuard(Hook):

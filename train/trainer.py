@@ -156,6 +156,8 @@ class Trainer:
         if saving:
             self.saved = self.step
             with self.goodput.phase("checkpoints"):
+                for hook in self._hooks:
+                    hook.before_save(self, self.step)
                 self._written = self._saver.save(
                     self.state,
                     self.step,

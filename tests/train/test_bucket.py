@@ -16,7 +16,7 @@ from tests.train.small_runs import bits, experiment, run, train_rows
 from train.bucket import ABSENT, BucketError, BucketObject, check_bucket
 from train.checkpoint import Checkpointer, CheckpointError
 from train.program import build
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, read_metrics
 
 STEPS = 8
 
@@ -151,8 +151,19 @@ def test_a_run_continues_through_transient_failures(store, folder, tiny):
     program, prepared, whole, rows = tiny
     for pattern in ("POST .*/checkpoints/4/", "POST .*/checkpoints/6/", "GET .*/checkpoints/6", "POST .*/metrics"):
         store.faults += [Fault(pattern, 503, times=1), Fault(pattern, 429, times=1)]
+    recorded = {}
+
+    def look(request):
+        if match := re.search(r"POST .*/checkpoints/(\d+)/commit.json", request):
+            recorded[int(match[1])] = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
+
+    store.before = look
     notices: list[str] = []
     trained = run(program, prepared, folder, notices)
+    # A job that is killed after a commit does not make the rows before it again.
+    assert {step: {*range(step + 1)} <= {*steps} for step, steps in recorded.items()} == dict.fromkeys(
+        (2, 4, 6, 8), True
+    )
     assert all(fault.seen == 1 for fault in store.faults)
     assert bits(trained.state) == whole and train_rows(folder) == rows
     assert not [notice for notice in notices if "warning" in notice]
