@@ -132,10 +132,8 @@ def write_whole(file: str | os.PathLike[str], content: str | bytes, *, local: bo
     if not (is_local(path) if local is None else local):
         try:
             path.write_bytes(data)  # an object is replaced when its upload ends
-        except OSError:
-            raise
-        except Exception as error:  # gcsfs raises its own exception classes
-            raise OSError(f"{path}: {error}") from error
+        except Exception as error:  # gcsfs raises its own exception classes, with messages of several lines
+            raise OSError(f"{path}: {' '.join(str(error).split())}") from error
         return
     temporary = os.path.join(path.parent, f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:

@@ -61,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         failure = error
+    except Exception as error:
+        from train.bucket import is_client_error, reason_of
+
+        if not is_client_error(error):
+            raise
+        print(f"error: {reason_of(error)}", file=sys.stderr)
+        failure = error
     except Stopped:
         print(STOPPED.format(name="SIGTERM"), file=sys.stderr)
         code = Stopped.code

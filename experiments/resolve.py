@@ -17,7 +17,7 @@ from experiments.named import EXPERIMENTS
 from train.bucket import check_bucket
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
-from train.records import RunFolder, RunFolderError
+from train.records import RunFolder, RunFolderError, with_writer
 
 MAX_NAME_BYTES = 200  # bytes of a run's name; file systems allow 255
 VOCAB_MULTIPLE = 128  # suits matrix units and tensor-parallel meshes
@@ -269,8 +269,14 @@ def _foreign_file(path: epath.Path) -> str | None:
 
 
 def load_experiment(run: RunFolder) -> Experiment:
-    """Return the resolved experiment of a run folder. Its saved tokenizer is the one in the folder, even if moved."""
-    experiment = load_json(Experiment, run.config)
+    """Return the resolved experiment of a run folder. Its saved tokenizer is the one in the folder, even if moved.
+
+    Raises ConfigError, which names the code that wrote the folder.
+    """
+    try:
+        experiment = load_json(Experiment, run.config)
+    except ConfigError as error:
+        raise ConfigError(with_writer(error, run)) from error
     tokenizer = experiment.data.tokenizer
     if tokenizer.kind != "saved" or not run.tokenizer.exists():
         return experiment

@@ -66,6 +66,11 @@ def reason_of(error: Exception) -> str:
     return f"the bucket cannot be reached ({text}); check the network, then start the same command again"
 
 
+def is_client_error(error: Exception) -> bool:
+    """Return whether a library below gcsfs raised this, which has no class in common with OSError."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests")
+
+
 def check_bucket(path: epath.Path, field: str = "path") -> epath.Path:
     """Return `path`. Raises PathError if it is in a bucket that does not exist, answer or let this account read.
 

@@ -117,7 +117,10 @@ def read_body(directory: epath.Path, step: int) -> dict[str, Any]:
     if not intact:
         raise DamagedError(f"{COMMIT_FILE}: checksum mismatch")
     if isinstance(body, dict) and isinstance(body.get("format"), int) and body["format"] != FORMAT:
-        raise CheckpointError(f"{directory} has checkpoint format {body['format']}; this code reads {FORMAT}")
+        raise CheckpointError(
+            f"{directory} has checkpoint format {body['format']}; this code reads {FORMAT}. "
+            f"Check out the code that wrote it"
+        )
     if not _is_well_formed(body):
         raise DamagedError(f"{COMMIT_FILE} does not describe a checkpoint")
     if body["step"] != step:

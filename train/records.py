@@ -33,6 +33,7 @@ __all__ = [
     "describe_environment",
     "open_run",
     "read_metrics",
+    "with_writer",
     "write_environment",
     "write_samples",
 ]
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     "pallas_kernels", "sharding", "model", "interop", "compression", "data", "train", "decode", "experiments",
 )  # fmt: skip # folders of the package
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 # ---- opening a folder for writing ----
@@ -107,8 +108,9 @@ def _accept_config(
         except config_io.ConfigError as error:
             if not override:
                 raise RunFolderError(
-                    f"run folder {run.path} holds a config that this code cannot read: {error}. Start a new run with "
-                    "--run NEWNAME, or continue this one under the current config with --override"
+                    f"run folder {run.path} holds a config that this code cannot read: "
+                    f"{with_writer(error, run)}; start a new run with --run NEWNAME, or continue this one under the "
+                    "current config with --override"
                 ) from error
             log(f"unreadable config replaced: {error}")
             changes = []
@@ -183,6 +185,23 @@ def code_version(root: Path = ROOT) -> str:
     commit = (_git("rev-parse", "--short=12", "HEAD") or "unknown").strip()
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"{named}, commit {commit}, files {digest.hexdigest()[:12]}"
+
+
+def with_writer(error: Exception, run: RunFolder) -> str:
+    """Return the message of an error about a run folder, and what is known of the code that last wrote the folder."""
+    text = str(error).rstrip(".")
+    try:
+        environment = json.loads(run.environment.read_bytes())
+        packages, commit = environment["packages"], environment["git_commit"]
+        theirs = [f"{name} {packages[name]}" for name in ("meshwork", "jax") if name in packages]
+        theirs += [f"commit {commit[:12]}"] if commit else []
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return text
+    end = "" if text.endswith("?") else "."
+    return (
+        f"{text}{end} The folder was last written by {', '.join(theirs)}; this code is {code_version()}. Check out the "
+        "code that wrote it"
+    )
 
 
 def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:

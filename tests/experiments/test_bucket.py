@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments.resolve import resolve
 from tests.experiments.command_line import call, printed_bits, refusal, tiny_overrides, write_folder
 from tests.fake_bucket import use_fake_bucket
 from tests.gcs_server import Fault, client_environment, free_port
-from train.run_folder import RunFolder, read_metrics
+from train.records import MetricsWriter, RunFolder, describe_environment, open_run, read_metrics, write_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,6 +97,31 @@ def test_a_bucket_that_cannot_be_reached_is_an_error_within_seconds(
     assert f"'gs://{bucket}/run': the bucket cannot be reached" in message and "check the network" in message
 
 
+def test_a_failure_in_the_middle_of_a_command_is_one_paragraph(store, bucket, capsys):
+    with open_run(f"gs://{bucket}/run", resolve("smoke", ["data.tokenizer.kind=byte"], 1)) as run:
+        write_environment(run, describe_environment())
+    store.faults.append(Fault(rf"GET {bucket}/run/environment", 401))
+    assert "permission denied" in refusal(capsys, "report", f"gs://{bucket}/run")
+    store.faults[:] = [Fault(f"POST {bucket}/run/report.html", 403)]
+    assert "report.html cannot be written" in refusal(capsys, "report", f"gs://{bucket}/run")
+
+
+def test_a_run_of_newer_code_is_refused_with_the_name_of_that_code(store, bucket, no_compilation, capsys):
+    path = f"gs://{bucket}/run"
+    with open_run(path, resolve("smoke", ["data.tokenizer.kind=byte"], 1)) as run, MetricsWriter(run) as metrics:
+        metrics.write({"kind": "train", "step": 1, "loss": 1.0})
+        packages = {"meshwork": "9.0.0", "jax": "0.99"}
+        write_environment(run, describe_environment() | {"git_commit": "0123456789abcdef", "packages": packages})
+    config = json.loads(run.config.read_bytes())
+    config["model"]["ternary"] = True
+    run.config.write_text(json.dumps(config))
+    again = ["train", "smoke", "--set", "data.tokenizer.kind=byte", "--run", path]
+    for command in (["eval", path], ["train", path], again):
+        message = refusal(capsys, *command)
+        assert "unknown field 'model.ternary'" in message
+        assert "last written by meshwork 9.0.0, jax 0.99, commit 0123456789ab; this code is meshwork" in message
+
+
 # ---- a run that moves ----
 
 
@@ -129,8 +155,9 @@ def test_a_run_killed_in_a_save_continues_on_another_machine_bit_for_bit(store, 
 
     def train(machine: str, run: str) -> subprocess.Popen:
         folder = tmp_path / machine
-        settings = (*tiny_overrides(folder, corpus), "--set", "train.checkpoint_every=4", "--set", "train.log_every=1")
-        return start(folder, "train", "smoke", "--run", run, *settings)
+        more = ("train.checkpoint_every=4", "train.log_every=1", "train.eval_every=100", "samples.count=0")
+        settings = [argument for setting in more for argument in ("--set", setting)]
+        return start(folder, "train", "smoke", "--run", run, *tiny_overrides(folder, corpus), *settings)
 
     with train("vm1", whole) as job:
         assert job.wait(timeout=300) == 0, job.stderr.read()
