@@ -112,6 +112,39 @@ def test_a_job_is_refused_once_a_holder_elsewhere_sends_a_heartbeat(run):
     assert json.loads(run.lock.read_bytes())["host"] == "elsewhere"
 
 
+class Clock:
+    """The module `time` of a machine whose wall clock is off by some seconds."""
+
+    def __init__(self, offset: float):
+        self._offset = offset
+
+    def time(self) -> float:
+        return time.time() + self._offset
+
+    def __getattr__(self, name: str):
+        return getattr(time, name)
+
+
+@pytest.mark.parametrize("offset", [-2e8, 2e8])  # more than six years
+def test_clocks_that_differ_decide_nothing(run, monkeypatch, offset):
+    """A live holder is not taken over, and a silent one is after the lease, however far its clock is off."""
+    monkeypatch.setattr("train.lease.time", Clock(offset))
+    with hold_lease(run, print, timing=QUICK):
+        record = json.loads(run.lock.read_bytes())
+        assert abs(record["since"] - time.time() - offset) < 60
+        monkeypatch.undo()
+        # The contender sees another machine, so that it must watch the heartbeats.
+        monkeypatch.setattr(
+            "train.lease._describe_process", lambda: record | {"id": "b", "host": "b", "since": time.time()}
+        )
+        with pytest.raises(RunFolderError, match="which is alive"):
+            take(run, PATIENT)
+    replace_record(run, record)
+    began = time.monotonic()
+    assert "without a heartbeat" in take(run)[-1]
+    assert QUICK.lease <= time.monotonic() - began < 30
+
+
 def test_heartbeats_continue_after_any_failure(tmp_path):
     store = use_fake_bucket()
     run = RunFolder(f"gs://bucket/{tmp_path.name}")
