@@ -31,6 +31,8 @@ MAY_DIFFER_ON_RESUME = (
     "train.eval_windows",
     "train.eval_stride",
     "train.checkpoint_every",
+    "train.local_checkpoint_every",
+    "train.local_checkpoint_dir",
     "train.keep_last",
     "train.keep_best",
     "train.log_every",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from data.paths import PathError, is_local, parse_path, require_backend
@@ -55,6 +56,21 @@ def _print_warning(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def _orbax(per_process: bool) -> tuple[ocp.PyTreeCheckpointHandler, ocp.AsyncCheckpointer]:
+    """Return the parts of Orbax that read and write. With `per_process`, each process writes all that it holds."""
+    processes = ocp.options.MultiprocessingOptions(primary_host=None if per_process else 0)
+    more: dict[str, Any] = {}
+    if per_process:
+        arrays = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
+        more["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+        )
+    # Weights look like random bits: compression saves little space and takes CPU time from training.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes, **more)
+    options = ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False)
+    return handler, ocp.AsyncCheckpointer(handler, async_options=options, multiprocessing_options=processes)
+
+
 class Checkpointer:
     """Saves and restores the steps of one folder. As a context manager, it waits for the last save on exit.
 
@@ -64,7 +80,8 @@ class Checkpointer:
     steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
     read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
     local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
-    each retry of a failed read.
+    each retry of a failed read. per_process: whether every process has a folder of its own, with the arrays of its
+    own devices, instead of one that all share. Such a step restores only on the same processes and mesh.
 
     Raises CheckpointError if the folder cannot be created or written.
     """
@@ -81,6 +98,7 @@ class Checkpointer:
         read_only: bool = False,
         local: bool | None = None,
         retry_waits: Sequence[float] = RETRY_WAITS,
+        per_process: bool = False,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last = {keep_last}, keep_best = {keep_best}: must be at least 1 and at least 0")
@@ -98,19 +116,16 @@ class Checkpointer:
         self._directory = self._folder.path
         self._log, self._read_only = log, read_only
         self._free_bytes = free_bytes or self._folder.free_bytes
+        self._leads = per_process or process_zero()  # lists, commits and deletes the steps of its folder
         self._current: int | None = None  # the step that this run restored or saved last
         self._pending: _Pending | None = None
         if read_only:
             if not self._directory.is_dir():
                 raise CheckpointError(f"{self._directory} is not a directory of checkpoints; check the run's path")
-        elif process_zero():
+        elif self._leads:
             self._folder.prepare()
-        # Weights look like random bits: compression saves little space and takes CPU time from training.
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        self._reader = CheckpointReader(self._folder, handler, retry_waits)
-        self._writer = ocp.AsyncCheckpointer(
-            handler, async_options=ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False)
-        )
+        handler, self._writer = _orbax(per_process)
+        self._reader = CheckpointReader(self._folder, handler, retry_waits, per_process=per_process)
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +147,17 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Return the committed steps now on disk, in ascending order."""
         return self._folder.committed()
+
+    def newest(self) -> int | None:
+        """Return the newest step on disk, intact or not, on every process. None if there is none, or it is unknown."""
+        try:
+            return max(self._reader.list_steps(), default=None)
+        except (DamagedError, UnreadableError):
+            return None
+
+    def continue_from(self, step: int) -> None:
+        """Take `step` as the one from which this run continues: later steps are set aside by the next save."""
+        self._current = step
 
     # ---- saving ----
 
@@ -168,7 +194,7 @@ class Checkpointer:
         body = json.loads(json.dumps(body))  # a value that is not JSON must fail here, not in the thread
         error = None
         try:
-            if process_zero():
+            if self._leads:
                 self._folder.clear_for(step)
             # Orbax rejects empty arrays; their shape in commit.json is enough to restore them.
             filled = {name: leaf for name, leaf in stored.items() if leaf.size}
@@ -187,10 +213,10 @@ class Checkpointer:
 
     def _has_space(self, step: int, array_bytes: int) -> bool:
         needed = array_bytes * SPACE_MARGIN + SPACE_FLOOR
-        free = self._free_bytes() if process_zero() else math.inf
+        free = self._free_bytes() if self._leads else math.inf
         if all_agree(free >= needed):
             return True
-        if process_zero():
+        if self._leads:
             self._report_failure(
                 step, f"no space left in {self._directory} (needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
             )
@@ -200,14 +226,14 @@ class Checkpointer:
         """Commit the save in progress once its files are written. Runs in a thread while training continues."""
         try:
             self._writer.wait_until_finished()
-            if process_zero():
+            if self._leads:
                 self._folder.publish(step, body)
         except Exception as error:
             errors.append(error)
             self._abandon_save(step, error)
             return
         self._current = step
-        if process_zero():
+        if self._leads:
             self._folder.drop_old(step)
 
     def wait(self) -> bool:
@@ -227,7 +253,7 @@ class Checkpointer:
         self._log(f"save of step {step} failed: {reason}; {kept}")
 
     def _abandon_save(self, step: int, error: Exception) -> None:
-        if process_zero():
+        if self._leads:
             self._folder.clean_leftovers()
         self._report_failure(step, one_line(error))
 

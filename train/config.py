@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.config import DataConfig
+from data.paths import is_local
 from model.config import ModelConfig, MoEConfig
 from sharding.config import LOGICAL_AXES, MESH_AXES, MeshConfig, ShardingRules
 
@@ -72,6 +73,9 @@ class TrainConfig:
     eval_windows: int = 128  # windows of each held-out set, evenly spaced; the final evaluation uses all
     eval_stride: int | None = None  # tokens scored per window, after the rest as context; none: all, without context
     checkpoint_every: int = 250  # steps; there is always a checkpoint at the end
+    # Steps between further checkpoints in local_checkpoint_dir, on the disk of each host; 0: none (train/tiers.py).
+    local_checkpoint_every: int = 0
+    local_checkpoint_dir: str = ""
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # further checkpoints to keep, by bits per byte of the first held-out set
     log_every: int = 10  # steps between rows of metrics.jsonl
@@ -86,6 +90,17 @@ class TrainConfig:
         for name in ("seed", "eval_every", "keep_best", "watchdog_seconds", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be 0 or more")
+        if bool(self.local_checkpoint_dir) != (self.local_checkpoint_every > 0):
+            raise ValueError(
+                f"train.local_checkpoint_every = {self.local_checkpoint_every} and train.local_checkpoint_dir = "
+                f"{self.local_checkpoint_dir!r}: local checkpoints need both, a number of steps above 0 and a folder. "
+                f"Try train.local_checkpoint_dir=/tmp/checkpoints, or set neither"
+            )
+        if not is_local(self.local_checkpoint_dir):
+            raise ValueError(
+                f"train.local_checkpoint_dir = {self.local_checkpoint_dir!r}: must be on the disk of each host. Try "
+                f"/tmp/checkpoints"
+            )
         if self.steps >= 2**31:
             raise ValueError(f"train.steps = {self.steps}: steps are counted in 32 bits; use at most 2**31 - 1")
         if self.seed >= 2**32:

@@ -15,6 +15,7 @@ from data.pipeline import TrainBatches, train_batches
 from data.prepare import Prepared
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer
+from train.config import TrainConfig
 from train.goodput import Goodput, RecordGoodput
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteGuard, Recorder, ShowProgress
 from train.program import Program
@@ -24,6 +25,7 @@ from train.routing import RouterProbe
 from train.rows import Rows
 from train.saving import Saver, start_or_resume
 from train.signals import StopSignal, Watchdog
+from train.tiers import TieredCheckpointer, local_folder
 from train.trainer import Trained, Trainer
 
 __all__ = ["Assembled", "StopMessage", "Trained", "Trainer", "assemble", "own_evaluators", "train"]
@@ -111,9 +113,7 @@ def assemble(
     recorder = Recorder(MetricsWriter(run, sinks=config.sinks, process_index=process), log)
     stack.callback(recorder.close)
     if checkpoints is None:
-        checkpoints = Checkpointer(
-            run.checkpoints, keep_last=config.keep_last, keep_best=config.keep_best, log=recorder.warn
-        )
+        checkpoints = _checkpointer(run, config, recorder.warn)
     enter(checkpoints)
     stop = enter(StopSignal()) if stop is None else stop
     watchdog = enter(Watchdog(config.watchdog_seconds) if watchdog is None else watchdog)
@@ -140,6 +140,16 @@ def assemble(
         evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
     )  # fmt: skip
     return Assembled(trainer, progress)
+
+
+def _checkpointer(run: RunFolder, config: TrainConfig, log: Callable[[str], None]) -> Checkpointer:
+    last, best = config.keep_last, config.keep_best
+    if not config.local_checkpoint_every:
+        return Checkpointer(run.checkpoints, keep_last=last, keep_best=best, log=log)
+    local = local_folder(run, config.local_checkpoint_dir)
+    return TieredCheckpointer(
+        run.checkpoints, local, every=config.checkpoint_every, keep_last=last, keep_best=best, log=log
+    )
 
 
 def own_evaluators(

@@ -6,6 +6,7 @@
               metrics.jsonl     one JSON row per line, only appended to; the report is made from it
               samples.jsonl     completions of held-out files
               wandb_id          the run's id at Weights & Biases, once it was reported there
+              local_id          part of the name of its folder of local checkpoints (train/tiers.py)
               checkpoints/  tokenizer/  plots/  report.html
               .lock             the lease of the job that writes here (train/lease.py); empty if there is none
 
@@ -55,6 +56,7 @@ class RunFolder:
     plots = property(lambda self: self.path / "plots")
     routing = property(lambda self: self.path / "routing")  # the routers' choices, by step
     wandb_id = property(lambda self: self.path / "wandb_id")
+    local_id = property(lambda self: self.path / "local_id")
     lock = property(lambda self: self.path / ".lock")
 
     @property

@@ -140,7 +140,9 @@ class Trainer:
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is saved at this step."""
-        return self.ended or self.step % self.experiment.train.checkpoint_every == 0
+        config = self.experiment.train
+        local = config.local_checkpoint_every
+        return self.ended or self.step % config.checkpoint_every == 0 or (local > 0 and self.step % local == 0)
 
     def evaluate_and_save(self) -> None:
         """Evaluate and save the state of this step where that is due. Raises NonfiniteError."""
