@@ -80,8 +80,8 @@ class Checkpointer:
     steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
     read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
     local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
-    each retry of a failed read. per_process: whether every process has a folder of its own, with the arrays of its
-    own devices, instead of one that all share. Such a step restores only on the same processes and mesh.
+    each retry of a failed read. per_process: whether every process has a separate folder, with the arrays on its
+    devices, instead of one that all share. Such a step restores only on the same processes and mesh.
 
     Raises CheckpointError if the folder cannot be created or written.
     """

@@ -1,7 +1,7 @@
 """Checkpoints in two tiers: often on the disk of each host, more rarely in the run's folder.
 
 A process that dies on a host that lives on continues from the local tier. It is of no use when a host is lost, because
-every host holds the arrays of its own devices only. A local step therefore counts only if every process has it.
+every host holds only the arrays on its devices. A local step therefore counts only if every process has it.
 """
 
 import os
