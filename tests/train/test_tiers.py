@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.experiments.test_processes import free_address
+from tests.gcs_server import free_port
 from tests.train.checkpoints import mesh_of, random_state, same_bits
 from train.config import TrainConfig
 from train.tiers import TieredCheckpointer
@@ -103,7 +103,7 @@ jax.distributed.shutdown()
 @pytest.mark.slow
 def test_a_local_step_counts_if_every_process_has_it(tmp_path):
     def both() -> set[str]:
-        address = free_address()
+        address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
         peers = [
             subprocess.Popen(
