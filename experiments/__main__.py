@@ -17,6 +17,7 @@ from experiments.launch.targets import add_targets
 from experiments.stopping import Stopped
 from train.config_io import ConfigError
 from train.host_memory import keep_freed_memory
+from train.profile_steps import ProfileSteps
 
 STOPPED = "stopped by {name}: what was saved is kept, and the same command continues from there"
 LARGEST = 2**31 - 1  # of a count on the command line
@@ -165,10 +166,23 @@ def _train(command: argparse.ArgumentParser) -> None:
         help="continue although the run's folder has another config [default: refuse]",
     )  # fmt: skip
     command.add_argument(
+        "--profile", type=_profile_steps, metavar="STEPS",
+        help="trace these steps into the run's folder, and print where their time goes: a range such as 10-15, or a "
+        "number of steps after the first three of this start [default: no trace]",
+    )  # fmt: skip
+    command.add_argument(
         "--distributed", action="store_true",
         help="be one of several processes, which share the run's folder. JAX finds the others on a TPU pod or under "
         "SLURM; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID [default: one process]",
     )  # fmt: skip
+
+
+def _profile_steps(text: str) -> ProfileSteps:
+    """Parse the steps of --profile."""
+    try:
+        return ProfileSteps.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--profile ")) from None
 
 
 def _eval(command: argparse.ArgumentParser) -> None:

@@ -37,6 +37,12 @@ class StepResult(NamedTuple):
 class Hook:
     """Base class of hooks, whose methods the trainer calls. Override any of them."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before step `trainer.step` + 1 is dispatched."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Called after step `trainer.step` was dispatched, before evaluation and saving. The device may still run."""
+
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Called after the metrics of a step were read."""
 

@@ -124,6 +124,7 @@ def assemble(
     with goodput.phase("initialization"):
         start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
     goodput.start_step = start.step
+    recorder.record(goodput.row(start.step))  # a start that dies soon is counted, too
     if start.step >= config.steps:
         return Trained(start.state, start.step, True, start.seconds)
     saver = Saver(checkpoints, batches, prepared, start, watchdog.rest)

@@ -5,8 +5,9 @@ It decides when a run is evaluated and saved, and calls the hooks (train/hooks.p
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from train.rows import Rows
 from train.saving import Saver, Start
 from train.signals import StopSignal, Watchdog
 from train.step import TrainState
+from train.trace import STEP
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,12 @@ class Trainer:
         self.catch_up()
         try:
             while not self.ended:
-                with self.goodput.phase("steps"):
+                for hook in self._hooks:
+                    hook.before_step(self)
+                with self.goodput.phase("steps"), jax.profiler.StepTraceAnnotation(STEP, step_num=self.step + 1):
                     self._advance(self.program.executables["step"])
+                for hook in self._hooks:
+                    hook.after_step(self)
                 self.evaluate_and_save()
         except NonfiniteError:
             self.save_refused()
@@ -108,7 +114,20 @@ class Trainer:
 
     def next_batch(self) -> Batch:
         """Return this host's rows of the next batch."""
-        return next(self._batches)
+        with self.goodput.phase("data_wait"):
+            return next(self._batches)
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Count the time within as `phase`, not in the rates, and not as a step that hangs."""
+        self._watchdog.rest()
+        with self.goodput.phase(phase):
+            yield
+        self._rows.clock.pause()
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the model FLOPs utilization at this rate, or None where the devices' peak is unknown."""
+        return self._rows.clock.mfu(tokens_per_second)
 
     def advanced(self, batch: Batch, read: Callable[[], dict[str, np.ndarray]]) -> None:
         """Count a dispatched step on `batch`, and pass the metrics of the step before it to the hooks.
