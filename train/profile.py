@@ -5,7 +5,7 @@
                                             operations.txt      the printed table
 
 A trace changes no result: before and after it the trainer waits for the device, and nothing else. Every process traces
-its own devices; the files of all are in one folder, and process 0 prints the table of its own.
+its devices; the files of all are in one folder, and process 0 prints the table of its devices.
 """
 
 from __future__ import annotations

@@ -214,4 +214,6 @@ def shorten(source: str) -> str:
     kept = source
     while len(kept) > WIDTH and "/" in kept:
         kept = kept.partition("/")[2]
+    if kept.count(")") > kept.count("("):  # of a parenthesis that was cut off
+        kept = kept.removesuffix(")")
     return kept if len(kept) <= WIDTH else f"...{kept[-(WIDTH - 3) :]}"
