@@ -16,6 +16,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from train.progress import duration
 from train.run_folder import read_metrics
 
@@ -48,7 +50,13 @@ class Start(NamedTuple):
     orderly: bool  # finished, or stopped on request
     restart: bool  # started by the launcher, after the one before it ended
     seconds: dict[str, float]  # by phase
+    step_seconds: dict[int, float]  # of training until a step, where that is recorded
     memory: dict[str, int]  # bytes per device of the train step
+
+    def wasted(self, kept: int) -> float:
+        """Return the seconds of the steps after `kept`, interpolated between the recorded ones."""
+        steps = sorted(self.step_seconds)
+        return self.seconds.get("steps", 0.0) - float(np.interp(kept, steps, [self.step_seconds[s] for s in steps]))
 
 
 class Lifetime(NamedTuple):
@@ -80,10 +88,10 @@ def read_lifetime(metrics: str | os.PathLike) -> Lifetime:
 def starts_of(rows: Iterable[Row]) -> list[Start]:
     """Return the starts of a run, the first one first, from all rows of metrics.jsonl, superseded ones included."""
     rows = list(rows)
-    accounts: dict[float, Row] = {}
+    accounts: dict[float, list[Row]] = {}
     for row in rows:
         if row["kind"] == "goodput":
-            accounts[float(row["start"]["time"])] = row  # the last row of a start counts
+            accounts.setdefault(float(row["start"]["time"]), []).append(row)
     begins = sorted(accounts)
     later: dict[float, list[Row]] = {began: [] for began in begins}
     for row in rows:
@@ -92,8 +100,9 @@ def starts_of(rows: Iterable[Row]) -> list[Start]:
     return [_start(began, accounts[began], later[began]) for began in begins]
 
 
-def _start(began: float, account: Row, rows: Sequence[Row]) -> Start:
-    """Return a start from its last account and its rows."""
+def _start(began: float, accounts: Sequence[Row], rows: Sequence[Row]) -> Start:
+    """Return a start from its accounts, of which the last one counts, and its rows."""
+    account = accounts[-1]
     seconds = {name: float(value) for name, value in account["seconds"].items() if name != "wall"}
     memory = {str(name): int(value) for name, value in account.get("memory", {}).items()}
     first, counted = int(account["start"]["step"]), int(account["step"])
@@ -103,13 +112,15 @@ def _start(began: float, account: Row, rows: Sequence[Row]) -> Start:
     if ended > until:
         name = "steps" if last > counted else "other"
         seconds[name] = seconds.get(name, 0.0) + ended - until
+    step_seconds = {first: 0.0} | {int(row["step"]): float(row["seconds"].get("steps", 0.0)) for row in accounts}
+    step_seconds[last] = seconds.get("steps", 0.0)
     orderly = any(row["kind"] == "final" or row.get("event") == "stopped" for row in rows)
-    return Start(began, ended, first, last, orderly, bool(account["start"].get("restart")), seconds, memory)
+    restart = bool(account["start"].get("restart"))
+    return Start(began, ended, first, last, orderly, restart, seconds, step_seconds, memory)
 
 
 def lifetime(starts: Sequence[Start]) -> Lifetime:
-    """Add the starts up. Steps that a later start repeated count as "repeated": the same part of their start's step
-    time as of its steps."""
+    """Add the starts up. The time of steps that a later start repeated counts as "repeated"."""
     total = dict.fromkeys(PHASES, 0.0)
     repeated_steps, restarts, paused, prepared = 0, 0, 0.0, 0.0
     for i, start in enumerate(starts):
@@ -127,7 +138,7 @@ def lifetime(starts: Sequence[Start]) -> Lifetime:
         kept = min([start.last, *(each.first for each in starts[i + 1 :])])
         lost = start.last - max(kept, min(start.first, start.last))
         if lost > 0:
-            wasted = start.seconds.get("steps", 0.0) * lost / (start.last - start.first)
+            wasted = start.wasted(start.last - lost)
             total["repeated"] += wasted
             total["steps"] -= wasted
             repeated_steps += lost
