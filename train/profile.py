@@ -28,15 +28,13 @@ from train.hooks import Hook
 from train.operation_kinds import read_program
 from train.profile_steps import ProfileSteps
 from train.records import RunFolder
-from train.trace import STEP, read_trace, table
+from train.trace import read_trace, table
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
 LARGE_BYTES = 1_000_000_000  # of a trace: above, users are warned, and the table is left out
 FAILURES = (OSError, RuntimeError, ValueError)  # of a trace, which must not end a run
-
-__all__ = ["STEP", "Profile"]
 
 
 class Profile(Hook):
@@ -126,7 +124,7 @@ class Profile(Hook):
             traces = sorted(folder.rglob("*.xplane.pb"))
             size = sum(file.stat().st_size for file in traces)
             copied = [
-                _copy(file, target)
+                copy_trace(file, target)
                 for pattern in ("*.xplane.pb", "*.trace.json.gz") for file in sorted(folder.rglob(pattern))
             ]  # fmt: skip
             if is_local(target):
@@ -168,7 +166,7 @@ class Profile(Hook):
         return ["", f"trace: {copied[0]}", f"to see it: pip install xprof; xprof --logdir {folder}{perfetto}"]
 
 
-def _copy(file: Path, target: epath.Path) -> epath.Path:
+def copy_trace(file: Path, target: epath.Path) -> epath.Path:
     """Copy a file into the folder `target`, or move it to a local one. Return its path there, which names the host."""
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
     if jax.process_count() > 1:

@@ -7,14 +7,16 @@ The reader needs only the names that XLA's profiler gives to planes, lines and s
 
     "/device:TPU:0", line "XLA Ops"     operations of a TensorCore, in stat `hlo_category` their category
     "/device:GPU:0", lines "Stream #7"  kernels, with the operation in stat `hlo_op`, and copies without it
-    "/host:CPU", any line               operations of simulated devices, with stats `hlo_op` and `device_ordinal`
+    "/host:CPU", all lines              operations of simulated devices, with stats `hlo_op` and `device_ordinal`
     "/host:CPU", events "train"         the annotated steps, with stat `step_num`
 
-The time of an operation is its self time: without the operations that run inside it, as those of a loop's body do.
+The time of an operation is its self time: without the operations that start while it runs, as those of a loop's body
+do.
 """
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,7 +62,7 @@ class Breakdown(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Seconds of all devices: idle, and of all operations. Operations that overlap on one device count twice."""
+        """Seconds of all devices: idle, and of all operations. What overlaps on two streams of a GPU counts twice."""
         return self.idle + sum(each.seconds for each in self.operations)
 
     def kinds(self) -> dict[str, float]:
@@ -105,18 +107,32 @@ def read_trace(
 
 
 def self_times(events: Sequence[Event]) -> Iterator[tuple[Event, float]]:
-    """Yield each event of one line with the nanoseconds in which no event inside it ran."""
+    """Yield each event with the nanoseconds in which it was the latest one to start of those that ran.
+
+    So the time of a loop excludes its body, and all times add up to the time in which anything ran.
+    """
     ordered = sorted(events, key=lambda event: (event.start, -event.end))
-    own = [event.end - event.start for event in ordered]
-    open_events: list[int] = []
+    own = [0.0] * len(ordered)
+    running: list[int] = []  # a heap of negative indices, whose first is the latest event to start
+    reached = 0.0
+
+    def advance(until: float) -> None:
+        nonlocal reached
+        while running and reached < until:
+            latest = -running[0]
+            end = ordered[latest].end
+            if end > reached:
+                own[latest] += min(end, until) - reached
+                reached = min(end, until)
+            if end <= reached:
+                heapq.heappop(running)
+
     for i, event in enumerate(ordered):
-        while open_events and ordered[open_events[-1]].end <= event.start:
-            open_events.pop()
-        if open_events:
-            outer = open_events[-1]
-            own[outer] -= min(event.end, ordered[outer].end) - event.start
-        open_events.append(i)
-    yield from zip(ordered, (max(each, 0.0) for each in own), strict=True)
+        advance(event.start)
+        reached = max(reached, event.start)
+        heapq.heappush(running, -i)
+    advance(float("inf"))
+    yield from zip(ordered, own, strict=True)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -132,7 +148,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def _device_lines(profile: Any) -> list[tuple[str, list[Event]]]:
-    """Return (device, events) of every line of a device's operations: of TPUs, else of GPUs, else of the CPU."""
+    """Return (device, events) of TPUs, else of every stream of GPUs, else of the simulated devices of the CPU."""
     found: dict[str, list[tuple[str, list[Event]]]] = {"TPU": [], "GPU": [], "CPU": []}
     for plane in profile.planes:
         if match := DEVICE.fullmatch(plane.name):
@@ -141,15 +157,14 @@ def _device_lines(profile: Any) -> list[tuple[str, list[Event]]]:
                 if is_operations(line.name) and (events := [_device_event(event) for event in line.events]):
                     found[match[1]].append((plane.name, events))
         elif plane.name == HOST:
+            by_device: dict[str, list[Event]] = defaultdict(list)  # one thread may wait for work of another one
             for line in plane.lines:
-                by_device: dict[str, list[Event]] = defaultdict(list)
                 for event in line.events:
                     stats = dict(event.stats) if event.duration_ns > 0 else {}
                     if "hlo_op" in stats:
-                        by_device[str(stats.get("device_ordinal", 0))].append(
-                            _event(event, stats, str(stats["hlo_op"]))
-                        )
-                found["CPU"] += by_device.items()
+                        device = str(stats.get("device_ordinal", 0))
+                        by_device[device].append(_event(event, stats, str(stats["hlo_op"])))
+            found["CPU"] += by_device.items()
     return next((lines for lines in found.values() if lines), [])
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import jax
 import pytest
+from etils import epath
 
 from data.config import SourceConfig
 from data.prepare import prepare
 from tests.data.conftest import byte_config, write_corpus
+from tests.fake_bucket import use_fake_bucket
 from tests.train.small_runs import TINY, StopAt, bits, experiment, run
 from train.config_io import ConfigError
 from train.goodput import Goodput
 from train.hooks import Hook
-from train.profile import Profile
+from train.profile import Profile, copy_trace
 from train.profile_steps import MOST_STEPS, SKIPPED, ProfileSteps
 from train.program import build
 from train.records import RunFolder, read_metrics
@@ -99,6 +101,7 @@ def test_a_run_stopped_within_the_range_keeps_the_trace_so_far_and_resumes(progr
         trained, messages = profiled(program, prepared, tmp_path, "3-6", stop=stop)
     assert trained.step == 4 and sessions(tmp_path) == {"steps_3-4": (3, 4)}
     assert any("profile of steps 3 to 4; the run ended there" in line for line in messages)
+    assert any("dot_general" in line for line in messages)  # the table knows the program
     trained, messages = profiled(program, prepared, tmp_path, "3-6")
     assert sessions(tmp_path) == {"steps_3-4": (3, 4), "steps_5-6": (5, 6)}
     assert losses(tmp_path) == losses(plain[0]) != [] and bits(trained.state) == bits(plain[1].state)
@@ -140,6 +143,14 @@ def test_steps_of_an_earlier_start_are_left_out_with_a_message(program, prepared
     trained, messages = profiled(program, prepared, tmp_path, "2-5")
     assert trained.finished and sum("nothing is traced" in line for line in messages) == 1
     assert not (tmp_path / "profile").exists()
+
+
+def test_a_trace_is_copied_into_a_bucket(tmp_path):
+    use_fake_bucket()
+    (tmp_path / "a.xplane.pb").write_bytes(b"trace")
+    path = copy_trace(tmp_path / "a.xplane.pb", epath.Path("gs://bucket/run/profile/steps_1-2"))
+    assert str(path).startswith("gs://bucket/run/profile/steps_1-2/") and path.name.endswith(".xplane.pb")
+    assert path.read_bytes() == b"trace"
 
 
 @pytest.mark.parametrize(
