@@ -174,12 +174,12 @@ def restore(
     program: Program,
     checkpoints: Checkpointer,
     tokenizer: Tokenizer,
-    step: int | None = None,
     *,
+    at_most: int | None = None,
     frozen: epath.PathLike | None = None,
     log: Callable[[str], None] = print,
 ) -> Restored | None:
-    """Return the train state of the newest good checkpoint (or of `step`) on this program's mesh, or None.
+    """Return the train state of the newest good checkpoint (up to step `at_most`) on this program's mesh, or None.
 
     `frozen`: the folder of the run's frozen weights. A checkpoint that holds only weights (metadata 'weights': their
     dtype) gives a state before its first update, without a teacher. Raises CheckpointError, also if the checkpoint
@@ -191,7 +191,7 @@ def restore(
             return _weights_alone(program, metadata)
         return program.abstract_state._replace(frozen=None)
 
-    restored = checkpoints.restore(template, step=step)
+    restored = checkpoints.restore(template, at_most=at_most)
     if restored is None:
         return None
     _check_tokenizer(restored, tokenizer)
