@@ -17,7 +17,7 @@ from train.checkpoint import Checkpointer, CheckpointError, Restored
 from train.checkpoint_reader import process_zero
 from train.frozen import keep_frozen
 from train.hooks import Recorder
-from train.program import Program, load_weights, restore, with_teacher
+from train.program import Program, initial_state, load_weights, restore, with_teacher
 from train.records import RunFolder
 from train.rewind import Rewinder
 from train.rows import Rows
@@ -46,7 +46,7 @@ def start_or_resume(
     if restored is None:
         counts = rows.counts
         recorder.log(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
-        state, kept = _with_frozen(program, jax.jit(program.make_state)(program.hyper), run, tokenizer, recorder)
+        state, kept = _with_frozen(program, initial_state(program), run, tokenizer, recorder)
         recorder.event(
             0, "started", f"{counts.total:,} parameters", parameters_total=counts.total,
             parameters_active=counts.active, mfu_convention=rows.convention, flops_per_token=rows.flops_per_token,
