@@ -56,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         # Seconds of imports, which a command that could raise these has already paid.
         from train.checkpoint import CheckpointError
-        from train.hooks import NonfiniteError
+        from train.hooks import DivergedError
 
-        if not isinstance(error, CheckpointError | NonfiniteError):
+        if not isinstance(error, CheckpointError | DivergedError):
             raise
         print(f"error: {error}", file=sys.stderr)
         failure = error

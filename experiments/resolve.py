@@ -36,6 +36,8 @@ MAY_DIFFER_ON_RESUME = (
     "train.sinks",
     "train.watchdog_seconds",
     "train.nonfinite",
+    "train.rewind",
+    "train.rewind.",
     "data.prefetch",
     "data.cache_dir",
     "data.tokenizer.path",

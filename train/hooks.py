@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
-class NonfiniteError(RuntimeError):
+class DivergedError(RuntimeError):
+    """The run diverged, and its config ends it there."""
+
+
+class NonfiniteError(DivergedError):
     """The loss or the gradient is not finite, and `train.nonfinite` is 'stop'."""
 
 

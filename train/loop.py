@@ -22,7 +22,7 @@ from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
 from train.routing import RouterProbe
 from train.rows import Rows
-from train.saving import Saver, start_or_resume
+from train.saving import Saver, make_rewinder, start_or_resume
 from train.signals import StopSignal, Watchdog
 from train.trainer import Trained, Trainer
 
@@ -133,11 +133,12 @@ def assemble(
         mfu_convention=rows.convention if rows.peak_known else "",
     )  # fmt: skip
     guard = NonfiniteGuard(run, recorder, config.nonfinite == "stop")
+    rewinder = make_rewinder(program, run, checkpoints, prepared, recorder, start)
     trainer = Trainer(
         program, start, batches, rows, saver, stop, watchdog=watchdog,
         hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver),
-               RecordGoodput(goodput, recorder), *hooks],
-        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
+               RecordGoodput(goodput, recorder), *hooks, *([] if rewinder is None else [rewinder])],
+        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput, rewinder=rewinder,
     )  # fmt: skip
     return Assembled(trainer, progress)
 

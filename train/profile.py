@@ -68,7 +68,7 @@ class Profile(Hook):
                     f"--profile {self._asked}: nothing is traced, because this start begins after step {trainer.step} "
                     f"of {total}. Try --profile with later steps, or a longer run (--set train.steps=N)"
                 )
-        if self._range is not None and trainer.step + 1 == self._range[0]:
+        if self._folder is None and self._range is not None and trainer.step + 1 == self._range[0]:
             with trainer.paused("profile"):
                 self._begin(trainer)
 
@@ -137,6 +137,7 @@ class Profile(Hook):
         except FAILURES as error:
             self._log(f"warning: --profile {self._asked}: the trace was not written or not read ({error})")
         finally:
+            self._range = None  # a run that returns to an earlier checkpoint is not traced again
             self._forget()
 
     def _described(self, trainer: Trainer | None, traces: list[Path], size: int, seconds: float) -> list[str]:

@@ -23,6 +23,7 @@ from train.goodput import Goodput
 from train.hooks import Evaluator, Hook, NonfiniteError, StepResult
 from train.peer_watch import wait_for_peers
 from train.program import Program
+from train.rewind import Rewinder, RewindRequest
 from train.rows import Rows
 from train.saving import Saver, Start
 from train.signals import StopSignal, Watchdog
@@ -59,7 +60,7 @@ class Trainer:
     def __init__(
         self, program: Program, start: Start, batches: TrainBatches, rows: Rows, saver: Saver, stop: StopSignal, *,
         watchdog: Watchdog, hooks: Sequence[Hook] = (), evaluators: Sequence[Evaluator] = (),
-        goodput: Goodput | None = None,
+        goodput: Goodput | None = None, rewinder: Rewinder | None = None,
     ):  # fmt: skip
         self.program, self.experiment = program, program.experiment
         self.state, self.first, self.step = start.state, start.step, start.step
@@ -70,6 +71,8 @@ class Trainer:
         self._hooks, self._evaluators = hooks, evaluators
         self._hyper = put_replicated(program.hyper, program.mesh)
         self._read_step = start.step
+        self._rewinder = rewinder
+        self._taken = start.step  # as `step`, but a rewind does not lower it: stop requests count so
         # Dispatched, not yet read: the step, a function that returns its metrics, its batch.
         self._pending: tuple[int, Callable[[], dict[str, np.ndarray]], Batch] | None = None
 
@@ -86,13 +89,17 @@ class Trainer:
         self.catch_up()
         try:
             while not self.ended:
-                for hook in self._hooks:
-                    hook.before_step(self)
-                with self.goodput.phase("steps"), jax.profiler.StepTraceAnnotation(STEP, step_num=self.step + 1):
-                    self._advance(self.program.executables["step"])
-                for hook in self._hooks:
-                    hook.after_step(self)
-                self.evaluate_and_save()
+                try:
+                    for hook in self._hooks:
+                        hook.before_step(self)
+                    with self.goodput.phase("steps"), jax.profiler.StepTraceAnnotation(STEP, step_num=self.step + 1):
+                        self._advance(self.program.executables["step"])
+                    for hook in self._hooks:
+                        hook.after_step(self)
+                    self.evaluate_and_save()
+                except RewindRequest as request:
+                    with self.goodput.phase("initialization"):
+                        self._rewind(request.step)
         except NonfiniteError:
             self.save_refused()
             raise
@@ -110,7 +117,25 @@ class Trainer:
         rows = put_batch(batch, self.program.mesh, self.program.batch_spec)
         self.state, values = compiled(self.state, rows, self._hyper)
         self.advanced(batch, lambda: jax.device_get(values))
-        self.stopped = self._stop.agreed(self.step)
+        self._taken += 1
+        self.stopped = self._stop.agreed(self._taken)
+
+    def _rewind(self, at_most: int) -> None:
+        """Return to the newest good checkpoint up to step `at_most`. The stream of batches continues where it is."""
+        assert self._rewinder is not None, "only a Rewinder raises RewindRequest"
+        self._watchdog.rest()
+        if self.step == self._read_step:  # read at once for an evaluation or checkpoint, not after the next dispatch
+            self.next_batch()
+            self.step += 1
+        self._pending, diverged = None, self.step
+        restored = self._rewinder.restore(at_most)
+        # The count of refused updates continues, since hooks compare it with the last one.
+        self.state = restored.state._replace(nonfinite=self.state.nonfinite)
+        self.step = self.saved = self._read_step = restored.step
+        self._written = True
+        self._saver.skipped += diverged - restored.step
+        self._rewinder.rewound(restored.metadata.get("rewinds"), restored.step, diverged, self._saver.skipped)
+        self._rows.clock.pause()
 
     def next_batch(self) -> Batch:
         """Return this host's rows of the next batch."""
@@ -181,6 +206,7 @@ class Trainer:
                     metric,
                     wait=last or self.stopped,
                     owes_evaluation=evaluating and self.stopped,
+                    rewinds=self._rewinds,
                 )
             self._rows.clock.pause()
             for hook in self._hooks:
@@ -194,7 +220,13 @@ class Trainer:
         """
         if self.saved < self._read_step:
             behind = self.step - self._read_step
-            self._saver.save(self.state._replace(step=self.state.step - behind), self._read_step, wait=True)
+            state = self.state._replace(step=self.state.step - behind)
+            self._saver.save(state, self._read_step, wait=True, rewinds=self._rewinds)
+
+    @property
+    def _rewinds(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps for the next rewind."""
+        return None if self._rewinder is None else self._rewinder.metadata
 
     def finish(self) -> Trained:
         """Check the last checkpoint, call the hooks, and return the result. Raises CheckpointError."""
