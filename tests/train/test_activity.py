@@ -52,7 +52,8 @@ def test_names_of_processes():
         ),
         (
             [("step", 18, 9), ("step", 18, 9)],
-            "every process has dispatched step 18 and has waited for the result of a step: a device or the network hangs",
+            "every process has dispatched step 18 and has waited for the result of a step: a device or the network "
+            "hangs",
         ),
     ],
     ids=["data", "device", "all"],
