@@ -95,7 +95,7 @@ class Struck(StopSignal):
 
 
 def main(address: str, rank: int, count: int, folder: Path, fault: str) -> None:
-    join(count, rank, address=address, window_seconds=2.0)
+    join(count, rank, address=address, window_seconds=2.0 if fault == "data" else 30.0)
     exit_hard_on_exception()
     compare_clocks(print)
     agree_on_devices(print)
