@@ -97,11 +97,12 @@ def behind(reports: Mapping[int, Report], silent: Collection[int] = ()) -> str:
     found = []
     for index in sorted(index for index, place in places.items() if place == first):
         report = reports[index]
-        quiet = " and sends no heartbeat" if index in silent else ""
-        found.append(
-            f"{name_processes([index], {index: report.host})} last dispatched step {report.step} and "
-            f"{PHRASES[report.doing]} for {report.seconds:.0f} s{quiet}"
-        )
+        who = name_processes([index], {index: report.host})
+        if index in silent:
+            found.append(f"{who} sends no heartbeat, and last reported step {report.step}")
+        else:
+            spent = f"{PHRASES[report.doing]} for {report.seconds:.0f} s"
+            found.append(f"{who} last dispatched step {report.step} and {spent}")
     return f"{'; '.join(found)}; the others have come to step {last[0]}"
 
 

@@ -41,6 +41,14 @@ def test_one_bit_of_one_element_changes_the_checksum():
     assert int(step(x, w)) == int(step(x, w)) != int(step(changed, w))
 
 
+def test_the_compiler_knows_the_options_for_gpus():
+    """The compiler for CPUs parses the same options."""
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    lowered.compile(compiler_options=device_check.GPU_OPTIONS)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_gpu_no_such_option": True})
+
+
 def test_a_device_whose_tries_differ_is_unstable(monkeypatch):
     results = iter(jnp.arange(3, dtype=jnp.uint32))
     monkeypatch.setattr(device_check, "_compiled", lambda device: lambda x, w: next(results))

@@ -22,7 +22,7 @@ from data.pipeline import train_batches
 from data.prepare import prepare
 from sharding.mesh import MeshConfig
 from tests.data.conftest import byte_config, write_corpus
-from tests.train.hosts_peer import HUNG_STEP, SLOW_SECONDS, STRUCK_STEP, recorded
+from tests.train.hosts_peer import HUNG_STEP, SLOW_SECONDS, recorded
 from tests.train.small_runs import TINY, run
 from train.config import Experiment, OptimizerConfig, TrainConfig
 from train.config_io import save_json
@@ -157,7 +157,9 @@ def test_a_slow_host_and_a_hung_host_are_named(data, tmp_path, fault):
         events = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row.get("event") == "straggler"]
         assert len(events) == 1 and re.fullmatch(pattern, events[0]["message"])
     else:
-        hang = rf"no step for 10 s; {name} last dispatched step {STRUCK_STEP} and .* and sends no heartbeat"
+        hang = (
+            rf"no step for 10 s; {name} sends no heartbeat, and last reported step \d; the others have come to step 8"
+        )
     for output in outputs:
         last = output.strip().splitlines()[-1]
         assert re.search(hang, last) and last.endswith(REMEDY), output
