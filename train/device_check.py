@@ -29,8 +29,8 @@ EXIT_WRONG_DEVICE = 76  # not repeated by a launcher: the same hosts would fail 
 TRIES = 3  # of which the fastest counts
 SLOW = 2.0  # times the median of the devices of the same kind
 UNSTABLE = "differs"  # instead of a checksum, where the tries of one device differ
-# (size of the matrices, matmuls) by platform, for milliseconds of work. For a TPU, 512 compiles in 0.3 s of CPU time and
-# 2048 in 2.5 s; a GPU needs 2048 to use all of its cores.
+# (size of the matrices, matmuls) by platform, for milliseconds of work. For a TPU, 512 compiles in 0.3 s of CPU time
+# and 2048 in 2.5 s; a GPU needs 2048 to use all of its cores.
 CHAINS = {"cpu": (256, 8), "tpu": (512, 512), "gpu": (2048, 64)}
 # Of several algorithms with different rounding, GPUs compile the same one everywhere.
 GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0", "xla_gpu_deterministic_ops": True}

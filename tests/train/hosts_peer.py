@@ -3,13 +3,14 @@
     python -m tests.train.hosts_peer ADDRESS RANK COUNT FOLDER FAULT
 
 FOLDER.experiment.json is the experiment. The FAULT strikes process 1: "killed" at step 7, "data" (every batch takes
-0.4 s, and that of step 20 never comes), "stopped" (SIGSTOP at step 7), or "none". Each process writes the windows that
-it reads to FOLDER.reads-COUNT-RANK.json.
+0.4 s, and that of step 20 never comes), "stopped" (SIGSTOP at step 7), "wrong" (from the second checkpoint, its device
+computes other bits), or "none". Each process writes the windows that it reads to FOLDER.reads-COUNT-RANK.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from jax._src import distributed
 
 from data.pipeline import TrainBatches
 from data.prepare import Prepared, prepare
@@ -26,6 +28,9 @@ from experiments.processes import agree_on_devices, compare_clocks
 from tests.train.small_runs import run
 from train.config import Experiment
 from train.config_io import load_json
+from train.device_check import Reading, measure
+from train.hooks import Recorder
+from train.host_hooks import DeviceCheck
 from train.peer_watch import join
 from train.program import build
 from train.signals import StopSignal, exit_hard_on_exception
@@ -94,6 +99,27 @@ class Struck(StopSignal):
         return super().agreed(step)
 
 
+class Printer(Recorder):
+    """Prints events instead of writing them."""
+
+    def __init__(self) -> None:
+        self.log = print
+
+    def event(self, step: int, event: str, message: str, **more: object) -> None:
+        print(f"event at step {step}: {event}")
+
+
+def damaged_check(rank: int, count: int) -> DeviceCheck:
+    """Return the hook of a run; from the second checkpoint, the device of process 1 computes other bits."""
+    calls = itertools.count()
+
+    def read() -> list[Reading]:
+        good = next(calls) == 0 or rank != 1
+        return [each if good else dataclasses.replace(each, checksum="0" * 8) for each in measure()]
+
+    return DeviceCheck(Printer(), distributed.global_state.client, rank, count, read)
+
+
 def main(address: str, rank: int, count: int, folder: Path, fault: str) -> None:
     join(count, rank, address=address, window_seconds=2.0 if fault == "data" else 30.0)
     exit_hard_on_exception()
@@ -107,6 +133,8 @@ def main(address: str, rank: int, count: int, folder: Path, fault: str) -> None:
         number = signal.SIGKILL if fault == "killed" else signal.SIGSTOP
         checkpoint = folder / "checkpoints/5/commit.json" if fault == "killed" else None
         parts["stop"] = Struck(number, checkpoint).__enter__()
+    if fault == "wrong":
+        parts["hooks"] = [damaged_check(rank, count)]
     trained = run(build(e), prepared, folder, **parts)
     folder.with_suffix(f".reads-{count}-{rank}.json").write_text(json.dumps(streamed(prepared.reads)))
     print("finished" if trained.finished else "stopped", trained.step, flush=True)

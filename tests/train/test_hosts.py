@@ -161,3 +161,16 @@ def test_a_slow_host_and_a_hung_host_are_named(data, tmp_path, fault):
     for output in outputs:
         last = output.strip().splitlines()[-1]
         assert re.search(hang, last) and last.endswith(REMEDY), output
+
+
+@pytest.mark.slow
+def test_a_device_that_turns_wrong_ends_every_process_of_a_run(data, tmp_path):
+    e = experiment(data, devices=2, steps=1000)
+    codes, outputs = train_on(2, e, tmp_path / "run", "wrong")
+    assert codes[0] and codes[1] and codes != [EXIT_PEER_LOST] * 2, outputs
+    assert re.search(
+        rf"DeviceError: the devices differ after step {2 * SAVED}: process 0 \(host {HOST}\), device 0: computes "
+        rf"\w{{8}}, and no majority of 2 agrees; process 1 \(host {HOST}\), device 0: computes 00000000, and no majority.*"
+        rf"They agreed after step {SAVED}, so later checkpoints may be damaged",
+        "".join(outputs),
+    ), outputs
