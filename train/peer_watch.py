@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the coordination service has no public client
 
-from train.activity import Activity, Report, activity, behind, name_processes, straggler
+from train.activity import Report, activity, behind, name_processes, straggler
 
 EXIT_PEER_LOST = 75  # sysexits.h EX_TEMPFAIL, as after a hang: a launcher may restart the run
 BEAT_SECONDS = 1.0  # between beats
@@ -72,11 +72,11 @@ class PeerWatch:
         beat_seconds: float = BEAT_SECONDS,
         window_seconds: float = WINDOW_SECONDS,
         warn: Callable[[str], None] = lambda sentence: None,
-        own: Activity = activity,
     ):
         self._client, self.index, self.count, self._leave = client, index, count, leave
         self._lost_seconds, self._beat_seconds, self._window_seconds = lost_seconds, beat_seconds, window_seconds
-        self._warn, self._own, self._host = warn, own, socket.gethostname()
+        self._warn, self._host = warn, socket.gethostname()
+        self._pause = beat_seconds * max(1.0, count / 64)  # one coordinator answers all processes
         self.stragglers: queue.SimpleQueue[str] = queue.SimpleQueue()  # sentences, for the run's record
         self.reports: dict[int, Report] = {}  # the newest of each process
         self._earlier: tuple[float, dict[int, Report]] = time.monotonic(), {}  # when the window began
@@ -112,7 +112,11 @@ class PeerWatch:
 
     def behind(self) -> str:
         """Return a sentence that names the processes for which the others wait, as of the last beats."""
-        return behind(self.reports, self.silent(6 * self._beat_seconds)) if self.reports else ""
+        return behind(self.reports, self.quiet()) if self.reports else ""
+
+    def quiet(self) -> list[int]:
+        """Return the processes that have missed six beats."""
+        return self.silent(6 * self._pause)
 
     def _set(self, folder: str, value: str) -> None:
         try:
@@ -125,12 +129,11 @@ class PeerWatch:
         return {int(key.rpartition("/")[2]): value for key, value in rows}
 
     def _run(self) -> None:
-        pause = self._beat_seconds * max(1.0, self.count / 64)  # one coordinator answers all processes
         for beat in itertools.count():
-            if self._stopped.wait(pause if beat else 0.0):
+            if self._stopped.wait(self._pause if beat else 0.0):
                 return
             try:
-                text = f"{beat} {self._own.report(self._host).text()}"
+                text = f"{beat} {activity.report(self._host).text()}"
                 self._client.key_value_set(f"meshwork/peers/beat/{self.index}", text, allow_overwrite=True)
                 beats, left, failed = self._values("beat"), self._values("left"), self._values("failed")
             except jax.errors.JaxRuntimeError:
@@ -227,7 +230,7 @@ def watch_peers(window_seconds: float = WINDOW_SECONDS) -> None:
 
 def _lost_at_abort() -> tuple[str, int]:
     assert _watch is not None
-    lost = _watch.silent(6 * BEAT_SECONDS) or ([0] if _watch.index else [])
+    lost = _watch.quiet() or ([0] if _watch.index else [])
     return _watch.lost(lost, "JAX aborted this process, see its messages above"), EXIT_PEER_LOST
 
 
@@ -239,7 +242,7 @@ def report_failure(error: BaseException) -> str | None:
         _watch.fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return None
     deadline = time.monotonic() + 10 * BEAT_SECONDS
-    while not (lost := _watch.silent(6 * BEAT_SECONDS)) and time.monotonic() < deadline:
+    while not (lost := _watch.quiet()) and time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 4)  # the watching thread may end the process first
     first_line = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return _watch.lost(lost, first_line.rstrip("."))

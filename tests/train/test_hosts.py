@@ -170,7 +170,7 @@ def test_a_device_that_turns_wrong_ends_every_process_of_a_run(data, tmp_path):
     assert codes[0] and codes[1] and codes != [EXIT_PEER_LOST] * 2, outputs
     assert re.search(
         rf"DeviceError: the devices differ after step {2 * SAVED}: process 0 \(host {HOST}\), device 0: computes "
-        rf"\w{{8}}, and no majority of 2 agrees; process 1 \(host {HOST}\), device 0: computes 00000000, and no majority.*"
+        rf"\w{{8}}, and no majority of 2 agrees; process 1 \(host {HOST}\), device 0: computes 00000000, and no .*"
         rf"They agreed after step {SAVED}, so later checkpoints may be damaged",
         "".join(outputs),
     ), outputs
