@@ -1,8 +1,8 @@
 """The command line: python -m experiments COMMAND. `--help` lists the commands.
 
 Exit codes: 0 done, or a run that is finished; 1 the user must change something, which one paragraph on stderr names; 2
-the arguments cannot be parsed; 75 a step hangs or another process is lost; 130 and 143 stopped by Ctrl-C or SIGTERM,
-after which the same command continues.
+the arguments cannot be parsed; 75 a step hangs or another process is lost; 76 a device computes wrong; 130 and 143
+stopped by Ctrl-C or SIGTERM, after which the same command continues.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Exit codes:
   1         something to change, named on stderr
   2         arguments that cannot be parsed
   75        a step hangs, or another process is lost
+  76        a device computes wrong, which stderr names
   130, 143  stopped by Ctrl-C or SIGTERM; the same command continues
 """
 
@@ -56,12 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         # Seconds of imports, which a command that could raise these has already paid.
         from train.checkpoint import CheckpointError
+        from train.device_check import EXIT_WRONG_DEVICE, DeviceError
         from train.hooks import DivergedError
 
-        if not isinstance(error, CheckpointError | DivergedError):
+        if not isinstance(error, CheckpointError | DivergedError | DeviceError):
             raise
         print(f"error: {error}", file=sys.stderr)
         failure = error
+        if isinstance(error, DeviceError):
+            code = EXIT_WRONG_DEVICE
     except Stopped:
         print(STOPPED.format(name="SIGTERM"), file=sys.stderr)
         code = Stopped.code

@@ -35,6 +35,7 @@ MAY_DIFFER_ON_RESUME = (
     "train.log_every",
     "train.sinks",
     "train.watchdog_seconds",
+    "train.check_devices",
     "train.nonfinite",
     "train.rewind",
     "train.rewind.",

@@ -21,7 +21,7 @@ from decode.sampling import SamplingParams
 from decode.text import text_of
 from experiments.lifetime import life_lines, read_lifetime
 from experiments.meshes import fit_mesh
-from experiments.processes import agree, agree_on_code, all_processes, barrier
+from experiments.processes import agree, agree_on_code, agree_on_devices, all_processes, barrier, compare_clocks
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
@@ -141,10 +141,16 @@ def shared_run(
     override: bool,
     log: Callable[[str], None],
 ) -> Iterator[RunFolder]:
-    """Yield the run folder, which process 0 opens for all. Raises ConfigError if the processes' configs differ."""
+    """Yield the run folder, which process 0 opens for all.
+
+    Raises ConfigError if the processes' code or configs differ, and DeviceError if their devices do.
+    """
     agree_on_code()
     fix = "start every one with the same experiment and the same --set"
     agree(config_hash(experiment), "were started with different configs", fix)
+    compare_clocks(log)
+    if experiment.train.check_devices:
+        agree_on_devices(log)
     if jax.process_index() == 0:
         with open_run(
             path,

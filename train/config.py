@@ -103,6 +103,7 @@ class TrainConfig:
     keep_best: int = 1  # further checkpoints to keep, by bits per byte of the first held-out set
     log_every: int = 10  # steps between rows of metrics.jsonl
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    check_devices: bool = True  # compare the devices of several processes, at the start and at every checkpoint
     watchdog_seconds: float = 0.0  # without a step before the process prints its stacks and exits; 0: off
 
     def validate(self) -> None:

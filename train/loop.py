@@ -17,6 +17,7 @@ from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer
 from train.goodput import Goodput, RecordGoodput
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteGuard, Recorder, ShowProgress
+from train.host_hooks import host_hooks
 from train.program import Program
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
@@ -137,7 +138,7 @@ def assemble(
     trainer = Trainer(
         program, start, batches, rows, saver, stop, watchdog=watchdog,
         hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver),
-               RecordGoodput(goodput, recorder), *hooks, *([] if rewinder is None else [rewinder])],
+               RecordGoodput(goodput, recorder), *host_hooks(recorder, config.check_devices), *hooks],
         evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput, rewinder=rewinder,
     )  # fmt: skip
     return Assembled(trainer, progress)

@@ -68,7 +68,7 @@ class Rewinder(Hook):
     """Watches the loss, and raises RewindRequest where it diverges. `saved`: its metadata in the checkpoint from
     which the run starts; `restore(step)` returns the newest good checkpoint up to a step and sets the later ones aside.
 
-    It must be the last hook, because those after it would miss the step. Raises DivergedError if the run has rewound
+    The trainer calls it after all other hooks, which would miss the step. Raises DivergedError if the run has rewound
     `config.limit` times already.
     """
 

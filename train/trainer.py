@@ -18,6 +18,7 @@ from data.batch import Batch
 from data.pipeline import TrainBatches
 from model.transformer import Transformer
 from sharding.mesh import put_batch, put_replicated
+from train.activity import activity
 from train.ahead import StepCompilation
 from train.goodput import Goodput
 from train.hooks import Evaluator, Hook, NonfiniteError, StepResult
@@ -68,7 +69,8 @@ class Trainer:
         self._owes_evaluation = start.owes_evaluation
         self.goodput = Goodput() if goodput is None else goodput
         self._batches, self._rows, self._saver, self._stop, self._watchdog = batches, rows, saver, stop, watchdog
-        self._hooks, self._evaluators = hooks, evaluators
+        self._hooks = [*hooks, *([] if rewinder is None else [rewinder])]
+        self._evaluators = evaluators
         self._hyper = put_replicated(program.hyper, program.mesh)
         self._read_step = start.step
         self._rewinder = rewinder
@@ -115,6 +117,7 @@ class Trainer:
         """Dispatch the next step, and read the metrics of the previous one."""
         batch = self.next_batch()
         rows = put_batch(batch, self.program.mesh, self.program.batch_spec)
+        activity.begin("step", self.step + 1)
         self.state, values = compiled(self.state, rows, self._hyper)
         self.advanced(batch, lambda: jax.device_get(values))
         self._taken += 1
@@ -139,6 +142,7 @@ class Trainer:
 
     def next_batch(self) -> Batch:
         """Return this host's rows of the next batch."""
+        activity.begin("data", self.step)
         with self.goodput.phase("data_wait"):
             return next(self._batches)
 
@@ -170,6 +174,7 @@ class Trainer:
             return
         (self._read_step, read, batch), self._pending = self._pending, None
         figures = read()
+        activity.begin("hooks", self.step)
         row = self._rows.row(self._read_step, figures)
         result = StepResult(self._read_step, row, batch, int(figures["nonfinite"]))
         for hook in self._hooks:
@@ -199,6 +204,7 @@ class Trainer:
                 metric = self._evaluate(last)
         if saving:
             self.saved = self.step
+            activity.begin("checkpoint", self.step)
             with self.goodput.phase("checkpoints"):
                 self._written = self._saver.save(
                     self.state,
@@ -240,6 +246,7 @@ class Trainer:
     def _evaluate(self, last: bool) -> float | None:
         """Run the evaluators, and return the metric by which checkpoints are compared."""
         rows: list[dict[str, Any]] = []
+        activity.begin("evaluation", self.step)
         for evaluator in self._evaluators:
             if evaluator.at_end or not last:
                 self._watchdog.rest()  # the first evaluation compiles
