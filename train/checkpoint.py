@@ -148,12 +148,20 @@ class Checkpointer:
         """Return the committed steps now on disk, in ascending order."""
         return self._folder.committed()
 
-    def newest(self) -> int | None:
-        """Return the newest step on disk, intact or not, on every process. None if there is none, or it is unknown."""
-        try:
-            return max(self._reader.list_steps(), default=None)
-        except (DamagedError, UnreadableError):
-            return None
+    def newest(self, at_most: int) -> int | None:
+        """Return the newest step on disk up to `at_most`, intact or not, or None. Waits for the save in progress."""
+        self.wait()
+        return max((step for step in self._list_steps() if step <= at_most), default=None)
+
+    def abandon_after(self, step: int) -> None:
+        """Set aside all later steps, so that a resumed run starts from `step`. Log a failure."""
+        self.wait()
+        self._current = step
+        if self._leads:
+            try:
+                self._folder.abandon_after(step)
+            except Exception as error:  # OSError, or an exception class of a bucket's client
+                self._log(f"steps after {step} could not be set aside ({one_line(error)}); a resumed run may use them")
 
     def continue_from(self, step: int) -> None:
         """Take `step` as the one from which this run continues: later steps are set aside by the next save."""
@@ -259,8 +267,10 @@ class Checkpointer:
 
     # ---- restoring ----
 
-    def restore(self, template: Any, *, step: int | None = None, part: bool = False) -> Restored | None:
-        """Restore the newest good step, or exactly `step`. Return None if the folder holds no step at all.
+    def restore(
+        self, template: Any, *, step: int | None = None, at_most: int | None = None, part: bool = False
+    ) -> Restored | None:
+        """Restore the newest good step, if given up to `at_most`, or exactly `step`. Return None if there is none.
 
         template: the saved tree, as concrete arrays or as `jax.ShapeDtypeStruct`s with shardings on any mesh, or a
         function that returns such a tree for a step's metadata. A leaf without a sharding is restored uncommitted, and
@@ -271,15 +281,14 @@ class Checkpointer:
         be read after several attempts. A failed read does not prove damage, so no older step is restored in its place.
         """
         self.wait()
-        try:
-            on_disk = self._reader.list_steps()
-        except (DamagedError, UnreadableError) as error:
-            raise self._reader.not_readable("the list of steps", error) from error
+        on_disk = self._list_steps()
         if step is not None and step not in on_disk:
             raise CheckpointError(
                 f"step {step} is not in {self._directory}, which holds {', '.join(map(str, on_disk)) or 'no steps'}"
             )
         candidates = sorted(on_disk, reverse=True) if step is None else [step]
+        if at_most is not None:
+            candidates = [candidate for candidate in candidates if candidate <= at_most]
         reasons = []
         for position, candidate in enumerate(candidates):
             try:
@@ -296,6 +305,13 @@ class Checkpointer:
         if not reasons:
             return None
         raise CheckpointError(f"no good checkpoint in {self._directory}:\n  " + "\n  ".join(reasons))
+
+    def _list_steps(self) -> list[int]:
+        """Return the steps on disk, intact or not. Raises CheckpointError."""
+        try:
+            return self._reader.list_steps()
+        except (DamagedError, UnreadableError) as error:
+            raise self._reader.not_readable("the list of steps", error) from error
 
     def verify(self, step: int, state: Any) -> None:
         """Read `step` back, a few leaves at a time, and compare each leaf with its saved checksum.

@@ -52,6 +52,32 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class RewindConfig:
+    """When a run returns to an earlier checkpoint because its loss diverged (train/rewind.py)."""
+
+    rise: float = 0.5  # nats above the median of the `window` losses before, from which a loss counts as diverged
+    patience: int = 5  # steps in a row with such a loss, or with one that is not finite, before the run rewinds
+    window: int = 100  # steps; nothing is detected before as many
+    margin: int = 100  # steps by which the restored checkpoint must be older than the first such loss
+    limit: int = 3  # rewinds of a run, after which the next divergence ends it
+
+    def validate(self, checkpoint_every: int, keep_last: int) -> None:
+        """Raise ValueError that names the field, its value and a fix."""
+        if not 0 < self.rise < math.inf:
+            raise ValueError(f"train.rewind.rise = {self.rise}: must be a number of nats above 0, such as 0.5")
+        for name, least in (("patience", 1), ("window", 1), ("margin", 0), ("limit", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.rewind.{name} = {getattr(self, name)}: must be at least {least}")
+        needed = self.margin + self.patience
+        if (keep_last - 1) * checkpoint_every < needed:
+            raise ValueError(
+                f"train.keep_last = {keep_last}: with train.checkpoint_every = {checkpoint_every}, a run does not "
+                f"always have a checkpoint that is train.rewind.margin + train.rewind.patience = {needed} steps old; "
+                f"set train.keep_last to {1 - (-needed // checkpoint_every)}"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
     seed: int = 0  # of the initial weights, dropout and objectives
@@ -69,6 +95,7 @@ class TrainConfig:
     microbatches: int = 1  # slices of the batch whose gradients are summed before an update
     ema_decay: float | None = None  # of the averaged weights for evaluation and sampling, in [0, 1); none: no average
     nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or infinite loss or gradient; neither updates the weights
+    rewind: RewindConfig | None = None  # return to an earlier checkpoint when the loss diverges; none: never
     eval_every: int = 250  # steps; 0: only at the end
     eval_windows: int = 128  # windows of each held-out set, evenly spaced; the final evaluation uses all
     eval_stride: int | None = None  # tokens scored per window, after the rest as context; none: all, without context
@@ -80,6 +107,7 @@ class TrainConfig:
     keep_best: int = 1  # further checkpoints to keep, by bits per byte of the first held-out set
     log_every: int = 10  # steps between rows of metrics.jsonl
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    check_devices: bool = True  # compare the devices of several processes, at the start and at every checkpoint
     watchdog_seconds: float = 0.0  # without a step before the process prints its stacks and exits; 0: off
 
     def validate(self) -> None:
@@ -124,6 +152,8 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1, or none")
+        if self.rewind is not None:
+            self.rewind.validate(self.checkpoint_every, self.keep_last)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
-class NonfiniteError(RuntimeError):
+class DivergedError(RuntimeError):
+    """The run diverged, and its config ends it there."""
+
+
+class NonfiniteError(DivergedError):
     """The loss or the gradient is not finite, and `train.nonfinite` is 'stop'."""
 
 
@@ -36,6 +40,12 @@ class StepResult(NamedTuple):
 
 class Hook:
     """Base class of hooks, whose methods the trainer calls. Override any of them."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before step `trainer.step` + 1 is dispatched."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Called after step `trainer.step` was dispatched, before evaluation and saving. The device may still run."""
 
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Called after the metrics of a step were read."""

@@ -18,12 +18,13 @@ from train.checkpoint import Checkpointer
 from train.config import TrainConfig
 from train.goodput import Goodput, RecordGoodput
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteGuard, Recorder, ShowProgress
+from train.host_hooks import host_hooks
 from train.program import Program
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
 from train.routing import RouterProbe
 from train.rows import Rows
-from train.saving import Saver, start_or_resume
+from train.saving import Saver, make_rewinder, start_or_resume
 from train.signals import StopSignal, Watchdog
 from train.tiers import TieredCheckpointer, local_folder
 from train.trainer import Trained, Trainer
@@ -125,6 +126,7 @@ def assemble(
     with goodput.phase("initialization"):
         start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
     goodput.start_step = start.step
+    recorder.record(goodput.row(start.step))  # a start that dies soon is counted, too
     if start.step >= config.steps:
         return Trained(start.state, start.step, True, start.seconds)
     saver = Saver(checkpoints, batches, prepared, start, watchdog.rest)
@@ -133,11 +135,12 @@ def assemble(
         mfu_convention=rows.convention if rows.peak_known else "",
     )  # fmt: skip
     guard = NonfiniteGuard(run, recorder, config.nonfinite == "stop")
+    rewinder = make_rewinder(program, run, checkpoints, prepared, recorder, start)
     trainer = Trainer(
         program, start, batches, rows, saver, stop, watchdog=watchdog,
         hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver),
-               RecordGoodput(goodput, recorder), *hooks],
-        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
+               RecordGoodput(goodput, recorder), *host_hooks(recorder, config.check_devices), *hooks],
+        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput, rewinder=rewinder,
     )  # fmt: skip
     return Assembled(trainer, progress)
 

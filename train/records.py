@@ -31,6 +31,7 @@ __all__ = [
     "RunFolderError",
     "code_version",
     "describe_environment",
+    "launcher_restarts",
     "open_run",
     "read_metrics",
     "with_writer",
@@ -161,11 +162,11 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": commit and commit.strip(),
         "git_dirty": None if changes is None else bool(_git("status", "--porcelain")),
         "git_diff_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
-        "restart": _restart(),
+        "restart": launcher_restarts(),
     }
 
 
-def _restart() -> int | None:
+def launcher_restarts() -> int | None:
     """Return how often the launcher has started this job again; None if it was not launched."""
     text = os.environ.get("MESHWORK_RESTART", "")  # set by experiments/launch
     return int(text) if text.isascii() and text.isdigit() else None

@@ -16,6 +16,8 @@ from train.checkpoint_reader import all_agree, process_zero
 from train.commit import one_line
 from train.run_folder import RunFolder
 
+LARGEST = 2**31 - 1  # steps are counted in 32 bits
+
 
 class TieredCheckpointer(Checkpointer):
     """A Checkpointer of `directory` that also saves to `local_directory`, on the disk of each host.
@@ -48,8 +50,11 @@ class TieredCheckpointer(Checkpointer):
         self._local.close(abandon=abandon)
         super().close(abandon=abandon)
 
-    def restore(self, template: Any, *, step: int | None = None, part: bool = False) -> Restored | None:
-        local, shared = (self._local.newest(), self.newest()) if step is None else (None, None)
+    def restore(
+        self, template: Any, *, step: int | None = None, at_most: int | None = None, part: bool = False
+    ) -> Restored | None:
+        local = self._newest_local() if step is None and at_most is None else None
+        shared = None if local is None else self.newest(LARGEST)
         if local is not None and (shared is None or local > shared):
             try:
                 restored = self._local.restore(template, step=local, part=part)
@@ -57,9 +62,20 @@ class TieredCheckpointer(Checkpointer):
                 return restored
             except CheckpointError as error:
                 self._log(f"the local checkpoint of step {local} cannot be used ({one_line(error)})")
-        restored = super().restore(template, step=step, part=part)
+        restored = super().restore(template, step=step, at_most=at_most, part=part)
         self._local.continue_from(0 if restored is None else restored.step)
         return restored
+
+    def abandon_after(self, step: int) -> None:
+        super().abandon_after(step)
+        self._local.abandon_after(step)
+
+    def _newest_local(self) -> int | None:
+        try:
+            return self._local.newest(LARGEST)
+        except CheckpointError as error:
+            self._log(f"the local checkpoints cannot be used ({one_line(error)})")
+            return None
 
 
 def local_folder(run: RunFolder, directory: str) -> str:

@@ -122,3 +122,12 @@ def test_a_local_step_counts_if_every_process_has_it(tmp_path):
     assert all(files) and (tmp_path / "shared" / "4").is_dir()
     shutil.rmtree(tmp_path / "disk1")  # one host was replaced
     assert both() == {"restored 4"}
+
+
+def test_a_rewound_run_does_not_resume_from_the_local_steps_that_it_left(tmp_path):
+    with TieredCheckpointer(tmp_path / "shared", tmp_path / "local", every=4) as checkpoints:
+        for step in (4, 6):
+            checkpoints.save(step, random_state(step, mesh_of(4, 2)), metadata={})
+        assert checkpoints.newest(7) == 4
+        checkpoints.abandon_after(4)
+    assert restored(tmp_path) == 4
