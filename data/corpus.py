@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from data.config import DataError, SourceConfig
-from data.paths import Folder, PathError, bucket_store, is_local, parse_path, require_backend
+from data.paths import Folder, PathError, bucket_client, is_local, parse_path, require_backend
 
 # Excludes installed packages and tests, and _sysconfigdata, which holds paths of the build machine.
 STDLIB_EXCLUDE = (
@@ -132,7 +132,7 @@ def find_files(source: SourceConfig) -> Files:
 def _find_in_bucket(
     source: SourceConfig, root: epath.Path, include: list[re.Pattern[str]], exclude: list[re.Pattern[str]]
 ) -> Files:
-    store = bucket_store(root)
+    store = bucket_client()
     where = os.fspath(root).partition("://")[2]
     try:
         found = [path.partition("://")[2] or path for path in store.find(os.fspath(root))]

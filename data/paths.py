@@ -8,6 +8,8 @@ names. Code that depends on the difference calls `is_local`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import re
 import secrets
@@ -43,6 +45,7 @@ def parse_path(value: str | os.PathLike[str], field: str = "path") -> epath.Path
             raise PathError(
                 f"{field} = {shown!r}: a path in a bucket has the form gs://BUCKET/NAME. Try gs://BUCKET/runs/a"
             )
+        _configure_bucket_client()
     elif mangled := re.match(r"(gs|s3|az|hf|https?|file):/", text):
         raise PathError(
             f"{field} = {shown!r}: {mangled[0]} has one slash instead of two and would be a local folder. "
@@ -79,29 +82,41 @@ def require_backend(path: epath.Path, field: str = "path") -> epath.Path:
     return path
 
 
-def forget_listings(path: Folder) -> None:
-    """Drop the bucket client's cached listings, since other processes and libraries write there."""
-    if not is_local(path):
-        bucket_store(path).invalidate_cache()
+@functools.cache
+def _configure_bucket_client() -> None:
+    """Set how gcsfs works in this process, before its first use."""
+    import fsspec.config
+
+    # Other processes and TensorStore write to the same folders, so a listing is old as soon as it is read.
+    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+    # gcsfs asks for the type of the bucket before every access, and repeats it where an account may not know the type.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of each error that it raises
 
 
-def bucket_store(path: Folder) -> Any:
-    """Return the fsspec file system of a path in a bucket, with its cached listings dropped for that path."""
+def bucket_client() -> Any:
+    """Return the gcsfs file system through which epath reaches buckets."""
     import fsspec
 
-    # This is the instance that epath uses: fsspec returns the same one for equal arguments.
-    store = fsspec.filesystem("gcs", finalize_on_close=True)
-    store.invalidate_cache()
-    return store
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # the same instance for equal arguments
 
 
 def list_names(folder: Folder) -> list[str]:
     """Return the sorted names in a folder, or [] if it does not exist. Raises OSError for any other failure."""
-    forget_listings(folder)
     try:
         return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:  # an empty folder of a bucket does not exist
         return []
+
+
+def list_files(folder: epath.Path) -> list[str]:
+    """Return the sorted paths of all files below a folder, relative to it."""
+    if is_local(folder):
+        found = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+        return sorted(os.path.relpath(file, folder) for file in found)
+    # epath's walk gives paths without gs://.
+    prefix = f"{os.fspath(folder).partition('://')[2].rstrip('/')}/"
+    return sorted(file.lstrip("/").removeprefix(prefix) for file in bucket_client().find(os.fspath(folder)))
 
 
 def file_size(file: epath.Path) -> int:
@@ -118,7 +133,10 @@ def write_whole(file: str | os.PathLike[str], content: str | bytes, *, local: bo
     path = parse_path(file)
     data = content.encode("utf-8") if isinstance(content, str) else content
     if not (is_local(path) if local is None else local):
-        path.write_bytes(data)  # an object is replaced when its upload ends
+        try:
+            path.write_bytes(data)  # an object is replaced when its upload ends
+        except Exception as error:  # gcsfs raises its own exception classes, with messages of several lines
+            raise OSError(f"{path}: {' '.join(str(error).split())}") from error
         return
     temporary = os.path.join(path.parent, f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from data.config import DataError
 from data.packing import token_dtype
-from data.paths import Folder, bucket_store, is_local, parse_path
+from data.paths import Folder, bucket_client, is_local, parse_path
 from data.ranges import Range, RangeReader, range_reader
 from data.storage import Checksums
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -212,7 +212,7 @@ def _sizes_in(directory: Folder, names: Iterable[str]) -> dict[str, int]:
     """Return the sizes of those files of a folder that exist. A bucket lists them together."""
     if isinstance(directory, Path):
         return {name: (directory / name).stat().st_size for name in names if (directory / name).is_file()}
-    listing = bucket_store(directory).find(str(directory), detail=True)
+    listing = bucket_client().find(str(directory), detail=True)
     root = str(directory).partition("://")[2] + "/"
     return {path.lstrip("/").removeprefix(root): info["size"] for path, info in listing.items()}
 

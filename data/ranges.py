@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from etils import epath
 
 from data.config import DataError
-from data.paths import Folder, bucket_store
+from data.paths import Folder, bucket_client
 
 _OPEN_FILES = 64
 CACHE_BYTES = 1 << 26
@@ -78,7 +78,7 @@ class BucketRanges:
 
     def __init__(self, folder: epath.Path, cache_bytes: int = CACHE_BYTES):
         self._folder, self._left = folder, cache_bytes
-        self._store = bucket_store(folder)
+        self._store = bucket_client()
         self._cache: OrderedDict[Range, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self.requested_bytes = 0

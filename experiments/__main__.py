@@ -1,8 +1,8 @@
 """The command line: python -m experiments COMMAND. `--help` lists the commands.
 
 Exit codes: 0 done, or a run that is finished; 1 the user must change something, which one paragraph on stderr names; 2
-the arguments cannot be parsed; 75 a step hangs or another process is lost; 130 and 143 stopped by Ctrl-C or SIGTERM,
-after which the same command continues.
+the arguments cannot be parsed; 75 a step hangs or another process is lost; 76 a device computes wrong; 130 and 143
+stopped by Ctrl-C or SIGTERM, after which the same command continues.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from experiments.launch.targets import add_targets
 from experiments.stopping import Stopped
 from train.config_io import ConfigError
 from train.host_memory import keep_freed_memory
+from train.profile_steps import ProfileSteps
 
 STOPPED = "stopped by {name}: what was saved is kept, and the same command continues from there"
 LARGEST = 2**31 - 1  # of a count on the command line
@@ -31,6 +32,7 @@ Exit codes:
   1         something to change, named on stderr
   2         arguments that cannot be parsed
   75        a step hangs, or another process is lost
+  76        a device computes wrong, which stderr names
   130, 143  stopped by Ctrl-C or SIGTERM; the same command continues
 """
 
@@ -55,11 +57,21 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         # Seconds of imports, which a command that could raise these has already paid.
         from train.checkpoint import CheckpointError
-        from train.hooks import NonfiniteError
+        from train.device_check import EXIT_WRONG_DEVICE, DeviceError
+        from train.hooks import DivergedError
 
-        if not isinstance(error, CheckpointError | NonfiniteError):
+        if not isinstance(error, CheckpointError | DivergedError | DeviceError):
             raise
         print(f"error: {error}", file=sys.stderr)
+        failure = error
+        if isinstance(error, DeviceError):
+            code = EXIT_WRONG_DEVICE
+    except Exception as error:
+        from train.bucket import is_client_error, reason_of
+
+        if not is_client_error(error):
+            raise
+        print(f"error: {reason_of(error)}", file=sys.stderr)
         failure = error
     except Stopped:
         print(STOPPED.format(name="SIGTERM"), file=sys.stderr)
@@ -165,10 +177,23 @@ def _train(command: argparse.ArgumentParser) -> None:
         help="continue although the run's folder has another config [default: refuse]",
     )  # fmt: skip
     command.add_argument(
+        "--profile", type=_profile_steps, metavar="STEPS",
+        help="trace these steps into the run's folder, and print where their time goes: a range such as 10-15, or a "
+        "number of steps after the first three of this start [default: no trace]",
+    )  # fmt: skip
+    command.add_argument(
         "--distributed", action="store_true",
         help="be one of several processes, which share the run's folder. JAX finds the others on a TPU pod or under "
         "SLURM; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID [default: one process]",
     )  # fmt: skip
+
+
+def _profile_steps(text: str) -> ProfileSteps:
+    """Parse the steps of --profile."""
+    try:
+        return ProfileSteps.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--profile ")) from None
 
 
 def _eval(command: argparse.ArgumentParser) -> None:

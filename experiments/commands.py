@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -98,11 +99,14 @@ def compile_command(args: argparse.Namespace) -> int:
 
 def train_command(args: argparse.Namespace) -> int:
     """Train a run to its end, or resume it. Return 0 at its end, 128 + signal where a signal stopped it before."""
+    began = time.monotonic()
     with stopped_by_sigterm():
         use_compilation_cache()
         if args.distributed:
             join_processes()
         experiment, path = _run_to_train(args)
+        if args.profile is not None:
+            args.profile.check(experiment.train.steps)
         import jax
 
         from experiments.backend import backend_lines
@@ -112,7 +116,10 @@ def train_command(args: argparse.Namespace) -> int:
         log = print if jax.process_index() == 0 else lambda text: None
         for line in backend_lines():
             log(line)
-        finished = run_experiment(experiment, path, overrides=args.overrides, override=args.override, log=log)
+        finished = run_experiment(
+            experiment, path, overrides=args.overrides, override=args.override, log=log, profile=args.profile,
+            startup=time.monotonic() - began,
+        )  # fmt: skip
         if finished:
             from experiments.next_steps import next_steps
 
@@ -314,10 +321,16 @@ def upcycle_command(args: argparse.Namespace) -> int:
 
 
 def report_command(args: argparse.Namespace) -> int:
-    """Write a run's report again."""
-    from experiments.report import write_report
+    """Write a run's report again, and print where the run's time went."""
+    from experiments.lifetime import life_lines, lifetime
+    from experiments.report import read_starts, write_report
 
-    print(write_report(find_run(args.subject).path, log=lambda text: print(text, file=sys.stderr)))
+    run = find_run(args.subject)
+    report = write_report(run.path, log=lambda text: print(text, file=sys.stderr))
+    with suppress(LookupError, TypeError, ValueError):  # rows that are not a run's, which the report names
+        for line in life_lines(lifetime(read_starts(run))):
+            print(line)
+    print(report)
     return 0
 
 

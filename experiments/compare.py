@@ -14,7 +14,8 @@ from data.paths import is_local, write_whole
 from experiments import report_parts as parts
 from experiments.differences import written
 from experiments.html import LINES, Html, element, joined, page, table_row
-from experiments.report import folder_name, noted, usable_rows
+from experiments.lifetime import Lifetime, lifetime
+from experiments.report import folder_name, noted, read_starts, usable_rows
 from experiments.report_account import run_link
 from experiments.report_parts import Notes, Row
 from train.config_io import flatten
@@ -33,6 +34,7 @@ class Compared(NamedTuple):
     rows: Sequence[Row]
     facts: Row
     tokenizer: str  # equal for equal tokenizers
+    life: Lifetime
 
 
 def write_comparison(
@@ -85,7 +87,8 @@ def _read(runs: Sequence[RunFolder], notes: Notes) -> list[Compared]:
             )
         config = notes.read_json(run.config, dict)
         label = name if names.count(name) == 1 else place
-        found.append(Compared(label, run, config, rows, parts.facts_of(rows), _tokenizer(run, config)))
+        life = lifetime(notes.shown(f"goodput of {label}", read_starts, run) or [])
+        found.append(Compared(label, run, config, rows, parts.facts_of(rows), _tokenizer(run, config), life))
     if any(not each.tokenizer.startswith("identity ") for each in found):  # compare the same evidence of all
         found = [each._replace(tokenizer=_configured_tokenizer(each.config)) for each in found]
     return found
@@ -158,6 +161,9 @@ def _figures_table(compared: Sequence[Compared], path: Path) -> Html:
         ("tokens", lambda each: each.facts.get("tokens"), count),
         ("wall time", lambda each: each.facts.get("wall_seconds"), duration),
         ("tokens/s", lambda each: each.facts.get("tokens_per_second"), count),
+        ("goodput", lambda each: each.life.goodput, "{:.1%}".format),
+        ("restarts", lambda each: each.life.restarts or None, "{:,}".format),
+        ("repeated steps", lambda each: each.life.repeated_steps or None, "{:,}".format),
     ]
     measure = "bits_per_byte" if _tokenizers_differ(compared) else "loss"
     columns.append(

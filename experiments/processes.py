@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,11 @@ from jax._src import distributed  # the coordination service has no public clien
 from data.config import DataError
 from data.processes import ONE_PROCESS, Processes
 from train.config_io import ConfigError
+from train.device_check import DeviceError, Reading, from_text, measure, slow, to_text, wrong
+from train.peer_watch import wait_for_peers
 from train.records import code_version
+
+CLOCK_SECONDS = 5.0  # by which clocks may differ without a warning
 
 _numbers = itertools.count()
 
@@ -73,6 +78,55 @@ def agree_on_code() -> None:
             f"the processes run different versions of the code ({each}); check out the same commit on every host, and "
             "install the same packages"
         )
+
+
+def agree_on_devices(log: Callable[[str], None], measure: Callable[[], list[Reading]] = measure) -> None:
+    """Raise DeviceError on all processes if a device computes differently from the others; warn about slow ones.
+
+    `measure` returns the readings of this process.
+    """
+    if jax.process_count() == 1:
+        return
+    readings = [reading for text in _exchange(to_text(measure())) for reading in from_text(text)]
+    if fault := wrong(readings):
+        raise DeviceError(fault)
+    if late := slow(readings):
+        log(f"warning: {late}")
+
+
+def compare_clocks(log: Callable[[str], None], clock: Callable[[], float] = time.time) -> None:
+    """Warn about hosts whose clocks differ by more than CLOCK_SECONDS from that of process 0.
+
+    Each process reads its clock when it leaves a barrier, which all leave within milliseconds, three times.
+    """
+    if jax.process_count() == 1:
+        return
+    reads = []
+    for _ in range(3):
+        wait_for_peers("clocks")
+        reads.append(clock())
+    rows = [json.loads(text) for text in _exchange(json.dumps([socket.gethostname(), reads]))]
+    if late := clock_warning(rows):
+        log(f"warning: {late}")
+
+
+def clock_warning(rows: Sequence[tuple[str, Sequence[float]]]) -> str | None:
+    """Return a sentence that names the processes whose clocks differ from that of process 0, or None.
+
+    rows: the host of each process, and its readings of its clock at common moments.
+    """
+    found = []
+    for index, (host, reads) in enumerate(rows):
+        offset = statistics.median(read - first for read, first in zip(reads, rows[0][1], strict=True))
+        if abs(offset) > CLOCK_SECONDS:
+            side = "ahead of" if offset > 0 else "behind"
+            found.append(f"the clock of process {index} (host {host}) is {abs(offset):.1f} s {side} that of process 0")
+    if not found:
+        return None
+    return (
+        f"{'; '.join(found)}. The times in metrics.jsonl and environment.json come from process 0, whichever host it "
+        "runs on, and buckets refuse hosts whose clocks are minutes off; start a time service (chrony) there"
+    )
 
 
 def barrier() -> None:

@@ -18,6 +18,7 @@ from data.paths import is_local, write_whole
 from experiments import report_account as account
 from experiments import report_parts as parts
 from experiments.html import Html, element, joined, page
+from experiments.lifetime import Start, lifetime, starts_of
 from experiments.report_parts import Notes, Row
 from experiments.routing import study
 from train.records import RunFolder, RunFolderError, read_metrics
@@ -46,13 +47,13 @@ def write_report(
     sets = facts.get("sets")
     sets = sets if isinstance(sets, dict) else {}
     images = _figures(run, config, rows, sets, themes, notes)
-    starts = notes.shown("goodput", account.accounts, rows) or []
+    starts = notes.shown("goodput", read_starts, run) or []
     name = str(config.get("name") or folder_name(run))
     made = [
         notes.shown("the verdict", parts.verdict, rows, sets),
         notes.shown("the summary", parts.summary, facts),
         parts.curves(images),
-        notes.shown("goodput", account.goodput, starts),
+        notes.shown("goodput", account.goodput, lifetime(starts)),
         notes.shown("memory", account.memory, starts),
         notes.shown("completions", parts.completions, run, notes),
         notes.shown("events", parts.events, rows),
@@ -75,6 +76,11 @@ def write_report(
             f"{run.report} cannot be written ({error}); free the disk, or fix the permissions of the run folder"
         ) from error
     return run.report
+
+
+def read_starts(run: RunFolder) -> list[Start]:
+    """Return the starts of a run, whose records may be missing. Raises RunFolderError."""
+    return starts_of(read_metrics(run.metrics, superseded=True)) if run.metrics.exists() else []
 
 
 def folder_name(run: RunFolder) -> str:

@@ -3,28 +3,19 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from data.paths import is_local
 from experiments.differences import differing_json, written
-from experiments.html import Html, element, joined, table_row
+from experiments.html import LINES, Html, element, joined, table_row
+from experiments.lifetime import PHASES, Lifetime, Start, summary
 from train.config_io import ABSENT
 from train.progress import duration
 from train.records import RunFolder
 
 Row = Mapping[str, Any]
 
-PHASES = {
-    "steps": "training steps",
-    "repeated": "steps lost to a crash",
-    "evaluation": "evaluation and samples",
-    "checkpoints": "checkpoints",
-    "compilation": "compilation of the train step",
-    "initialization": "initialization or restore",
-    "data": "data preparation",
-    "other": "other",
-}
 ORIGINS = {
     "imported_from": "Imported from",
     "copied_from": "Copied from the run",
@@ -35,71 +26,37 @@ ORIGINS = {
 HEAD_FIELDS = ("name", "question")  # of the config, which the head of the page shows
 
 
-class Account(NamedTuple):
-    """One start of a run: a process from its command to its end."""
-
-    first: int  # step that it started from
-    last: int  # step that it reached
-    seconds: dict[str, float]  # by phase
-    memory: dict[str, int]  # bytes per device of the train step
-
-
-def accounts(rows: Sequence[Row]) -> list[Account]:
-    """Return the starts of a run, the first one first: the last goodput row of each."""
-    found: dict[float, Account] = {}
-    for row in rows:
-        if row["kind"] == "goodput":
-            seconds = {name: float(value) for name, value in row["seconds"].items() if name != "wall"}
-            start = row["start"]
-            memory = {str(name): int(value) for name, value in row.get("memory", {}).items()}
-            found[float(start["time"])] = Account(int(start["step"]), int(row["step"]), seconds, memory)
-    return [found[began] for began in sorted(found)]
-
-
-def seconds_by_phase(starts: Sequence[Account]) -> dict[str, float]:
-    """Return the seconds of all starts by phase. The steps that a crash lost, which the next start repeated, count as
-    "repeated": the same part of its start's step time as of its steps."""
-    total = dict.fromkeys(PHASES, 0.0)
-    for i, start in enumerate(starts):
-        for name, seconds in start.seconds.items():
-            total[name if name in total else "other"] += seconds
-        if i + 1 < len(starts) and start.last > start.first:
-            lost = min(max(start.last - starts[i + 1].first, 0), start.last - start.first)
-            wasted = start.seconds.get("steps", 0.0) * lost / (start.last - start.first)
-            total["repeated"] += wasted
-            total["steps"] -= wasted
-    return total
-
-
-def goodput(starts: Sequence[Account]) -> Html:
+def goodput(life: Lifetime) -> Html:
     """Return the share of each phase in the run's wall time, as a bar and a table."""
-    total = seconds_by_phase(starts)
-    wall = sum(total.values())
-    if not wall > 0:
+    if not life.wall > 0:
         return Html()
-    shares = [(i, name, seconds / wall) for i, (name, seconds) in enumerate(total.items()) if seconds > 0]
+    shares = [(_colour(i), name, s / life.wall) for i, (name, s) in enumerate(life.seconds.items()) if s > 0]
     bar = (
-        element("div", style=f"width: {share:.4%}; background: var(--line{i})", title=f"{PHASES[name]} {share:.1%}")
-        for i, name, share in shares
+        element("div", style=f"width: {share:.4%}; {colour}", title=f"{PHASES[name]} {share:.1%}")
+        for colour, name, share in shares
     )
     lines = (
         element(
             "tr",
-            element("td", element("span", class_="swatch", style=f"background: var(--line{i})"), PHASES[name]),
-            element("td", duration(total[name]), class_="number"),
+            element("td", element("span", class_="swatch", style=colour), PHASES[name]),
+            element("td", duration(life.seconds[name]), class_="number"),
             element("td", f"{share:.1%}", class_="number"),
         )
-        for i, name, share in shares
+        for colour, name, share in shares
     )
-    many = f" over {len(starts)} starts; the time between them is not counted" if len(starts) > 1 else ""
-    note = f"Goodput {total['steps'] / wall:.1%}: the share of training steps in {duration(wall)} of wall time{many}."
     return joined((
-        element("h2", "Where the time went"), element("p", note), element("div", *bar, class_="stack"),
+        element("h2", "Where the time went"), element("p", summary(life)), element("div", *bar, class_="stack"),
         element("table", *lines),
     ))  # fmt: skip
 
 
-def memory(starts: Sequence[Account]) -> Html:
+def _colour(i: int) -> str:
+    """Return the style of phase `i`: a colour of the runs, and beyond these a paler one."""
+    colours = len(LINES["light"])
+    return f"background: var(--line{i % colours})" + ("; opacity: 0.45" if i >= colours else "")
+
+
+def memory(starts: Sequence[Start]) -> Html:
     """Return the memory of the train step on each device, as the compiler of the last start planned it."""
     held = next((start.memory for start in reversed(starts) if start.memory), {})
     if not held:

@@ -15,7 +15,7 @@ from train.records import RunFolder
 
 Row = Mapping[str, Any]
 
-BAD_EVENTS = {"nonfinite", "warning"}
+BAD_EVENTS = {"nonfinite", "rewound", "warning"}
 
 
 class Notes:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from etils import epath
 
-from data.paths import PathError, is_local, parse_path, require_backend
+from data.paths import PathError, is_local, parse_path
 from experiments.memory import Memory, refuse_what_cannot_fit
 from experiments.named import EXPERIMENTS
+from train.bucket import check_bucket
 from train.config import Experiment
 from train.config_io import ConfigError, apply_overrides, load_json
-from train.records import RunFolder, RunFolderError
+from train.records import RunFolder, RunFolderError, with_writer
 
 MAX_NAME_BYTES = 200  # bytes of a run's name; file systems allow 255
 VOCAB_MULTIPLE = 128  # suits matrix units and tensor-parallel meshes
@@ -30,12 +31,17 @@ MAY_DIFFER_ON_RESUME = (
     "train.eval_windows",
     "train.eval_stride",
     "train.checkpoint_every",
+    "train.local_checkpoint_every",
+    "train.local_checkpoint_dir",
     "train.keep_last",
     "train.keep_best",
     "train.log_every",
     "train.sinks",
     "train.watchdog_seconds",
+    "train.check_devices",
     "train.nonfinite",
+    "train.rewind",
+    "train.rewind.",
     "data.prefetch",
     "data.cache_dir",
     "data.tokenizer.path",
@@ -211,7 +217,7 @@ def find_run(text: str) -> RunFolder:
 def _parse(text: str, field: str) -> epath.Path:
     """Return the path that a text names. Raises RunFolderError if it is invalid or an unreachable bucket."""
     try:
-        return require_backend(parse_path(text, field), field)
+        return check_bucket(parse_path(text, field), field)
     except PathError as error:
         raise RunFolderError(str(error)) from error
 
@@ -268,8 +274,14 @@ def _foreign_file(path: epath.Path) -> str | None:
 
 
 def load_experiment(run: RunFolder) -> Experiment:
-    """Return the resolved experiment of a run folder. Its saved tokenizer is the one in the folder, even if moved."""
-    experiment = load_json(Experiment, run.config)
+    """Return the resolved experiment of a run folder. Its saved tokenizer is the one in the folder, even if moved.
+
+    Raises ConfigError, which names the code that wrote the folder.
+    """
+    try:
+        experiment = load_json(Experiment, run.config)
+    except ConfigError as error:
+        raise ConfigError(with_writer(error, run)) from error
     tokenizer = experiment.data.tokenizer
     if tokenizer.kind != "saved" or not run.tokenizer.exists():
         return experiment

@@ -19,8 +19,9 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from decode.generate import generate
 from decode.sampling import SamplingParams
 from decode.text import text_of
+from experiments.lifetime import life_lines, read_lifetime
 from experiments.meshes import fit_mesh
-from experiments.processes import agree, agree_on_code, all_processes, barrier
+from experiments.processes import agree, agree_on_code, agree_on_devices, all_processes, barrier, compare_clocks
 from experiments.report import write_report
 from experiments.resolve import load_experiment, may_differ_on_resume
 from interop.translate import architecture, differences
@@ -34,6 +35,8 @@ from train.config_io import ConfigError, config_hash
 from train.evaluate import evaluate_all
 from train.goodput import Goodput
 from train.loop import Trained, train
+from train.profile import Profile
+from train.profile_steps import ProfileSteps
 from train.program import Network, Program, Weights, build, build_network, load_weights
 from train.progress import duration
 from train.records import (
@@ -56,12 +59,15 @@ def run_experiment(
     overrides: Sequence[str],
     override: bool,
     log: Callable[[str], None] = print,
+    profile: ProfileSteps | None = None,
+    startup: float = 0.0,
 ) -> bool:
     """Train or resume the experiment in its folder, and finish it. Return False if a signal stopped it before its end.
 
-    Raises ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
+    `profile`: the steps to trace. `startup`: the seconds that this process has already spent on its start. Raises
+    ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
     """
-    started, goodput = time.monotonic(), Goodput()
+    started, goodput = time.monotonic(), Goodput(startup=startup)
     with shared_run(path, experiment, overrides, override, log) as run:
         if run.report.exists() and (run.finished_step or 0) >= experiment.train.steps:
             log(f"{run.path} is finished: {run.report}. More steps: --set train.steps=N; another run: --run NEWNAME")
@@ -76,12 +82,16 @@ def run_experiment(
                 write_environment(run, describe_environment())
                 _keep_tokenizer(run, prepared.tokenizer)
         with StopSignal() as stop:
-            trained = train(program, prepared, run, log=log, stop=stop, goodput=goodput)
+            with contextlib.ExitStack() as traces:
+                hooks = [] if profile is None else [traces.enter_context(Profile(profile, run, log))]
+                trained = train(program, prepared, run, log=log, stop=stop, goodput=goodput, hooks=hooks)
             with goodput.phase("evaluation"):
                 finished = trained.finished and finish(program, prepared, run, trained, log, stop)
         with written(run), MetricsWriter(run, process_index=jax.process_index()) as metrics:
             metrics.write(goodput.row(trained.step))
         if jax.process_index() == 0:
+            for line in life_lines(read_lifetime(run.metrics)):
+                log(line)
             report = write_report(run.path)
             log(f"report: {report}  (after {duration(time.monotonic() - started)})")
         return finished
@@ -131,10 +141,16 @@ def shared_run(
     override: bool,
     log: Callable[[str], None],
 ) -> Iterator[RunFolder]:
-    """Yield the run folder, which process 0 opens for all. Raises ConfigError if the processes' configs differ."""
+    """Yield the run folder, which process 0 opens for all.
+
+    Raises ConfigError if the processes' code or configs differ, and DeviceError if their devices do.
+    """
     agree_on_code()
     fix = "start every one with the same experiment and the same --set"
     agree(config_hash(experiment), "were started with different configs", fix)
+    compare_clocks(log)
+    if experiment.train.check_devices:
+        agree_on_devices(log)
     if jax.process_index() == 0:
         with open_run(
             path,

@@ -1,30 +1,20 @@
-"""An in-memory bucket of Google Cloud Storage, to test gs:// paths without a network or gcsfs."""
+"""A bucket of Google Cloud Storage for tests in this process, behind the real clients (tests/gcs_server.py)."""
 
-from typing import ClassVar
+import contextlib
+import functools
+import os
 
-import fsspec
-from fsspec.implementations.memory import MemoryFileSystem
+import fsspec.config
 
+from tests.gcs_server import Store, client_environment, serve_bucket
 
-class FakeBucket(MemoryFileSystem):
-    """The file system behind gs:// after `use_fake_bucket`: one store for the whole process."""
-
-    protocol = ("gs", "gcs")
-    store: ClassVar[dict] = {}
-    pseudo_dirs: ClassVar[list] = [""]
-    failures: ClassVar[list[Exception]] = []  # each of the next writes raises one of these
-
-    def _open(self, path, mode="rb", **options):
-        if "w" in mode and self.failures:
-            raise self.failures.pop(0)
-        return super()._open(path, mode, **options)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        path = path.split("://", 1)[-1]
-        return f"/{path.strip('/')}" if path.strip("/") else ""
+_serving = contextlib.ExitStack()  # until the process ends
 
 
-def use_fake_bucket() -> None:
-    """Serve gs:// paths from FakeBucket in this process."""
-    fsspec.register_implementation("gcs", FakeBucket, clobber=True)
+@functools.cache
+def use_fake_bucket() -> Store:
+    """Serve gs://bucket from this process until it ends, and lead this process's clients there. Return its store."""
+    store, port = _serving.enter_context(serve_bucket())
+    os.environ.update(client_environment(port))
+    fsspec.config.conf.setdefault("gs", {})["token"] = "anon"  # FSSPEC_GS_TOKEN is read by the import
+    return store

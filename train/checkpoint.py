@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from data.paths import PathError, is_local, parse_path, require_backend
@@ -55,6 +56,21 @@ def _print_warning(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def _orbax(per_process: bool) -> tuple[ocp.PyTreeCheckpointHandler, ocp.AsyncCheckpointer]:
+    """Return the parts of Orbax that read and write. With `per_process`, each process writes all that it holds."""
+    processes = ocp.options.MultiprocessingOptions(primary_host=None if per_process else 0)
+    more: dict[str, Any] = {}
+    if per_process:
+        arrays = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)
+        more["type_handler_registry"] = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler()), (jax.Array, arrays)
+        )
+    # Weights look like random bits: compression saves little space and takes CPU time from training.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes, **more)
+    options = ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False)
+    return handler, ocp.AsyncCheckpointer(handler, async_options=options, multiprocessing_options=processes)
+
+
 class Checkpointer:
     """Saves and restores the steps of one folder. As a context manager, it waits for the last save on exit.
 
@@ -64,7 +80,8 @@ class Checkpointer:
     steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
     read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
     local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
-    each retry of a failed read.
+    each retry of a failed read. per_process: whether every process has a separate folder, with the arrays on its
+    devices, instead of one that all share. Such a step restores only on the same processes and mesh.
 
     Raises CheckpointError if the folder cannot be created or written.
     """
@@ -81,6 +98,7 @@ class Checkpointer:
         read_only: bool = False,
         local: bool | None = None,
         retry_waits: Sequence[float] = RETRY_WAITS,
+        per_process: bool = False,
     ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last = {keep_last}, keep_best = {keep_best}: must be at least 1 and at least 0")
@@ -98,19 +116,16 @@ class Checkpointer:
         self._directory = self._folder.path
         self._log, self._read_only = log, read_only
         self._free_bytes = free_bytes or self._folder.free_bytes
+        self._leads = per_process or process_zero()  # lists, commits and deletes the steps of its folder
         self._current: int | None = None  # the step that this run restored or saved last
         self._pending: _Pending | None = None
         if read_only:
             if not self._directory.is_dir():
                 raise CheckpointError(f"{self._directory} is not a directory of checkpoints; check the run's path")
-        elif process_zero():
+        elif self._leads:
             self._folder.prepare()
-        # Weights look like random bits: compression saves little space and takes CPU time from training.
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        self._reader = CheckpointReader(self._folder, handler, retry_waits)
-        self._writer = ocp.AsyncCheckpointer(
-            handler, async_options=ocp.AsyncOptions(timeout_secs=600, create_directories_asynchronously=False)
-        )
+        handler, self._writer = _orbax(per_process)
+        self._reader = CheckpointReader(self._folder, handler, retry_waits, per_process=per_process)
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +147,25 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Return the committed steps now on disk, in ascending order."""
         return self._folder.committed()
+
+    def newest(self, at_most: int) -> int | None:
+        """Return the newest step on disk up to `at_most`, intact or not, or None. Waits for the save in progress."""
+        self.wait()
+        return max((step for step in self._list_steps() if step <= at_most), default=None)
+
+    def abandon_after(self, step: int) -> None:
+        """Set aside all later steps, so that a resumed run starts from `step`. Log a failure."""
+        self.wait()
+        self._current = step
+        if self._leads:
+            try:
+                self._folder.abandon_after(step)
+            except Exception as error:  # OSError, or an exception class of a bucket's client
+                self._log(f"steps after {step} could not be set aside ({one_line(error)}); a resumed run may use them")
+
+    def continue_from(self, step: int) -> None:
+        """Take `step` as the one from which this run continues: later steps are set aside by the next save."""
+        self._current = step
 
     # ---- saving ----
 
@@ -168,7 +202,7 @@ class Checkpointer:
         body = json.loads(json.dumps(body))  # a value that is not JSON must fail here, not in the thread
         error = None
         try:
-            if process_zero():
+            if self._leads:
                 self._folder.clear_for(step)
             # Orbax rejects empty arrays; their shape in commit.json is enough to restore them.
             filled = {name: leaf for name, leaf in stored.items() if leaf.size}
@@ -187,10 +221,10 @@ class Checkpointer:
 
     def _has_space(self, step: int, array_bytes: int) -> bool:
         needed = array_bytes * SPACE_MARGIN + SPACE_FLOOR
-        free = self._free_bytes() if process_zero() else math.inf
+        free = self._free_bytes() if self._leads else math.inf
         if all_agree(free >= needed):
             return True
-        if process_zero():
+        if self._leads:
             self._report_failure(
                 step, f"no space left in {self._directory} (needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
             )
@@ -200,14 +234,14 @@ class Checkpointer:
         """Commit the save in progress once its files are written. Runs in a thread while training continues."""
         try:
             self._writer.wait_until_finished()
-            if process_zero():
+            if self._leads:
                 self._folder.publish(step, body)
         except Exception as error:
             errors.append(error)
             self._abandon_save(step, error)
             return
         self._current = step
-        if process_zero():
+        if self._leads:
             self._folder.drop_old(step)
 
     def wait(self) -> bool:
@@ -227,14 +261,16 @@ class Checkpointer:
         self._log(f"save of step {step} failed: {reason}; {kept}")
 
     def _abandon_save(self, step: int, error: Exception) -> None:
-        if process_zero():
+        if self._leads:
             self._folder.clean_leftovers()
         self._report_failure(step, one_line(error))
 
     # ---- restoring ----
 
-    def restore(self, template: Any, *, step: int | None = None, part: bool = False) -> Restored | None:
-        """Restore the newest good step, or exactly `step`. Return None if the folder holds no step at all.
+    def restore(
+        self, template: Any, *, step: int | None = None, at_most: int | None = None, part: bool = False
+    ) -> Restored | None:
+        """Restore the newest good step, if given up to `at_most`, or exactly `step`. Return None if there is none.
 
         template: the saved tree, as concrete arrays or as `jax.ShapeDtypeStruct`s with shardings on any mesh, or a
         function that returns such a tree for a step's metadata. A leaf without a sharding is restored uncommitted, and
@@ -245,15 +281,14 @@ class Checkpointer:
         be read after several attempts. A failed read does not prove damage, so no older step is restored in its place.
         """
         self.wait()
-        try:
-            on_disk = self._reader.list_steps()
-        except (DamagedError, UnreadableError) as error:
-            raise self._reader.not_readable("the list of steps", error) from error
+        on_disk = self._list_steps()
         if step is not None and step not in on_disk:
             raise CheckpointError(
                 f"step {step} is not in {self._directory}, which holds {', '.join(map(str, on_disk)) or 'no steps'}"
             )
         candidates = sorted(on_disk, reverse=True) if step is None else [step]
+        if at_most is not None:
+            candidates = [candidate for candidate in candidates if candidate <= at_most]
         reasons = []
         for position, candidate in enumerate(candidates):
             try:
@@ -270,6 +305,13 @@ class Checkpointer:
         if not reasons:
             return None
         raise CheckpointError(f"no good checkpoint in {self._directory}:\n  " + "\n  ".join(reasons))
+
+    def _list_steps(self) -> list[int]:
+        """Return the steps on disk, intact or not. Raises CheckpointError."""
+        try:
+            return self._reader.list_steps()
+        except (DamagedError, UnreadableError) as error:
+            raise self._reader.not_readable("the list of steps", error) from error
 
     def verify(self, step: int, state: Any) -> None:
         """Read `step` back, a few leaves at a time, and compare each leaf with its saved checksum.

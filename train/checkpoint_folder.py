@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from data.paths import forget_listings, list_names
+from data.paths import list_names
 from train.commit import (
     ASIDE_FILE,
     COMMIT_FILE,
@@ -131,16 +131,11 @@ class CheckpointFolder:
         A step that cannot be read or removed stays; a failed removal is a warning.
         """
         try:
-            steps = [step for step in self.on_disk() if step != newest]
-            aside = [step for step in steps if step > newest or step in self.damaged]
-            for step in aside:
-                self.set_aside(step, "damaged" if step in self.damaged else "abandoned")
-            if ahead := [step for step in aside if step > newest]:
-                self._log(
-                    f"set aside steps {', '.join(map(str, ahead))}: step {newest}, just saved, continues from an "
-                    f"earlier step; they stay in {self.path} but are ignored; delete them when they are not needed"
-                )
-            older = [step for step in steps if step < newest and step not in aside]
+            self.abandon_after(newest)
+            older = [step for step in self.on_disk() if step < newest]
+            for step in self.damaged.intersection(older):
+                self.set_aside(step, "damaged")
+            older = [step for step in older if step not in self.damaged]
         except Exception as error:
             self._log(f"step {newest} is saved, but older steps could not be cleaned up ({one_line(error)})")
             return
@@ -156,6 +151,17 @@ class CheckpointFolder:
             if step not in keep:
                 self._remove(str(step), f"step {newest} is saved, but ")
 
+    def abandon_after(self, newest: int) -> None:
+        """Set aside the steps after `newest`, from which the run continues."""
+        ahead = [step for step in self.on_disk() if step > newest]
+        for step in ahead:
+            self.set_aside(step, "damaged" if step in self.damaged else "abandoned")
+        if ahead:
+            self._log(
+                f"set aside steps {', '.join(map(str, ahead))}: the run continues from step {newest}; they stay in "
+                f"{self.path} but are ignored; delete them when they are not needed"
+            )
+
     def _holds(self, step: int, name: str) -> bool:
         """Return whether a file is in a step's folder. Lists it, because `exists` also returns False for failures."""
         return name in list_names(self.step_path(step))
@@ -163,7 +169,6 @@ class CheckpointFolder:
     def _remove(self, name: str, prefix: str = "") -> None:
         try:
             path = self.path / name
-            forget_listings(path)
             if path.is_dir():
                 path.rmtree()
             else:

@@ -58,17 +58,26 @@ class CheckpointReader:
     processes raise the same error, so that they fall back or stop together.
     """
 
-    def __init__(self, folder: CheckpointFolder, handler: ocp.PyTreeCheckpointHandler, retry_waits: Sequence[float]):
+    def __init__(
+        self, folder: CheckpointFolder, handler: ocp.PyTreeCheckpointHandler, retry_waits: Sequence[float], *,
+        per_process: bool = False,
+    ):  # fmt: skip
         self._folder, self._handler, self._retry_waits = folder, handler, tuple(retry_waits)
+        self._per_process = per_process
 
     def list_steps(self) -> list[int]:
-        """Return the steps that process 0 finds, intact or not, in ascending order."""
+        """Return the steps that process 0 finds, intact or not, in ascending order.
+
+        If every process has its own folder, these are the steps that all of them find.
+        """
 
         def on_disk() -> list[int]:
             with reading("the folder"):
-                return self._folder.on_disk() if process_zero() else []
+                return self._folder.on_disk() if process_zero() or self._per_process else []
 
-        return _from_process_zero(self._jointly(on_disk))
+        found = self._jointly(on_disk)
+        steps = _from_process_zero(found)
+        return [step for step in steps if all_agree(step in found)] if self._per_process else steps
 
     def read_commit(self, step: int) -> dict[str, Any]:
         """Return the body of a step's commit.json after checking it and the files that it lists."""
@@ -89,7 +98,7 @@ class CheckpointReader:
         except UnreadableError as error:
             # TensorStore raises the same types for damage and for a failing disk. If every file can be read to its end
             # and the arrays still cannot be restored, the files are damaged.
-            part = slice(jax.process_index(), None, jax.process_count())
+            part = slice(None) if self._per_process else slice(jax.process_index(), None, jax.process_count())
             self._jointly(lambda: read_files(self._folder.step_path(step), step, part))
             if all_agree(not _TRANSIENT.search(str(error))):
                 raise DamagedError(str(error)) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from data.paths import file_size, forget_listings, list_names
+from data.paths import file_size, list_files, list_names
 
 COMMIT_FILE = "commit.json"
 FORMAT = 1
@@ -91,9 +91,8 @@ def _file_facts(file: epath.Path) -> dict[str, int]:
 
 def write_commit(directory: epath.Path, body: dict[str, Any]) -> None:
     """Write commit.json with the sizes and checksums of all files now in the step's folder."""
-    forget_listings(directory)  # another library wrote the arrays
-    files = sorted(root / name for root, _, names in directory.walk() for name in names if name != COMMIT_FILE)
-    body = body | {"files": {str(file.relative_to(directory)): _file_facts(file) for file in files}}
+    files = [name for name in list_files(directory) if name != COMMIT_FILE]
+    body = body | {"files": {name: _file_facts(directory / name) for name in files}}
     text = json.dumps(body, sort_keys=True)
     (directory / COMMIT_FILE).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "body": body}, indent=1))
 
@@ -118,7 +117,10 @@ def read_body(directory: epath.Path, step: int) -> dict[str, Any]:
     if not intact:
         raise DamagedError(f"{COMMIT_FILE}: checksum mismatch")
     if isinstance(body, dict) and isinstance(body.get("format"), int) and body["format"] != FORMAT:
-        raise CheckpointError(f"{directory} has checkpoint format {body['format']}; this code reads {FORMAT}")
+        raise CheckpointError(
+            f"{directory} has checkpoint format {body['format']}; this code reads {FORMAT}. "
+            f"Check out the code that wrote it"
+        )
     if not _is_well_formed(body):
         raise DamagedError(f"{COMMIT_FILE} does not describe a checkpoint")
     if body["step"] != step:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.config import DataConfig
+from data.paths import is_local
 from model.config import ModelConfig, MoEConfig
 from sharding.config import LOGICAL_AXES, MESH_AXES, MeshConfig, ShardingRules
 
@@ -51,6 +52,32 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class RewindConfig:
+    """When a run returns to an earlier checkpoint because its loss diverged (train/rewind.py)."""
+
+    rise: float = 0.5  # nats above the median of the `window` losses before, from which a loss counts as diverged
+    patience: int = 5  # steps in a row with such a loss, or with one that is not finite, before the run rewinds
+    window: int = 100  # steps; nothing is detected before as many
+    margin: int = 100  # steps by which the restored checkpoint must be older than the first such loss
+    limit: int = 3  # rewinds of a run, after which the next divergence ends it
+
+    def validate(self, checkpoint_every: int, keep_last: int) -> None:
+        """Raise ValueError that names the field, its value and a fix."""
+        if not 0 < self.rise < math.inf:
+            raise ValueError(f"train.rewind.rise = {self.rise}: must be a number of nats above 0, such as 0.5")
+        for name, least in (("patience", 1), ("window", 1), ("margin", 0), ("limit", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"train.rewind.{name} = {getattr(self, name)}: must be at least {least}")
+        needed = self.margin + self.patience
+        if (keep_last - 1) * checkpoint_every < needed:
+            raise ValueError(
+                f"train.keep_last = {keep_last}: with train.checkpoint_every = {checkpoint_every}, a run does not "
+                f"always have a checkpoint that is train.rewind.margin + train.rewind.patience = {needed} steps old; "
+                f"set train.keep_last to {1 - (-needed // checkpoint_every)}"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     steps: int = 1000
     seed: int = 0  # of the initial weights, dropout and objectives
@@ -68,14 +95,19 @@ class TrainConfig:
     microbatches: int = 1  # slices of the batch whose gradients are summed before an update
     ema_decay: float | None = None  # of the averaged weights for evaluation and sampling, in [0, 1); none: no average
     nonfinite: Literal["stop", "skip"] = "stop"  # at a NaN or infinite loss or gradient; neither updates the weights
+    rewind: RewindConfig | None = None  # return to an earlier checkpoint when the loss diverges; none: never
     eval_every: int = 250  # steps; 0: only at the end
     eval_windows: int = 128  # windows of each held-out set, evenly spaced; the final evaluation uses all
     eval_stride: int | None = None  # tokens scored per window, after the rest as context; none: all, without context
     checkpoint_every: int = 250  # steps; there is always a checkpoint at the end
+    # Steps between further checkpoints in local_checkpoint_dir, on the disk of each host; 0: none (train/tiers.py).
+    local_checkpoint_every: int = 0
+    local_checkpoint_dir: str = ""
     keep_last: int = 2  # newest checkpoints to keep
     keep_best: int = 1  # further checkpoints to keep, by bits per byte of the first held-out set
     log_every: int = 10  # steps between rows of metrics.jsonl
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    check_devices: bool = True  # compare the devices of several processes, at the start and at every checkpoint
     watchdog_seconds: float = 0.0  # without a step before the process prints its stacks and exits; 0: off
 
     def validate(self) -> None:
@@ -86,6 +118,17 @@ class TrainConfig:
         for name in ("seed", "eval_every", "keep_best", "watchdog_seconds", "z_loss"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)}: must be 0 or more")
+        if bool(self.local_checkpoint_dir) != (self.local_checkpoint_every > 0):
+            raise ValueError(
+                f"train.local_checkpoint_every = {self.local_checkpoint_every} and train.local_checkpoint_dir = "
+                f"{self.local_checkpoint_dir!r}: local checkpoints need both, a number of steps above 0 and a folder. "
+                f"Try train.local_checkpoint_dir=/tmp/checkpoints, or set neither"
+            )
+        if not is_local(self.local_checkpoint_dir):
+            raise ValueError(
+                f"train.local_checkpoint_dir = {self.local_checkpoint_dir!r}: must be on the disk of each host. Try "
+                f"/tmp/checkpoints"
+            )
         if self.steps >= 2**31:
             raise ValueError(f"train.steps = {self.steps}: steps are counted in 32 bits; use at most 2**31 - 1")
         if self.seed >= 2**32:
@@ -109,6 +152,8 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1, or none")
+        if self.rewind is not None:
+            self.rewind.validate(self.checkpoint_every, self.keep_last)
 
 
 @dataclass(frozen=True)

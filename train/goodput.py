@@ -2,10 +2,12 @@
 
 A start is one process from its command to its end. A row of kind "goodput" holds the account of a start so far:
 
-    {"kind": "goodput", "step": last step read, "start": {"time": unix seconds, "step": first step},
+    {"kind": "goodput", "step": last step read,
+     "start": {"time": unix seconds, "step": first step, "restart": how often the launcher has restarted the job},
      "seconds": {"wall": total, "steps": ..., "evaluation": ..., ...}, "memory": {"arguments": bytes, ...}}
 
-The last row of each start counts, and no resumption supersedes one. A crash loses at most ROW_SECONDS of the account.
+The last row of each start counts, and no resumption supersedes one. A crash loses at most ROW_SECONDS of the account;
+experiments/lifetime.py derives from the rows of train steps what those were, and adds the starts up.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from train.hooks import Hook, Recorder, StepResult
+from train.records import launcher_restarts
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
 
-PHASES = ("data", "initialization", "compilation", "steps", "evaluation", "checkpoints", "other")
+# "startup": of the process and its devices. "data": preparation of the data. "data_wait": steps that wait for a batch.
+PHASES = ("startup", "data", "initialization", "compilation", "steps", "data_wait", "evaluation", "checkpoints",
+          "profile", "other")  # fmt: skip
 ROW_SECONDS = 60.0  # between two rows of a start, besides those of evaluations and checkpoints
 
 
@@ -30,11 +35,12 @@ class Goodput:
     The compilation is that of the train step. Evaluation and sampling programs compile within "evaluation".
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.start_time, self.start_step = time.time(), 0
+    def __init__(self, clock: Callable[[], float] = time.monotonic, startup: float = 0.0):
+        """`startup`: seconds that the process spent before this call."""
+        self.start_time, self.start_step, self.restart = time.time() - startup, 0, launcher_restarts()
         self.memory: dict[str, int] = {}  # bytes per device of the train step
         self._clock, self._phases = clock, ["other"]
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(PHASES, 0.0) | {"startup": startup}
         self._since = clock()
 
     @contextmanager
@@ -62,7 +68,7 @@ class Goodput:
         row = {
             "kind": "goodput",
             "step": step,
-            "start": {"time": self.start_time, "step": self.start_step},
+            "start": {"time": self.start_time, "step": self.start_step, "restart": self.restart},
             "seconds": {"wall": round(sum(self._seconds.values()), 3), **seconds},
         }
         return row | ({"memory": self.memory} if self.memory else {})

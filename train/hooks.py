@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 
-class NonfiniteError(RuntimeError):
+class DivergedError(RuntimeError):
+    """The run diverged, and its config ends it there."""
+
+
+class NonfiniteError(DivergedError):
     """The loss or the gradient is not finite, and `train.nonfinite` is 'stop'."""
 
 
@@ -37,11 +41,20 @@ class StepResult(NamedTuple):
 class Hook:
     """Base class of hooks, whose methods the trainer calls. Override any of them."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Called before step `trainer.step` + 1 is dispatched."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Called after step `trainer.step` was dispatched, before evaluation and saving. The device may still run."""
+
     def on_step(self, trainer: Trainer, result: StepResult) -> None:
         """Called after the metrics of a step were read."""
 
     def on_eval(self, trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
         """Called after the weights of `step` were evaluated."""
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        """Called before a checkpoint of `step` is started."""
 
     def on_save(self, trainer: Trainer, step: int, started: bool) -> None:
         """Called after a checkpoint of `step` was started (the last one: written) or failed to start."""
@@ -65,6 +78,13 @@ class Recorder(Hook):
         except OSError as error:
             self.log(f"warning: the metrics of step {row['step']} were not written ({error})")
 
+    def close(self) -> None:
+        """Close the metrics."""
+        try:
+            self._metrics.close()
+        except OSError as error:
+            self.log(f"warning: the last metrics were not written ({error})")
+
     def event(self, step: int, event: str, message: str, **more: Any) -> None:
         """Write an event."""
         self.record({"kind": "event", "step": step, "event": event, "message": message, **more})
@@ -83,6 +103,13 @@ class Recorder(Hook):
     def on_eval(self, trainer: Trainer, step: int, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.record(row)
+
+    def before_save(self, trainer: Trainer, step: int) -> None:
+        """Write all rows up to the step, since a run that resumes from it does not make them again."""
+        try:
+            self._metrics.flush()
+        except OSError as error:
+            self.log(f"warning: the metrics up to step {step} were not written ({error})")
 
 
 class NonfiniteGuard(Hook):

@@ -27,7 +27,8 @@ from typing import Any
 
 from etils import epath
 
-from data.paths import forget_listings, is_local
+from data.paths import is_local
+from train.bucket import BucketObject
 from train.run_folder import RunFolder, RunFolderError
 
 HEARTBEAT_SECONDS = 10.0
@@ -57,18 +58,15 @@ def hold_lease(
     timing: LeaseTiming | None = None,
     on_lost: Callable[[str], None] = _exit_process,
 ) -> Iterator[None]:
-    """Hold the folder's lease for the block. Raises RunFolderError while another job holds it.
+    """Hold the folder's lease for the block. Raises RunFolderError while another job holds it, and OSError.
 
     on_lost: called from the heartbeat thread with a message after another job has taken over; it must stop all writes.
     """
     timing = timing or LeaseTiming()
-    file, me = _LockFile(run.lock), _describe_process()
-    try:
-        _take(run, file, me, log, timing)
-    except (RunFolderError, OSError):
-        raise
-    except Exception as error:  # bucket clients raise their own exception classes
-        raise OSError(f"{run.lock}: {error}") from error
+    me = _describe_process()
+    file = _lock_of(run)
+    _take(run, file, me, log, timing)
+    file.renew(me, 0)  # an account may be allowed to create objects in a bucket, but not to replace them
     done = threading.Event()
 
     def beat() -> None:
@@ -101,7 +99,7 @@ def hold_lease(
 
 
 def _take(
-    run: RunFolder, file: "_LockFile", me: dict[str, Any], log: Callable[[str], None], timing: LeaseTiming
+    run: RunFolder, file: "_LockFile | _LockObject", me: dict[str, Any], log: Callable[[str], None], timing: LeaseTiming
 ) -> None:
     found, watched_since = file.take(me, None), time.monotonic()
     if found is None:
@@ -196,61 +194,38 @@ def _alive(holder: dict[str, Any]) -> bool:
 
 
 class _LockFile:
-    """The file `.lock`. On a disk, flock makes a read and a write atomic; in a bucket, a second read must suffice."""
+    """The file `.lock` on a disk, where flock makes a read and a write atomic."""
 
     def __init__(self, path: epath.Path):
-        self._path, self._local = path, is_local(path)
+        self._path = path
 
     def read(self) -> bytes:
         """Return the record without its padding. It is empty if nobody holds the lease."""
-        if self._local:
-            with self._locked() as descriptor:
-                return os.pread(descriptor, 1 << 16, 0).strip()
-        forget_listings(self._path)
-        try:
-            return self._path.read_bytes().strip()
-        except FileNotFoundError:
-            return b""
+        with self._locked() as descriptor:
+            return os.pread(descriptor, 1 << 16, 0).strip()
 
     def take(self, me: dict[str, Any], expected: bytes | None) -> bytes | None:
         """Write `me` if nobody holds the lease or the record is `expected`. Otherwise return the record found."""
-        if self._local:
-            with self._locked() as descriptor:
-                found = os.pread(descriptor, 1 << 16, 0).strip()
-                if found and found != expected:
-                    return found
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, _padded(me), 0)
-            return None
-        found = self.read()
-        if found and found != expected:
-            return found
-        self._path.write_bytes(_padded(me))
-        time.sleep(0.5)  # another job that also found it free has written by now; the last writer holds it
-        now = self.read()
-        return None if _identity(now) == me["id"] else now
+        with self._locked() as descriptor:
+            found = os.pread(descriptor, 1 << 16, 0).strip()
+            if found and found != expected:
+                return found
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _padded(me), 0)
+        return None
 
     def renew(self, me: dict[str, Any], beat: int) -> dict[str, Any] | None:
         """Write the next heartbeat. If another job has taken over, return its record instead."""
-        record = _padded(me | {"beat": beat})
-        if self._local:
-            with self._locked() as descriptor:
-                other = _other(os.pread(descriptor, 1 << 16, 0), me)
-                if other is None:
-                    os.pwrite(descriptor, record, 0)
-                return other
-        other = _other(self.read(), me)
-        if other is None:
-            self._path.write_bytes(record)
-        return other
+        with self._locked() as descriptor:
+            other = _other(os.pread(descriptor, 1 << 16, 0), me)
+            if other is None:
+                os.pwrite(descriptor, _padded(me | {"beat": beat}), 0)
+            return other
 
     def release(self, me: dict[str, Any]) -> None:
-        if self._local:
-            with self._locked() as descriptor:
-                if _identity(os.pread(descriptor, 1 << 16, 0)) == me["id"]:
-                    os.ftruncate(descriptor, 0)
-        elif _identity(self.read()) == me["id"]:
-            self._path.write_bytes(b"")
+        with self._locked() as descriptor:
+            if _identity(os.pread(descriptor, 1 << 16, 0)) == me["id"]:
+                os.ftruncate(descriptor, 0)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -260,6 +235,45 @@ class _LockFile:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+class _LockObject:
+    """The same in a bucket, where a write succeeds only if the object has the generation that was read before."""
+
+    def __init__(self, path: epath.Path):
+        self._object = BucketObject(path)
+
+    def read(self) -> bytes:
+        return self._object.read()[0].strip()
+
+    def take(self, me: dict[str, Any], expected: bytes | None) -> bytes | None:
+        content, generation = self._object.read()
+        found = content.strip()
+        if found and found != expected:
+            return found
+        if self._write(me, _padded(me), generation):
+            return None
+        return self.read() or self.take(me, expected)  # the job that was faster may have released it already
+
+    def renew(self, me: dict[str, Any], beat: int) -> dict[str, Any] | None:
+        content, generation = self._object.read()
+        other = _other(content, me)
+        if other is None and not self._write(me, _padded(me | {"beat": beat}), generation):
+            return _other(self.read(), me)
+        return other
+
+    def release(self, me: dict[str, Any]) -> None:
+        content, generation = self._object.read()
+        if _identity(content) == me["id"]:
+            self._object.write(b"", generation)
+
+    def _write(self, me: dict[str, Any], content: bytes, generation: bytes) -> bool:
+        # A write whose answer was lost is repeated, and then finds the object changed, by this job.
+        return self._object.write(content, generation) is not None or _identity(self.read()) == me["id"]
+
+
+def _lock_of(run: RunFolder) -> _LockFile | _LockObject:
+    return _LockFile(run.lock) if is_local(run.lock) else _LockObject(run.lock)
 
 
 def _padded(record: dict[str, Any]) -> bytes:

@@ -15,15 +15,18 @@ from data.pipeline import TrainBatches, train_batches
 from data.prepare import Prepared
 from sharding.mesh import use_mesh
 from train.checkpoint import Checkpointer
+from train.config import TrainConfig
 from train.goodput import Goodput, RecordGoodput
 from train.hooks import Evaluator, HeldOut, Hook, NonfiniteGuard, Recorder, ShowProgress
+from train.host_hooks import host_hooks
 from train.program import Program
 from train.progress import Progress, duration
 from train.records import MetricsWriter, RunFolder
 from train.routing import RouterProbe
 from train.rows import Rows
-from train.saving import Saver, start_or_resume
+from train.saving import Saver, make_rewinder, start_or_resume
 from train.signals import StopSignal, Watchdog
+from train.tiers import TieredCheckpointer, local_folder
 from train.trainer import Trained, Trainer
 
 __all__ = ["Assembled", "StopMessage", "Trained", "Trainer", "assemble", "own_evaluators", "train"]
@@ -108,11 +111,10 @@ def assemble(
     experiment, config = program.experiment, program.experiment.train
     process, processes, goodput = jax.process_index(), jax.process_count(), goodput or Goodput()
     enter = stack.enter_context
-    recorder = Recorder(enter(MetricsWriter(run, sinks=config.sinks, process_index=process)), log)
+    recorder = Recorder(MetricsWriter(run, sinks=config.sinks, process_index=process), log)
+    stack.callback(recorder.close)
     if checkpoints is None:
-        checkpoints = Checkpointer(
-            run.checkpoints, keep_last=config.keep_last, keep_best=config.keep_best, log=recorder.warn
-        )
+        checkpoints = _checkpointer(run, config, recorder.warn)
     enter(checkpoints)
     stop = enter(StopSignal()) if stop is None else stop
     watchdog = enter(Watchdog(config.watchdog_seconds) if watchdog is None else watchdog)
@@ -124,6 +126,7 @@ def assemble(
     with goodput.phase("initialization"):
         start = start_or_resume(program, run, checkpoints, prepared, batches, recorder, rows)
     goodput.start_step = start.step
+    recorder.record(goodput.row(start.step))  # a start that dies soon is counted, too
     if start.step >= config.steps:
         return Trained(start.state, start.step, True, start.seconds)
     saver = Saver(checkpoints, batches, prepared, start, watchdog.rest)
@@ -132,13 +135,24 @@ def assemble(
         mfu_convention=rows.convention if rows.peak_known else "",
     )  # fmt: skip
     guard = NonfiniteGuard(run, recorder, config.nonfinite == "stop")
+    rewinder = make_rewinder(program, run, checkpoints, prepared, recorder, start)
     trainer = Trainer(
         program, start, batches, rows, saver, stop, watchdog=watchdog,
         hooks=[guard, recorder, ShowProgress(progress), StopMessage(recorder, saver),
-               RecordGoodput(goodput, recorder), *hooks],
-        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput,
+               RecordGoodput(goodput, recorder), *host_hooks(recorder, config.check_devices), *hooks],
+        evaluators=own_evaluators(program, prepared, run, recorder, watchdog), goodput=goodput, rewinder=rewinder,
     )  # fmt: skip
     return Assembled(trainer, progress)
+
+
+def _checkpointer(run: RunFolder, config: TrainConfig, log: Callable[[str], None]) -> Checkpointer:
+    last, best = config.keep_last, config.keep_best
+    if not config.local_checkpoint_every:
+        return Checkpointer(run.checkpoints, keep_last=last, keep_best=best, log=log)
+    local = local_folder(run, config.local_checkpoint_dir)
+    return TieredCheckpointer(
+        run.checkpoints, local, every=config.checkpoint_every, keep_last=last, keep_best=best, log=log
+    )
 
 
 def own_evaluators(

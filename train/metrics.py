@@ -59,6 +59,9 @@ class _AppendedFile:
                 os.ftruncate(self._descriptor, start)
             raise
 
+    def flush(self) -> None:
+        pass  # the kernel has every line
+
     def close(self) -> None:
         os.close(self._descriptor)
 
@@ -67,8 +70,8 @@ class _RewrittenObject:
     """A file of lines in a bucket. Objects cannot be appended to, so a thread regularly uploads all lines from memory.
 
     A crash loses the lines since the last upload, usually those of REWRITE_SECONDS. Urgent lines (events, final
-    results) are uploaded at once. The next `write` or `close` raises the error of a failed upload, and the next upload
-    contains its lines.
+    results) are uploaded at once, and all lines by `flush`. The next `write`, `flush` or `close` raises the error of a
+    failed upload, and the next upload contains its lines.
     """
 
     def __init__(self, path: epath.Path, seconds: float):
@@ -84,6 +87,10 @@ class _RewrittenObject:
         self._content += line
         if urgent:
             self._upload()
+        self._raise_error()
+
+    def flush(self) -> None:
+        self._upload()
         self._raise_error()
 
     def _upload_at_times(self) -> None:
@@ -145,9 +152,9 @@ class MetricsWriter:
     """Appends rows to metrics.jsonl. Any thread may write; a lock keeps the file and the sinks in the same order.
 
     On a local disk, `write` returns when the kernel has the row. In a bucket, rows are uploaded every
-    `rewrite_seconds`, and events and final rows at once. `sinks` may name "tensorboard" (events under RUN/tensorboard,
-    needs tensorboardX) and "wandb"; the constructor raises RunFolderError if a sink is not installed. Only process 0
-    writes; on other processes, every method does nothing.
+    `rewrite_seconds` and by `flush`, and events and final rows at once. `sinks` may name "tensorboard" (events under
+    RUN/tensorboard, needs tensorboardX) and "wandb"; the constructor raises RunFolderError if a sink is not installed.
+    Only process 0 writes; on other processes, every method does nothing.
     """
 
     def __init__(
@@ -183,6 +190,12 @@ class MetricsWriter:
             self._file.write(line, urgent=row["kind"] in ("event", "final"))
             for send, _ in self._sinks:
                 send(row)
+
+    def flush(self) -> None:
+        """Return when a crash of this process loses no row. Raises OSError if the rows could not be uploaded."""
+        with self._lock:
+            if self._file is not None:
+                self._file.flush()
 
     def close(self) -> None:
         """Close the file and flush the sinks. Raises OSError if the last rows could not be uploaded."""

@@ -18,8 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data.paths import PathError, require_backend, write_whole
+from data.paths import PathError, is_local, write_whole
 from train import config_io
+from train.bucket import check_bucket
 from train.lease import LeaseTiming, hold_lease
 from train.metrics import MetricsWriter
 from train.run_folder import RunFolder, RunFolderError, read_metrics
@@ -30,8 +31,10 @@ __all__ = [
     "RunFolderError",
     "code_version",
     "describe_environment",
+    "launcher_restarts",
     "open_run",
     "read_metrics",
+    "with_writer",
     "write_environment",
     "write_samples",
 ]
@@ -40,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = (
     "pallas_kernels", "sharding", "model", "interop", "compression", "data", "train", "decode", "experiments",
 )  # fmt: skip # folders of the package
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 # ---- opening a folder for writing ----
@@ -68,7 +71,7 @@ def open_run(
     run = RunFolder(path)
     with contextlib.ExitStack() as stack:
         try:
-            require_backend(run.path, "run")
+            check_bucket(run.path, "run")
             run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold_lease(run, log, timing=timing))
             _warn_about_missing_checkpoints(run, log)
@@ -78,9 +81,9 @@ def open_run(
         except PathError as error:
             raise RunFolderError(str(error)) from error
         except OSError as error:
+            fix = "free the disk, fix the permissions" if is_local(run.path) else "fix that"
             raise RunFolderError(
-                f"run folder {run.path} cannot be written ({error}); free the disk, fix the permissions, or choose "
-                "another folder with --run"
+                f"run folder {run.path} cannot be written ({error}); {fix}, or choose another folder with --run"
             ) from error
         yield run
 
@@ -106,8 +109,9 @@ def _accept_config(
         except config_io.ConfigError as error:
             if not override:
                 raise RunFolderError(
-                    f"run folder {run.path} holds a config that this code cannot read: {error}. Start a new run with "
-                    "--run NEWNAME, or continue this one under the current config with --override"
+                    f"run folder {run.path} holds a config that this code cannot read: "
+                    f"{with_writer(error, run)}; start a new run with --run NEWNAME, or continue this one under the "
+                    "current config with --override"
                 ) from error
             log(f"unreadable config replaced: {error}")
             changes = []
@@ -158,11 +162,11 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": commit and commit.strip(),
         "git_dirty": None if changes is None else bool(_git("status", "--porcelain")),
         "git_diff_sha256": hashlib.sha256(changes.encode()).hexdigest() if changes else None,
-        "restart": _restart(),
+        "restart": launcher_restarts(),
     }
 
 
-def _restart() -> int | None:
+def launcher_restarts() -> int | None:
     """Return how often the launcher has started this job again; None if it was not launched."""
     text = os.environ.get("MESHWORK_RESTART", "")  # set by experiments/launch
     return int(text) if text.isascii() and text.isdigit() else None
@@ -182,6 +186,23 @@ def code_version(root: Path = ROOT) -> str:
     commit = (_git("rev-parse", "--short=12", "HEAD") or "unknown").strip()
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return f"{named}, commit {commit}, files {digest.hexdigest()[:12]}"
+
+
+def with_writer(error: Exception, run: RunFolder) -> str:
+    """Return the message of an error about a run folder, and what is known of the code that last wrote the folder."""
+    text = str(error).rstrip(".")
+    try:
+        environment = json.loads(run.environment.read_bytes())
+        packages, commit = environment["packages"], environment["git_commit"]
+        theirs = [f"{name} {packages[name]}" for name in ("meshwork", "jax") if name in packages]
+        theirs += [f"commit {commit[:12]}"] if commit else []
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return text
+    end = "" if text.endswith("?") else "."
+    return (
+        f"{text}{end} The folder was last written by {', '.join(theirs)}; this code is {code_version()}. Check out the "
+        "code that wrote it"
+    )
 
 
 def write_environment(run: RunFolder, environment: dict[str, Any]) -> None:

@@ -43,7 +43,11 @@ class Clock:
         if last == first or now <= began:
             return {}
         rate = tokens * (last - first) / (now - began)
-        return {"tokens_per_second": rate, "mfu": rate * self._flops / self._peak if self._peak else None}
+        return {"tokens_per_second": rate, "mfu": self.mfu(rate)}
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the MFU at this rate, or None where the peak is unknown."""
+        return tokens_per_second * self._flops / self._peak if self._peak else None
 
 
 class Rows:

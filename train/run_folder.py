@@ -6,6 +6,7 @@
               metrics.jsonl     one JSON row per line, only appended to; the report is made from it
               samples.jsonl     completions of held-out files
               wandb_id          the run's id at Weights & Biases, once it was reported there
+              local_id          part of the name of its folder of local checkpoints (train/tiers.py)
               checkpoints/  tokenizer/  plots/  report.html
               .lock             the lease of the job that writes here (train/lease.py); empty if there is none
 
@@ -55,6 +56,7 @@ class RunFolder:
     plots = property(lambda self: self.path / "plots")
     routing = property(lambda self: self.path / "routing")  # the routers' choices, by step
     wandb_id = property(lambda self: self.path / "wandb_id")
+    local_id = property(lambda self: self.path / "local_id")
     lock = property(lambda self: self.path / ".lock")
 
     @property
@@ -90,12 +92,12 @@ def _survives_resume(row: dict[str, Any], resumed_step: int) -> bool:
     return row["kind"] in LASTING or (row["kind"] != "final" and (row.get("step") or 0) <= resumed_step)
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl as one timeline.
+def read_metrics(path: str | os.PathLike, *, superseded: bool = False) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl as one timeline; with `superseded`, all rows as they were written.
 
-    A row replaces an earlier one of the same kind, step and set. An event "resumed" at step s removes the earlier final
-    row and all earlier rows of steps after s, except events and goodput rows. A last line cut off by a crash is
-    skipped. Raises RunFolderError, with the line number, for any other line that is not a row.
+    A row replaces an earlier one of the same kind, step and set. An event "resumed" or "rewound" at step s removes the
+    earlier final row and all earlier rows of steps after s, except events and goodput rows. A last line cut off by a
+    crash is skipped. Raises RunFolderError, with the line number, for any other line that is not a row.
     """
     content = parse_path(path).read_bytes()
     kept: dict[tuple, dict[str, Any]] = {}
@@ -107,8 +109,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             row = json.loads(line)
             kind, key = row["kind"], (row["kind"], row.get("step"), row.get("set"))
             hash(key)
-            if kind in LASTING:
-                if row.get("event") == "resumed":
+            if superseded or kind in LASTING:
+                if not superseded and row.get("event") in ("resumed", "rewound"):
                     kept = {k: r for k, r in kept.items() if _survives_resume(r, row["step"])}
                 kept[kind, number] = row
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from data.pipeline import TrainBatches
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
-from train.checkpoint import Checkpointer, CheckpointError
+from train.checkpoint import Checkpointer, CheckpointError, Restored
 from train.checkpoint_reader import process_zero
 from train.frozen import keep_frozen
 from train.hooks import Recorder
-from train.program import Program, load_weights, restore, with_teacher
+from train.program import Program, initial_state, load_weights, restore, with_teacher
 from train.records import RunFolder
+from train.rewind import Rewinder
 from train.rows import Rows
 from train.step import TrainState
 
@@ -31,6 +32,8 @@ class Start(NamedTuple):
     seconds: float  # of training, evaluation and saving before this start
     frozen: str = ""  # digest of the frozen weights
     owes_evaluation: bool = False  # the last start was stopped at a step that is evaluated, before its evaluation
+    skipped: int = 0  # batches that rewinds have skipped (train/rewind.py)
+    rewinds: dict[str, Any] | None = None  # what the checkpoint keeps for the next rewind; None without train.rewind
 
 
 def start_or_resume(
@@ -43,7 +46,7 @@ def start_or_resume(
     if restored is None:
         counts = rows.counts
         recorder.log(f"initializing {counts.total:,} parameters ({counts.active:,} active per token)")
-        state, kept = _with_frozen(program, jax.jit(program.make_state)(program.hyper), run, tokenizer, recorder)
+        state, kept = _with_frozen(program, initial_state(program), run, tokenizer, recorder)
         recorder.event(
             0, "started", f"{counts.total:,} parameters", parameters_total=counts.total,
             parameters_active=counts.active, mfu_convention=rows.convention, flops_per_token=rows.flops_per_token,
@@ -58,9 +61,11 @@ def start_or_resume(
     kept = restored.metadata.get("frozen", "")
     if not kept:  # the checkpoint held only weights
         state, kept = _with_frozen(program, state, run, tokenizer, recorder)
+    metadata = restored.metadata
     return Start(
-        state, restored.step, restored.metadata["seconds"], kept, restored.metadata.get("owes_evaluation", False)
-    )
+        state, restored.step, metadata["seconds"], kept, metadata.get("owes_evaluation", False),
+        metadata["data"]["step"] - restored.step if "data" in metadata else 0, metadata.get("rewinds"),
+    )  # fmt: skip
 
 
 def _with_frozen(
@@ -80,6 +85,24 @@ def _with_frozen(
     return state, "" if state.frozen is None else keep_frozen(run.frozen, state.frozen, recorder.warn)
 
 
+def make_rewinder(
+    program: Program, run: RunFolder, checkpoints: Checkpointer, prepared: Prepared, recorder: Recorder, start: Start
+) -> Rewinder | None:
+    """Return the hook that returns to an earlier checkpoint when the loss diverges, or None without train.rewind."""
+
+    def restore_earlier(at_most: int) -> Restored:
+        restored = restore(
+            program, checkpoints, prepared.tokenizer, at_most=at_most, frozen=run.frozen, log=recorder.warn
+        )
+        if restored is None:
+            raise CheckpointError(f"{run.checkpoints}: the checkpoint of step {at_most} is gone. Start the run again")
+        checkpoints.abandon_after(restored.step)
+        return restored
+
+    config = program.experiment.train.rewind
+    return None if config is None else Rewinder(config, checkpoints, recorder, start.rewinds, restore_earlier)
+
+
 class Saver:
     """Saves train states with the data position, the tokenizer's identity, the seconds spent and a digest.
 
@@ -90,6 +113,7 @@ class Saver:
         self, checkpoints: Checkpointer, batches: TrainBatches, prepared: Prepared, start: Start,
         pause_watchdog: Callable[[], None] = lambda: None,
     ):  # fmt: skip
+        self.skipped = start.skipped  # batches that rewinds have skipped so far
         self._checkpoints, self._batches, self._tokenizer = checkpoints, batches, prepared.tokenizer
         self._seconds_before, self._began = start.seconds, time.monotonic()
         self._frozen = {"frozen": start.frozen} if start.frozen else {}
@@ -102,15 +126,16 @@ class Saver:
 
     def save(
         self, state: TrainState, step: int, metric: float | None = None, wait: bool = False,
-        owes_evaluation: bool = False,
+        owes_evaluation: bool = False, rewinds: dict[str, Any] | None = None,
     ) -> bool:  # fmt: skip
         """Start to save `state` as `step`. Return whether the save started or, with `wait`, whether it succeeded."""
         metadata = {
-            "data": {**self._batches.get_state(), "step": step},
+            "data": {**self._batches.get_state(), "step": step + self.skipped},
             "tokenizer": self._tokenizer.identity,
             "seconds": self.seconds,
             **self._frozen,
             **({"owes_evaluation": True} if owes_evaluation else {}),
+            **({"rewinds": rewinds} if rewinds is not None else {}),
         }
         self._pause_watchdog()
         return self._checkpoints.save(step, state._replace(frozen=None), metadata=metadata, metric=metric, wait=wait)
@@ -129,6 +154,6 @@ class Saver:
                 steps = self._checkpoints.steps()
                 last = f"; step {steps[-1]} is the last good one" if steps else "; no step was saved"
         raise CheckpointError(
-            f"the checkpoint of step {step} was not written, and its weights are lost{last}. Free the disk and start "
-            "the same command again: it continues from there"
+            f"the checkpoint of step {step} was not written, and its weights are lost{last}. Free the disk, or restore "
+            "the permissions, and start the same command again: it continues from there"
         )

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import jax
 from jax._src import distributed  # the coordination service has no public client
 
-from train.peer_watch import leave_lost, report_failure
+from train.peer_watch import leave_lost, let_peers_read, report_failure, report_hang
 
 EXIT_HUNG = 75  # sysexits.h EX_TEMPFAIL: a launcher may restart the run
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -145,6 +145,8 @@ class _Agreement:
 class Watchdog:
     """Ends a process whose loop hangs: after `seconds` without `beat()`, it dumps all stacks and exits (`EXIT_HUNG`).
 
+    If several processes run, the last line names the one for which the others wait (train/peer_watch.py).
+
     A context manager. The clock starts at the first `beat()`, so that compilation does not count. Evaluation and saving
     must call `beat` too. seconds = 0 disables it.
     """
@@ -178,9 +180,12 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._left.wait(self._seconds / 10):
             if self._beaten is not None and time.monotonic() - self._beaten > self._seconds:
-                os.write(2, f"no step for {self._seconds:g} s; the stacks of all threads:\n".encode())
+                reason = f"no step for {self._seconds:g} s"
+                sentence = report_hang(reason)
+                os.write(2, f"{reason}; the stacks of all threads:\n".encode())
                 faulthandler.dump_traceback(2, all_threads=True)
-                _exit_now(EXIT_HUNG, f"exiting with code {EXIT_HUNG}")
+                let_peers_read()
+                _exit_now(EXIT_HUNG, sentence or f"exiting with code {EXIT_HUNG}")
 
 
 def exit_hard_on_exception() -> None:

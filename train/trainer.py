@@ -5,8 +5,9 @@ It decides when a run is evaluated and saved, and calls the hooks (train/hooks.p
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,18 @@ from data.batch import Batch
 from data.pipeline import TrainBatches
 from model.transformer import Transformer
 from sharding.mesh import put_batch, put_replicated
+from train.activity import activity
 from train.ahead import StepCompilation
 from train.goodput import Goodput
 from train.hooks import Evaluator, Hook, NonfiniteError, StepResult
 from train.peer_watch import wait_for_peers
 from train.program import Program
+from train.rewind import Rewinder, RewindRequest
 from train.rows import Rows
 from train.saving import Saver, Start
 from train.signals import StopSignal, Watchdog
 from train.step import TrainState
+from train.trace import STEP
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Trainer:
     def __init__(
         self, program: Program, start: Start, batches: TrainBatches, rows: Rows, saver: Saver, stop: StopSignal, *,
         watchdog: Watchdog, hooks: Sequence[Hook] = (), evaluators: Sequence[Evaluator] = (),
-        goodput: Goodput | None = None,
+        goodput: Goodput | None = None, rewinder: Rewinder | None = None,
     ):  # fmt: skip
         self.program, self.experiment = program, program.experiment
         self.state, self.first, self.step = start.state, start.step, start.step
@@ -65,9 +69,12 @@ class Trainer:
         self._owes_evaluation = start.owes_evaluation
         self.goodput = Goodput() if goodput is None else goodput
         self._batches, self._rows, self._saver, self._stop, self._watchdog = batches, rows, saver, stop, watchdog
-        self._hooks, self._evaluators = hooks, evaluators
+        self._hooks = [*hooks, *([] if rewinder is None else [rewinder])]
+        self._evaluators = evaluators
         self._hyper = put_replicated(program.hyper, program.mesh)
         self._read_step = start.step
+        self._rewinder = rewinder
+        self._taken = start.step  # as `step`, but a rewind does not lower it: stop requests count so
         # Dispatched, not yet read: the step, a function that returns its metrics, its batch.
         self._pending: tuple[int, Callable[[], dict[str, np.ndarray]], Batch] | None = None
 
@@ -84,9 +91,17 @@ class Trainer:
         self.catch_up()
         try:
             while not self.ended:
-                with self.goodput.phase("steps"):
-                    self._advance(self.program.executables["step"])
-                self.evaluate_and_save()
+                try:
+                    for hook in self._hooks:
+                        hook.before_step(self)
+                    with self.goodput.phase("steps"), jax.profiler.StepTraceAnnotation(STEP, step_num=self.step + 1):
+                        self._advance(self.program.executables["step"])
+                    for hook in self._hooks:
+                        hook.after_step(self)
+                    self.evaluate_and_save()
+                except RewindRequest as request:
+                    with self.goodput.phase("initialization"):
+                        self._rewind(request.step)
         except NonfiniteError:
             self.save_refused()
             raise
@@ -102,13 +117,46 @@ class Trainer:
         """Dispatch the next step, and read the metrics of the previous one."""
         batch = self.next_batch()
         rows = put_batch(batch, self.program.mesh, self.program.batch_spec)
+        activity.begin("step", self.step + 1)
         self.state, values = compiled(self.state, rows, self._hyper)
         self.advanced(batch, lambda: jax.device_get(values))
-        self.stopped = self._stop.agreed(self.step)
+        self._taken += 1
+        self.stopped = self._stop.agreed(self._taken)
+
+    def _rewind(self, at_most: int) -> None:
+        """Return to the newest good checkpoint up to step `at_most`. The stream of batches continues where it is."""
+        assert self._rewinder is not None, "only a Rewinder raises RewindRequest"
+        self._watchdog.rest()
+        if self.step == self._read_step:  # read at once for an evaluation or checkpoint, not after the next dispatch
+            self.next_batch()
+            self.step += 1
+        self._pending, diverged = None, self.step
+        restored = self._rewinder.restore(at_most)
+        # The count of refused updates continues, since hooks compare it with the last one.
+        self.state = restored.state._replace(nonfinite=self.state.nonfinite)
+        self.step = self.saved = self._read_step = restored.step
+        self._written = True
+        self._saver.skipped += diverged - restored.step
+        self._rewinder.rewound(restored.metadata.get("rewinds"), restored.step, diverged, self._saver.skipped)
+        self._rows.clock.pause()
 
     def next_batch(self) -> Batch:
         """Return this host's rows of the next batch."""
-        return next(self._batches)
+        activity.begin("data", self.step)
+        with self.goodput.phase("data_wait"):
+            return next(self._batches)
+
+    @contextlib.contextmanager
+    def paused(self, phase: str) -> Iterator[None]:
+        """Count the time within as `phase`, not in the rates, and not as a step that hangs."""
+        self._watchdog.rest()
+        with self.goodput.phase(phase):
+            yield
+        self._rows.clock.pause()
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Return the model FLOPs utilization at this rate, or None where the devices' peak is unknown."""
+        return self._rows.clock.mfu(tokens_per_second)
 
     def advanced(self, batch: Batch, read: Callable[[], dict[str, np.ndarray]]) -> None:
         """Count a dispatched step on `batch`, and pass the metrics of the step before it to the hooks.
@@ -126,6 +174,7 @@ class Trainer:
             return
         (self._read_step, read, batch), self._pending = self._pending, None
         figures = read()
+        activity.begin("hooks", self.step)
         row = self._rows.row(self._read_step, figures)
         result = StepResult(self._read_step, row, batch, int(figures["nonfinite"]))
         for hook in self._hooks:
@@ -140,7 +189,9 @@ class Trainer:
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is saved at this step."""
-        return self.ended or self.step % self.experiment.train.checkpoint_every == 0
+        config = self.experiment.train
+        local = config.local_checkpoint_every
+        return self.ended or self.step % config.checkpoint_every == 0 or (local > 0 and self.step % local == 0)
 
     def evaluate_and_save(self) -> None:
         """Evaluate and save the state of this step where that is due. Raises NonfiniteError."""
@@ -155,13 +206,17 @@ class Trainer:
                 metric = self._evaluate(last)
         if saving:
             self.saved = self.step
+            activity.begin("checkpoint", self.step)
             with self.goodput.phase("checkpoints"):
+                for hook in self._hooks:
+                    hook.before_save(self, self.step)
                 self._written = self._saver.save(
                     self.state,
                     self.step,
                     metric,
                     wait=last or self.stopped,
                     owes_evaluation=evaluating and self.stopped,
+                    rewinds=self._rewinds,
                 )
             self._rows.clock.pause()
             for hook in self._hooks:
@@ -175,7 +230,13 @@ class Trainer:
         """
         if self.saved < self._read_step:
             behind = self.step - self._read_step
-            self._saver.save(self.state._replace(step=self.state.step - behind), self._read_step, wait=True)
+            state = self.state._replace(step=self.state.step - behind)
+            self._saver.save(state, self._read_step, wait=True, rewinds=self._rewinds)
+
+    @property
+    def _rewinds(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps for the next rewind."""
+        return None if self._rewinder is None else self._rewinder.metadata
 
     def finish(self) -> Trained:
         """Check the last checkpoint, call the hooks, and return the result. Raises CheckpointError."""
@@ -189,6 +250,7 @@ class Trainer:
     def _evaluate(self, last: bool) -> float | None:
         """Run the evaluators, and return the metric by which checkpoints are compared."""
         rows: list[dict[str, Any]] = []
+        activity.begin("evaluation", self.step)
         for evaluator in self._evaluators:
             if evaluator.at_end or not last:
                 self._watchdog.rest()  # the first evaluation compiles

@@ -36,7 +36,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"no tokenizer in {directory}: {error.filename}: {error.strerror}. Save one there") from error
+        reason = f"{error.filename}: {error.strerror}" if error.filename else f"{error} cannot be read"  # in a bucket
+        raise DataError(f"no tokenizer in {directory}: {reason}. Save one there") from error
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"tokenizer in {directory} is damaged ({error}). Save it again") from error
     if tokenizer.identity != identity:

@@ -26,7 +26,7 @@ export {restart}=${{SLURM_RESTART_COUNT:-0}}
 {variables}srun --kill-on-bad-exit=1 --label {command}
 code=$?
 case $code in
-  0 | 1 | 2 | 126 | 127 | 130) exit $code ;;  # done, or nothing that a restart would change
+  0 | 1 | 2 | 76 | 126 | 127 | 130) exit $code ;;  # done, or nothing that a restart would change
 esac
 if [ "${restart}" -lt {restarts} ]; then
   echo "exit code $code: restart $(({restart} + 1)) of {restarts}"

@@ -19,10 +19,10 @@ LONGEST_PAUSE = 300.0  # seconds between two attempts
 HEALTHY_SECONDS = 3600.0  # an attempt that lasts as long has worked: its failure counts as the first one
 MEANINGS = {
     1: "an error", 2: "arguments that cannot be parsed", 75: "a step hangs, or another process is lost",
-    126: "the program cannot be run", 127: "the program cannot be found", 130: "stopped by Ctrl-C",
-    137: "killed (SIGKILL), often for lack of memory", 143: "stopped by SIGTERM",
+    76: "a device computes wrong", 126: "the program cannot be run", 127: "the program cannot be found",
+    130: "stopped by Ctrl-C", 137: "killed (SIGKILL), often for lack of memory", 143: "stopped by SIGTERM",
 }  # fmt: skip
-NEVER_AGAIN = (2, 126, 127)  # exit codes that a restart cannot change
+NEVER_AGAIN = (2, 76, 126, 127)  # exit codes that a restart on the same hosts cannot change
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ SCALE_NAMES = ("ci", "cpu", "gpu", "tpu")
 # Fields that describe a run, or decide how it is stored and shown, but not what it computes.
 INERT = (
     "name", "question", "source", "cost", "train.checkpoint_every", "train.keep_last", "train.keep_best",
-    "train.log_every", "train.sinks", "train.watchdog_seconds", "data.cache_dir", "data.prefetch", "samples.count",
+    "train.local_checkpoint_every", "train.local_checkpoint_dir", "train.log_every", "train.sinks",
+    "train.watchdog_seconds", "train.check_devices", "data.cache_dir", "data.prefetch", "samples.count",
     "samples.prompt_tokens", "samples.new_tokens", "samples.temperature", "samples.top_p",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from experiments.study.trials import Trial
 from model.cost import count_parameters, train_flops_per_token
 from train.config import Experiment
 from train.evaluate import evaluate_all
-from train.hooks import Hook, NonfiniteError
+from train.hooks import DivergedError, Hook
 from train.hyper import hyper_of
 from train.loop import Trained as TrainedRun
 from train.loop import train
@@ -96,7 +96,7 @@ def run_trial(
     with opened(trial, folder, log) as run:
         try:
             trained = train(program, prepared, run, log=log, show_progress=False, stop=stop, hooks=hooks)
-        except NonfiniteError:
+        except DivergedError:
             return diverged_outcome(program, prepared, run, clock() - began)
         if not trained.finished:
             return None
@@ -121,7 +121,7 @@ def opened(trial: Trial, folder: epath.Path, log: Callable[[str], None]) -> Iter
 
 
 def diverged_outcome(program: Program, prepared: Prepared, run: RunFolder, seconds: float) -> dict[str, Any]:
-    """Return the outcome of a trial whose loss was not finite: the figures are those of uniform predictions."""
+    """Return the outcome of a trial that diverged: the figures are those of uniform predictions."""
     figures = {"bits_per_byte": uniform_bits(prepared, program), "loss": _uniform_loss(program)}
     return _outcome(figures, _curves(run), {}, True, seconds)
 

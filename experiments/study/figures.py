@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.study.verdicts import Verdict
 
 COLOURS = {"reproduced": "#2e7d4f", "contradicted": "#c62828", "inconclusive": "#6e7781"}
 DPI = 110
+LABEL_WIDTH = 48  # characters of a line of a label beside a row
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ class Judged(NamedTuple):
 
 
 def claims_figure(judged: Sequence[Judged]) -> Figure | None:
-    """Return a forest plot: the difference of each claim in percent, beside the published one."""
-    shown = [j for j in judged if math.isfinite(j.verdict.low) and isinstance(j.claim.than, str) and j.reference > 0]
+    """Return a forest plot of the claims that compare two measured figures, in percent, beside the published ones."""
+    shown = [
+        j for j in judged
+        if math.isfinite(j.verdict.low) and not isinstance(j.claim.than, int | float) and j.reference > 0
+    ]  # fmt: skip
     if not shown:
         return None
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(shown)), dpi=140)
@@ -93,7 +98,8 @@ def claims_figure(judged: Sequence[Judged]) -> Figure | None:
         if claim.published is not None:
             published = 100 * (claim.published.arm / claim.published.than - 1)
             axes.plot([published], [row], "D", color=LIGHT.ink, markersize=5, markerfacecolor="none")
-    axes.set_yticks(range(len(shown)), [j.claim.text for j in shown], color=LIGHT.ink, fontsize=8)
+    texts = [textwrap.fill(j.claim.text, LABEL_WIDTH) for j in shown]
+    axes.set_yticks(range(len(shown)), texts, color=LIGHT.ink, fontsize=8)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     return figure
 

@@ -20,7 +20,7 @@ from train.config import Experiment
 from train.config_io import replace_fields
 from train.evaluate import evaluate
 from train.objectives import token_losses
-from train.program import Network, build, build_network
+from train.program import Network, build, build_network, initial_state
 
 
 class Trained(NamedTuple):
@@ -116,7 +116,7 @@ class Movement:
             return [jnp.square(x).mean() for x in sizes]
 
         with use_mesh(network.mesh):
-            before = jax.jit(program.make_state)(program.hyper).model
+            before = initial_state(program).model
             found = [
                 squares(before, trained.model, put_batch(batch, network.mesh, network.batch_spec))
                 for batch in _windows(trained, size, self.windows)

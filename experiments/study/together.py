@@ -23,7 +23,7 @@ from experiments.study.execute import (
 )
 from experiments.study.storage import Claimed, TrialStore
 from experiments.study.trials import Trial
-from train.hooks import NonfiniteError
+from train.hooks import DivergedError
 from train.signals import StopSignal
 from train.together import FAULTS, Member, train_together
 from train.trainer import Trained
@@ -65,7 +65,8 @@ def claim_group(store: TrialStore, trials: Sequence[Trial], most: int) -> list[C
 
 def _group_key(trial: Trial) -> str | None:
     """Return a text that is equal for trials that may train together; None for one that may not."""
-    if "wandb" in trial.experiment.train.sinks:  # reports one run in each process
+    train = trial.experiment.train
+    if "wandb" in train.sinks or train.rewind is not None:  # one run in each process reports, or may go back
         return None
     return program_key(trial.experiment)
 
@@ -117,7 +118,7 @@ def _outcome(
     study: Study, member: Member, prepared: Prepared, result: Trained | Exception
 ) -> dict[str, Any] | Exception | None:
     program, run, log = member
-    if isinstance(result, NonfiniteError):
+    if isinstance(result, DivergedError):
         return diverged_outcome(program, prepared, run, 0.0)
     if isinstance(result, Exception):
         return result

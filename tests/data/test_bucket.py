@@ -3,17 +3,19 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 
 from data.config import DataError
-from data.paths import bucket_store, parse_path
+from data.paths import bucket_client, parse_path
 from data.pipeline import heldout_windows, train_batches
 from data.prepare import heldout_files, open_prepared, prepare
 from data.ranges import BucketRanges, Range
 from tests.data.test_shards import SECTION, contents, corpus
-from tests.fake_bucket import FakeBucket, use_fake_bucket
+from tests.fake_bucket import use_fake_bucket
+from tests.gcs_server import Fault
 
 
 @pytest.fixture
@@ -26,8 +28,8 @@ def both(tmp_path):
 
 
 def objects(folder) -> dict[str, bytes]:
-    store = bucket_store(folder)
-    root = "/" + str(folder).partition("://")[2] + "/"
+    store = bucket_client()
+    root = str(folder).partition("://")[2] + "/"
     return {path.removeprefix(root): store.cat_file(path) for path in store.find(str(folder))}
 
 
@@ -114,19 +116,15 @@ def test_an_interrupted_upload_leaves_no_folder_and_is_repeated(both, tmp_path):
     local, remote, config = both
     cache = parse_path(f"gs://bucket/{tmp_path.name}/again")
     config = dataclasses.replace(config, cache_dir=str(cache))
-    for completed in (0, 3):
-        FakeBucket.failures.clear()
-        real = FakeBucket._open
-        writes = itertools.count()
-
-        def failing(self, path, mode="rb", real=real, writes=writes, completed=completed, **options):
-            if "w" in mode and next(writes) >= completed:
-                raise OSError("the connection was reset")
-            return real(self, path, mode, **options)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="the connection was reset"):
-            patch.setattr(FakeBucket, "_open", failing)
-            prepare(config, section_bytes=SECTION)
+    store = use_fake_bucket()
+    for name in ("tokenizer/", "train.files.00003-"):
+        store.faults.append(Fault(rf"(POST|PUT) bucket/.*/again/.*{re.escape(name)}", 403))
+        try:
+            with pytest.raises(OSError):
+                prepare(config, section_bytes=SECTION)
+            assert store.faults[-1].seen
+        finally:
+            store.faults.pop()
         assert not (cache / remote.directory.name / "manifest.json").exists()
     assert prepare(config, section_bytes=SECTION).identity == local.identity
     assert objects(cache / remote.directory.name) == contents(local.directory)
@@ -150,16 +148,15 @@ def test_a_damaged_folder_is_named_and_made_again(both, damage):
     assert objects(remote.directory) == contents(local.directory)
 
 
-def test_a_bucket_that_cannot_be_reached_is_refused(tmp_path, monkeypatch):
-    use_fake_bucket()
-    config = dataclasses.replace(corpus(tmp_path), cache_dir="gs://bucket/x")
-
-    def refuse(*_, **__):
-        raise ConnectionError("no credentials")
-
-    monkeypatch.setattr(FakeBucket, "ls", refuse)
-    with pytest.raises(DataError, match=r"data\.cache_dir = 'gs://bucket/x': the bucket cannot be reached .*no cred"):
-        prepare(config)
+def test_a_bucket_that_cannot_be_reached_is_refused(tmp_path):
+    store = use_fake_bucket()
+    config = dataclasses.replace(corpus(tmp_path), cache_dir="gs://bucket/unreachable")
+    store.faults.append(Fault(r"GET bucket", 403))
+    try:
+        with pytest.raises(DataError, match=r"data\.cache_dir = 'gs://bucket/un.*': the bucket cannot be reached"):
+            prepare(config)
+    finally:
+        store.faults.pop()
 
 
 def test_text_and_cache_may_both_be_in_a_bucket(both, tmp_path):

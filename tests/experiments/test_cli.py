@@ -140,6 +140,19 @@ def test_a_missing_run_is_refused(capsys, command):
     assert "'nowhere'" in refusal(capsys, "train", "smoke", "--resume", "nowhere")
 
 
+@pytest.mark.parametrize("steps, message", [("9-3", "Try 3-9"), ("x", "'x': not steps"), ("1-5000", "Try 1-100")])
+def test_profile_steps_that_are_no_range_are_refused(capsys, steps, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "smoke", "--profile", steps])
+    assert message in capsys.readouterr().err
+
+
+def test_profile_steps_that_the_run_does_not_have_are_refused(capsys, tmp_path):
+    arguments = ["train", "smoke", "--run", f"{tmp_path}/run", "--set", "train.steps=30", "--profile", "28-31"]
+    assert main(arguments) == 1
+    assert "--profile 28-31: the run has 30 steps" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_resume_and_run_together_are_refused(capsys):
     assert "give one of them" in refusal(capsys, "train", "smoke", "--resume", "a", "--run", "b")
 

@@ -22,6 +22,7 @@ from experiments.__main__ import COMMANDS, DESCRIPTION, EPILOGUE, main
 from experiments.backend import backend_lines, describe_backend
 from experiments.command_help import make_parser
 from experiments.differences import differing, differing_json, written
+from experiments.launch.supervise import NEVER_AGAIN
 from experiments.next_steps import next_steps
 from experiments.quickstart import quickstart
 from experiments.report import write_report
@@ -31,6 +32,7 @@ from experiments.terminal import Column, Line, print_table
 from tests.experiments.command_line import call, refusal, tiny_overrides, write_folder
 from tests.fake_bucket import use_fake_bucket
 from train.config_io import apply_overrides, to_dict
+from train.device_check import EXIT_WRONG_DEVICE, DeviceError
 from train.records import MetricsWriter, RunFolder, RunFolderError, open_run
 from train.signals import StopSignal
 
@@ -349,6 +351,18 @@ def test_a_signal_outside_the_loop_ends_the_command_with_a_word(capsys, monkeypa
         got == code and err == f"stopped by {name}: what was saved is kept, and the same command continues from there\n"
     )
     assert out.startswith("backend: cpu, 8 devices") and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_wrong_device_ends_the_command_with_its_own_code(capsys, monkeypatch):
+    """Launchers do not repeat it (experiments/launch/supervise.py)."""
+
+    def find(*_, **__) -> bool:
+        raise DeviceError("process 1 (host w-1), device 3: computes differently from 7 of 8 TPU v5e")
+
+    monkeypatch.setattr("experiments.run.run_experiment", find)
+    code, _, err = call(capsys, "train", "smoke")
+    assert code == EXIT_WRONG_DEVICE and err.startswith("error: process 1 (host w-1), device 3: computes differently")
+    assert EXIT_WRONG_DEVICE in NEVER_AGAIN
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from tests.data.conftest import byte_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
 PEER = """
-import json, os, pickle, sys
+import dataclasses, json, os, pickle, sys, time
 import jax
 from data.config import DataError
 from data.prepare import prepare
 from experiments import processes as processes_module
-from experiments.processes import agree, agree_on_code, all_processes, barrier
+from experiments.processes import agree, agree_on_code, agree_on_devices, all_processes, barrier, compare_clocks
 from train.config_io import ConfigError
+from train.device_check import DeviceError, measure
 
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 for path in sys.argv[3:]:
@@ -48,6 +50,20 @@ for versions in (("same", "same"), ("first", "second")):
     except ConfigError as error:
         found = str(error)
     print(json.dumps([found, []]), flush=True)
+def damaged():
+    return [dataclasses.replace(each, checksum="0000" + sys.argv[2] * 4) for each in measure()]
+for readings in (measure, damaged):
+    lines = []
+    try:
+        agree_on_devices(lines.append, readings)
+        found = "same bits"
+    except DeviceError as error:
+        found = str(error)
+    print(json.dumps([found, lines]), flush=True)
+for ahead in (0.0, 60.0):
+    lines = []
+    compare_clocks(lines.append, lambda: time.time() + ahead * int(sys.argv[2]))
+    print(json.dumps(["clocks", lines]), flush=True)
 jax.distributed.shutdown()
 """
 
@@ -119,19 +135,23 @@ def test_one_process_prepares_data_and_shares_its_error(tmp_path):
     (first, error, *compared), (waited, other, *also) = (
         list(map(json.loads, output.splitlines())) for output in outputs
     )
+    assert compared == also
+    *compared, same_bits, other_bits, same_clocks, other_clocks = compared
+    assert same_bits == ["same bits", []] and same_clocks == ["clocks", []]
+    assert other_bits[0].startswith(
+        f"process 0 (host {host}), device 0: computes 00000000, and no majority of 2 agrees; process 1 (host {host}), "
+        "device 0: computes 00001111, and no majority of 2 agrees. Take the host out of the job"
+    )
+    assert re.match(rf"warning: the clock of process 1 \(host {host}\) is (59|60)\.\d s ahead of", other_clocks[1][0])
     assert first[0] == waited[0] and len(first[1]) == 2 and len(waited[1]) == 1
     assert waited[1][0].startswith("process 0 prepares the data")
     assert "source 'none' is empty" in error[0]
     assert other[0] == f"process 0 failed while preparing the data: {error[0]}"
-    assert (
-        [text for text, _ in compared]
-        == [text for text, _ in also]
-        == [
-            "agreed",
-            "the processes were started with different configs (hashes 00000000, 11111111 by process); "
-            "start every one with the same --set",
-            "same code",
-            f"the processes run different versions of the code (process 0 on {host}: first; process 1 on {host}: "
-            "second); check out the same commit on every host, and install the same packages",
-        ]
-    )
+    assert [text for text, _ in compared] == [
+        "agreed",
+        "the processes were started with different configs (hashes 00000000, 11111111 by process); "
+        "start every one with the same --set",
+        "same code",
+        f"the processes run different versions of the code (process 0 on {host}: first; process 1 on {host}: "
+        "second); check out the same commit on every host, and install the same packages",
+    ]

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.lifetime import read_lifetime
 from experiments.plot_style import smooth, thin
 from experiments.report import write_report
-from experiments.report_account import accounts, run_link, seconds_by_phase
+from experiments.report_account import run_link
 from experiments.routing import study
 from tests.experiments.synthetic_run import make_run
-from train.records import MetricsWriter, RunFolder, RunFolderError, read_metrics, write_environment, write_samples
+from train.records import MetricsWriter, RunFolder, RunFolderError, write_environment, write_samples
 
 VOID = {"meta", "img", "source"}
 
@@ -103,28 +104,13 @@ def test_the_report_of_a_whole_run_has_every_part(tmp_path):
 # ---- records of the trainer ----
 
 
-durations = st.dictionaries(st.sampled_from(["steps", "evaluation", "checkpoints", "compilation", "new"]),
-                            st.floats(0, 1e6))  # fmt: skip
-
-
-@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100), durations), max_size=5))
-def test_no_second_of_any_start_is_lost_or_counted_twice(starts):
-    rows = [
-        {"kind": "goodput", "step": last, "start": {"time": i, "step": first}, "seconds": {"wall": 0.0, **seconds}}
-        for i, (first, last, seconds) in enumerate(starts)
-    ]
-    total = seconds_by_phase(accounts([*rows, *rows]))
-    assert sum(total.values()) == pytest.approx(sum(sum(seconds.values()) for *_, seconds in starts))
-    assert all(seconds >= -1e-9 for seconds in total.values())
-
-
 def test_steps_that_a_crash_lost_are_not_goodput(tmp_path):
     """The synthetic run crashed at step 110 of 120 and resumed at step 100: 10 of its 110 steps were lost."""
     run = make_run(tmp_path, steps=120)
     text = checked(run, themes=()).text
-    assert "over 2 starts" in text and "steps lost to a crash2s" in text.replace("\n", "")
-    total = seconds_by_phase(accounts(read_metrics(run.metrics)))
-    assert total["repeated"] == pytest.approx(0.17 * 10) and total["steps"] == pytest.approx(0.17 * 120)
+    assert "over 2 starts" in text and "repeated steps2s" in text.replace("\n", "")
+    life = read_lifetime(run.metrics)
+    assert life.seconds["repeated"] == pytest.approx(0.17 * 10) and life.seconds["steps"] == pytest.approx(0.17 * 120)
 
 
 def test_a_run_of_older_code_has_a_report_without_the_newer_records(tmp_path):

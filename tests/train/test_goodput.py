@@ -60,7 +60,7 @@ def test_a_phase_that_raises_ends_and_an_unknown_one_is_refused():
         raise KeyError
     clock.now += 1
     assert goodput.row(0)["seconds"] == {"wall": 3.0, **dict.fromkeys(PHASES, 0.0), "steps": 2.0, "other": 1.0}
-    with pytest.raises(ValueError, match="phase 'step': unknown; use one of data"), goodput.phase("step"):
+    with pytest.raises(ValueError, match="phase 'step': unknown; use one of startup, data"), goodput.phase("step"):
         pass
 
 

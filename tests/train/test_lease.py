@@ -5,12 +5,14 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from data.paths import is_local
-from tests.fake_bucket import FakeBucket, use_fake_bucket
-from train.lease import LeaseTiming, hold_lease
+from tests.fake_bucket import use_fake_bucket
+from tests.gcs_server import Fault
+from train.lease import LeaseTiming, _lock_of, hold_lease
 from train.run_folder import RunFolder, RunFolderError
 
 QUICK = LeaseTiming(heartbeat=0.05, lease=0.4)
@@ -110,24 +112,69 @@ def test_a_job_is_refused_once_a_holder_elsewhere_sends_a_heartbeat(run):
     assert json.loads(run.lock.read_bytes())["host"] == "elsewhere"
 
 
-def test_heartbeats_continue_after_any_failure(tmp_path):
-    """Bucket clients raise their own exception classes, which are not OSErrors."""
+class Clock:
+    """The module `time` of a machine whose wall clock is off by some seconds."""
 
-    class HttpError(Exception):
-        pass
+    def __init__(self, offset: float):
+        self._offset = offset
 
-    use_fake_bucket()
-    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    def time(self) -> float:
+        return time.time() + self._offset
+
+    def __getattr__(self, name: str):
+        return getattr(time, name)
+
+
+@pytest.mark.parametrize("offset", [-2e8, 2e8])  # more than six years
+def test_clocks_that_differ_decide_nothing(run, monkeypatch, offset):
+    """A live holder is not taken over, and a silent one is after the lease, however far its clock is off."""
+    monkeypatch.setattr("train.lease.time", Clock(offset))
     with hold_lease(run, print, timing=QUICK):
-        FakeBucket.failures[:] = [HttpError("503"), HttpError("503")]
+        record = json.loads(run.lock.read_bytes())
+        assert abs(record["since"] - time.time() - offset) < 60
+        monkeypatch.undo()
+        # The contender sees another machine, so that it must watch the heartbeats.
+        monkeypatch.setattr(
+            "train.lease._describe_process", lambda: record | {"id": "b", "host": "b", "since": time.time()}
+        )
+        with pytest.raises(RunFolderError, match="which is alive"):
+            take(run, PATIENT)
+    replace_record(run, record)
+    began = time.monotonic()
+    assert "without a heartbeat" in take(run)[-1]
+    assert QUICK.lease <= time.monotonic() - began < 30
+
+
+def test_heartbeats_continue_after_any_failure(tmp_path):
+    store = use_fake_bucket()
+    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    denied = Fault(f"POST bucket/{tmp_path.name}", 403, times=2)
+    with hold_lease(run, print, timing=QUICK):
+        store.faults.append(denied)
         deadline = time.monotonic() + 10
-        while FakeBucket.failures and time.monotonic() < deadline:
+        beat = json.loads(run.lock.read_bytes())["beat"]
+        while json.loads(run.lock.read_bytes())["beat"] <= beat + 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not FakeBucket.failures, "the thread stopped after the first failure"
-    FakeBucket.failures[:] = [HttpError("503")]
-    with pytest.raises(OSError, match="503"):
+        assert denied.seen == 2, "the thread stopped after the first failure"
+    denied.times = None
+    with pytest.raises(OSError, match="permission denied"):
         hold_lease(run, print, timing=QUICK).__enter__()
-    FakeBucket.failures.clear()
+    store.faults.remove(denied)
+
+
+def test_of_two_jobs_that_find_a_bucket_free_one_gets_it(tmp_path):
+    """All read before any writes."""
+    store = use_fake_bucket()
+    run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    jobs = [(_lock_of(run), record | {"id": name}) for record in [record_of(run)] for name in "abcdefgh"]
+    all_read = threading.Barrier(len(jobs))
+    store.before = lambda request: all_read.wait(20) if request == f"POST bucket/{tmp_path.name}/.lock" else None
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = list(pool.map(lambda job: job[0].take(job[1], None), jobs))
+    store.before = None
+    winners = [record["id"] for (_, record), other in zip(jobs, found, strict=True) if other is None]
+    assert winners == [json.loads(run.lock.read_bytes())["id"]]
+    assert all(json.loads(other)["id"] == winners[0] for other in found if other is not None)
 
 
 def test_a_holder_of_older_code_sends_no_heartbeat_and_is_not_taken_over(run):

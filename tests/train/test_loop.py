@@ -123,6 +123,35 @@ def test_an_undisturbed_run_learns_and_records(undisturbed):
     assert events(folder) == ["started"]
 
 
+class CrashAt(Hook):
+    """Fails at step `when`."""
+
+    def __init__(self, when: int):
+        self._when = when
+
+    def on_step(self, trainer, result):
+        if result.step == self._when:
+            raise ConnectionError("a crash")
+
+
+def test_a_run_that_crashes_continues_from_its_newest_local_checkpoint(programs, prepared, undisturbed, tmp_path):
+    tiered = {"local_checkpoint_every": 2, "local_checkpoint_dir": str(tmp_path / "local")}
+    program, notices = with_train(programs["stop"], **tiered), []
+    with pytest.raises(ConnectionError):
+        run(program, prepared, tmp_path / "run", hooks=[CrashAt(9)])
+    assert Checkpointer(tmp_path / "run" / "checkpoints", read_only=True).steps() == [5]
+    resumed = run(program, prepared, tmp_path / "run", notices)
+    assert "resuming from step 8" in notices
+    assert bits(resumed.state) == bits(undisturbed[1].state)
+    assert train_rows(tmp_path / "run") == train_rows(undisturbed[0])
+    notices.clear()  # without its local folder, as on another host
+    with pytest.raises(ConnectionError):
+        run(program, prepared, tmp_path / "other", hooks=[CrashAt(9)])
+    (tmp_path / "local").rename(tmp_path / "lost")
+    assert bits(run(program, prepared, tmp_path / "other", notices).state) == bits(undisturbed[1].state)
+    assert "resuming from step 5" in notices
+
+
 @pytest.mark.parametrize("when", [pytest.param(1, marks=pytest.mark.slow), 4, 10])  # 4: an evaluation, 10: a checkpoint
 def test_a_run_stopped_by_sigterm_resumes_bit_for_bit(programs, prepared, undisturbed, tmp_path, when):
     stopped = stopped_at(when, programs["stop"], prepared, tmp_path)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fake_bucket import use_fake_bucket
+from tests.gcs_server import Fault
 from train.config_io import load_json
 from train.records import (
     MetricsWriter,
@@ -323,19 +324,19 @@ def test_a_bucket_receives_events_at_once_and_rows_periodically(tmp_path):
 
 
 def test_a_failed_upload_is_reported_and_repeated(tmp_path):
-    use_fake_bucket()
+    store = use_fake_bucket()
     run = RunFolder(f"gs://bucket/{tmp_path.name}")
+    store.faults.append(denied := Fault(f"POST bucket/{tmp_path.name}", 403))
     with MetricsWriter(run, rewrite_seconds=3600) as writer:
-        run.metrics.mkdir()  # blocks the object's name
         with pytest.raises(OSError, match="was not uploaded"):
             writer.write({"kind": "event", "step": 1})
-        run.metrics.rmdir()
+        store.faults.remove(denied)
         writer.write({"kind": "event", "step": 2})
     assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
     with pytest.raises(OSError, match="was not uploaded"), MetricsWriter(run, rewrite_seconds=3600) as writer:
         writer.write({"kind": "train", "step": 3})
-        run.metrics.unlink()
-        run.metrics.mkdir()
+        store.faults.append(denied)
+    store.faults.remove(denied)
 
 
 def test_a_run_in_a_bucket_can_be_reopened(tmp_path):

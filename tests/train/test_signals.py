@@ -20,6 +20,7 @@ from train.peer_watch import EXIT_PEER_LOST, REMEDY, PeerWatch, describe, is_col
 from train.signals import EXIT_HUNG, StopSignal, Watchdog
 
 ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
 
 
 def run_code(code: str) -> subprocess.CompletedProcess:
@@ -248,7 +249,7 @@ def test_a_killed_process_is_reported_and_one_that_left_is_not(watches):
     assert not any(words.values())
     second._stopped.set()  # as after kill -9: no more beats and no message
     second._thread.join()
-    assert last_words(words, 0) == {describe([2], 3, "no heartbeat for 0.5 s")}
+    assert last_words(words, 0) == {describe([2], 3, "no heartbeat for 0.5 s", {2: HOST})}
 
 
 def test_a_process_that_never_sends_a_beat_is_reported():
@@ -262,14 +263,16 @@ def test_a_process_that_never_sends_a_beat_is_reported():
 def test_a_process_that_raised_is_named_with_its_error(watches):
     _, (_, first, _), words = watches
     first.fail("ValueError: no")
-    assert last_words(words, 0, 2) == {describe([1], 3, "it ended with ValueError: no")} and not words[1]
+    assert last_words(words, 0, 2) == {describe([1], 3, "it ended with ValueError: no", {1: HOST})} and not words[1]
 
 
 def test_a_silent_coordinator_is_reported_as_process_0(watches):
     store, _, words = watches
     store.coordinator = False
     (sentence,) = last_words(words, 1, 2)
-    assert sentence.startswith("error: process 0 of 3 was lost: the coordinator") and sentence.endswith(REMEDY)
+    assert sentence.startswith(f"error: process 0 (host {HOST}) of 3 was lost: the coordinator") and sentence.endswith(
+        REMEDY
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,7 @@ def test_the_loss_of_a_peer_is_reported_in_one_sentence(tmp_path, killed):
     _, err = finish(peers)[1 - killed]
     assert peers[1 - killed].returncode == EXIT_PEER_LOST, err
     last = err.strip().splitlines()[-1]
-    assert last.startswith(f"error: process {killed} of 2 was lost: ") and last.endswith(REMEDY), err
+    assert last.startswith(f"error: process {killed} (host {HOST}) of 2 was lost: ") and last.endswith(REMEDY), err
     assert "Traceback" not in err and err.count(REMEDY) == 1, err
 
 
@@ -340,7 +343,9 @@ def test_the_error_of_a_peer_is_reported_by_the_other(tmp_path):
     (_, err), (_, other_err) = finish([busy, raising])
     assert (busy.returncode, raising.returncode) == (EXIT_PEER_LOST, 1)
     assert "Traceback" in other_err and REMEDY not in other_err
-    assert err.strip().splitlines()[-1] == describe([1], 2, "it ended with RuntimeError: injected in two lines")
+    assert err.strip().splitlines()[-1] == describe(
+        [1], 2, "it ended with RuntimeError: injected in two lines", {1: HOST}
+    )
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_processes_end_with_their_launcher(tmp_path):
     ("end", "code", "attempts"),
     [
         ("75 lost", 75, 2),  # as after a lost peer
+        ("76 error: a device", 76, 1),  # that computes wrong
         ("1 Traceback", 1, 2),  # an exception
         ("1 error: data.batch_size = 3: it must be even", 1, 1),  # something to change
         ("2 usage", 2, 1),

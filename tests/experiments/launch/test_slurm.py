@@ -54,7 +54,9 @@ def test_the_script_goes_to_sbatch_and_the_job_is_named(tmp_path):
     assert "srun --kill-on-bad-exit=1" in (tmp_path / "script").read_text() and (tmp_path / "logs").is_dir()
 
 
-@pytest.mark.parametrize(("end", "restart", "requeued"), [(0, 0, 0), (1, 0, 0), (75, 0, 1), (137, 2, 1), (75, 3, 0)])
+@pytest.mark.parametrize(
+    ("end", "restart", "requeued"), [(0, 0, 0), (1, 0, 0), (75, 0, 1), (76, 0, 0), (137, 2, 1), (75, 3, 0)]
+)
 def test_the_script_requeues_its_job_after_a_failure(tmp_path, end, restart, requeued):
     """By hand: the script runs with an srun that ends with a code."""
     install(tmp_path, "srun", f"#!/bin/sh\nexit {end}\n")
