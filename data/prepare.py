@@ -19,6 +19,7 @@ import json
 import logging
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -216,6 +217,7 @@ class _Leader:
         self._config, self._cache, self._log, self._stack = config, cache, log, stack
         self._section_bytes, self._processes = section_bytes, processes
         self._kept = KeptText(keep_bytes)
+        self._token = uuid.uuid4().hex[:12]
         self._started = time.monotonic()
 
     def plan(self) -> str:
@@ -315,7 +317,7 @@ class _Leader:
         # On a local disk, inside the temporary folder, which is removed with everything in it.
         if isinstance(self._work, Path):
             return self._work.parent / "plan"
-        return self._cache / f"plan-{self._work.name}"
+        return self._cache / f"plan-{self._work.name}-{self._token}"  # of this job: others may prepare the same data
 
     def _save_plan(self) -> dict[str, Any]:
         folder = self._plan_folder()

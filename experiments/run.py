@@ -65,7 +65,7 @@ def run_experiment(
     """Train or resume the experiment in its folder, and finish it. Return False if a signal stopped it before its end.
 
     `profile`: the steps to trace. `startup`: the seconds that this process has already spent on its start. Raises
-    ValueError, RunFolderError, CheckpointError or NonfiniteError with one paragraph for the user.
+    ValueError, RunFolderError, CheckpointError, DivergedError or DeviceError with one paragraph for the user.
     """
     started, goodput = time.monotonic(), Goodput(startup=startup)
     with shared_run(path, experiment, overrides, override, log) as run:

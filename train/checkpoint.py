@@ -76,7 +76,8 @@ class Checkpointer:
 
     keep_last: number of newest steps to keep. keep_best: number of further steps to keep, ranked by the metric given
     to `save` (`best_mode` says whether a lower or a higher metric is better; a step saved without a metric, or with
-    NaN, is never among the best). log: callback for one-paragraph messages about failed saves, damaged steps and
+    NaN, is never among the best). keep_older: if above 0, a step that is as many steps older than the newest one is
+    kept, too, as soon as there is one. log: callback for one-paragraph messages about failed saves, damaged steps and
     steps set aside; a background thread may call it. free_bytes: returns the free space of the folder's disk in bytes.
     read_only: only restore, and neither create nor clean up anything (to evaluate a run that is still training).
     local: whether the folder supports renaming (default: derived from the path). retry_waits: seconds to wait before
@@ -93,6 +94,7 @@ class Checkpointer:
         keep_last: int = 2,
         keep_best: int = 0,
         best_mode: Literal["min", "max"] = "min",
+        keep_older: int = 0,
         log: Callable[[str], None] = _print_warning,
         free_bytes: Callable[[], float] | None = None,
         read_only: bool = False,
@@ -111,7 +113,8 @@ class Checkpointer:
         self._folder = CheckpointFolder(
             path.absolute() if is_local(path) else path,
             local=is_local(path) if local is None else local,
-            keep_last=keep_last, keep_best=keep_best, best_mode=best_mode, log=log,
+            keep_last=keep_last, keep_best=keep_best, best_mode=best_mode, keep_older=keep_older,
+            log=log,
         )  # fmt: skip
         self._directory = self._folder.path
         self._log, self._read_only = log, read_only

@@ -44,10 +44,12 @@ class CheckpointFolder:
         keep_last: int,
         keep_best: int,
         best_mode: Literal["min", "max"],
+        keep_older: int,
         log: Callable[[str], None],
     ):
         self.path, self.local, self.damaged = path, local, set[int]()
         self._keep_last, self._keep_best, self._best_mode, self._log = keep_last, keep_best, best_mode, log
+        self._keep_older = keep_older
 
     def step_path(self, step: int) -> epath.Path:
         return self.path / str(step)
@@ -126,7 +128,7 @@ class CheckpointFolder:
     # ---- what is kept ----
 
     def drop_old(self, newest: int) -> None:
-        """Delete steps that neither keep_last nor keep_best keeps. Set aside damaged steps and those after `newest`.
+        """Delete steps that keep_last, keep_best and keep_older do not keep. Set aside damaged and later ones.
 
         A step that cannot be read or removed stays; a failed removal is a warning.
         """
@@ -146,7 +148,7 @@ class CheckpointFolder:
             except Exception:
                 unknown.append(step)
         best, unread = self._best([*good, newest])
-        keep = {*unknown, *unread, *best, *[*good, newest][-self._keep_last :]}
+        keep = {*unknown, *unread, *best, *[*good, newest][-self._keep_last :], *self._anchors(good, newest)}
         for step in older:
             if step not in keep:
                 self._remove(str(step), f"step {newest} is saved, but ")
@@ -177,6 +179,13 @@ class CheckpointFolder:
             pass
         except Exception as error:
             self._log(f"{prefix}{self.path / name} could not be removed ({one_line(error)}); delete it by hand")
+
+    def _anchors(self, good: list[int], newest: int) -> list[int]:
+        """Return the newest step that is `keep_older` steps older than `newest`, and the one that will follow it."""
+        if not self._keep_older:
+            return []
+        limit = newest - self._keep_older
+        return [*[step for step in good if step <= limit][-1:], *[step for step in good if step > limit][:1]]
 
     def _best(self, steps: list[int]) -> tuple[list[int], list[int]]:
         """Return (the `keep_best` steps with the best metric, the steps whose metric could not be read)."""

@@ -61,20 +61,18 @@ class RewindConfig:
     margin: int = 100  # steps by which the restored checkpoint must be older than the first such loss
     limit: int = 3  # rewinds of a run, after which the next divergence ends it
 
-    def validate(self, checkpoint_every: int, keep_last: int) -> None:
+    @property
+    def keep_older(self) -> int:
+        """Steps by which a checkpoint must be older than the newest one, so that a run can return to it at any time."""
+        return self.margin + self.patience
+
+    def validate(self) -> None:
         """Raise ValueError that names the field, its value and a fix."""
         if not 0 < self.rise < math.inf:
             raise ValueError(f"train.rewind.rise = {self.rise}: must be a number of nats above 0, such as 0.5")
         for name, least in (("patience", 1), ("window", 1), ("margin", 0), ("limit", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"train.rewind.{name} = {getattr(self, name)}: must be at least {least}")
-        needed = self.margin + self.patience
-        if (keep_last - 1) * checkpoint_every < needed:
-            raise ValueError(
-                f"train.keep_last = {keep_last}: with train.checkpoint_every = {checkpoint_every}, a run does not "
-                f"always have a checkpoint that is train.rewind.margin + train.rewind.patience = {needed} steps old; "
-                f"set train.keep_last to {1 - (-needed // checkpoint_every)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class TrainConfig:
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1, or none")
         if self.rewind is not None:
-            self.rewind.validate(self.checkpoint_every, self.keep_last)
+            self.rewind.validate()
 
 
 @dataclass(frozen=True)

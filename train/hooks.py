@@ -54,7 +54,7 @@ class Hook:
         """Called after the weights of `step` were evaluated."""
 
     def before_save(self, trainer: Trainer, step: int) -> None:
-        """Called before a checkpoint of `step` is started."""
+        """Called before a checkpoint of `step` in the run's folder is started."""
 
     def on_save(self, trainer: Trainer, step: int, started: bool) -> None:
         """Called after a checkpoint of `step` was started (the last one: written) or failed to start."""

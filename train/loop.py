@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -73,8 +73,8 @@ def train(
 
     The losses of a resumed run equal those of an uninterrupted one, bit for bit on the same devices. `stop` (entered
     by the caller), `watchdog`, `checkpoints` and `batches` replace the defaults; `hooks` run after the default ones;
-    `goodput` measures the time of this start. Raises NonfiniteError, CheckpointError or DataError; the last checkpoint
-    stays in every case.
+    `goodput` measures the time of this start. Raises DivergedError, DeviceError, CheckpointError or DataError; the
+    last checkpoint stays in every case.
     """
     with contextlib.ExitStack() as stack:
         made = assemble(
@@ -146,13 +146,12 @@ def assemble(
 
 
 def _checkpointer(run: RunFolder, config: TrainConfig, log: Callable[[str], None]) -> Checkpointer:
-    last, best = config.keep_last, config.keep_best
+    older = 0 if config.rewind is None else config.rewind.keep_older
+    keep: dict[str, Any] = {"keep_last": config.keep_last, "keep_best": config.keep_best, "keep_older": older}
     if not config.local_checkpoint_every:
-        return Checkpointer(run.checkpoints, keep_last=last, keep_best=best, log=log)
+        return Checkpointer(run.checkpoints, log=log, **keep)
     local = local_folder(run, config.local_checkpoint_dir)
-    return TieredCheckpointer(
-        run.checkpoints, local, every=config.checkpoint_every, keep_last=last, keep_best=best, log=log
-    )
+    return TieredCheckpointer(run.checkpoints, local, every=config.checkpoint_every, log=log, **keep)
 
 
 def own_evaluators(

@@ -26,6 +26,7 @@ from etils import epath
 from data.paths import is_local, write_whole
 from train.hooks import Hook
 from train.operation_kinds import read_program
+from train.peer_watch import wait_for_peers
 from train.profile_steps import ProfileSteps
 from train.records import RunFolder
 from train.trace import read_trace, table
@@ -60,6 +61,9 @@ class Profile(Hook):
             self._export(None, time.monotonic())
 
     def before_step(self, trainer: Trainer) -> None:
+        if self._folder is not None and trainer.step < self._traced[1]:  # the run returned to an earlier checkpoint
+            with trainer.paused("profile"):
+                self._export(trainer, time.monotonic())
         if not self._resolved:
             self._resolved, total = True, trainer.experiment.train.steps
             self._range = self._asked.after(trainer.step, total)
@@ -81,6 +85,7 @@ class Profile(Hook):
             now = time.monotonic()
             with trainer.paused("profile"):
                 self._export(trainer, now)
+                wait_for_peers("profiled")  # process 0 takes longer, since it reads the trace
 
     def _begin(self, trainer: Trainer) -> None:
         """Start the trace once the device has done all earlier work."""
@@ -134,7 +139,7 @@ class Profile(Hook):
                 write_whole(target / "operations.txt", "".join(f"{line}\n" for line in lines))
                 for line in [f"profile of steps {first} to {last}{early}", *lines, *self._how_to_open(copied)]:
                     self._log(line)
-        except FAILURES as error:
+        except Exception as error:  # bucket clients raise their own exception classes
             self._log(f"warning: --profile {self._asked}: the trace was not written or not read ({error})")
         finally:
             self._range = None  # a run that returns to an earlier checkpoint is not traced again
@@ -164,7 +169,11 @@ class Profile(Hook):
     def _how_to_open(self, copied: list[epath.Path]) -> list[str]:
         folder = self._run.path / "profile"
         perfetto = next((f", or open {path} at https://ui.perfetto.dev" for path in copied if path.suffix == ".gz"), "")
-        return ["", f"trace: {copied[0]}", f"to see it: pip install xprof; xprof --logdir {folder}{perfetto}"]
+        return [
+            "",
+            f"trace: {copied[0] if copied else 'the profiler wrote none'}",
+            f"to see it: pip install xprof; xprof --logdir {folder}{perfetto}",
+        ]
 
 
 def copy_trace(file: Path, target: epath.Path) -> epath.Path:

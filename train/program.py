@@ -191,9 +191,9 @@ def restore(
 ) -> Restored | None:
     """Return the train state of the newest good checkpoint (up to step `at_most`) on this program's mesh, or None.
 
-    `frozen`: the folder of the run's frozen weights. A checkpoint that holds only weights (metadata 'weights': their
-    dtype) gives a state before its first update, without a teacher. Raises CheckpointError, also if the checkpoint
-    belongs to another tokenizer.
+    `frozen`: the folder of the run's frozen weights; None: the state comes without them. A checkpoint that holds only
+    weights (metadata 'weights': their dtype) gives a state before its first update, without a teacher. Raises
+    CheckpointError, also if the checkpoint belongs to another tokenizer.
     """
 
     def template(metadata: dict[str, Any]) -> Any:
@@ -206,9 +206,8 @@ def restore(
         return None
     _check_tokenizer(restored, tokenizer)
     if isinstance(restored.state, TrainState):
-        if program.abstract_state.frozen is None:
+        if program.abstract_state.frozen is None or frozen is None:
             return restored
-        assert frozen is not None, "the program has frozen weights"
         kept = read_frozen(frozen, program.abstract_state.frozen, restored.metadata["frozen"], log)
         return replace(restored, state=restored.state._replace(frozen=kept))
     begin = jax.jit(program.begin, donate_argnums=0 if restored.metadata["weights"] == "float32" else ())

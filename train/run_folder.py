@@ -78,8 +78,11 @@ class RunFolder:
         return step if type(step) is int and (self.checkpoints / str(step) / COMMIT_FILE).exists() else None
 
     def recorded_without_checkpoint(self) -> int | None:
-        """Return the last train step in the metrics if no checkpoint exists, and None if there is nothing to report."""
-        if not self.metrics.exists() or committed_steps(self.checkpoints):
+        """Return the last train step in the metrics if no checkpoint exists, and None if there is nothing to report.
+
+        A run with local checkpoints (train/tiers.py) may have one there, which this machine may not see.
+        """
+        if not self.metrics.exists() or self.local_id.exists() or committed_steps(self.checkpoints):
             return None
         steps = [row["step"] for row in read_metrics(self.metrics) if row["kind"] == "train"]
         return max((step for step in steps if isinstance(step, int)), default=None)

@@ -91,9 +91,7 @@ def make_rewinder(
     """Return the hook that returns to an earlier checkpoint when the loss diverges, or None without train.rewind."""
 
     def restore_earlier(at_most: int) -> Restored:
-        restored = restore(
-            program, checkpoints, prepared.tokenizer, at_most=at_most, frozen=run.frozen, log=recorder.warn
-        )
+        restored = restore(program, checkpoints, prepared.tokenizer, at_most=at_most, log=recorder.warn)
         if restored is None:
             raise CheckpointError(f"{run.checkpoints}: the checkpoint of step {at_most} is gone. Start the run again")
         checkpoints.abandon_after(restored.step)

@@ -73,11 +73,11 @@ class StopSignal:
         os.write(2, f"{name}: will stop after this step, save and exit; send it again to exit at once\n".encode())
 
     def agreed(self, step: int) -> bool:
-        """Return whether to stop after `step`, with the same answer for the same step on every process.
+        """Return whether to stop after `step`, with the same answer for the same question on every process.
 
-        Every process asks once per step, in ascending order. With one process, the answer is `requested`. With several,
-        a call costs a lock, and a request takes effect within about a second: at the step after the latest one for
-        which any process has asked by then.
+        Every process asks once per step, in the same order; after a rewind, steps repeat. With one process, the answer
+        is `requested`. With several, a call costs a lock, and a request takes effect within about a second: at the step
+        after the latest one for which any process has asked by then.
         """
         return self.requested if self._agreement is None else self._agreement.reached(step)
 
@@ -96,7 +96,8 @@ class _Agreement:
         self._client: Any = distributed.global_state.client
         self._prefix = f"meshwork/stop/{next(_generation)}"
         self._lock = threading.Lock()
-        self._answered = -1
+        self._asked = -1  # number of the last question: its step, or one more than the last one's if that is higher
+        self._answered = -1  # the last one that was answered with "continue"
         self._published = False
         self._stop_step: int | None = None
         self._left = threading.Event()
@@ -105,10 +106,11 @@ class _Agreement:
 
     def reached(self, step: int) -> bool:
         with self._lock:
+            self._asked = max(step, self._asked + 1)
             if self._stop_step is None:
-                self._answered = step
+                self._answered = self._asked
                 return False
-            return step >= self._stop_step
+            return self._asked >= self._stop_step
 
     def leave(self) -> None:
         """End the thread, and publish the last step of this process for peers that have yet to agree."""

@@ -56,19 +56,27 @@ class TieredCheckpointer(Checkpointer):
         local = self._newest_local() if step is None and at_most is None else None
         shared = None if local is None else self.newest(LARGEST)
         if local is not None and (shared is None or local > shared):
-            try:
-                restored = self._local.restore(template, step=local, part=part)
-                self.continue_from(local)
-                return restored
-            except CheckpointError as error:
-                self._log(f"the local checkpoint of step {local} cannot be used ({one_line(error)})")
+            if (found := self._restore_local(local, template, part)) is not None:
+                return found
+            local = None
         restored = super().restore(template, step=step, at_most=at_most, part=part)
+        if local is not None and restored is not None and local > restored.step:  # newer shared steps are damaged
+            return self._restore_local(local, template, part) or restored
         self._local.continue_from(0 if restored is None else restored.step)
         return restored
 
+    def _restore_local(self, step: int, template: Any, part: bool) -> Restored | None:
+        try:
+            restored = self._local.restore(template, step=step, part=part)
+        except CheckpointError as error:
+            self._log(f"the local checkpoint of step {step} cannot be used ({one_line(error)})")
+            return None
+        self.continue_from(step)
+        return restored
+
     def abandon_after(self, step: int) -> None:
+        self._local.abandon_after(step)  # first: a start after a crash in between must not find it the newest
         super().abandon_after(step)
-        self._local.abandon_after(step)
 
     def _newest_local(self) -> int | None:
         try:

@@ -48,11 +48,16 @@ def train_together(members: Sequence[Member], prepared: Prepared, *, stop: StopS
     NonfiniteError where it diverged. Its last checkpoint stays in every case. Losses equal those of a run alone up to
     rounding, which batched matmuls do in another order.
 
-    Raises ValueError for programs on several devices, and what the common step raises, such as RuntimeError if its
-    memory does not suffice: every run is then as a crash would have left it.
+    Raises ValueError for programs on several devices and for train.rewind, and what the common step raises, such as
+    RuntimeError if its memory does not suffice: every run is then as a crash would have left it.
     """
     if any(member.program.mesh is not None for member in members) or jax.process_count() > 1:
         raise ValueError("train_together: the programs use several devices; build them with devices=[one device]")
+    if any(member.program.experiment.train.rewind is not None for member in members):
+        raise ValueError(
+            "train.rewind: a run that returns to an earlier checkpoint cannot train together with others. Set "
+            "train.rewind=none, or train it alone (study --vectorize 1)"
+        )
     limit = max(member.program.experiment.train.watchdog_seconds for member in members)
     with Watchdog(limit) as watchdog:
         courses = [_Course(_course(member, prepared, stop, watchdog)) for member in members]

@@ -74,7 +74,6 @@ class Trainer:
         self._hyper = put_replicated(program.hyper, program.mesh)
         self._read_step = start.step
         self._rewinder = rewinder
-        self._taken = start.step  # as `step`, but a rewind does not lower it: stop requests count so
         # Dispatched, not yet read: the step, a function that returns its metrics, its batch.
         self._pending: tuple[int, Callable[[], dict[str, np.ndarray]], Batch] | None = None
 
@@ -86,7 +85,7 @@ class Trainer:
     def fit(self) -> Trained:
         """Run to the end; call `compile` first.
 
-        Raises NonfiniteError, and CheckpointError if the last checkpoint is not on disk.
+        Raises DivergedError, DeviceError, and CheckpointError if the last checkpoint is not on disk.
         """
         self.catch_up()
         try:
@@ -120,8 +119,7 @@ class Trainer:
         activity.begin("step", self.step + 1)
         self.state, values = compiled(self.state, rows, self._hyper)
         self.advanced(batch, lambda: jax.device_get(values))
-        self._taken += 1
-        self.stopped = self._stop.agreed(self._taken)
+        self.stopped = self._stop.agreed(self.step)
 
     def _rewind(self, at_most: int) -> None:
         """Return to the newest good checkpoint up to step `at_most`. The stream of batches continues where it is."""
@@ -131,9 +129,12 @@ class Trainer:
             self.next_batch()
             self.step += 1
         self._pending, diverged = None, self.step
+        # The frozen weights stay on the devices. The count of refused updates continues, since hooks compare it with
+        # the last one. The rest is freed before the restore, so that the devices never hold two states.
+        kept = {"nonfinite": self.state.nonfinite, "frozen": self.state.frozen}
+        del self.state
         restored = self._rewinder.restore(at_most)
-        # The count of refused updates continues, since hooks compare it with the last one.
-        self.state = restored.state._replace(nonfinite=self.state.nonfinite)
+        self.state = restored.state._replace(**kept)
         self.step = self.saved = self._read_step = restored.step
         self._written = True
         self._saver.skipped += diverged - restored.step
@@ -208,8 +209,9 @@ class Trainer:
             self.saved = self.step
             activity.begin("checkpoint", self.step)
             with self.goodput.phase("checkpoints"):
-                for hook in self._hooks:
-                    hook.before_save(self, self.step)
+                if self.ended or self.step % self.experiment.train.checkpoint_every == 0:
+                    for hook in self._hooks:
+                        hook.before_save(self, self.step)
                 self._written = self._saver.save(
                     self.state,
                     self.step,

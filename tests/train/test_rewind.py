@@ -15,6 +15,7 @@ from data.pipeline import TrainBatches
 from data.prepare import prepare
 from tests.data.conftest import byte_config, write_corpus
 from tests.train.small_runs import StopAt, bits, experiment, run, train_rows, with_train
+from train.checkpoint import Checkpointer
 from train.config import RewindConfig
 from train.hooks import DivergedError
 from train.objectives import make_objective
@@ -110,7 +111,7 @@ def rewound(program, prepared, data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "when", [pytest.param(7, marks=SLOW), pytest.param(8, marks=SLOW), 11]
-)  # of all dispatched steps: before, at and after the rewind
+)  # before, at and after the rewind
 def test_a_stopped_run_rewinds_like_an_uninterrupted_one(program, prepared, data, rewound, tmp_path, when):
     folder, whole = rewound
     rewinding, batches = with_train(program, rewind=REWIND), lambda: stream(prepared, data, (7, 8))
@@ -129,10 +130,12 @@ def test_the_checkpoints_of_the_divergence_are_never_resumed(program, prepared, 
         pass
 
     def killed(step):
-        if step == 9:  # the first step after the rewind
+        steps.append(step)
+        if step == 3 and 8 in steps:  # the first step after the rewind
             raise Killed
         return False
 
+    steps: list[int] = []
     with StopAt(99) as stop:
         stop.agreed = killed
         with pytest.raises(Killed):
@@ -186,10 +189,20 @@ def test_no_loss_diverges_before_the_window_is_full():
     ({"patience": 0}, "train.rewind.patience = 0"),
     ({"limit": 0}, "train.rewind.limit = 0"),
     ({"margin": -1}, "train.rewind.margin = -1"),
-    ({"margin": 500}, "set train.keep_last to 7"),
 ])  # fmt: skip
 def test_rewinding_that_cannot_work_is_refused(data, changes, words):
     config = experiment(data, checkpoint_every=100, keep_last=3)
     train = dataclasses.replace(config.train, rewind=dataclasses.replace(RewindConfig(), **changes))
     with pytest.raises(ValueError, match=words):
         train.validate()
+
+
+def test_a_checkpoint_that_is_old_enough_is_always_kept(tmp_path):
+    older, every = 7, 2
+    with Checkpointer(tmp_path, keep_last=1, keep_older=older) as checkpoints:
+        for step in range(every, 40, every):
+            checkpoints.save(step, {"x": jnp.zeros(3)}, metadata={}, wait=True)
+            kept = checkpoints.steps()
+            assert len(kept) <= 3 and kept[-1] == step
+            # The first one is `older` steps old at step 10, and one of them from then on.
+            assert step <= older + every or any(step - older - (older + every) <= k <= step - older for k in kept)
