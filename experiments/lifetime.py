@@ -106,13 +106,12 @@ def _start(began: float, accounts: Sequence[Row], rows: Sequence[Row]) -> Start:
     seconds = {name: float(value) for name, value in account["seconds"].items() if name != "wall"}
     memory = {str(name): int(value) for name, value in account.get("memory", {}).items()}
     first, counted = int(account["start"]["step"]), int(account["step"])
-    # Steps that the run undid are not repeated by a later start.
-    undone = next((i for i in reversed(range(len(rows))) if rows[i].get("event") == "rewound"), None)
-    if undone is not None:
-        rewound = int(rows[undone]["step"])
-        accounts = [row for row in accounts if row["step"] <= rewound or row["time"] >= rows[undone]["time"]]
-        rows = [row for row in rows if row.get("kind") != "train" or row["time"] >= rows[undone]["time"]]
-        counted = counted if account in accounts else rewound
+    if rewinds := [row for row in rows if row.get("event") == "rewound"]:
+        # No later start repeats the steps that this one undid.
+        step, time = int(rewinds[-1]["step"]), rewinds[-1]["time"]
+        accounts = [row for row in accounts if row["step"] <= step or row["time"] >= time]
+        rows = [row for row in rows if row["kind"] != "train" or row["time"] >= time]
+        counted = counted if account in accounts else step
     last = max([counted, *(row["step"] for row in rows if row["kind"] == "train" and isinstance(row.get("step"), int))])
     until = account.get("time", began + sum(seconds.values()))
     ended = max([until, *(row["time"] for row in rows)])

@@ -153,6 +153,17 @@ def test_an_older_checkpoint_wastes_steps_of_all_starts_after_it():
     assert life.repeated_steps == 20 + 5 and life.seconds["steps"] == pytest.approx(30 + 30)
 
 
+def test_steps_that_a_rewind_undid_are_not_repeated_by_the_next_start():
+    """A start comes to step 60, returns to step 20, and is stopped at step 40, where the next one continues."""
+    undone = rows_of(1000.0, 0, 60, wall=100, steps=80, counted=50)
+    rewound = {"kind": "event", "event": "rewound", "step": 20, "time": 1111.0}
+    again = [{"kind": "train", "step": step, "time": 1091.0 + step} for step in range(21, 41)]
+    stopped = {"kind": "event", "event": "stopped", "step": 40, "time": 1132.0}
+    rows = [*undone, rewound, *again, stopped, *rows_of(1200.0, 40, 70, wall=50, steps=40, counted=70)]
+    life = lifetime(starts_of(rows))
+    assert (life.repeated_steps, life.seconds["repeated"], life.restarts) == (0, 0.0, 0)
+
+
 walks = st.lists(
     st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 9), st.floats(0, 100), st.booleans()), max_size=5
 )
