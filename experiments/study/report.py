@@ -144,6 +144,8 @@ def _arms_table(study: Study, table: Table) -> list[str]:
 def _mean_sd(values: Sequence[float]) -> str:
     if not values:
         return ""
+    if len(set(values)) == 1 and float(values[0]).is_integer():  # a count, such as of parameters
+        return f"{values[0]:,.0f}"
     spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
     return f"{np.mean(values):.4f}{spread}"
 
