@@ -1,17 +1,15 @@
-"""The reader of traces: synthetic planes of TPUs and GPUs, whose times are known, and a real trace of this CPU."""
+"""The reader of traces on synthetic planes, whose times are known. profile_cases.py reads real traces."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.operation_kinds import kind_of, read_program
+from train.operation_kinds import kind_of
 from train.trace import STEP, TOP, Event, covered, read_trace, self_times, shorten, table
 
 
@@ -132,31 +130,6 @@ def test_shares_never_exceed_the_whole(lines):
 )  # fmt: skip
 def test_a_name_or_a_category_gives_the_kind(name, kind):
     assert kind_of(name) == kind
-
-
-def heavy(x, w):
-    """Matrix products, and a little of other work."""
-    return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(x @ w), x).sum()
-
-
-def test_matrix_products_lead_the_real_trace_of_a_program_of_them(tmp_path):
-    x = jnp.ones((384, 384))
-    compiled = jax.jit(heavy).lower(x, x).compile()
-    module, instructions = read_program(compiled.as_text())
-    assert module == "jit_heavy" and "matmul" in {each.kind for each in instructions.values()}
-    jax.block_until_ready(compiled(x, x))
-    with jax.profiler.trace(tmp_path):
-        for step in range(3):
-            with jax.profiler.StepTraceAnnotation(STEP, step_num=step + 5):
-                compiled(x, x).block_until_ready()
-    (file,) = tmp_path.rglob("*.xplane.pb")
-    found = read_trace(jax.profiler.ProfileData.from_file(str(file)), module, instructions)
-    assert found.steps == (5, 6, 7) and found.devices == 1
-    assert found.operations[0].kind == "matmul" and found.operations[0].runs == 12
-    assert found.operations[0].source.endswith("dot_general")
-    assert math.fsum(shares(found)) <= 1 and max(found.kinds(), key=found.kinds().get) == "matmul"
-    assert math.fsum(each.seconds for each in found.operations) <= found.window * 1.001
-    assert any("dot_general" in line for line in table(found))
 
 
 @given(st.text(alphabet="ab/()", max_size=120))
