@@ -44,8 +44,8 @@ class CheckpointFolder:
         keep_last: int,
         keep_best: int,
         best_mode: Literal["min", "max"],
-        keep_older: int,
         log: Callable[[str], None],
+        keep_older: int = 0,
     ):
         self.path, self.local, self.damaged = path, local, set[int]()
         self._keep_last, self._keep_best, self._best_mode, self._log = keep_last, keep_best, best_mode, log

@@ -143,7 +143,7 @@ export A='b c'
 srun --kill-on-bad-exit=1 --label /python -m experiments train smoke --distributed --run gs://b/one
 code=$?
 case $code in
-  0 | 1 | 2 | 126 | 127 | 130) exit $code ;;  # done, or nothing that a restart would change
+  0 | 1 | 2 | 76 | 126 | 127 | 130) exit $code ;;  # done, or nothing that a restart would change
 esac
 if [ "$MESHWORK_RESTART" -lt 3 ]; then
   echo "exit code $code: restart $((MESHWORK_RESTART + 1)) of 3"
