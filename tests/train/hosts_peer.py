@@ -19,11 +19,11 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 from jax._src import distributed
 
 from data.pipeline import TrainBatches
 from data.prepare import Prepared, prepare
+from data.prepared import Windows
 from experiments.processes import agree_on_devices, compare_clocks
 from tests.train.small_runs import run
 from train.config import Experiment
@@ -40,16 +40,16 @@ HUNG_STEP = 20  # whose batch never comes
 STRUCK_STEP = 7
 
 
-class Windows(np.ndarray):
+class RecordedWindows(Windows):
     """The windows of one source. It notes which are read, and by which thread."""
 
-    name: str
-    reads: list[tuple[int, str, int]]
+    def __init__(self, windows: Windows, name: str, reads: list[tuple[int, str, int]]):
+        vars(self).update(vars(windows))
+        self.name, self.reads = name, reads
 
-    def __getitem__(self, window):
-        if isinstance(window, int | np.integer):  # otherwise the array is being printed
-            self.reads.append((threading.get_ident(), self.name, int(window)))
-        return np.asarray(self)[window]
+    def ranges(self, window):
+        self.reads.append((threading.get_ident(), self.name, int(window)))
+        return super().ranges(window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,8 @@ class Recorded(Prepared):
 
     reads: list[tuple[int, str, int]] = dataclasses.field(default_factory=list)
 
-    def array(self, name: str):
-        found = super().array(name)
-        if name.startswith("train.") and name.endswith(".tokens"):
-            found = found.view(Windows)
-            found.name, found.reads = name, self.reads
-        return found
+    def windows(self, name: str):
+        return RecordedWindows(super().windows(name), name, self.reads)
 
 
 def recorded(prepared: Prepared) -> Recorded:

@@ -113,6 +113,7 @@ def test_a_lost_job_continues_with_one_and_with_four_processes(data, tmp_path):
         path = tmp_path / f"four.reads-4-{rank}.json"
         reads = [tuple(each) for each in json.loads(path.read_text())]
         own = [each for step in expected for each in step[rank * rows : (rank + 1) * rows]]
+        assert len(own) == (STEPS - SAVED) * rows
         # Before the stream moves to the checkpoint, it prefetches first batches, which it discards.
         assert contains(reads, own), (rank, reads, own)
         assert len(reads) <= len(own) + 2 * (data.prefetch + 2) * rows
