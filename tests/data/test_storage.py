@@ -27,12 +27,18 @@ def test_a_file_size_limit_gives_an_error_with_numbers(tmp_path, limit):
     assert os.listdir(config.cache_dir) == []
 
 
-def test_a_full_disk_gives_an_error_with_numbers(tmp_path):
-    """The cache is on a private file system of 64 KiB."""
-    (tmp_path / "disk").mkdir()
-    mount = f"mount -t tmpfs -o size=64k none {tmp_path / 'disk'} && "
+def mount_of(disk: Path, size: str) -> str:
+    """Return the beginning of a shell script that mounts a file system of this size at the new folder `disk`."""
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size={size} none {disk} && "
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"]).returncode:
         pytest.skip("file systems cannot be mounted here")
+    return mount
+
+
+def test_a_full_disk_gives_an_error_with_numbers(tmp_path):
+    """The cache is on a private file system of 64 KiB."""
+    mount = mount_of(tmp_path / "disk", "64k")
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 40), cache_dir=str(tmp_path / "disk" / "cache"))
     script = f'{mount} "$@"; test -z "$(ls {config.cache_dir})" || echo null'  # null: a leftover
     (found,) = results(start(tmp_path, [config], None, "unshare", "-rm", "sh", "-c", script, "sh"))
@@ -43,10 +49,7 @@ def test_a_full_disk_gives_an_error_with_numbers(tmp_path):
 
 def test_a_disk_too_small_for_all_shards_is_refused_before_they_are_written(tmp_path):
     """The cache is on a private file system of 256 KiB, and a shard fits."""
-    (tmp_path / "disk").mkdir()
-    mount = f"mount -t tmpfs -o size=256k none {tmp_path / 'disk'} && "
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "sh", "-c", mount + "true"]).returncode:
-        pytest.skip("file systems cannot be mounted here")
+    mount = mount_of(tmp_path / "disk", "256k")
     config = byte_config(tmp_path, write_corpus(tmp_path / "s", 160), cache_dir=str(tmp_path / "disk" / "cache"))
     script = f'{mount} "$@"; test -z "$(ls {config.cache_dir})" || echo null'  # null: a leftover
     (found,) = results(start(tmp_path, [config], {0: "section=9000"}, "unshare", "-rm", "sh", "-c", script, "sh"))
